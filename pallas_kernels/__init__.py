@@ -1,0 +1,1 @@
+"""The operations under MEGALODON, usable alone from any JAX code."""
