@@ -1,0 +1,33 @@
+"""Names of dimensions, used in every shape of the project.
+
+B batch, L length, K chunks, C chunk size, D model, Z query/key, E value, H heads, N orders of CEMA,
+G norm groups, F feed-forward hidden, V vocabulary.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+from jaxtyping import Array, Bool, Complex64, Float, Float32, Int, Int32
+
+PRNGKey = jax.Array
+
+
+class Batch(NamedTuple):
+    """Rows of packed documents, ready for a training step (numpy on the host, jax on devices).
+
+    Attributes:
+      tokens: input tokens.
+      targets: the token that follows each input token in its document; any value where `weights` is 0.
+      segment_ids: documents of a row numbered 1, 2, ... in order; 0 is padding.
+      weights: 1.0 where the loss counts, 0.0 at a document's last token and at padding.
+    """
+
+    tokens: Int32[Array, "B L"]
+    targets: Int32[Array, "B L"]
+    segment_ids: Int32[Array, "B L"]
+    weights: Float32[Array, "B L"]
+
+
+__all__ = [
+    "Array", "Batch", "Bool", "Complex64", "Float", "Float32", "Int", "Int32", "Literal", "PRNGKey",
+]  # fmt: skip
