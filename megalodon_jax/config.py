@@ -24,7 +24,7 @@ class ConfigError(ValueError):
 
 
 def configs_dir() -> Path:
-    """The directory of shipped TOML files: beside the package when installed, else the checkout's."""
+    """The shipped TOML files: inside the package when installed, else the checkout's."""
     packaged = Path(__file__).parent / "configs"
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "configs"
 
@@ -60,7 +60,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     """Added to variances before the square root."""
     norm_prior_count: int = 0
-    """Tokens that TimestepNorm's learned prior weighs; 0 means no prior. No released model has one."""
+    """Tokens that TimestepNorm's learned prior weighs; 0: none, as in every released model."""
     rope_base: float = 10_000.0
     """Base of the rotary angles."""
     swiglu: bool = False
@@ -124,13 +124,14 @@ class ModelConfig:
         for name in ("dtype", "param_dtype"):
             _require(
                 getattr(self, name) != "float16",
-                f"model.{name} float16 is refused: its range (65,504) overflows in the gated products and "
-                "needs loss scaling; use bfloat16",
+                f"model.{name} float16 is refused: its range (65,504) overflows in the gated "
+                "products and needs loss scaling; use bfloat16",
             )
         _require_literals(self, "model")
         _require(
             not self.share_emb or self.output_size in (None, self.vocab_size),
-            f"share_emb needs output_size == vocab_size, got {self.output_size} and {self.vocab_size}",
+            f"share_emb needs output_size == vocab_size, got {self.output_size} and "
+            f"{self.vocab_size}",
         )
 
     @property
@@ -180,7 +181,7 @@ class DataConfig:
     text_field: str = "text"
     """Field that holds the text in .jsonl and .parquet files and in TFDS examples."""
     document_separator: str = ""
-    """Splits a plain text file into documents, for example "\\u0000"; empty: a file is a document."""
+    """Splits a plain text file into documents, such as "\\u0000"; empty: a file is a document."""
     tfds_name: str = ""
     """Name of the TFDS data set, with its config and version if needed."""
     tfds_dir: str = ""
@@ -196,7 +197,7 @@ class DataConfig:
     batch_size: int = 8
     """Rows in a batch, over all devices."""
     packing: Literal["pack", "pad"] = "pack"
-    """Pack documents into full rows, each with its own segment; or one piece of a document a row."""
+    """Pack documents into full rows, each its own segment; or one piece of a document a row."""
     shuffle_seed: int = 0
     """Seed of the order of documents."""
     num_workers: int = 0
@@ -239,7 +240,7 @@ class OptimConfig:
     beta1: float = 0.9
     """Decay of the gradient's moving average."""
     beta2: float = 0.95
-    """Decay of the squared gradient's moving average: 0.95 for the large models, 0.98 for the small."""
+    """Decay of the squared gradient's average: 0.95 for large models, 0.98 for small ones."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
@@ -320,8 +321,8 @@ def load_config(path: str | Path) -> TrainConfig:
     `[model]` may hold `preset = "<name>"`: the named size, with the table's other keys changed.
 
     Raises:
-      ConfigError: the file is missing or malformed, a key is unknown (the closest known one is named),
-        or a value has the wrong type or is out of range.
+      ConfigError: the file is missing or malformed, a key is unknown (the closest known one is
+        named), or a value has the wrong type or is out of range.
     """
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))

@@ -1,0 +1,123 @@
+"""Gated chunk attention behind a moving average, the first hop of a block."""
+
+import math
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+from jax import numpy as jnp
+
+from megalodon_jax.cache import LayerCache
+from megalodon_jax.config import ModelConfig
+from megalodon_jax.modules.cema import CEMA
+from megalodon_jax.modules.dropout import dropout, split_key
+from megalodon_jax.modules.norms import RMSNorm, rms_normalize
+from megalodon_jax.modules.parameters import linear, parameter
+from megalodon_jax.modules.rotary import Rotation, rotate
+from megalodon_jax.modules.timestep_norm import TimestepNorm
+from megalodon_jax.typing import Array, Float, Int32, PRNGKey
+from pallas_kernels.chunk_attention import AttentionDropout, chunk_attention
+
+
+class TokenPlaces(NamedTuple):
+    """Where the tokens of a call stand: what every layer needs to know beside their features.
+
+    Attributes:
+      rotation: rotary angles of every token's position in its chunk.
+      positions: position of every token in its document; None: 0..L-1 in every row.
+      segment_ids: document of every token, 0 for padding; None: a row is one document.
+    """
+
+    rotation: Rotation
+    positions: Int32[Array, "B L"] | None
+    segment_ids: Int32[Array, "B L"] | None
+
+
+class AttentionOutput(NamedTuple):
+    """Output of `MegaAttention`, before the residual is added, and the layer's streaming state."""
+
+    out: Float[Array, "B L D"]
+    cache: LayerCache | None
+
+
+class MegaAttention(nnx.Module):
+    """Moving-average equipped gated attention (Ma et al. 2024, section 3.4, as released).
+
+    u = TimestepNorm(x), m = RMSNorm(CEMA(u)); queries and keys come from m by one shared
+    projection, values from u, the gate r and the linear path from m:
+    out = m Wh1 + bh1 + (softmax(q k^T) v * r) Wh2.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        D, Z, E = config.model_dim, config.z_dim, config.value_dim
+        self.config = config
+        self.timenorm = TimestepNorm(config)
+        self.cema = CEMA(config, rngs=rngs)
+        self.rmsnorm = RMSNorm(config)
+        self.wv = linear(config, D, E, "embed", "value", use_bias=True, rngs=rngs)
+        self.wz = linear(config, D, Z, "embed", "query", use_bias=True, rngs=rngs)
+        self.wr = linear(config, D, E, "embed", "value", use_bias=True, rngs=rngs)
+        self.wh1 = linear(config, D, D, "embed", "embed_out", use_bias=True, rngs=rngs)
+        self.wh2 = linear(config, E, D, "value", "embed", use_bias=False, rngs=rngs)
+        self.gamma = parameter(jnp.zeros((2, Z), config.param_dtype), None, "query")
+        self.beta = parameter(jnp.zeros((2, Z), config.param_dtype), None, "query")
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        places: TokenPlaces,
+        *,
+        cache: LayerCache | None = None,
+        dropout_key: PRNGKey | None = None,
+    ) -> AttentionOutput:
+        """Attends within chunks; with `cache`, continues it and returns the new one."""
+        config = self.config
+        hidden_key, attention_key, gate_key, output_key = split_key(dropout_key, 4)
+        u, norm_state = self.timenorm(
+            x, segment_ids=places.segment_ids, state=None if cache is None else cache.norm
+        )
+        averaged, cema_state = self.cema(
+            u, segment_ids=places.segment_ids, state=None if cache is None else cache.cema
+        )
+        m = dropout(self.rmsnorm(averaged), config.hidden_dropout, hidden_key)
+        query, key = self._queries_and_keys(m, places.rotation)
+        value = jax.nn.silu(self.wv(u)).reshape(
+            *u.shape[:2], config.num_heads, config.value_head_dim
+        )
+        attended, keys_and_values = chunk_attention(
+            query,
+            key,
+            value,
+            chunk_size=config.chunk_size,
+            positions=places.positions,
+            segment_ids=places.segment_ids,
+            cache=None if cache is None else cache.keys_and_values,
+            dropout=self._attention_dropout(attention_key),
+            implementation=config.attention_implementation,
+        )
+        gated = attended.reshape(*u.shape[:2], -1) * jax.nn.silu(self.wr(m))
+        out = self.wh1(m) + self.wh2(dropout(gated, config.hidden_dropout, gate_key))
+        new_cache = None
+        if cache is not None and keys_and_values is not None:
+            new_cache = LayerCache(keys_and_values, norm_state, cema_state)
+        return AttentionOutput(dropout(out, config.dropout, output_key), new_cache)
+
+    def _queries_and_keys(self, m: Float[Array, "B L D"], by: Rotation) -> tuple[Array, Array]:
+        config = self.config
+        heads = (config.num_heads, config.head_dim)
+        z = rms_normalize(self.wz(m).reshape(*m.shape[:2], *heads), config.norm_eps)
+        # As released, both sides carry 1/sqrt(d), and the scores get no scale of their own.
+        scale = (1.0 + self.gamma[...].astype(z.dtype)) / math.sqrt(config.head_dim)
+        offset = self.beta[...].astype(z.dtype)
+        query, key = (
+            rotate(z * scale[i].reshape(heads) + offset[i].reshape(heads), by).astype(config.dtype)
+            for i in (0, 1)
+        )
+        return query, key
+
+    def _attention_dropout(self, key: PRNGKey | None) -> AttentionDropout | None:
+        if key is None or self.config.attention_dropout == 0.0:
+            return None
+        return AttentionDropout(
+            rate=self.config.attention_dropout, key=key, mode=self.config.attention_dropout_mode
+        )

@@ -1,0 +1,40 @@
+"""One block: gated chunk attention, then a feed-forward network, joined by the two-hop residual."""
+
+from typing import NamedTuple
+
+from flax import nnx
+
+from megalodon_jax.cache import LayerCache
+from megalodon_jax.config import ModelConfig
+from megalodon_jax.modules.attention import MegaAttention, TokenPlaces
+from megalodon_jax.modules.dropout import split_key
+from megalodon_jax.modules.feed_forward import FeedForward
+from megalodon_jax.typing import Array, Float, PRNGKey
+
+
+class BlockOutput(NamedTuple):
+    """A block's output and, when streaming, its new state."""
+
+    x: Float[Array, "B L D"]
+    cache: LayerCache | None
+
+
+class Block(nnx.Module):
+    """y = x + attention(x); out = x + feed_forward(y): the second residual skips both hops."""
+
+    def __init__(self, config: ModelConfig, rescale_start: Array | float, *, rngs: nnx.Rngs):
+        self.mega = MegaAttention(config, rngs=rngs)
+        self.nffn = FeedForward(config, rescale_start, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        places: TokenPlaces,
+        *,
+        cache: LayerCache | None = None,
+        dropout_key: PRNGKey | None = None,
+    ) -> BlockOutput:
+        """Transforms x (B, L, D); with `cache`, continues the documents it remembers."""
+        attention_key, ffn_key = split_key(dropout_key, 2)
+        attended, cache = self.mega(x, places, cache=cache, dropout_key=attention_key)
+        return BlockOutput(x + self.nffn(x + attended, dropout_key=ffn_key), cache)

@@ -1,0 +1,58 @@
+"""CEMA as a Flax module; the operation is `pallas_kernels.cema`."""
+
+import math
+
+import jax
+from flax import nnx
+from jax import numpy as jnp
+
+from megalodon_jax.config import ModelConfig
+from megalodon_jax.modules.parameters import parameter, truncated_normal
+from megalodon_jax.typing import Array, Complex64, Float, Int32
+from pallas_kernels.cema import CemaOutput, CemaParams, cema
+
+
+class CEMA(nnx.Module):
+    """Complex exponential moving average of every channel, N orders each (Ma et al. 2024, eq. 2-3).
+
+    h[t] = q * h[t-1] + p * x[t],  y[t] = Re(sum_n gamma_n h[t, n]) / sqrt(N) + omega * x[t], with
+    p = sigmoid(alpha), |q| = 1 - sigmoid(alpha) sigmoid(delta) and
+    angle n * sigmoid(theta) * 2 pi / N for n = 1..N. Parameters stay float32 whatever the model's
+    `param_dtype` is: the memory of a channel hangs on the last bits of q.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        D, N = config.model_dim, config.cema_ndim
+        self.implementation = config.cema_implementation
+        self.alpha = parameter(0.2 * jax.random.normal(rngs.params(), (D, N)), "embed", None)
+        self.delta = parameter(0.2 * jax.random.normal(rngs.params(), (D, N)), "embed", None)
+        self.theta = parameter(_theta_start(rngs.params(), D), "embed")
+        gamma = jax.random.normal(rngs.params(), (D, N))
+        self.gamma = parameter(jnp.stack([gamma, jnp.zeros_like(gamma)], -1), "embed", None, None)
+        self.omega = parameter(truncated_normal(0.25, 1.0)(rngs.params(), (D,)), "embed")
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        *,
+        segment_ids: Int32[Array, "B L"] | None = None,
+        state: Complex64[Array, "B D N"] | None = None,
+    ) -> CemaOutput:
+        """Averages x over time; see `pallas_kernels.cema.cema` for the arguments."""
+        params = CemaParams(
+            self.alpha[...], self.delta[...], self.theta[...], self.gamma[...], self.omega[...]
+        )
+        return cema(
+            x,
+            params,
+            state=state,
+            segment_ids=segment_ids,
+            implementation=self.implementation,
+        )
+
+
+def _theta_start(key: Array, D: int) -> Array:
+    """Logits of D frequencies, geometric from 1/D to almost 1, in random order over channels."""
+    k = jax.random.permutation(key, jnp.arange(1, D + 1))
+    log_frequency = -math.log(D) / D * k.astype(jnp.float32)
+    return log_frequency - jnp.log(-jnp.expm1(log_frequency))

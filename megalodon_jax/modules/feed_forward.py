@@ -1,0 +1,50 @@
+"""The normalized feed-forward network, the second hop of a block."""
+
+import jax
+from flax import nnx
+from jax import numpy as jnp
+
+from megalodon_jax.config import ModelConfig
+from megalodon_jax.modules.dropout import dropout, split_key
+from megalodon_jax.modules.norms import LayerNorm
+from megalodon_jax.modules.parameters import linear, parameter
+from megalodon_jax.typing import Array, Float, PRNGKey
+
+
+class FeedForward(nnx.Module):
+    """silu(n W1) W2, or (silu(n W1) * (n W3)) W2 with SwiGLU, where n = LayerNorm(y); no biases.
+
+    With `rescale_nffn` the result is multiplied by a learned vector `alpha` that starts at
+    `rescale_start`.
+    """
+
+    def __init__(self, config: ModelConfig, rescale_start: Array | float, *, rngs: nnx.Rngs):
+        D, F = config.model_dim, config.ffn_hidden_dim
+        self.hidden_dropout = config.hidden_dropout
+        self.output_dropout = config.dropout
+        self.norm = LayerNorm(config)
+        self.fc1 = linear(config, D, F, "embed", "ffn", use_bias=False, rngs=rngs)
+        self.fc2 = linear(config, F, D, "ffn", "embed", use_bias=False, rngs=rngs)
+        self.fc3 = (
+            linear(config, D, F, "embed", "ffn", use_bias=False, rngs=rngs)
+            if config.swiglu
+            else None
+        )
+        self.alpha = (
+            parameter(jnp.full(D, rescale_start, config.param_dtype), "embed")
+            if config.rescale_nffn
+            else None
+        )
+
+    def __call__(
+        self, y: Float[Array, "B L D"], *, dropout_key: PRNGKey | None = None
+    ) -> Float[Array, "B L D"]:
+        """The network's output, before the residual is added."""
+        hidden_key, output_key = split_key(dropout_key, 2)
+        normed = self.norm(y)
+        hidden = jax.nn.silu(self.fc1(normed))
+        if self.fc3 is not None:
+            hidden = hidden * self.fc3(normed)
+        out = self.fc2(dropout(hidden, self.hidden_dropout, hidden_key))
+        out = dropout(out, self.output_dropout, output_key)
+        return out if self.alpha is None else out * self.alpha[...].astype(out.dtype)

@@ -1,0 +1,31 @@
+"""Rotary position embedding (Su et al. 2021) on adjacent pairs of features."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jax import numpy as jnp
+
+from megalodon_jax.typing import Array, Float, Float32, Int32
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of every token's angles; the leading axis is 1 where rows agree."""
+
+    cos: Float32[Array, "B L half"]
+    sin: Float32[Array, "B L half"]
+
+
+def rotation(positions: Int32[Array, "B L"], head_dim: int, base: float) -> Rotation:
+    """Angles position * base^(-2j / head_dim) for the pairs j = 0 .. head_dim/2 - 1."""
+    frequencies = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    angles = positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: Float[Array, "B L H d"], by: Rotation) -> Float[Array, "B L H d"]:
+    """Turns each pair (x[2j], x[2j+1]) by its angle, in float32; the result has x's type."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = by.cos[:, :, None, :], by.sin[:, :, None, :]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)

@@ -1,0 +1,78 @@
+"""TimestepNorm as a Flax module; the operation is `pallas_kernels.timestep_norm`."""
+
+from flax import nnx
+from jax import numpy as jnp
+
+from megalodon_jax.config import ModelConfig
+from megalodon_jax.modules.parameters import parameter
+from megalodon_jax.typing import Array, Float, Int32
+from pallas_kernels.timestep_norm import (
+    TimestepNormOutput,
+    TimestepNormState,
+    timestep_norm,
+)
+
+
+class TimestepNorm(nnx.Module):
+    """Group normalization by the moments of all tokens so far (Ma et al. 2024, section 3.2).
+
+    y[t] = (x[t] - mean[t]) / sqrt(var[t] + eps) * (1 + weight) + bias, where mean and var run over
+    all features of a group in all tokens 0..t of the document. `weight` and `bias` are always
+    learned, as released. With `config.norm_prior_count` > 0 every document starts from learned
+    moments that count as so many tokens.
+    """
+
+    def __init__(self, config: ModelConfig):
+        self.num_groups = config.norm_num_groups
+        self.eps = config.norm_eps
+        self.dtype = config.dtype
+        self.implementation = config.timestep_norm_implementation
+        self.weight = parameter(jnp.zeros(config.model_dim, config.param_dtype), "embed")
+        self.bias = parameter(jnp.zeros(config.model_dim, config.param_dtype), "embed")
+        self.prior_count = config.norm_prior_count
+        self.prior_mean = self.prior_logv = None
+        if self.prior_count > 0:
+            self.prior_mean = parameter(jnp.zeros(self.num_groups, jnp.float32), "norm_groups")
+            self.prior_logv = parameter(jnp.zeros(self.num_groups, jnp.float32), "norm_groups")
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        *,
+        segment_ids: Int32[Array, "B L"] | None = None,
+        state: TimestepNormState | None = None,
+    ) -> TimestepNormOutput:
+        """Normalizes x; see `pallas_kernels.timestep_norm.timestep_norm` for the arguments."""
+        y, state = timestep_norm(
+            x,
+            1.0 + self.weight[...].astype(jnp.float32),
+            self.bias[...].astype(jnp.float32),
+            num_groups=self.num_groups,
+            eps=self.eps,
+            state=state,
+            prior=self._prior(),
+            segment_ids=segment_ids,
+            implementation=self.implementation,
+        )
+        return TimestepNormOutput(y.astype(self.dtype), state)
+
+    def init_state(self, batch_size: int) -> TimestepNormState:
+        """The state of a document that has not begun."""
+        prior = self._prior()
+        if prior is None:
+            zeros = jnp.zeros((batch_size, self.num_groups), jnp.float32)
+            return TimestepNormState(jnp.zeros(batch_size, jnp.int32), zeros, zeros)
+        return TimestepNormState(
+            jnp.broadcast_to(prior.count, (batch_size,)),
+            jnp.broadcast_to(prior.mean, (batch_size, self.num_groups)),
+            jnp.broadcast_to(prior.var, (batch_size, self.num_groups)),
+        )
+
+    def _prior(self) -> TimestepNormState | None:
+        if self.prior_mean is None or self.prior_logv is None:
+            return None
+        return TimestepNormState(
+            jnp.asarray(self.prior_count, jnp.int32),
+            self.prior_mean[...],
+            jnp.exp(self.prior_logv[...]),
+        )
