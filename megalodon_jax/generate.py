@@ -248,13 +248,20 @@ def _prefill(
     # Powers of two, so that a few compiled sizes serve all short prompts.
     piece = min(config.chunk_size, 1 << max(P - 1, 15).bit_length())
     padded = np.pad(prompts, ((0, 0), (0, -P % piece)))
-    cache = model.init_cache(B)
+    cache = fresh_cache(graphdef, params, B)
     last = jnp.zeros((B, config.num_outputs), jnp.float32)
     for start in range(0, P, piece):
         left = jnp.asarray(lengths - start)
         tokens = padded[:, start : start + piece]
         cache, last = _prefill_piece(graphdef, params, cache, tokens, left, last)
     return _Decoding(cache, last, jnp.zeros(B, bool), jnp.zeros((), jnp.int32))
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def fresh_cache(graphdef: nnx.GraphDef, params: nnx.State, batch_size: int) -> Cache:
+    """`Megalodon.init_cache`, jitted: every array has memory of its own, so all may be donated."""
+    model: Megalodon = nnx.merge(graphdef, params)
+    return model.init_cache(batch_size)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -15,6 +15,7 @@ from megalodon_jax.data.errors import DataError
 from megalodon_jax.data.packing import CountedBatch
 from megalodon_jax.data.sources import open_source
 from megalodon_jax.data.tokenizer import Tokenizer
+from megalodon_jax.generate import fresh_cache
 from megalodon_jax.loss import LossOutput, cross_entropy
 from megalodon_jax.model import Megalodon
 from megalodon_jax.training.step import EvalStep
@@ -125,7 +126,7 @@ def evaluate_documents(
     counter = _ByteCounter(texts)
     streams = (_stream(tokenizer, text) for text in counter)
     graphdef, params = nnx.split(model)
-    cache = model.init_cache(batch_size)
+    cache = fresh_cache(graphdef, params, batch_size)
     sums: list[LossOutput] = []
     for batch in streaming_batches(streams, batch_size=batch_size, length=piece_length):
         piece_sums, cache = _streaming_step(graphdef, params, cache, batch)

@@ -289,6 +289,7 @@ class _Run:
         jax.block_until_ready(self.window[-1])
         self.display.message(f"first step, with compilation: {self.clock.seconds():.1f} s")
         self.clock.restart()
+        self.display.restart(self.step)
         # Its time is the compiler's, so its tokens do not count for speed.
         self.timed_tokens = -float(self.window[-1].tokens)
 

@@ -156,6 +156,10 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.stop()
 
+    def restart(self, step: int) -> None:
+        """Estimates the time left from here on (compilation is over)."""
+        self._first_step, self._started = step, time.monotonic()
+
     def advance(self, step: int) -> None:
         """Moves the bar to `step`; nothing without a terminal."""
         if self._bar is not None:
@@ -166,9 +170,11 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
             return
-        seconds = time.monotonic() - self._started
-        left = seconds / max(step - self._first_step, 1) * (self._steps - step)
-        print(f"step {step}/{self._steps}  {numbers}  left {format_seconds(left)}", flush=True)
+        left = ""
+        if step > self._first_step:
+            seconds = (time.monotonic() - self._started) / (step - self._first_step)
+            left = f"  left {format_seconds(seconds * (self._steps - step))}"
+        print(f"step {step}/{self._steps}  {numbers}{left}", flush=True)
 
     def message(self, text: str) -> None:
         """Prints a line that stays."""

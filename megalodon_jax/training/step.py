@@ -117,7 +117,7 @@ def make_train_step(graphdef: nnx.GraphDef, config: TrainConfig) -> TrainStep:
             loss=sums.loss_sum / weight,
             z_loss=sums.z_loss_sum / weight,
             accuracy=sums.correct_sum / weight,
-            grad_norm=jnp.asarray(optax.global_norm(gradient)),
+            grad_norm=jnp.asarray(optax.tree.norm(gradient)),
             learning_rate=schedule(state.step),
             tokens=sums.weight_sum,
         )
