@@ -43,13 +43,13 @@ def chunk_attention(
       positions: each token's position in its document, consecutive inside a document. None means
         0..L-1 in every row, which needs no mask per token: without segments and cache only.
       segment_ids: documents of a row numbered 1, 2, ...; a document's tokens are contiguous. 0 is
-        padding: its output is 0, and its k and v are ignored. None: one document, no padding. With a
-        cache, padding comes after the tokens, if there is any.
+        padding: its output is 0, and its k and v are ignored. None: one document, no padding. If
+        there is a cache, padding only comes after a row's tokens.
       cache: tokens of the current chunk before the row's first token, whose position is
         positions[:, 0]. It counts for the row's first document only.
       dropout: drops attention at random; None does not.
-      implementation: "reference" (dense, L x (C + L) scores), "xla" (blocks, any platform), or None:
-        "xla".
+      implementation: "reference" (dense, L x (C + L) scores), "xla" (blocks, any platform), or
+        None: "xla".
 
     Returns:
       The outputs, and the next cache if one came in. A row of padding alone keeps its cache.
@@ -113,7 +113,8 @@ def _check_cache(cache: KeyValueCache, k: Array, v: Array, chunk_size: int) -> N
 def _check_dropout(dropout: AttentionDropout) -> None:
     if not 0.0 <= dropout.rate < 1.0:
         raise ValueError(f"dropout.rate is {dropout.rate}; must be in [0, 1)")
-    if dropout.mode not in get_args(DropoutMode):
+    modes = get_args(DropoutMode)
+    if dropout.mode not in modes:
         raise ValueError(
-            f"dropout.mode is {dropout.mode!r}; use one of {', '.join(map(repr, get_args(DropoutMode)))}"
+            f"dropout.mode is {dropout.mode!r}; use one of {', '.join(map(repr, modes))}"
         )

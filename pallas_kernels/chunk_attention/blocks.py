@@ -57,7 +57,7 @@ class BlockPlan:
         B, L, H, _ = q_shape
         block = min(chunk_size, L)
         blocks = -(-L // block)
-        # 8 tiles do 9/16 of a dense chunk's work (1/2 is the least); tiles under 128 only cost time.
+        # 8 tiles do 9/16 of a dense chunk's work (the least is 1/2); tiles under 128 cost time.
         tile = min(block, max(128, -(-block // 8)))
         scores = B * H * tile * (left + block)
         largest = max(1, _LARGEST_SCORES // scores)

@@ -16,7 +16,7 @@ DropoutMode = Literal["softmax", "dropkey"]
 class KeyValueCache(NamedTuple):
     """Keys and values of the chunk a row is in; slot j is the token at position j of the chunk.
 
-    Slots at or after the row's position modulo C hold nothing and are ignored whatever they contain.
+    Slots at or after the row's position modulo C hold no token and are ignored, whatever is there.
 
     Attributes:
       key: keys after RoPE.
@@ -36,8 +36,8 @@ class AttentionDropout:
       rate: dropped fraction, in [0, 1).
       key: PRNG key.
       mode: `softmax` zeroes weights after the softmax and divides the others by 1 - rate; `dropkey`
-        removes keys from the softmax (scores of -inf) and rescales nothing. With `dropkey` a token's
-        own key is never dropped, so that a softmax always has at least one key.
+        removes keys from the softmax (scores of -inf) and rescales nothing. With `dropkey` a
+        token's own key is never dropped, so that a softmax always has at least one key.
     """
 
     rate: float = dataclasses.field(metadata={"static": True})
@@ -63,7 +63,7 @@ def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    """Full precision for float32 and wider: TF32 or bfloat16 passes only where operands are bfloat16."""
+    """Full precision, no TF32 and no bfloat16 passes, unless the operands are narrower already."""
     if dtype in (jnp.float32, jnp.float64):
         return jax.lax.Precision.HIGHEST
     return jax.lax.Precision.DEFAULT

@@ -1,4 +1,4 @@
-"""Chunk attention by its definition: one dense masked softmax. Slow; float64 in, float64 through."""
+"""Chunk attention by its definition: one dense masked softmax. Slow; float64 stays float64."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
