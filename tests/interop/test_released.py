@@ -40,8 +40,9 @@ def test_round_trip_is_exact(name: str):
 
 def test_round_trip_with_prior_and_without_affine_norms():
     config = ModelConfig(
-        num_layers=2, model_dim=16, z_dim=8, value_dim=16, num_heads=2, ffn_hidden_dim=24, cema_ndim=4,
-        chunk_size=8, vocab_size=11, norm_num_groups=4, norm_prior_count=3, norm_affine=False,
+        num_layers=2, model_dim=16, z_dim=8, value_dim=16, num_heads=2, ffn_hidden_dim=24,
+        cema_ndim=4, chunk_size=8, vocab_size=11, norm_num_groups=4, norm_prior_count=3,
+        norm_affine=False,
     )  # fmt: skip
     rng = np.random.default_rng(0)
     outside, per_block = released_entries(config)
@@ -91,14 +92,15 @@ def split(golden: GoldenModel, ranks: int) -> list[dict[str, np.ndarray]]:
     axis_by_suffix = {
         "embed.weight": 1, "output.output.weight": 1, "wh2.weight": 1, "fc2.weight": 1,
         "mega.gamma": 1, "mega.beta": 1, "rope.freqs": None, "prior_count": None,
-        "rmsnorm.weight": None, "nffn.norm.weight": None, "nffn.norm.bias": None, "nffn.alpha": None,
+        "rmsnorm.weight": None, "nffn.norm.weight": None, "nffn.norm.bias": None,
+        "nffn.alpha": None,
     }  # fmt: skip
     shards: list[dict[str, np.ndarray]] = [{} for _ in range(ranks)]
     for key, value in golden.state_dict.items():
         axis = next((a for s, a in axis_by_suffix.items() if key.endswith(s)), 0)
         parts = [value] * ranks if axis is None else np.split(value, ranks, axis)
         for shard, part in zip(shards, parts):
-            shard[key] = part
+            shard[key] = part.copy()
     return shards
 
 

@@ -1,0 +1,10 @@
+"""Causal attention inside chunks of a document, with a cache of the current chunk."""
+
+from pallas_kernels.chunk_attention.api import chunk_attention
+from pallas_kernels.chunk_attention.interface import (
+    AttentionDropout,
+    ChunkAttentionOutput,
+    KeyValueCache,
+)
+
+__all__ = ["AttentionDropout", "ChunkAttentionOutput", "KeyValueCache", "chunk_attention"]

@@ -1,0 +1,120 @@
+"""The public function of chunk attention."""
+
+from typing import Literal, get_args
+
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.chunk_attention import reference, xla
+from pallas_kernels.chunk_attention.interface import (
+    AttentionDropout,
+    ChunkAttentionOutput,
+    DropoutMode,
+    KeyValueCache,
+)
+
+Implementation = Literal["reference", "xla"]
+
+_IMPLEMENTATIONS = {"reference": reference.chunk_attention, "xla": xla.chunk_attention}
+
+
+def chunk_attention(
+    q: Float[Array, "B L H Dk"],
+    k: Float[Array, "B L H Dk"],
+    v: Float[Array, "B L H Dv"],
+    *,
+    chunk_size: int,
+    positions: Int32[Array, "B L"] | None = None,
+    segment_ids: Int32[Array, "B L"] | None = None,
+    cache: KeyValueCache | None = None,
+    dropout: AttentionDropout | None = None,
+    implementation: Implementation | None = None,
+) -> ChunkAttentionOutput:
+    """Causal softmax attention inside chunks: o[t] = Σ_s softmax_s(q[t]·k[s]) v[s].
+
+    s runs over the tokens of t's document and chunk up to t; a token's chunk is position // C. The
+    scores are not scaled (Ma et al. 2024, section 3.3, as released: the scale is in q). The softmax
+    is float32 (float64 for float64 operands).
+
+    Args:
+      q: queries after RoPE.
+      k: keys after RoPE.
+      v: values.
+      chunk_size: tokens C in a chunk, at least 1.
+      positions: each token's position in its document, consecutive inside a document. None means
+        0..L-1 in every row, which needs no mask per token: without segments and cache only.
+      segment_ids: documents of a row numbered 1, 2, ...; a document's tokens are contiguous. 0 is
+        padding: its output is 0, and its k and v are ignored. None: one document, no padding. If
+        there is a cache, padding only comes after a row's tokens.
+      cache: tokens of the current chunk before the row's first token, whose position is
+        positions[:, 0]. It counts for the row's first document only.
+      dropout: drops attention at random; None does not.
+      implementation: "reference" (dense, L x (C + L) scores), "xla" (blocks, any platform), or
+        None: "xla".
+
+    Returns:
+      The outputs, and the next cache if one came in. A row of padding alone keeps its cache.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit together, positions are missing, or the implementation
+        does not exist.
+    """
+    _check_operands(q, k, v, chunk_size)
+    _check_rows(q, positions, segment_ids, cache is not None)
+    if cache is not None:
+        _check_cache(cache, k, v, chunk_size)
+    if dropout is not None:
+        _check_dropout(dropout)
+    name = "xla" if implementation is None else implementation
+    if name not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"chunk attention has no implementation {implementation!r}; "
+            f"use one of {', '.join(map(repr, _IMPLEMENTATIONS))} or None"
+        )
+    return _IMPLEMENTATIONS[name](q, k, v, chunk_size, positions, segment_ids, cache, dropout)
+
+
+def _check_operands(q: Array, k: Array, v: Array, chunk_size: int) -> None:
+    if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or q.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; "
+            "expected (B, L, H, Dk), (B, L, H, Dk), (B, L, H, Dv)"
+        )
+    if q.shape[1] < 1:
+        raise ValueError(f"q has shape {q.shape}: a row needs at least one token")
+    if q.dtype != k.dtype:
+        raise ValueError(f"q and k are {q.dtype} and {k.dtype}; cast them to one dtype")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; must be at least 1")
+
+
+def _check_rows(
+    q: Array, positions: Array | None, segment_ids: Array | None, with_cache: bool
+) -> None:
+    for name, array in (("positions", positions), ("segment_ids", segment_ids)):
+        if array is not None and array.shape != q.shape[:2]:
+            raise ValueError(f"{name} has shape {array.shape}; expected {q.shape[:2]} as q's rows")
+    if positions is None and (segment_ids is not None or with_cache):
+        raise ValueError(
+            "positions are None, which means 0..L-1 in every row; with segment_ids or a cache pass "
+            "each token's position in its document"
+        )
+
+
+def _check_cache(cache: KeyValueCache, k: Array, v: Array, chunk_size: int) -> None:
+    for name, held, new in (("key", cache.key, k), ("value", cache.value, v)):
+        expected = (new.shape[0], chunk_size, *new.shape[2:])
+        if held.shape != expected or held.dtype != new.dtype:
+            raise ValueError(
+                f"cache.{name} is {held.dtype}{held.shape}; expected {new.dtype}{expected}: "
+                "the rows, heads and dtype of the new tokens, chunk_size slots"
+            )
+
+
+def _check_dropout(dropout: AttentionDropout) -> None:
+    if not 0.0 <= dropout.rate < 1.0:
+        raise ValueError(f"dropout.rate is {dropout.rate}; must be in [0, 1)")
+    modes = get_args(DropoutMode)
+    if dropout.mode not in modes:
+        raise ValueError(
+            f"dropout.mode is {dropout.mode!r}; use one of {', '.join(map(repr, modes))}"
+        )

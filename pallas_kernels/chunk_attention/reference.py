@@ -1,0 +1,133 @@
+"""Chunk attention by its definition: one dense masked softmax. Slow; float64 stays float64."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels.chunk_attention.interface import (
+    AttentionDropout,
+    ChunkAttentionOutput,
+    KeyValueCache,
+    accumulation_dtype,
+    dropout_masks,
+    last_token,
+    matmul_precision,
+)
+
+
+def chunk_attention(
+    q: Float[Array, "B L H Dk"],
+    k: Float[Array, "B L H Dk"],
+    v: Float[Array, "B L H Dv"],
+    chunk_size: int,
+    positions: Int32[Array, "B L"] | None,
+    segment_ids: Int32[Array, "B L"] | None,
+    cache: KeyValueCache | None,
+    dropout: AttentionDropout | None,
+) -> ChunkAttentionOutput:
+    """The definition: L x (C + L) scores and a mask. Arguments as in `api.chunk_attention`."""
+    B, L = q.shape[:2]
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
+    if segment_ids is None:
+        segment_ids = jnp.ones((B, L), jnp.int32)
+    allowed = _allowed_among_tokens(positions, segment_ids, chunk_size)
+    own = jnp.broadcast_to(jnp.eye(L, dtype=bool), (B, L, L))
+    keys, values = k, v
+    if cache is not None:
+        held = jnp.arange(chunk_size) < positions[:, :1] % chunk_size
+        in_cache = _allowed_in_cache(positions, segment_ids, held, chunk_size)
+        allowed = jnp.concatenate([in_cache, allowed], axis=2)
+        own = jnp.concatenate([jnp.zeros_like(in_cache), own], axis=2)
+        held = held[:, :, None, None]
+        keys = jnp.concatenate([jnp.where(held, cache.key, 0), k], axis=1)
+        values = jnp.concatenate([jnp.where(held, cache.value, 0), v], axis=1)
+    out = _masked_softmax_attention(q, keys, values, allowed[:, None], own[:, None], dropout)
+    if cache is not None:
+        cache = _next_cache(k, v, chunk_size, positions, segment_ids, cache)
+    return ChunkAttentionOutput(out, cache)
+
+
+def _allowed_among_tokens(
+    positions: Int32[Array, "B L"], segment_ids: Int32[Array, "B L"], chunk_size: int
+) -> Bool[Array, "B L L"]:
+    chunk = positions // chunk_size
+    index = jnp.arange(positions.shape[1])
+    return (
+        (index[None, :, None] >= index[None, None, :])
+        & (chunk[:, :, None] == chunk[:, None, :])
+        & (segment_ids[:, :, None] == segment_ids[:, None, :])
+        & (segment_ids[:, :, None] != 0)
+    )
+
+
+def _allowed_in_cache(
+    positions: Int32[Array, "B L"],
+    segment_ids: Int32[Array, "B L"],
+    held: Bool[Array, "B C"],
+    chunk_size: int,
+) -> Bool[Array, "B L C"]:
+    chunk = positions // chunk_size
+    continues = (segment_ids == segment_ids[:, :1]) & (segment_ids != 0) & (chunk == chunk[:, :1])
+    return continues[:, :, None] & held[:, None, :]
+
+
+def _masked_softmax_attention(
+    q: Float[Array, "B L H Dk"],
+    k: Float[Array, "B S H Dk"],
+    v: Float[Array, "B S H Dv"],
+    allowed: Bool[Array, "B 1 L S"],
+    own: Bool[Array, "B 1 L S"],
+    dropout: AttentionDropout | None,
+) -> Float[Array, "B L H Dv"]:
+    wide = accumulation_dtype(q.dtype)
+    precision = matmul_precision(q.dtype)
+    scores = jnp.einsum("blhd,bshd->bhls", q, k, precision=precision, preferred_element_type=wide)
+    factor = None
+    if dropout is not None and dropout.rate > 0:
+        kept, factor = dropout_masks(dropout, scores.shape, own)
+        allowed = allowed if kept is None else allowed & kept
+    # A row without keys (padding) takes a softmax over equal finite scores, then is set to 0, so
+    # that neither its output nor any gradient is NaN.
+    scores = jnp.where(allowed, scores, jnp.finfo(wide).min)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    weights = jnp.where(allowed, weights, 0)
+    if factor is not None:
+        weights = weights * factor
+    return jnp.einsum(
+        "bhls,bshd->blhd",
+        weights.astype(v.dtype),
+        v,
+        precision=precision,
+        preferred_element_type=wide,
+    ).astype(v.dtype)
+
+
+def _next_cache(
+    k: Float[Array, "B L H Dk"],
+    v: Float[Array, "B L H Dv"],
+    chunk_size: int,
+    positions: Int32[Array, "B L"],
+    segment_ids: Int32[Array, "B L"],
+    cache: KeyValueCache,
+) -> KeyValueCache:
+    slot = jnp.arange(chunk_size)
+    last, position = last_token(positions, segment_ids)
+    document = jnp.take_along_axis(segment_ids, jnp.maximum(last, 0)[:, None], axis=1)
+    chunk = (position // chunk_size)[:, None]
+    full = ((position + 1) % chunk_size == 0)[:, None]
+
+    current = (segment_ids == document) & (positions // chunk_size == chunk)
+    fills = current[:, None, :] & (positions[:, None, :] % chunk_size == slot[None, :, None])
+    first_document = (document == segment_ids[:, :1]) & (chunk == positions[:, :1] // chunk_size)
+    stays = first_document & (slot < positions[:, :1] % chunk_size)
+
+    def update(new: Array, old: Array) -> Array:
+        placed = jnp.einsum(
+            "bcl,blhd->bchd", fills.astype(new.dtype), new, precision=matmul_precision(new.dtype)
+        )
+        written = jnp.where(stays[:, :, None, None], old, placed)
+        written = jnp.where(full[:, :, None, None], 0, written)
+        return jnp.where((last < 0)[:, None, None, None], old, written)
+
+    return KeyValueCache(update(k, cache.key), update(v, cache.value))

@@ -1,0 +1,6 @@
+"""TimestepNorm: group normalization by the moments of all tokens so far."""
+
+from pallas_kernels.timestep_norm.api import timestep_norm
+from pallas_kernels.timestep_norm.interface import TimestepNormOutput, TimestepNormState
+
+__all__ = ["TimestepNormOutput", "TimestepNormState", "timestep_norm"]

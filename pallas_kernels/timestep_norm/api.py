@@ -1,0 +1,122 @@
+"""The public function of TimestepNorm."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.timestep_norm import reference, xla
+from pallas_kernels.timestep_norm.interface import (
+    TimestepNormOutput,
+    TimestepNormState,
+    moments_dtype,
+)
+
+Implementation = Literal["reference", "xla"]
+
+_IMPLEMENTATIONS = {"reference": reference.timestep_norm, "xla": xla.timestep_norm}
+
+
+def timestep_norm(
+    x: Float[Array, "B L D"],
+    scale: Float[Array, " D"],
+    bias: Float[Array, " D"],
+    *,
+    num_groups: int,
+    eps: float = 1e-5,
+    state: TimestepNormState | None = None,
+    prior: TimestepNormState | None = None,
+    segment_ids: Int32[Array, "B L"] | None = None,
+    implementation: Implementation | None = None,
+) -> TimestepNormOutput:
+    """y[t] = (x[t] - mean[t]) / sqrt(var[t] + eps) * scale + bias, moments over all tokens 0..t.
+
+    mean[t] and var[t] are those of all numbers of a group of D/G features in the tokens of the
+    document up to and including t (Ma et al. 2024, section 3.2, as released), together with the
+    numbers that the starting state stands for.
+
+    Args:
+      x: input.
+      scale: the multiplier itself; where a stored weight is scale - 1, pass 1 + weight.
+      bias: added last.
+      num_groups: groups G; divides D.
+      eps: added to the variance.
+      state: count (B,), mean and var (B, G) before the row's first token; the row's first document
+        continues them, in place of the prior.
+      prior: count (), mean and var (G,): what every document starts from. None: from nothing.
+      segment_ids: documents of a row numbered 1, 2, ... in order; 0 is padding, between documents
+        or inside one: its y is 0, and the state waits. None: one document, no padding.
+      implementation: "reference" (token by token), "xla" (parallel over tokens, any platform), or
+        None: "xla".
+
+    Returns:
+      y, and the moments after each row's last token. A row of padding alone keeps its state.
+
+    Raises:
+      ValueError: shapes do not fit together, or the implementation does not exist.
+    """
+    _check_shapes(x, scale, bias, num_groups, segment_ids)
+    B = x.shape[0]
+    if state is not None:
+        _check_state("state", state, (B,), num_groups)
+    if prior is not None:
+        _check_state("prior", prior, (), num_groups)
+    name = "xla" if implementation is None else implementation
+    if name not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"TimestepNorm has no implementation {implementation!r}; "
+            f"use one of {', '.join(map(repr, _IMPLEMENTATIONS))} or None"
+        )
+    dtype = moments_dtype(x.dtype)
+    prior = _as_moments(_empty_prior(num_groups) if prior is None else prior, dtype)
+    if state is None:
+        state = TimestepNormState(
+            jnp.broadcast_to(prior.count, (B,)),
+            jnp.broadcast_to(prior.mean, (B, num_groups)),
+            jnp.broadcast_to(prior.var, (B, num_groups)),
+        )
+    else:
+        state = _as_moments(state, dtype)
+    return _IMPLEMENTATIONS[name](x, scale, bias, num_groups, eps, state, prior, segment_ids)
+
+
+def _empty_prior(num_groups: int) -> TimestepNormState:
+    zeros = jnp.zeros((num_groups,), jnp.float32)
+    return TimestepNormState(jnp.zeros((), jnp.int32), zeros, zeros)
+
+
+def _as_moments(state: TimestepNormState, dtype: jnp.dtype) -> TimestepNormState:
+    # Moments of nothing may be anything, and 0 times a NaN is a NaN.
+    some = (state.count > 0)[..., None]
+    return TimestepNormState(
+        state.count.astype(jnp.int32),
+        jnp.where(some, state.mean.astype(dtype), 0),
+        jnp.where(some, state.var.astype(dtype), 0),
+    )
+
+
+def _check_shapes(
+    x: Array, scale: Array, bias: Array, num_groups: int, segment_ids: Array | None
+) -> None:
+    if x.ndim != 3 or x.shape[1] < 1:
+        raise ValueError(f"x has shape {x.shape}; expected (B, L, D) with at least one token")
+    D = x.shape[2]
+    if num_groups < 1 or D % num_groups:
+        raise ValueError(f"num_groups {num_groups} does not divide the {D} features of x")
+    if scale.shape != (D,) or bias.shape != (D,):
+        raise ValueError(f"scale and bias have shapes {scale.shape}, {bias.shape}; expected ({D},)")
+    if segment_ids is not None and segment_ids.shape != x.shape[:2]:
+        raise ValueError(
+            f"segment_ids has shape {segment_ids.shape}; expected {x.shape[:2]} as x's rows"
+        )
+
+
+def _check_state(
+    name: str, state: TimestepNormState, batch: tuple[int, ...], num_groups: int
+) -> None:
+    shapes = tuple(jnp.shape(part) for part in state)
+    expected = (batch, (*batch, num_groups), (*batch, num_groups))
+    if shapes != expected:
+        raise ValueError(f"{name} has shapes {shapes}; expected count, mean, var {expected}")
+    if not jnp.issubdtype(state.count.dtype, jnp.integer):
+        raise ValueError(f"{name}.count is {state.count.dtype}; it counts tokens, pass int32")

@@ -1,0 +1,66 @@
+"""TimestepNorm by its definition: a loop over tokens, each merged into the running moments."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.timestep_norm.interface import (
+    TimestepNormOutput,
+    TimestepNormState,
+    document_starts,
+    moments_dtype,
+)
+
+
+def timestep_norm(
+    x: Float[Array, "B L D"],
+    scale: Float[Array, " D"],
+    bias: Float[Array, " D"],
+    num_groups: int,
+    eps: float,
+    state: TimestepNormState,
+    prior: TimestepNormState,
+    segment_ids: Int32[Array, "B L"] | None,
+) -> TimestepNormOutput:
+    """The definition, token by token (merge of Chan et al. 1979). Arguments as in the API."""
+    B, L, D = x.shape
+    if segment_ids is None:
+        segment_ids = jnp.ones((B, L), jnp.int32)
+    starts = document_starts(segment_ids)
+    # The row's first document goes on from `state`; the others start from the prior.
+    resets = starts & (jnp.cumsum(starts, axis=1) > 1)
+    groups = x.astype(moments_dtype(x.dtype)).reshape(B, L, num_groups, D // num_groups)
+
+    def step(carry, token):
+        x, valid, reset = token
+        carry = _where(reset, prior, carry)
+        carry = _where(valid, _merge(carry, x), carry)
+        y = (x - carry.mean[..., None]) * jax.lax.rsqrt(carry.var + eps)[..., None]
+        return carry, y
+
+    tokens = (groups, segment_ids != 0, resets)
+    state, y = jax.lax.scan(step, state, jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), tokens))
+    y = jnp.moveaxis(y, 0, 1).reshape(B, L, D) * scale + bias
+    y = jnp.where((segment_ids != 0)[..., None], y, 0).astype(x.dtype)
+    return TimestepNormOutput(y, state)
+
+
+def _merge(state: TimestepNormState, x: Float[Array, "B G F"]) -> TimestepNormState:
+    count = state.count + 1
+    share = (1 / count.astype(x.dtype))[:, None]
+    mean = x.mean(-1)
+    var = jnp.square(x - mean[..., None]).mean(-1)
+    shift = mean - state.mean
+    return TimestepNormState(
+        count,
+        state.mean + shift * share,
+        (1 - share) * (state.var + share * jnp.square(shift)) + share * var,
+    )
+
+
+def _where(condition: Array, new: TimestepNormState, old: TimestepNormState) -> TimestepNormState:
+    return TimestepNormState(
+        jnp.where(condition, new.count, old.count),
+        jnp.where(condition[:, None], new.mean, old.mean),
+        jnp.where(condition[:, None], new.var, old.var),
+    )
