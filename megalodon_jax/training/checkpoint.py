@@ -115,8 +115,9 @@ class RunCheckpoints:
         self.close()
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints here, oldest first, damaged ones included."""
-        return sorted(self._orbax.all_steps())
+        """Steps of the checkpoints on disk, oldest first, damaged ones included."""
+        # Orbax's own list forgets an old step when a save begins, before that save is complete.
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
 
     def save(
         self,
@@ -236,7 +237,7 @@ class RunCheckpoints:
         # Orbax, TensorStore and the JSON parser raise many types for a truncated or missing file.
         except Exception as error:
             raise CheckpointError(
-                f"checkpoint {self._path(step)} cannot be read: {_first_line(error)}"
+                f"checkpoint {self._path(step)} cannot be read: {_reason(error)}"
             ) from error
         if missing:
             raise CheckpointError(f"checkpoint {self._path(step)} lacks {', '.join(missing)}")
@@ -252,7 +253,7 @@ class RunCheckpoints:
         )
         return CheckpointError(
             f"checkpoint {'' if step is None else self._path(step)} was not written: "
-            f"{_first_line(error)}; {usable}"
+            f"{_reason(error)}; {usable}"
         )
 
 
@@ -379,6 +380,8 @@ def _from_names(abstract: Any, arrays: Mapping[str, Any]) -> Any:
     return jax.tree.unflatten(treedef, [arrays[_name(path)] for path, _ in paths])
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    # The system's own words (no space left, permission denied) stand at the end of a long chain.
+    shortened = text if len(text) <= 300 else f"{text[:100]} ... {text[-180:]}"
+    return f"{type(error).__name__}: {shortened}"
