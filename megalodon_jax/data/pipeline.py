@@ -5,6 +5,7 @@ from typing import Any, Literal, cast
 
 import grain
 import numpy as np
+from absl import flags
 
 from megalodon_jax.config import DataConfig
 from megalodon_jax.data.packing import (
@@ -17,10 +18,11 @@ from megalodon_jax.data.packing import (
 )
 from megalodon_jax.data.sources import Document, Source
 from megalodon_jax.data.tokenizer import Tokenizer
+from megalodon_jax.typing import Batch
 
 # Rows are shuffled within windows of this many tokens, so that one long document does not make many
 # batches in a row by itself. 12 bytes per token are held.
-WINDOW_TOKENS = 1 << 21
+WINDOW_TOKENS = 1 << 20
 # While a window is read no batch can be made, so batches of the one before are kept ready.
 READY_TOKENS = 1 << 20
 READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
@@ -53,7 +55,11 @@ def training_batches(
         num_rows, batch_fn=functools.partial(collate, num_rows=num_rows, kept=slice(None))
     )
     if config.num_workers > 0:
-        return batches.mp_prefetch(grain.MultiprocessingOptions(config.num_workers, 4))
+        # grain reads absl flags there, which raise unless the program has parsed them.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        workers = grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=4)
+        return batches.mp_prefetch(workers).map(_out_of_shared_memory)
     num_ready = max(2, READY_TOKENS // (num_rows * config.seq_len))
     return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=num_ready)
 
@@ -87,6 +93,11 @@ def single_pass_batches(
         batch_fn=functools.partial(collate, num_rows=config.batch_size, kept=kept),
     )
     return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
+
+
+def _out_of_shared_memory(counted: CountedBatch) -> CountedBatch:
+    # Kept batches would hold shared memory open, which is then reported as leaked at exit.
+    return counted._replace(batch=Batch(*(np.array(array) for array in counted.batch)))  # type: ignore[arg-type]
 
 
 class _Tokenize(grain.transforms.MapWithIndex):
