@@ -341,7 +341,9 @@ def config_from_dict(table: Mapping[str, Any]) -> TrainConfig:
     import cattrs
 
     table = dict(table)
-    model = dict(table.get("model", {}))
+    model = table.get("model", {})
+    _require(isinstance(model, Mapping), f"model must be a table, got {model!r}")
+    model = dict(model)
     if preset := model.pop("preset", None):
         base = dataclasses.asdict(ModelConfig.from_preset(preset))
         table["model"] = {**base, **model}

@@ -66,9 +66,10 @@ class Megalodon(nnx.Module):
         )
         self.layers = _stacked_blocks(config, rngs)
         self.final_norm = TimestepNorm(config)
-        self.output = None
-        if not config.share_emb:
-            self.output = nnx.Linear(
+        self.output = (
+            None
+            if config.share_emb
+            else nnx.Linear(
                 config.model_dim,
                 config.num_outputs,
                 use_bias=False,
@@ -77,6 +78,7 @@ class Megalodon(nnx.Module):
                 kernel_metadata=axis_names("embed", "vocab"),
                 **dtypes,
             )
+        )
 
     def __call__(
         self,
@@ -199,7 +201,8 @@ class Megalodon(nnx.Module):
         def run_layer(x, layer):
             state, layer_cache, layer_key = layer
             block = nnx.merge(graphdef, state)
-            return block(x, places, cache=layer_cache, dropout_key=layer_key)
+            out, layer_cache = block(x, places, cache=layer_cache, dropout_key=layer_key)
+            return out, layer_cache
 
         if self.config.remat != "none":
             policy = REMAT_POLICIES[self.config.remat]
@@ -225,11 +228,11 @@ def check_tokens(tokens: Array | np.ndarray, vocab_size: int) -> None:
 def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
     rescale_starts = 0.1 * 0.5 ** jnp.arange(config.num_layers, dtype=jnp.float32)
     make = nnx.vmap(
-        lambda rngs, start: Block(config, start, rngs=rngs),
+        lambda key, start: Block(config, start, rngs=nnx.Rngs(key)),
         in_axes=(0, 0),
         transform_metadata={nnx.PARTITION_NAME: "layers"},
     )
-    return make(rngs.fork(split=config.num_layers), rescale_starts)
+    return make(jax.random.split(rngs.params(), config.num_layers), rescale_starts)
 
 
 def _document_positions(

@@ -11,8 +11,9 @@ from megalodon_jax.cache import LayerCache
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.modules.cema import CEMA
 from megalodon_jax.modules.dropout import dropout, split_key
+from megalodon_jax.modules.linear import Linear
 from megalodon_jax.modules.norms import RMSNorm, rms_normalize
-from megalodon_jax.modules.parameters import linear, parameter
+from megalodon_jax.modules.parameters import parameter
 from megalodon_jax.modules.rotary import Rotation, rotate
 from megalodon_jax.modules.timestep_norm import TimestepNorm
 from megalodon_jax.typing import Array, Float, Int32, PRNGKey
@@ -34,7 +35,7 @@ class TokenPlaces(NamedTuple):
 
 
 class AttentionOutput(NamedTuple):
-    """Output of `MegaAttention`, before the residual is added, and the layer's streaming state."""
+    """Float32 output, before the residual is added, and the layer's new streaming state."""
 
     out: Float[Array, "B L D"]
     cache: LayerCache | None
@@ -54,11 +55,11 @@ class MegaAttention(nnx.Module):
         self.timenorm = TimestepNorm(config)
         self.cema = CEMA(config, rngs=rngs)
         self.rmsnorm = RMSNorm(config)
-        self.wv = linear(config, D, E, "embed", "value", use_bias=True, rngs=rngs)
-        self.wz = linear(config, D, Z, "embed", "query", use_bias=True, rngs=rngs)
-        self.wr = linear(config, D, E, "embed", "value", use_bias=True, rngs=rngs)
-        self.wh1 = linear(config, D, D, "embed", "embed_out", use_bias=True, rngs=rngs)
-        self.wh2 = linear(config, E, D, "value", "embed", use_bias=False, rngs=rngs)
+        self.wv = Linear(config, D, E, ("embed", "value"), use_bias=True, rngs=rngs)
+        self.wz = Linear(config, D, Z, ("embed", "query"), use_bias=True, rngs=rngs)
+        self.wr = Linear(config, D, E, ("embed", "value"), use_bias=True, rngs=rngs)
+        self.wh1 = Linear(config, D, D, ("embed", "embed_out"), use_bias=True, rngs=rngs)
+        self.wh2 = Linear(config, E, D, ("value", "embed"), use_bias=False, rngs=rngs)
         self.gamma = parameter(jnp.zeros((2, Z), config.param_dtype), None, "query")
         self.beta = parameter(jnp.zeros((2, Z), config.param_dtype), None, "query")
 
@@ -81,9 +82,8 @@ class MegaAttention(nnx.Module):
         )
         m = dropout(self.rmsnorm(averaged), config.hidden_dropout, hidden_key)
         query, key = self._queries_and_keys(m, places.rotation)
-        value = jax.nn.silu(self.wv(u)).reshape(
-            *u.shape[:2], config.num_heads, config.value_head_dim
-        )
+        value = jax.nn.silu(self.wv(u)).astype(config.dtype)
+        value = value.reshape(*u.shape[:2], config.num_heads, config.value_head_dim)
         attended, keys_and_values = chunk_attention(
             query,
             key,

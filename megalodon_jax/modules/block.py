@@ -37,4 +37,6 @@ class Block(nnx.Module):
         """Transforms x (B, L, D); with `cache`, continues the documents it remembers."""
         attention_key, ffn_key = split_key(dropout_key, 2)
         attended, cache = self.mega(x, places, cache=cache, dropout_key=attention_key)
-        return BlockOutput(x + self.nffn(x + attended, dropout_key=ffn_key), cache)
+        # Both sub-layers return float32: the sums round once, to the type of the residual stream.
+        out = x + self.nffn(x + attended, dropout_key=ffn_key)
+        return BlockOutput(out.astype(x.dtype), cache)

@@ -6,8 +6,9 @@ from jax import numpy as jnp
 
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.modules.dropout import dropout, split_key
+from megalodon_jax.modules.linear import Linear
 from megalodon_jax.modules.norms import LayerNorm
-from megalodon_jax.modules.parameters import linear, parameter
+from megalodon_jax.modules.parameters import parameter
 from megalodon_jax.typing import Array, Float, PRNGKey
 
 
@@ -23,10 +24,10 @@ class FeedForward(nnx.Module):
         self.hidden_dropout = config.hidden_dropout
         self.output_dropout = config.dropout
         self.norm = LayerNorm(config)
-        self.fc1 = linear(config, D, F, "embed", "ffn", use_bias=False, rngs=rngs)
-        self.fc2 = linear(config, F, D, "ffn", "embed", use_bias=False, rngs=rngs)
+        self.fc1 = Linear(config, D, F, ("embed", "ffn"), use_bias=False, rngs=rngs)
+        self.fc2 = Linear(config, F, D, ("ffn", "embed"), use_bias=False, rngs=rngs)
         self.fc3 = (
-            linear(config, D, F, "embed", "ffn", use_bias=False, rngs=rngs)
+            Linear(config, D, F, ("embed", "ffn"), use_bias=False, rngs=rngs)
             if config.swiglu
             else None
         )
@@ -39,7 +40,7 @@ class FeedForward(nnx.Module):
     def __call__(
         self, y: Float[Array, "B L D"], *, dropout_key: PRNGKey | None = None
     ) -> Float[Array, "B L D"]:
-        """The network's output, before the residual is added."""
+        """The network's output in float32, before the residual is added."""
         hidden_key, output_key = split_key(dropout_key, 2)
         normed = self.norm(y)
         hidden = jax.nn.silu(self.fc1(normed))

@@ -21,11 +21,8 @@ class RMSNorm(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.eps = config.norm_eps
         self.dtype = config.dtype
-        self.weight = (
-            parameter(jnp.zeros(config.model_dim, config.param_dtype), "embed")
-            if config.norm_affine
-            else None
-        )
+        zeros = jnp.zeros(config.model_dim, config.param_dtype)
+        self.weight = parameter(zeros, "embed") if config.norm_affine else None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         y = rms_normalize(x, self.eps)
@@ -40,10 +37,9 @@ class LayerNorm(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.eps = config.norm_eps
         self.dtype = config.dtype
-        self.weight = self.bias = None
-        if config.norm_affine:
-            self.weight = parameter(jnp.zeros(config.model_dim, config.param_dtype), "embed")
-            self.bias = parameter(jnp.zeros(config.model_dim, config.param_dtype), "embed")
+        zeros = jnp.zeros(config.model_dim, config.param_dtype)
+        self.weight = parameter(zeros, "embed") if config.norm_affine else None
+        self.bias = parameter(zeros, "embed") if config.norm_affine else None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))

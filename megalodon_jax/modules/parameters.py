@@ -1,4 +1,4 @@
-"""How parameters are made: start values, storage type, and the names of their axes."""
+"""How parameters are made: start values and the names of their axes."""
 
 import math
 from typing import Any
@@ -9,7 +9,6 @@ from jax import numpy as jnp
 from jax.nn import initializers
 from jax.nn.initializers import Initializer
 
-from megalodon_jax.config import ModelConfig
 from megalodon_jax.typing import Array
 
 
@@ -54,25 +53,3 @@ def parameter(value: Array, *axes: str | None) -> nnx.Param:
 def axis_names(*axes: str | None) -> dict[str, Any]:
     """Param metadata for logical axis names; eager_sharding=False keeps it valid without a mesh."""
     return {"out_sharding": axes, "eager_sharding": False}
-
-
-def linear(
-    config: ModelConfig,
-    in_features: int,
-    out_features: int,
-    *axes: str | None,
-    use_bias: bool,
-    rngs: nnx.Rngs,
-) -> nnx.Linear:
-    """An `nnx.Linear` with the model's start values and types; `axes` name its kernel's axes."""
-    return nnx.Linear(
-        in_features,
-        out_features,
-        use_bias=use_bias,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        kernel_init=kernel_initializer(config.init_mode),
-        rngs=rngs,
-        kernel_metadata=axis_names(*axes),
-        bias_metadata=axis_names(axes[-1]),
-    )

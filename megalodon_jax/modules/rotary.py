@@ -15,10 +15,15 @@ class Rotation(NamedTuple):
     sin: Float32[Array, "B L half"]
 
 
+def rotary_frequencies(head_dim: int, base: float) -> np.ndarray:
+    """base^(-2j / head_dim) for j = 0 .. head_dim/2 - 1, float32, rounded as released."""
+    powers = base ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    return np.float32(1.0) / powers.astype(np.float32)
+
+
 def rotation(positions: Int32[Array, "B L"], head_dim: int, base: float) -> Rotation:
     """Angles position * base^(-2j / head_dim) for the pairs j = 0 .. head_dim/2 - 1."""
-    frequencies = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
+    angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(head_dim, base)
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 

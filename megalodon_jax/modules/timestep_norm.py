@@ -30,10 +30,10 @@ class TimestepNorm(nnx.Module):
         self.weight = parameter(jnp.zeros(config.model_dim, config.param_dtype), "embed")
         self.bias = parameter(jnp.zeros(config.model_dim, config.param_dtype), "embed")
         self.prior_count = config.norm_prior_count
-        self.prior_mean = self.prior_logv = None
-        if self.prior_count > 0:
-            self.prior_mean = parameter(jnp.zeros(self.num_groups, jnp.float32), "norm_groups")
-            self.prior_logv = parameter(jnp.zeros(self.num_groups, jnp.float32), "norm_groups")
+        prior = jnp.zeros(self.num_groups, jnp.float32)
+        has_prior = self.prior_count > 0
+        self.prior_mean = parameter(prior, "norm_groups") if has_prior else None
+        self.prior_logv = parameter(prior, "norm_groups") if has_prior else None
 
     def __call__(
         self,

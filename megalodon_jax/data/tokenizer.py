@@ -1,0 +1,284 @@
+"""Text to token ids and back: raw bytes, or a file of `tokenizers` or `sentencepiece`.
+
+A document is trained on as mark + tokens + mark, where the marks are the tokenizer's `bos_id` and
+`eos_id`. Text never makes a mark: `"</s>"` inside a document is ordinary text.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Int, Int32, Int64
+
+from megalodon_jax.data.errors import DataError
+
+BYTE_VALUES = 256
+
+
+class CountedTokens(NamedTuple):
+    """Tokens of a text, with the bytes of text that each one stands for.
+
+    Attributes:
+      ids: token ids.
+      num_bytes: UTF-8 bytes per token. Text that the tokenizer skips counts with the token after
+        it; of several tokens that share a character, one has all of its bytes.
+      num_tail_bytes: bytes after the last token, so that everything adds up to `count_bytes(text)`.
+    """
+
+    ids: Int32[np.ndarray, " n"]
+    num_bytes: Int32[np.ndarray, " n"]
+    num_tail_bytes: int
+
+
+class Tokenizer(Protocol):
+    """What the loader, evaluation and generation need of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        ...
+
+    @property
+    def bos_id(self) -> int:
+        """The mark before a document."""
+        ...
+
+    @property
+    def eos_id(self) -> int:
+        """The mark after a document."""
+        ...
+
+    def encode(self, text: str) -> Int32[np.ndarray, " n"]:
+        """Ids of a text, without marks."""
+        ...
+
+    def encode_counted(self, text: str) -> CountedTokens:
+        """The same ids, and the bytes of text that each one stands for."""
+        ...
+
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> str:
+        """Text of some ids; marks are left out, broken UTF-8 becomes U+FFFD."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A short text that changes when the ids would mean something else."""
+        ...
+
+
+class ByteTokenizer:
+    """The 256 byte values of UTF-8, and one mark, 256, that begins and ends documents."""
+
+    vocab_size = BYTE_VALUES + 1
+    bos_id = BYTE_VALUES
+    eos_id = BYTE_VALUES
+
+    def encode(self, text: str) -> Int32[np.ndarray, " n"]:
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+    def encode_counted(self, text: str) -> CountedTokens:
+        ids = self.encode(text)
+        return CountedTokens(ids, np.ones_like(ids), 0)
+
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> str:
+        checked = _checked_ids(ids, self.vocab_size)
+        text = checked[checked < BYTE_VALUES]
+        return text.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def fingerprint(self) -> str:
+        return "bytes"
+
+
+class JsonTokenizer:
+    """A `tokenizer.json` file, run by the `tokenizers` library.
+
+    The marks are those of a `tokenizer_config.json` beside it, else well-known names such as `<s>`
+    and `<|endoftext|>`. The file's truncation, padding and template are switched off.
+    """
+
+    # Names by which published tokenizers call their marks, tried in this order.
+    _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "[CLS]")
+    _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]", "[SEP]")
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._json = _read_bytes(path)
+        self._load()
+        names = _configured_marks(path.with_name("tokenizer_config.json"))
+        bos = self._find_mark(names.get("bos_token"), self._BOS_NAMES)
+        eos = self._find_mark(names.get("eos_token"), self._EOS_NAMES)
+        self.bos_id, self.eos_id = _complete_marks(bos, eos, path)
+
+    def _load(self) -> None:
+        from tokenizers import Tokenizer as RustTokenizer
+
+        try:
+            self._tokenizer = RustTokenizer.from_buffer(self._json)
+        # The library raises plain Exception for whatever is wrong with a file.
+        except Exception as error:
+            raise DataError(f"{self._path} is not a tokenizer of `tokenizers`: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The library's own pickling forgets `encode_special_tokens`.
+        return {key: value for key, value in self.__dict__.items() if key != "_tokenizer"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._load()
+
+    def _find_mark(self, configured: str | None, names: Sequence[str]) -> int | None:
+        for name in names if configured is None else (configured,):
+            if (mark := self._tokenizer.token_to_id(name)) is not None:
+                return mark
+        return None
+
+    def encode(self, text: str) -> Int32[np.ndarray, " n"]:
+        return np.asarray(
+            self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32
+        )
+
+    def encode_counted(self, text: str) -> CountedTokens:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        char_ends = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 1]
+        ids = np.asarray(encoding.ids, dtype=np.int32)
+        return _count_by_ends(ids, _byte_offsets(text)[char_ends], count_bytes(text))
+
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> str:
+        kept = _without_marks(_checked_ids(ids, self.vocab_size), self)
+        return self._tokenizer.decode(kept.tolist(), skip_special_tokens=True)
+
+    def fingerprint(self) -> str:
+        return _file_fingerprint("tokenizers", self._json, self.bos_id, self.eos_id)
+
+
+class SentencePieceTokenizer:
+    """A `.model` file, run by the `sentencepiece` library, with the marks that it defines."""
+
+    def __init__(self, path: Path):
+        from sentencepiece import SentencePieceProcessor
+
+        self._proto = _read_bytes(path)
+        try:
+            self._processor = SentencePieceProcessor(model_proto=self._proto)
+            self.vocab_size = int(self._processor.vocab_size())
+        # Its releases raise different types for a malformed model.
+        except Exception as error:
+            raise DataError(f"{path} is not a model of `sentencepiece`: {error}") from error
+        marks = (int(self._processor.bos_id()), int(self._processor.eos_id()))
+        bos, eos = (mark if mark >= 0 else None for mark in marks)
+        self.bos_id, self.eos_id = _complete_marks(bos, eos, path)
+
+    def encode(self, text: str) -> Int32[np.ndarray, " n"]:
+        return np.asarray(self._processor.encode(text), dtype=np.int32)
+
+    def encode_counted(self, text: str) -> CountedTokens:
+        from sentencepiece import sentencepiece_pb2
+
+        # The serialized form is the one whose offsets are bytes in all releases since 0.2.
+        encoded = self._processor.encode(text, out_type="serialized_proto")
+        pieces = sentencepiece_pb2.SentencePieceText.FromString(encoded).pieces  # type: ignore[attr-defined]
+        ids = np.asarray([piece.id for piece in pieces], dtype=np.int32)
+        ends = np.asarray([piece.end for piece in pieces], dtype=np.int64)
+        return _count_by_ends(ids, ends, count_bytes(text))
+
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> str:
+        return self._processor.decode(
+            _without_marks(_checked_ids(ids, self.vocab_size), self).tolist()
+        )
+
+    def fingerprint(self) -> str:
+        return _file_fingerprint("sentencepiece", self._proto, self.bos_id, self.eos_id)
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer that `DataConfig.tokenizer` names.
+
+    Args:
+      spec: `"bytes"`, or the path of a `.json` (`tokenizers`) or `.model` (`sentencepiece`) file.
+
+    Raises:
+      DataError: no such file, another kind of file, or one that defines no document mark.
+    """
+    if spec == "bytes":
+        return ByteTokenizer()
+    path = Path(spec).expanduser()
+    kinds = {".json": JsonTokenizer, ".model": SentencePieceTokenizer}
+    if path.suffix not in kinds:
+        raise DataError(
+            f"tokenizer is {spec!r}; use 'bytes' or the path of a tokenizer.json or .model file"
+        )
+    return kinds[path.suffix](path)
+
+
+def count_bytes(text: str) -> int:
+    """UTF-8 bytes of a text."""
+    return len(text.encode("utf-8"))
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read tokenizer {path}: {error.strerror}") from error
+
+
+def _configured_marks(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        marks = {key: table.get(key) for key in ("bos_token", "eos_token")}
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"cannot read the tokenizer's marks from {path}: {error}") from error
+    # An added token is written as an object, an ordinary one as its text.
+    texts = {
+        key: mark["content"] if isinstance(mark, dict) else mark for key, mark in marks.items()
+    }
+    return {key: text for key, text in texts.items() if text is not None}
+
+
+def _complete_marks(bos: int | None, eos: int | None, path: Path) -> tuple[int, int]:
+    marks = [mark for mark in (bos, eos) if mark is not None]
+    if not marks:
+        raise DataError(
+            f"{path} defines no begin or end mark, so documents could not be told apart; add one "
+            "(for tokenizer.json: bos_token or eos_token in a tokenizer_config.json beside it)"
+        )
+    return marks[0], marks[-1]
+
+
+def _checked_ids(
+    ids: Sequence[int] | Int[np.ndarray, " n"], vocab_size: int
+) -> Int64[np.ndarray, " n"]:
+    array = np.asarray(ids, dtype=np.int64).reshape(-1)
+    if array.size and (array.min() < 0 or array.max() >= vocab_size):
+        wrong = array[(array < 0) | (array >= vocab_size)][0]
+        raise DataError(f"token id {wrong} is outside of this tokenizer's 0 to {vocab_size - 1}")
+    return array
+
+
+def _without_marks(ids: Int64[np.ndarray, " n"], tokenizer: Tokenizer) -> Int64[np.ndarray, " m"]:
+    return ids[(ids != tokenizer.bos_id) & (ids != tokenizer.eos_id)]
+
+
+def _byte_offsets(text: str) -> Int64[np.ndarray, " n"]:
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(widths)])
+
+
+def _count_by_ends(
+    ids: Int32[np.ndarray, " n"], ends: Int64[np.ndarray, " n"], num_text_bytes: int
+) -> CountedTokens:
+    reached = np.maximum.accumulate(np.concatenate([np.zeros(1, np.int64), ends]))
+    return CountedTokens(ids, np.diff(reached).astype(np.int32), num_text_bytes - int(reached[-1]))
+
+
+def _file_fingerprint(kind: str, content: bytes, bos_id: int, eos_id: int) -> str:
+    return f"{kind}:{hashlib.sha256(content).hexdigest()[:16]}:{bos_id}:{eos_id}"

@@ -1,0 +1,117 @@
+"""Converts weights between released checkpoints, safetensors files and this project's runs."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from megalodon_jax.config import (
+    ModelConfig,
+    TrainConfig,
+    config_from_dict,
+    load_config,
+    preset_names,
+)
+from megalodon_jax.interop.released import (
+    from_state_dict,
+    read_released_checkpoint,
+    to_state_dict,
+)
+from megalodon_jax.interop.torch_file import read_torch_file
+from megalodon_jax.model import Megalodon
+from megalodon_jax.training.checkpoint import load_model, save_model
+
+CONFIG_KEY = "megalodon_config"
+
+
+class ConvertError(ValueError):
+    """A conversion that cannot be done; the message says why and what to give instead."""
+
+
+def convert(source: str | Path, target: str | Path, config: str | None = None) -> None:
+    """Converts a model's weights; nothing that exists is overwritten.
+
+    Args:
+      source: a released checkpoint directory (config.json and consolidated*.pth, model-parallel
+        shards included), one released .pth file, a .safetensors file with released names, or a
+        run_dir of this project.
+      target: a new .safetensors file (released names, the config in its metadata), or a new run_dir
+        that `generate`, `evaluate` and `train` can use.
+      config: a TOML file or a preset's name, for a source that does not say its own shape.
+
+    Raises:
+      ConvertError: the source is none of these, its shape is not known, or the target exists.
+      StateDictError: the weights do not fit the config; the entries are named.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists():
+        raise ConvertError(f"{target} exists; nothing is overwritten, give another target")
+    run = TrainConfig() if config is None else _read_config(config)
+    model, run = _read(source, run, has_config=config is not None)
+    if target.suffix == ".safetensors":
+        target.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {CONFIG_KEY: json.dumps(dataclasses.asdict(run)), "format": "np"}
+        save_file(to_state_dict(model), str(target), metadata=metadata)
+    elif target.suffix:
+        raise ConvertError(
+            f"cannot write {target}: end it in .safetensors, or give a directory for a run"
+        )
+    else:
+        save_model(model, target, dataclasses.replace(run, run_dir=str(target)))
+
+
+def read_safetensors(
+    path: str | Path, config: ModelConfig | None = None
+) -> tuple[Megalodon, TrainConfig]:
+    """A model and its configuration from a .safetensors file with released names.
+
+    Args:
+      path: the file.
+      config: the model's shape; None: as the file's metadata says (`convert` writes it there).
+
+    Raises:
+      ConvertError: the file cannot be read, or nothing says the model's shape.
+    """
+    try:
+        with safe_open(str(path), framework="np") as file:
+            metadata = file.metadata() or {}
+            state_dict: dict[str, np.ndarray] = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ConvertError(f"cannot read {path} as safetensors: {error}") from error
+    if config is not None:
+        run = TrainConfig(model=config)
+    elif CONFIG_KEY in metadata:
+        run = config_from_dict(json.loads(metadata[CONFIG_KEY]))
+    else:
+        raise ConvertError(f"{path} does not say its model's shape; give --config")
+    return from_state_dict(run.model, state_dict), run
+
+
+def _read(source: Path, run: TrainConfig, *, has_config: bool) -> tuple[Megalodon, TrainConfig]:
+    if source.suffix == ".safetensors":
+        return read_safetensors(source, run.model if has_config else None)
+    if source.suffix in (".pth", ".pt"):
+        if not has_config:
+            raise ConvertError(f"{source} does not say its model's shape; give --config")
+        return from_state_dict(run.model, read_torch_file(source)), run
+    if (source / "checkpoints").is_dir():
+        model, saved = load_model(source)
+        return model, saved
+    if source.is_dir():
+        shape, state_dict = read_released_checkpoint(source)
+        return from_state_dict(shape, state_dict), dataclasses.replace(run, model=shape)
+    if not source.exists():
+        raise ConvertError(f"{source} does not exist")
+    raise ConvertError(
+        f"cannot convert {source}: give a released checkpoint directory, a .pth or .safetensors "
+        "file, or a run_dir"
+    )
+
+
+def _read_config(name: str) -> TrainConfig:
+    if name in preset_names():
+        return TrainConfig(model=ModelConfig.from_preset(name))
+    return load_config(name)

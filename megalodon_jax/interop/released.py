@@ -1,0 +1,311 @@
+"""The authors' released state dicts (github.com/XuezheMax/megalodon) to and from this model.
+
+One table, `released_entries`, says for every tensor of a released state dict where it lives in the
+model, what shape it has, and along which axis the released model-parallel code splits it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from megalodon_jax.config import ConfigError, ModelConfig
+from megalodon_jax.model import Megalodon
+from megalodon_jax.modules.rotary import rotary_frequencies
+
+Layout = Literal["same", "transposed"]
+
+
+class StateDictError(ValueError):
+    """A state dict that does not fit the model; the message names the entries."""
+
+
+class Entry(NamedTuple):
+    """One tensor of a released state dict.
+
+    Attributes:
+      name: its released name; for a block's tensor `{}` stands for the layer's number.
+      shape: its shape in an unsplit released state dict.
+      path: attributes that lead to the Param in the model; empty for a tensor that follows from the
+        config or from another tensor (rotary frequencies, the shared output matrix, absent priors).
+      layout: "transposed" for linear weights, which are stored (out, in) there and (in, out) here;
+        "same" may still add axes of length 1.
+      split_axis: the axis that released model parallelism splits, None where shards hold copies.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    path: tuple[str, ...]
+    layout: Layout = "same"
+    split_axis: int | None = None
+
+
+def released_entries(config: ModelConfig) -> tuple[list[Entry], list[Entry]]:
+    """(entries outside the blocks, entries of every block) of a released state dict."""
+    D, V = config.model_dim, config.vocab_size
+    output_path = () if config.share_emb else ("output", "kernel")
+    outside = [
+        Entry("embed.weight", (V, D), ("embed", "embedding"), split_axis=1),
+        Entry("rope.freqs", (config.head_dim // 2,), ()),
+        *_timestep_norm_entries(config, "output.final_norm", ("final_norm",)),
+        Entry("output.output.weight", (config.num_outputs, D), output_path, "transposed", 1),
+    ]
+    return outside, _block_entries(config)
+
+
+def _block_entries(config: ModelConfig) -> list[Entry]:
+    D, Z, E, F, N = (
+        config.model_dim, config.z_dim, config.value_dim, config.ffn_hidden_dim, config.cema_ndim,
+    )  # fmt: skip
+    mega, nffn = ("layers", "mega"), ("layers", "nffn")
+
+    def linear(name: str, shape: tuple[int, int], at: tuple[str, ...], split: int) -> list[Entry]:
+        attribute = name.rsplit(".", 1)[1]
+        weight = Entry(f"{name}.weight", shape, (*at, attribute, "kernel"), "transposed", split)
+        if attribute not in ("wv", "wz", "wr", "wh1"):
+            return [weight]
+        bias = Entry(f"{name}.bias", shape[:1], (*at, attribute, "bias"), split_axis=0)
+        return [weight, bias]
+
+    cema = {"alpha": (D, N, 1), "delta": (D, N, 1), "theta": (D, 1, 1), "gamma": (D, N, 2), "omega": (D, 1)}  # fmt: skip  # noqa: E501
+    entries = [
+        Entry("layers.{}.mega.gamma", (2, Z), (*mega, "gamma"), split_axis=1),
+        Entry("layers.{}.mega.beta", (2, Z), (*mega, "beta"), split_axis=1),
+        *_timestep_norm_entries(config, "layers.{}.mega.timenorm", (*mega, "timenorm")),
+        *(
+            Entry(f"layers.{{}}.mega.cema.{name}", shape, (*mega, "cema", name), split_axis=0)
+            for name, shape in cema.items()
+        ),
+        *linear("layers.{}.mega.wv", (E, D), mega, 0),
+        *linear("layers.{}.mega.wz", (Z, D), mega, 0),
+        *linear("layers.{}.mega.wr", (E, D), mega, 0),
+        *linear("layers.{}.mega.wh1", (D, D), mega, 0),
+        *linear("layers.{}.mega.wh2", (D, E), mega, 1),
+        *linear("layers.{}.nffn.fc1", (F, D), nffn, 0),
+        *linear("layers.{}.nffn.fc2", (D, F), nffn, 1),
+    ]
+    if config.norm_affine:
+        entries += [
+            Entry("layers.{}.mega.rmsnorm.weight", (D,), (*mega, "rmsnorm", "weight")),
+            Entry("layers.{}.nffn.norm.weight", (D,), (*nffn, "norm", "weight")),
+            Entry("layers.{}.nffn.norm.bias", (D,), (*nffn, "norm", "bias")),
+        ]
+    if config.swiglu:
+        entries += linear("layers.{}.nffn.fc3", (F, D), nffn, 0)
+    if config.rescale_nffn:
+        entries.append(Entry("layers.{}.nffn.alpha", (D,), (*nffn, "alpha")))
+    return entries
+
+
+def _timestep_norm_entries(config: ModelConfig, name: str, path: tuple[str, ...]) -> list[Entry]:
+    D, G = config.model_dim, config.norm_num_groups
+    has_prior = config.norm_prior_count > 0
+    return [
+        Entry(f"{name}.weight", (D,), (*path, "weight"), split_axis=0),
+        Entry(f"{name}.bias", (D,), (*path, "bias"), split_axis=0),
+        Entry(f"{name}.prior_count", (), ()),
+        *(
+            Entry(f"{name}.{which}", (G,), (*path, which) if has_prior else (), split_axis=0)
+            for which in ("prior_mean", "prior_logv")
+        ),
+    ]
+
+
+def from_state_dict(config: ModelConfig, state_dict: Mapping[str, Any]) -> Megalodon:
+    """Builds a model with the weights of a released state dict.
+
+    Args:
+      config: the model's shape; `config_from_released` reads it from a released `config.json`.
+      state_dict: released names to numpy arrays, jax arrays or torch tensors, not split
+        (`join_shards` joins split ones). Values are converted to `config.param_dtype`; CEMA's stay
+        float32. Buffers that follow from the config may be absent; where present they must agree.
+
+    Raises:
+      StateDictError: entries are unknown, missing, of another shape, or contradict the config.
+    """
+    outside, per_block = released_entries(config)
+    named = _named_entries(config, outside, per_block)
+    arrays = {name: _to_numpy(value) for name, value in state_dict.items()}
+    _check_entries(arrays, named)
+    _check_derived(config, arrays, named)
+
+    abstract = nnx.eval_shape(lambda: Megalodon(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
+    flat = dict(nnx.to_flat_state(state))
+    for entry in (*outside, *per_block):
+        if not entry.path:
+            continue
+        param = flat[entry.path]
+        if "{}" in entry.name:
+            layers = [arrays[entry.name.format(i)] for i in range(config.num_layers)]
+            value = np.stack([_to_model_layout(layer, entry) for layer in layers])
+        else:
+            value = _to_model_layout(arrays[entry.name], entry)
+        flat[entry.path] = param.replace(value.reshape(param.shape).astype(param.dtype))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def to_state_dict(model: Megalodon) -> dict[str, np.ndarray]:
+    """The model's weights under their released names and shapes, buffers included; exact."""
+    config = model.config
+    outside, per_block = released_entries(config)
+    flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    arrays: dict[str, np.ndarray] = {}
+    for entry in outside:
+        if entry.path:
+            arrays[entry.name] = _to_released_layout(np.asarray(flat[entry.path][...]), entry)
+    for entry in per_block:
+        if entry.path:
+            stacked = np.asarray(flat[entry.path][...])
+            for i in range(config.num_layers):
+                arrays[entry.name.format(i)] = _to_released_layout(stacked[i], entry)
+    for name, entry in _named_entries(config, outside, per_block).items():
+        if not entry.path:
+            arrays[name] = _derived_value(config, arrays, entry)
+    return arrays
+
+
+def join_shards(config: ModelConfig, shards: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Joins the shards of a model-parallel released checkpoint, in rank order, into one state dict.
+
+    Raises:
+      StateDictError: shards differ in their entries or in a copied one, or an entry is unknown.
+    """
+    if not shards:
+        raise StateDictError("no shards given")
+    named = _named_entries(config, *released_entries(config))
+    names = list(shards[0])
+    for rank, shard in enumerate(shards):
+        if odd := sorted(set(shard) ^ set(names)):
+            raise StateDictError(
+                f"shard {rank} and shard 0 differ in their entries: {_listed(odd)}"
+            )
+    if unknown := sorted(set(names) - set(named)):
+        raise StateDictError(f"unknown entries: {_listed(unknown)}")
+    joined = {}
+    for name in names:
+        parts = [_to_numpy(shard[name]) for shard in shards]
+        axis = named[name].split_axis
+        if axis is not None:
+            joined[name] = np.concatenate(parts, axis=axis)
+        elif all(np.array_equal(part, parts[0]) for part in parts):
+            joined[name] = parts[0]
+        else:
+            raise StateDictError(f"shards hold different copies of {name}, which is never split")
+    return joined
+
+
+def config_from_released(table: Mapping[str, Any], **overrides: Any) -> ModelConfig:
+    """The `ModelConfig` that the "model" table of a released `config.json` describes."""
+    table = dict(table.get("model", table))
+    for runtime_only in ("efficient_attn", "layerwise_ckpt", "custom_bwd", "loss_parallel"):
+        table.pop(runtime_only, None)
+    if table.get("init_mode") == "none":
+        del table["init_mode"]
+    if table.get("output_size") == -1:
+        table["output_size"] = None
+    if table.get("rope_base", 0) is None:
+        del table["rope_base"]
+    try:
+        return ModelConfig(**{**table, **overrides})
+    except TypeError as error:
+        raise ConfigError(f"the released config has a setting unknown here: {error}") from error
+
+
+def read_released_checkpoint(directory: str | Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    """Reads a consolidated released checkpoint directory: config.json and consolidated*.pth.
+
+    Raises:
+      StateDictError: the directory holds no consolidated checkpoint.
+    """
+    from megalodon_jax.interop.torch_file import read_torch_file
+
+    directory = Path(directory)
+    shards = sorted(directory.glob("consolidated*.pth"))
+    config_file = directory / "config.json"
+    if not shards or not config_file.is_file():
+        raise StateDictError(
+            f"{directory} is not a consolidated released checkpoint: it needs config.json and "
+            "consolidated.pth or consolidated.00.pth, consolidated.01.pth, ..."
+        )
+    config = config_from_released(json.loads(config_file.read_text()))
+    return config, join_shards(config, [read_torch_file(shard) for shard in shards])
+
+
+def _named_entries(
+    config: ModelConfig, outside: list[Entry], per_block: list[Entry]
+) -> dict[str, Entry]:
+    named = {entry.name: entry for entry in outside}
+    for i in range(config.num_layers):
+        named |= {entry.name.format(i): entry for entry in per_block}
+    return named
+
+
+def _check_entries(arrays: Mapping[str, np.ndarray], named: Mapping[str, Entry]) -> None:
+    problems = []
+    if unknown := sorted(set(arrays) - set(named)):
+        problems.append(f"unknown entries: {_listed(unknown)}")
+    if missing := sorted(name for name, e in named.items() if e.path and name not in arrays):
+        problems.append(f"missing entries: {_listed(missing)}")
+    misshaped = [
+        f"{name} {arrays[name].shape}, need {entry.shape}"
+        for name, entry in named.items()
+        if name in arrays and arrays[name].shape != entry.shape
+    ]
+    if misshaped:
+        problems.append(f"entries of another shape: {_listed(misshaped)}")
+    if problems:
+        raise StateDictError("the state dict does not fit the config; " + "; ".join(problems))
+
+
+def _check_derived(
+    config: ModelConfig, arrays: Mapping[str, np.ndarray], named: Mapping[str, Entry]
+) -> None:
+    for name, entry in named.items():
+        if entry.path or name not in arrays:
+            continue
+        given = arrays[name].astype(np.float64)
+        due = _derived_value(config, arrays, entry).astype(np.float64)
+        # Checkpoints stored in bfloat16 hold their buffers rounded to 8 bits too.
+        if not np.allclose(given, due, rtol=2**-8, atol=0.0):
+            raise StateDictError(
+                f"{name} contradicts the config (its largest difference is "
+                f"{np.max(np.abs(given - due)):.3g}); check rope_base, share_emb and "
+                "norm_prior_count"
+            )
+
+
+def _derived_value(
+    config: ModelConfig, arrays: Mapping[str, np.ndarray], entry: Entry
+) -> np.ndarray:
+    if entry.name == "rope.freqs":
+        return rotary_frequencies(config.head_dim, config.rope_base)
+    if entry.name == "output.output.weight":
+        return arrays["embed.weight"]
+    if entry.name.endswith("prior_count"):
+        return np.asarray(config.norm_prior_count, np.int64)
+    return np.zeros(entry.shape, np.float32)
+
+
+def _to_model_layout(array: np.ndarray, entry: Entry) -> np.ndarray:
+    return array.T if entry.layout == "transposed" else array
+
+
+def _to_released_layout(array: np.ndarray, entry: Entry) -> np.ndarray:
+    return array.T.copy() if entry.layout == "transposed" else array.reshape(entry.shape)
+
+
+def _to_numpy(value: Any) -> np.ndarray:
+    if hasattr(value, "detach"):  # a torch tensor, known by its methods: torch is not imported
+        value = value.detach().cpu()
+        value = value.float() if "bfloat16" in str(value.dtype) else value
+        return value.numpy()
+    return np.asarray(value)
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,102 @@
+"""Reads a file that torch.save wrote, without torch and without running any code in it."""
+
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+_STORAGE_DTYPES = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+
+
+class TorchFileError(ValueError):
+    """A file that is not a torch checkpoint, or one that holds more than tensors."""
+
+
+class _StorageType(NamedTuple):
+    dtype: Any
+
+
+def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
+    """The tensors of a state dict saved by torch (version 1.6 or later), as numpy arrays.
+
+    Only tensors, containers and plain values are accepted: a pickle that names any other class is
+    refused, so a hostile file cannot run code. bfloat16 arrays have ml_dtypes' bfloat16.
+
+    Raises:
+      TorchFileError: not such a file, or it holds something else; the message says what.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickled = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            if len(pickled) != 1:
+                raise TorchFileError(f"{path} is a zip file, but not one that torch.save wrote")
+            with archive.open(pickled[0]) as file:
+                unpickler = _TensorUnpickler(file, archive, pickled[0].removesuffix("data.pkl"))
+                content = unpickler.load()
+    except OSError as error:
+        raise TorchFileError(f"cannot read {path}: {error.strerror}") from error
+    except zipfile.BadZipFile as error:
+        raise TorchFileError(
+            f"{path} is not a file of torch.save's zip format (torch 1.6 or later): {error}"
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise TorchFileError(f"{path}: {error}") from error
+    if not isinstance(content, dict) or not all(
+        isinstance(value, np.ndarray) for value in content.values()
+    ):
+        raise TorchFileError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+    return dict(content)
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    def __init__(self, file: Any, archive: zipfile.ZipFile, prefix: str):
+        super().__init__(file)
+        self._archive = archive
+        self._prefix = prefix
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild_tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return _rebuild_parameter
+        if module == "torch" and name in _STORAGE_DTYPES:
+            return _StorageType(_STORAGE_DTYPES[name])
+        raise pickle.UnpicklingError(f"the file refers to {module}.{name}, which is not a tensor")
+
+    def persistent_load(self, pid: Any) -> np.ndarray:
+        kind, storage, key, _location, count = pid
+        if kind != "storage" or not isinstance(storage, _StorageType):
+            raise pickle.UnpicklingError(f"unknown stored object {kind!r}")
+        data = self._archive.read(f"{self._prefix}data/{key}")
+        return np.frombuffer(data, dtype=storage.dtype, count=count)
+
+
+def _rebuild_tensor(
+    storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_unused: Any
+) -> np.ndarray:
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride)) if all(size) else offset
+    if offset < 0 or any(step < 0 for step in stride) or last >= max(storage.size, 1):
+        raise pickle.UnpicklingError(f"a tensor of shape {size} reaches outside its storage")
+    strides = tuple(step * storage.itemsize for step in stride)
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides).copy()
+
+
+def _rebuild_parameter(data: np.ndarray, *_unused: Any) -> np.ndarray:
+    return data

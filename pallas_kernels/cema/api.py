@@ -1,0 +1,100 @@
+"""The one public function of CEMA."""
+
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+from jaxtyping import Array, Complex, Float, Int32
+
+from pallas_kernels.cema.reference import cema_reference
+from pallas_kernels.cema.types import CemaOutput, CemaParams
+from pallas_kernels.cema.xla import cema_xla
+
+Implementation = Literal["reference", "xla"]
+LARGEST_ORDER = 32
+
+
+def cema(
+    x: Float[Array, "B L D"],
+    params: CemaParams,
+    *,
+    state: Complex[Array, "B D N"] | None = None,
+    segment_ids: Int32[Array, "B L"] | None = None,
+    implementation: Implementation | None = None,
+    block_size: int | None = None,
+) -> CemaOutput:
+    """Complex EMA: h[t] = q·h[t-1] + p·x[t],  y[t] = Re(Σ_n gamma_n/√N·h[t,n]) + omega·x[t].
+
+    p = sigmoid(alpha), q = (1 - sigmoid(alpha) sigmoid(delta)) exp(i n sigmoid(theta) 2π/N), n = 1..N.
+    Ma et al. 2024 (arXiv 2404.08801), section 3.1, with p and gamma as in the authors' released code.
+
+    Differentiable in x, every parameter and the state, in reverse mode.
+
+    Args:
+      x: bfloat16, float32 or float64. Everything inside is computed in the parameters' dtype.
+      params: float32, or float64 to compute in float64.
+      state: h before the row's first token; zero if None.
+      segment_ids: the document of every token; 0 is padding, which gives 0 and leaves the state alone.
+        A document's tokens stand together. Every document but the row's first starts from zero, the first
+        from `state`. None: one document, no padding.
+      implementation: "reference", "xla", or None for the fastest known on the platform.
+      block_size: tokens of a block in "xla"; a measured choice if None.
+
+    Returns:
+      y in x's dtype; the state after each row's last token that is not padding.
+
+    Raises:
+      ValueError: a shape, dtype, implementation or block size that cannot be used.
+    """
+    known = get_args(Implementation)
+    if implementation is not None and implementation not in known:
+        raise ValueError(
+            f"CEMA has no implementation {implementation!r}; use one of {', '.join(known)} or None"
+        )
+    _check_inputs(x, params, state, segment_ids)
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"block_size is {block_size}; use a positive number of tokens or None")
+    if state is not None:
+        state = state.astype(jnp.result_type(params.alpha, jnp.complex64))
+    if implementation == "reference":
+        if block_size is not None:
+            raise ValueError("implementation 'reference' has no blocks; leave block_size out")
+        return cema_reference(x, params, state, segment_ids)
+    return cema_xla(x, params, state, segment_ids, block_size)
+
+
+def _check_inputs(
+    x: Array, params: CemaParams, state: Array | None, segment_ids: Array | None
+) -> None:
+    if x.ndim != 3 or x.shape[1] < 1:
+        raise ValueError(f"x has shape {x.shape}; needs (B, L, D) with L >= 1")
+    if x.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
+        raise ValueError(f"x is {x.dtype}; use bfloat16, float32 or float64")
+    if params.alpha.ndim != 2 or not 1 <= params.alpha.shape[1] <= LARGEST_ORDER:
+        raise ValueError(
+            f"alpha has shape {params.alpha.shape}; needs (D, N), N from 1 to {LARGEST_ORDER}"
+        )
+    rows, length, channels = x.shape
+    order = params.alpha.shape[1]
+    expected = CemaParams(
+        (channels, order), (channels, order), (channels,), (channels, order, 2), (channels,)
+    )
+    for name, value, shape in zip(CemaParams._fields, params, expected, strict=True):
+        if value.shape != shape:
+            raise ValueError(f"{name} has shape {value.shape}; x {x.shape} and N need {shape}")
+        if value.dtype != params.alpha.dtype or value.dtype not in (jnp.float32, jnp.float64):
+            raise ValueError(
+                f"{name} is {value.dtype} and alpha {params.alpha.dtype}; CEMA's parameters stay float32 "
+                "(or are all float64): bfloat16 cannot hold |q| near 1"
+            )
+    if state is not None and (
+        state.shape != (rows, channels, order) or not jnp.iscomplexobj(state)
+    ):
+        raise ValueError(
+            f"state is {state.dtype}{state.shape}; needs complex ({rows}, {channels}, {order})"
+        )
+    if segment_ids is not None and (
+        segment_ids.shape != (rows, length) or not jnp.issubdtype(segment_ids.dtype, jnp.integer)
+    ):
+        raise ValueError(
+            f"segment_ids is {segment_ids.dtype}{segment_ids.shape}; needs int32 ({rows}, {length})"
+        )

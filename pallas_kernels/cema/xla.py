@@ -1,0 +1,312 @@
+"""CEMA in plain JAX, blocks of T tokens at a time, for every platform. README.md derives it.
+
+The sequence stays in (B, L, D) layout. Inside a block, y is a sum over lags, fused to one elementwise pass;
+between blocks, one (D, 2N) state per block is summed, scanned and read out by small matrix products.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Complex, Float, Int32
+
+from pallas_kernels.cema import coefficients
+from pallas_kernels.cema.block_scan import entering_states, level_exponents
+from pallas_kernels.cema.block_sizes import STEPPED_LENGTH, XLA_BLOCK_SIZE
+from pallas_kernels.cema.coefficients import BlockTables, pack, unpack
+from pallas_kernels.cema.segments import Pieces, cut_into_pieces, find_row_ends
+from pallas_kernels.cema.types import CemaOutput, CemaParams
+
+
+def cema_xla(
+    x: Float[Array, "B L D"],
+    params: CemaParams,
+    state: Complex[Array, "B D N"] | None,
+    segment_ids: Int32[Array, "B L"] | None,
+    block_size: int | None,
+) -> CemaOutput:
+    """Blocks of `block_size` tokens in parallel; a few tokens step through the recurrence."""
+    if x.shape[1] <= STEPPED_LENGTH and block_size is None:
+        return _step_through(x, params, state, segment_ids)
+    block_size = min(block_size or XLA_BLOCK_SIZE, x.shape[1])
+    if segment_ids is None:
+        return _one_document(x, params, state, block_size)
+    if state is None:
+        return _packed(x, params, _zero_state(x, params), segment_ids, block_size)
+    # A carried state enters at the row's first token, so leading padding goes to the end meanwhile.
+    lead = jnp.argmax(segment_ids != 0, axis=1).astype(jnp.int32)
+    rolled = _packed(_roll(x, lead), params, state, _roll(segment_ids, lead), block_size)
+    return CemaOutput(_roll(rolled.y, -lead), rolled.state)
+
+
+def _zero_state(x: Array, params: CemaParams) -> Array:
+    return jnp.zeros((x.shape[0], *params.alpha.shape), jnp.result_type(params.alpha, jnp.complex64))
+
+
+def _roll(a: Array, lead: Array) -> Array:
+    index = (jnp.arange(a.shape[1], dtype=jnp.int32) + lead[:, None]) % a.shape[1]
+    return jnp.take_along_axis(a, index.reshape(index.shape + (1,) * (a.ndim - 2)), axis=1)
+
+
+def _step_through(
+    x: Array, params: CemaParams, state: Array | None, segment_ids: Array | None
+) -> CemaOutput:
+    q = coefficients.powers(params, jnp.ones(1, jnp.int32))[..., 0]
+    p, gamma = coefficients.input_weight(params), coefficients.output_weight(params)
+    h = _zero_state(x, params) if state is None else state
+    last_segment = jnp.zeros(x.shape[:1], jnp.int32)
+    outputs = []
+    for t in range(x.shape[1]):
+        x_t = x[:, t].astype(p.dtype)
+        if segment_ids is None:
+            h = q * h + p * x_t[..., None]
+            outputs.append((gamma * h).real.sum(-1) + params.omega * x_t)
+            continue
+        segment = segment_ids[:, t]
+        is_token = segment != 0
+        starts = is_token & (last_segment != 0) & (segment != last_segment)
+        last_segment = jnp.where(is_token, segment, last_segment)
+        x_t = jnp.where(is_token[:, None], x_t, 0)
+        new_h = q * jnp.where(starts[:, None, None], 0, h) + p * x_t[..., None]
+        h = jnp.where(is_token[:, None, None], new_h, h)
+        y_t = (gamma * new_h).real.sum(-1) + params.omega * x_t
+        outputs.append(jnp.where(is_token[:, None], y_t, 0))
+    return CemaOutput(jnp.stack(outputs, axis=1).astype(x.dtype), h)
+
+
+def _tables(params: CemaParams, length: int, block_size: int) -> tuple[BlockTables, Array]:
+    exponents = level_exponents(-(-length // block_size), block_size)
+    # Keeping the parameters and making the powers again in the backward pass is cheaper than keeping those.
+    build = jax.checkpoint(lambda kept: coefficients.block_tables(kept, block_size, exponents))
+    return build(params)
+
+
+def _one_document(
+    x: Array, params: CemaParams, state: Array | None, block_size: int
+) -> CemaOutput:
+    rows, length, _ = x.shape
+    tables, powers = _tables(params, length, block_size)
+    state = _zero_state(x, params) if state is None else state
+    last_block = (length - 1) // block_size
+    y, entering = _blocks(x, tables, _channels_first(state), None, jnp.full(rows, last_block))
+    tail_length = length - last_block * block_size
+    tail = x[:, last_block * block_size :].astype(tables.taps.dtype)
+    added = _add_up_tail(tail, tables.to_state[:, block_size - tail_length :])
+    return CemaOutput(y, powers[..., tail_length] * _rows_first(entering) + added)
+
+
+def _packed(
+    x: Array, params: CemaParams, state: Array, segment_ids: Array, block_size: int
+) -> CemaOutput:
+    tables, powers = _tables(params, x.shape[1], block_size)
+    pieces = cut_into_pieces(segment_ids, block_size)
+    end = find_row_ends(pieces)
+    y, entering = _blocks(
+        x, tables, _channels_first(state), pieces, end.position // block_size
+    )
+    # The last piece's tokens, moved to the end of a block, so that one table serves every row.
+    offset = jnp.arange(block_size, dtype=jnp.int32)
+    index = jnp.maximum(end.position[:, None] - (block_size - 1) + offset, 0)
+    tail = jnp.take_along_axis(x, index[..., None], axis=1).astype(tables.taps.dtype)
+    tail = jnp.where((offset >= block_size - end.length[:, None])[..., None], tail, 0)
+    decay = jnp.moveaxis(powers[..., end.length], -1, 0)
+    carried = jnp.where(end.sees_carry[:, None, None], decay * _rows_first(entering), 0)
+    has_tokens = pieces.is_token.any(axis=(1, 2))[:, None, None]
+    final = carried + _add_up_tail(tail, tables.to_state)
+    return CemaOutput(y, jnp.where(has_tokens, final, state))
+
+
+def _add_up_tail(tail: Array, to_state: Array) -> Array:
+    return unpack(jnp.einsum("btd,dtm->bdm", tail, to_state, precision=lax.Precision.HIGHEST))
+
+
+def _channels_first(state: Array) -> Array:
+    return pack(jnp.swapaxes(state, 0, 1))
+
+
+def _rows_first(packed_state: Array) -> Array:
+    return jnp.swapaxes(unpack(packed_state), 0, 1)
+
+
+# ---- one differentiable core over the tables -------------------------------------------------------------
+
+
+@jax.custom_vjp
+def _blocks(
+    x: Float[Array, "B L D"],
+    tables: BlockTables,
+    initial: Float[Array, "D B 2N"],
+    pieces: Pieces | None,
+    picked_block: Int32[Array, " B"],
+) -> tuple[Float[Array, "B L D"], Float[Array, "D B 2N"]]:
+    """Y and, for every row, the state entering its block `picked_block`."""
+    return _blocks_forward(x, tables, initial, pieces, picked_block)[0]
+
+
+def _blocks_forward(x, tables, initial, pieces, picked_block):
+    in_last = None if pieces is None else pieces.in_last
+    increments = _contract(
+        "bjtd,dtm->dbjm", _to_blocks(x, tables, in_last), tables.to_state, x.dtype
+    )
+    states = pack(
+        entering_states(
+            unpack(increments),
+            None if pieces is None else pieces.is_whole,
+            tables.decay_levels,
+            unpack(initial),
+        )
+    )
+    carried = _contract("dbjm,dmt->bjtd", states, tables.from_state, x.dtype)
+    if pieces is not None:
+        carried = jnp.where(pieces.in_first[..., None], carried, 0)
+    age = _age(x, tables, pieces)
+    y = _sum_over_lags(x, tables.taps, age) + _from_blocks(carried, x.shape[1])
+    y = _mask_padding(y, pieces).astype(x.dtype)
+    index = picked_block[None, :, None, None]
+    entering = jnp.take_along_axis(states, index, axis=2)[:, :, 0]
+    return (y, entering), (x, tables, states, pieces, picked_block)
+
+
+def _blocks_backward(residuals, cotangents):
+    x, tables, states, pieces, picked_block = residuals
+    dy, d_entering = cotangents
+    in_first = None if pieces is None else pieces.in_first
+    in_last = None if pieces is None else pieces.in_last
+    dy_first = _to_blocks(dy, tables, in_first)
+    d_states = _contract("bjtd,dmt->dbjm", dy_first, tables.from_state, x.dtype)
+    is_picked = jnp.arange(d_states.shape[2]) == picked_block[:, None]
+    d_states += jnp.where(is_picked[..., None], d_entering[:, :, None], 0)
+    d_increments, d_initial = _scan_back(d_states, tables, pieces)
+    x_last = _to_blocks(x, tables, in_last)
+    d_to_state = _contract("bjtd,dbjm->dtm", x_last, d_increments, x.dtype)
+    d_from_state = _contract("dbjm,bjtd->dmt", states, dy_first, x.dtype)
+    product = jnp.conj(unpack(states)) * unpack(d_increments)
+    if pieces is not None:
+        product = jnp.where(pieces.is_whole[..., None], product, 0)
+    dx = _contract("dbjm,dtm->bjtd", d_increments, tables.to_state, x.dtype)
+    if in_last is not None:
+        dx = jnp.where(in_last[..., None], dx, 0)
+    age = _age(x, tables, pieces)
+    dx = _from_blocks(dx, x.shape[1]) + _sum_over_leads(dy, tables.taps, age)
+    d_tables = BlockTables(
+        taps=_taps_gradient(x, dy, tables, pieces),
+        to_state=d_to_state,
+        from_state=d_from_state,
+        decay=pack(product.sum(axis=(1, 2))),
+        decay_levels=jax.tree.map(jnp.zeros_like, tables.decay_levels),
+    )
+    return _mask_padding(dx, pieces).astype(x.dtype), d_tables, d_initial, None, None
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+def _scan_back(
+    d_states: Array, tables: BlockTables, pieces: Pieces | None
+) -> tuple[Array, Array]:
+    """Gradients of the increments, dH[j+1], and of the initial state, dH[0]."""
+    levels = tuple(jnp.conj(decay) for decay in tables.decay_levels)
+    local = unpack(d_states)
+    whole = None if pieces is None else pieces.is_whole
+    d_increments = jnp.flip(
+        entering_states(
+            jnp.flip(local, 2),
+            None if whole is None else jnp.flip(whole, 1),
+            levels,
+            jnp.zeros_like(local[:, :, 0]),
+        ),
+        2,
+    )
+    carried = levels[0][:, None] * d_increments[:, :, 0]
+    if whole is not None:
+        carried = jnp.where(whole[None, :, 0, None], carried, 0)
+    return pack(d_increments), pack(local[:, :, 0] + carried)
+
+
+def _taps_gradient(x: Array, dy: Array, tables: BlockTables, pieces: Pieces | None) -> Array:
+    """Σ dy[t] x[t-τ] over tokens of one piece, from (T, T) products per channel summed along diagonals."""
+
+    def products(x_mask: Array | None, dy_mask: Array | None) -> Array:
+        return _contract(
+            "bjsd,bjtd->dst",
+            _to_blocks(x, tables, x_mask),
+            _to_blocks(dy, tables, dy_mask),
+            x.dtype,
+        )
+
+    if pieces is None:
+        return _sum_diagonals(products(None, None))
+    # Only s <= t is used, so a mask of t alone keeps the first piece and one of s alone the last.
+    last = pieces.index[..., -1:]
+    total = products(pieces.is_token, pieces.in_first)
+    total += products(pieces.in_last & (pieces.index > 0), pieces.is_token)
+
+    def add_middle_piece(i: Array, total: Array) -> Array:
+        mask = pieces.is_token & (pieces.index == i) & (i < last)
+        return total + products(mask, mask)
+
+    return _sum_diagonals(lax.fori_loop(1, jnp.max(last), add_middle_piece, total))
+
+
+def _sum_diagonals(products: Float[Array, "D T T"]) -> Float[Array, "T D"]:
+    channels, size, _ = products.shape
+    # Rows of 2T read again as rows of 2T + 1 put element (s, s + τ) at (s, τ).
+    flat = jnp.pad(products, ((0, 0), (0, 0), (0, size))).reshape(channels, -1)
+    skewed = jnp.pad(flat, ((0, 0), (0, size))).reshape(channels, size, 2 * size + 1)
+    return skewed[:, :, :size].sum(axis=1).T
+
+
+def _sum_over_lags(x: Array, taps: Array, age: Array) -> Array:
+    """Σ_τ taps[τ] x[t-τ] over lags within the token's piece of its block."""
+    size, length = taps.shape[0], x.shape[1]
+    padded = jnp.pad(x, ((0, 0), (size - 1, 0), (0, 0)))
+    total = taps[0] * x.astype(taps.dtype)
+    for lag in range(1, size):
+        shifted = lax.slice_in_dim(padded, size - 1 - lag, size - 1 - lag + length, axis=1)
+        total += taps[lag] * jnp.where(age >= lag, shifted, 0).astype(taps.dtype)
+    return total
+
+
+def _sum_over_leads(dy: Array, taps: Array, age: Array) -> Array:
+    """The transpose of `_sum_over_lags`."""
+    size, length = taps.shape[0], dy.shape[1]
+    padded = jnp.pad(dy, ((0, 0), (0, size - 1), (0, 0)))
+    padded_age = jnp.pad(age, ((0, 0), (0, size - 1), (0, 0)))
+    total = taps[0] * dy.astype(taps.dtype)
+    for lag in range(1, size):
+        shifted = lax.slice_in_dim(padded, lag, lag + length, axis=1)
+        reaches = lax.slice_in_dim(padded_age, lag, lag + length, axis=1) >= lag
+        total += taps[lag] * jnp.where(reaches, shifted, 0).astype(taps.dtype)
+    return total
+
+
+def _age(x: Array, tables: BlockTables, pieces: Pieces | None) -> Array:
+    """Tokens since the start of the token's piece of its block, (B or 1, L, 1)."""
+    if pieces is None:
+        return (jnp.arange(x.shape[1], dtype=jnp.int32) % tables.taps.shape[0])[None, :, None]
+    return pieces.age.reshape(x.shape[0], -1)[:, : x.shape[1], None]
+
+
+def _to_blocks(a: Array, tables: BlockTables, mask: Array | None) -> Array:
+    size = tables.taps.shape[0]
+    padded = jnp.pad(a, ((0, 0), (0, -a.shape[1] % size), (0, 0)))
+    blocks = padded.reshape(a.shape[0], -1, size, a.shape[2]).astype(tables.taps.dtype)
+    return blocks if mask is None else jnp.where(mask[..., None], blocks, 0)
+
+
+def _from_blocks(blocks: Array, length: int) -> Array:
+    return blocks.reshape(blocks.shape[0], -1, blocks.shape[3])[:, :length]
+
+
+def _mask_padding(a: Array, pieces: Pieces | None) -> Array:
+    if pieces is None:
+        return a
+    return jnp.where(pieces.is_token.reshape(a.shape[0], -1)[:, : a.shape[1], None], a, 0)
+
+
+def _contract(spec: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
+    """A product in a's dtype. For bfloat16 x, tensor cores may round float32 operands to 2^-11 or better.
+
+    That adds 3e-4 to outputs whose own rounding is 1.7e-3 (KERNELS: tf32, or two bfloat16 terms).
+    """
+    precision = lax.Precision.HIGH if dtype == jnp.bfloat16 else lax.Precision.HIGHEST
+    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=a.dtype)

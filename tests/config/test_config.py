@@ -1,0 +1,96 @@
+"""Configuration: files, presets, and errors that say what came in and what to do."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megalodon_jax.config import (
+    ConfigError,
+    ModelConfig,
+    TrainConfig,
+    config_from_dict,
+    configs_dir,
+    load_config,
+    preset_names,
+)
+
+NAMED_SIZES = {  # layers, D, H, Z, E, F, swiglu, C, G, rope base, scale and share embedding
+    "mega200M": (12, 1024, 1, 256, 2048, 2560, False, 2048, 32, 1e4, False),
+    "mega1.3B": (24, 2048, 2, 512, 4096, 4864, False, 2048, 64, 1e4, False),
+    "mega1.3B_pg19": (24, 2048, 2, 512, 4096, 3584, True, 2048, 64, 1e4, True),
+    "mega7.1B": (32, 4096, 4, 1024, 8192, 11264, False, 2048, 64, 1e4, False),
+    "mega7.3B": (32, 4096, 4, 1024, 8192, 8192, True, 2048, 64, 1e4, False),
+    "paper_7b": (32, 4096, 4, 1024, 8192, 8192, True, 4096, 64, 1e5, False),
+}
+
+
+def test_presets_are_the_named_sizes():
+    assert preset_names() == sorted(NAMED_SIZES)
+    for name, row in NAMED_SIZES.items():
+        c = ModelConfig.from_preset(name)
+        assert row == (
+            c.num_layers, c.model_dim, c.num_heads, c.z_dim, c.value_dim, c.ffn_hidden_dim,
+            c.swiglu, c.chunk_size, c.norm_num_groups, c.rope_base, c.scale_emb,
+        )  # fmt: skip
+        assert c.share_emb == c.scale_emb
+        assert (c.cema_ndim, c.norm_eps, c.norm_affine, c.vocab_size) == (16, 1e-5, True, 32_000)
+        assert c.dropout == c.hidden_dropout == c.attention_dropout == 0.0
+
+
+def test_preset_with_overrides_and_unknown_preset():
+    assert ModelConfig.from_preset("mega1.3B", dtype="bfloat16").dtype == "bfloat16"
+    with pytest.raises(ConfigError, match=r"no preset 'mega1\.4B'; did you mean 'mega1\.3B'\?"):
+        ModelConfig.from_preset("mega1.4B")
+    with pytest.raises(ConfigError, match=r"unknown key 'chunksize' in model; .*'chunk_size'"):
+        ModelConfig.from_preset("mega1.3B", chunksize=3)
+
+
+def test_shipped_files_load():
+    files = sorted(configs_dir().rglob("*.toml"))
+    assert configs_dir() / "first_run.toml" in files
+    for file in files:
+        assert isinstance(load_config(file), TrainConfig), file
+
+
+def test_dict_round_trip(tmp_path: Path):
+    config = config_from_dict(
+        {"model": {"preset": "mega200M", "chunk_size": 512}, "data": {"files": ["a.txt", "b.txt"]}}
+    )
+    assert config.model.chunk_size == 512
+    assert config.model.model_dim == 1024
+    assert config_from_dict(dataclasses.asdict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[modle]\nx = 1", r"unknown key 'modle' in config; did you mean 'model'\?"),
+        ("[optim]\nlearning_rate = 1", "unknown key 'learning_rate' in optim"),
+        ("[optim]\nwarmup = 1", r"unknown key 'warmup' in optim; did you mean 'warmup_steps'\?"),
+        ("[optim]\nlr = 'high'", r"'high' is not of type float.*optim\.lr"),
+        ("[model]\nnum_layers = 2.5", r"2\.5 is not of type int.*model\.num_layers"),
+        ("[model]\nswiglu = 1", r"1 is not of type bool.*model\.swiglu"),
+        ("[model]\ndtype = 'float16'", r"float16 is refused.*use bfloat16"),
+        ("[model]\ninit_mode = 'zeros'", r"init_mode is 'zeros'; use one of 'he', 'xavier'"),
+        ("[model]\nz_dim = 255\nnum_heads = 2", "z_dim 255 is not a multiple of num_heads 2"),
+        ("[model]\nnorm_num_groups = 100", r"model_dim 1024 must be a multiple.*groups 100"),
+        ("[model]\ndropout = 1.0", r"model\.dropout is 1\.0; must be in \[0, 1\)"),
+        ("[model]\ncema_ndim = 33", "use 1 to 32"),
+        ("[data]\nsource = 'files'", r"data\.files is empty"),
+        ("steps = 0", "steps is 0; must be at least 1"),
+        ("steps = [", "not valid TOML"),
+        ("model = 3", "model must be a table, got 3"),
+    ],
+)
+def test_errors(tmp_path: Path, text: str, message: str):
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"cannot read config .*absent\.toml: No such file"):
+        load_config(tmp_path / "absent.toml")

@@ -1,0 +1,106 @@
+"""What the tests of CEMA share: random cases, gradients of everything, errors relative to float64."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.cema import CemaParams, cema
+
+
+class Case(NamedTuple):
+    """Inputs of one call and cotangents of its results, float64 and complex128 numpy arrays."""
+
+    x: np.ndarray
+    params: CemaParams
+    state: np.ndarray | None
+    segment_ids: np.ndarray | None
+    cot_y: np.ndarray
+    cot_state: np.ndarray
+
+
+def _make_case(
+    rows: int,
+    length: int,
+    channels: int,
+    order: int,
+    *,
+    with_state: bool = False,
+    segment_ids: np.ndarray | None = None,
+    seed: int = 0,
+) -> Case:
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int, mean: float = 0.0) -> np.ndarray:
+        return rng.normal(mean, 1.0, shape).astype(np.float32).astype(np.float64)
+
+    def complex_normal(*shape: int) -> np.ndarray:
+        return normal(*shape) + 1j * normal(*shape)
+
+    params = CemaParams(
+        alpha=normal(channels, order),
+        delta=normal(channels, order, mean=-2.0),
+        theta=normal(channels, mean=-1.0),
+        gamma=normal(channels, order, 2),
+        omega=normal(channels),
+    )
+    return Case(
+        x=normal(rows, length, channels),
+        params=params,
+        state=complex_normal(rows, channels, order) if with_state else None,
+        segment_ids=segment_ids,
+        cot_y=normal(rows, length, channels),
+        cot_state=complex_normal(rows, channels, order),
+    )
+
+
+def _outputs_and_gradients(case: Case, dtype: Any, **options: Any) -> dict[str, np.ndarray]:
+    with jax.enable_x64(dtype == jnp.float64):
+        complex_dtype = jnp.result_type(dtype, jnp.complex64)
+        segment_ids = None if case.segment_ids is None else jnp.asarray(case.segment_ids, jnp.int32)
+        cotangents = (jnp.asarray(case.cot_y, dtype), jnp.asarray(case.cot_state, complex_dtype))
+
+        @jax.jit
+        def run(x, params, state):
+            out, pull_back = jax.vjp(
+                lambda *a: cema(a[0], a[1], state=a[2], segment_ids=segment_ids, **options),
+                x,
+                params,
+                state,
+            )
+            return out, pull_back(type(out)(*cotangents))
+
+        state = None if case.state is None else jnp.asarray(case.state, complex_dtype)
+        params = CemaParams(*(jnp.asarray(value, dtype) for value in case.params))
+        out, (dx, dparams, dstate) = run(jnp.asarray(case.x, dtype), params, state)
+        results = {"y": out.y, "state": out.state, "dx": dx}
+        results |= {f"d{name}": value for name, value in dparams._asdict().items()}
+        if dstate is not None:
+            results["dstate"] = dstate
+        return {name: np.asarray(value) for name, value in results.items()}
+
+
+def _relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    norm = np.linalg.norm(want)
+    return float(np.linalg.norm(got.astype(want.dtype) - want) / (norm if norm else 1.0))
+
+
+@pytest.fixture
+def make_case() -> Callable[..., Case]:
+    """Random inputs with decays from fast to slow."""
+    return _make_case
+
+
+@pytest.fixture
+def outputs_and_gradients() -> Callable[..., dict[str, np.ndarray]]:
+    """Results of `cema(**options)` on a case and gradients of Σ y·cot_y + Re Σ state·cot_state."""
+    return _outputs_and_gradients
+
+
+@pytest.fixture
+def relative_error() -> Callable[[np.ndarray, np.ndarray], float]:
+    """Relative L2 error."""
+    return _relative_error

@@ -1,0 +1,39 @@
+"""A small model with every option on and parameters moved away from their zero starts."""
+
+import jax
+import pytest
+from flax import nnx
+
+from megalodon_jax.config import ModelConfig
+from megalodon_jax.model import Megalodon
+
+SMALL = ModelConfig(
+    num_layers=2, model_dim=32, z_dim=16, value_dim=32, num_heads=2, ffn_hidden_dim=40,
+    cema_ndim=4, chunk_size=16, vocab_size=61, norm_num_groups=4, swiglu=True, rescale_nffn=True,
+    scale_emb=True,
+)  # fmt: skip
+
+
+def perturbed(config: ModelConfig, seed: int = 0) -> Megalodon:
+    """A model whose zero-initialized parameters are not zero, so that no path is hidden."""
+    model = Megalodon(config, rngs=nnx.Rngs(seed))
+    graphdef, params = nnx.split(model)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    moved = [
+        leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        for leaf, key in zip(leaves, keys)
+    ]
+    return nnx.merge(graphdef, jax.tree.unflatten(tree, moved))
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Megalodon:
+    return perturbed(SMALL)
+
+
+@pytest.fixture(scope="session")
+def small_model_with_prior() -> Megalodon:
+    import dataclasses
+
+    return perturbed(dataclasses.replace(SMALL, norm_prior_count=5, share_emb=True))

@@ -1,0 +1,64 @@
+"""Sliced cross-entropy against the plain formula in float64."""
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from megalodon_jax.loss import cross_entropy
+from tests.golden_files import relative_error
+
+B, L, D, V = 3, 37, 8, 29
+
+
+def plain(hidden, matrix, targets, weights, z_loss):
+    logits = hidden @ matrix
+    log_z = jax.nn.logsumexp(logits, -1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return jnp.sum(weights * (log_z - chosen + z_loss * log_z**2))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 12, 40, 10_000])
+def test_sums_and_gradients(chunk_size: int):
+    rng = np.random.default_rng(0)
+    hidden, matrix = rng.normal(size=(B, L, D)), rng.normal(size=(D, V))
+    targets = rng.integers(0, V, (B, L)).astype(np.int32)
+    weights = rng.integers(0, 3, (B, L)).astype(np.float64)
+    with jax.enable_x64(True):
+        due, due_gradients = jax.value_and_grad(plain, (0, 1))(
+            *map(jnp.asarray, (hidden, matrix, targets, weights)), 0.01
+        )
+        due_gradients = jax.tree.map(np.asarray, due_gradients)
+
+    def total(hidden, matrix):
+        sums = cross_entropy(hidden, matrix, targets, weights, z_loss=0.01, chunk_size=chunk_size)
+        return sums.loss_sum + sums.z_loss_sum, sums
+
+    (value, sums), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(
+        jnp.asarray(hidden, jnp.float32), jnp.asarray(matrix, jnp.float32)
+    )
+    assert abs(float(value) / float(due) - 1) <= 1e-6
+    assert float(sums.weight_sum) == weights.sum()
+    correct = (weights * ((hidden @ matrix).argmax(-1) == targets)).sum()
+    assert float(sums.correct_sum) == correct
+    for mine, expected in zip(gradients, due_gradients):
+        assert relative_error(mine, expected) <= 1e-6
+
+
+def test_scores_of_the_whole_batch_never_exist():
+    shapes = (jnp.zeros((2, 512, 16)), jnp.zeros((16, 4096)))
+    targets, weights = jnp.zeros((2, 512), jnp.int32), jnp.ones((2, 512))
+
+    def total(hidden, matrix):
+        return cross_entropy(hidden, matrix, targets, weights, chunk_size=64).loss_sum
+
+    compiled = jax.jit(jax.grad(total, (0, 1))).lower(*shapes).compile()
+    whole = 2 * 512 * 4096 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < whole / 4
+
+
+def test_weight_zero_silences_a_token_that_is_not_finite():
+    hidden = jnp.zeros((1, 4, D)).at[0, 1].set(jnp.inf)
+    weights = jnp.array([[1.0, 0.0, 1.0, 1.0]])
+    sums = cross_entropy(hidden, jnp.ones((D, V)), jnp.zeros((1, 4), jnp.int32), weights)
+    assert abs(float(sums.loss_sum) - 3 * np.log(V)) <= 1e-5

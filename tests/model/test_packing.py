@@ -1,0 +1,85 @@
+"""Packed documents behave as if they were alone: logits, loss and every gradient."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax import numpy as jnp
+
+from megalodon_jax.loss import cross_entropy
+from megalodon_jax.model import Megalodon
+from tests.golden_files import relative_error
+
+# Row 0: documents shorter and longer than a chunk (16), of one token, then padding. Row 1: full.
+LENGTHS = [[7, 33, 1, 20], [50, 24]]
+L = 74
+
+
+def packed(rng: np.random.Generator):
+    documents = [[rng.integers(0, 61, n + 1).astype(np.int32) for n in row] for row in LENGTHS]
+    tokens, targets, segment_ids = (np.zeros((2, L), np.int32) for _ in range(3))
+    for b, row in enumerate(documents):
+        start = 0
+        for number, document in enumerate(row, 1):
+            where = slice(start, start + len(document) - 1)
+            tokens[b, where], targets[b, where] = document[:-1], document[1:]
+            segment_ids[b, where] = number
+            start = where.stop
+    return documents, tokens, targets, segment_ids
+
+
+def loss_sum(graphdef, params, tokens, targets, segment_ids):
+    model = nnx.merge(graphdef, params)
+    hidden, _ = model.hidden(tokens, segment_ids=segment_ids)
+    weights = jnp.ones(tokens.shape) if segment_ids is None else (segment_ids > 0) * 1.0
+    return cross_entropy(hidden, model.output_matrix(), targets, weights).loss_sum
+
+
+@pytest.mark.parametrize("which", ["small_model", "small_model_with_prior"])
+def test_packed_equals_alone(which: str, request: pytest.FixtureRequest):
+    model: Megalodon = request.getfixturevalue(which)
+    documents, tokens, targets, segment_ids = packed(np.random.default_rng(2))
+    graphdef, params = nnx.split(model)
+
+    def total_alone(params):
+        return sum(
+            loss_sum(graphdef, params, document[None, :-1], document[None, 1:], None)
+            for row in documents
+            for document in row
+        )
+
+    alone, alone_gradients = jax.value_and_grad(total_alone)(params)
+    together, gradients = jax.jit(
+        jax.value_and_grad(lambda p: loss_sum(graphdef, p, tokens, targets, segment_ids))
+    )(params)
+    assert abs(float(together) - float(alone)) <= 1e-6 * float(alone)
+    for (path, mine), (_, due) in zip(
+        jax.tree.leaves_with_path(gradients), jax.tree.leaves_with_path(alone_gradients)
+    ):
+        assert relative_error(mine, due) <= 1e-5, jax.tree_util.keystr(path)
+
+    logits, _ = model(tokens, segment_ids=segment_ids)
+    for b, row in enumerate(documents):
+        start = 0
+        for document in row:
+            expected, _ = model(document[None, :-1])
+            length = len(document) - 1
+            assert relative_error(logits[b : b + 1, start : start + length], expected) <= 2e-6
+            start += length
+
+
+def test_nothing_crosses_a_border(small_model: Megalodon):
+    _, tokens, _, segment_ids = packed(np.random.default_rng(3))
+    logits, _ = small_model(tokens, segment_ids=segment_ids)
+    changed = np.where((segment_ids == 1) | (segment_ids == 3), (tokens + 7) % 61, tokens)
+    changed_logits, _ = small_model(changed, segment_ids=segment_ids)
+    kept = (segment_ids == 2) | (segment_ids == 4)
+    np.testing.assert_array_equal(np.asarray(logits)[kept], np.asarray(changed_logits)[kept])
+    assert not np.array_equal(np.asarray(logits)[~kept], np.asarray(changed_logits)[~kept])
+
+
+def test_one_segment_is_no_segment(small_model: Megalodon):
+    tokens = np.random.default_rng(4).integers(0, 61, (2, 45)).astype(np.int32)
+    plain, _ = small_model(tokens)
+    ones, _ = small_model(tokens, segment_ids=np.ones((2, 45), np.int32))
+    assert relative_error(ones, plain) <= 2e-6

@@ -1,0 +1,133 @@
+"""Streaming: pieces of any sizes, with the state handed on, give what one call gives."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax import numpy as jnp
+
+from megalodon_jax.cache import MAX_POSITION
+from megalodon_jax.model import Megalodon
+from tests.golden_files import relative_error
+
+
+@pytest.fixture(scope="module")
+def tokens() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 61, (3, 75)).astype(np.int32)
+
+
+def jitted(model: Megalodon):
+    graphdef, state = nnx.split(model)
+    call = jax.jit(
+        lambda state, tokens, segment_ids, cache: nnx.merge(graphdef, state)(
+            tokens, segment_ids=segment_ids, cache=cache
+        )
+    )
+    return lambda tokens, cache, segment_ids=None: call(state, tokens, segment_ids, cache)
+
+
+# Chunk size is 16: pieces inside a chunk, up to its end, across one border and across several.
+@pytest.mark.parametrize("pieces", [[75], [1] * 3 + [13, 16, 17, 26], [40, 1, 34], [15, 2, 50, 8]])
+def test_pieces_equal_one_call(small_model: Megalodon, tokens: np.ndarray, pieces: list[int]):
+    assert sum(pieces) == tokens.shape[1]
+    whole, no_cache = small_model(tokens)
+    assert no_cache is None
+    call, cache, start, parts = jitted(small_model), small_model.init_cache(3), 0, []
+    for length in pieces:
+        logits, cache = call(tokens[:, start : start + length], cache)
+        parts.append(logits)
+        start += length
+    assert relative_error(np.concatenate(parts, 1), whole) <= 2e-6
+    np.testing.assert_array_equal(cache.position, [75] * 3)
+
+
+def test_prior_is_the_start_of_a_stream(small_model_with_prior: Megalodon, tokens: np.ndarray):
+    model = small_model_with_prior
+    whole, _ = model(tokens)
+    call, cache, parts = jitted(model), model.init_cache(3), []
+    for piece in np.split(tokens, [10, 30], axis=1):
+        logits, cache = call(piece, cache)
+        parts.append(logits)
+    assert relative_error(np.concatenate(parts, 1), whole) <= 2e-6
+
+
+def test_one_token_at_a_time_inside_scan(small_model: Megalodon, tokens: np.ndarray):
+    whole, _ = small_model(tokens)
+    graphdef, state = nnx.split(small_model)
+
+    @jax.jit
+    def decode(state, tokens, cache):
+        model = nnx.merge(graphdef, state)
+
+        def step(cache, token):
+            logits, cache = model(token[:, None], cache=cache)
+            return cache, logits[:, 0]
+
+        return jax.lax.scan(step, cache, tokens.T)
+
+    cache, logits = decode(state, jnp.asarray(tokens), small_model.init_cache(3))
+    assert relative_error(jnp.swapaxes(logits, 0, 1), whole) <= 2e-6
+    np.testing.assert_array_equal(cache.position, [75] * 3)
+
+
+def test_rows_at_different_positions(small_model: Megalodon, tokens: np.ndarray):
+    """Right-padded prompts of different lengths, then tokens one by one with a row left out."""
+    lengths = np.array([33, 5, 48])
+    padded = (np.arange(48) < lengths[:, None]).astype(np.int32)
+    call = jitted(small_model)
+    _, cache = call(tokens[:, :48], small_model.init_cache(3), padded)
+    np.testing.assert_array_equal(cache.position, lengths)
+    expected, _ = small_model(tokens)
+    for step in range(20):
+        active = np.array([1, 1, step % 2], np.int32)
+        at = np.asarray(cache.position)
+        logits, cache = call(tokens[np.arange(3), at][:, None], cache, active[:, None])
+        for row in np.flatnonzero(active):
+            assert relative_error(logits[row, 0], expected[row, at[row]]) <= 1e-5, (step, row)
+    np.testing.assert_array_equal(cache.position, lengths + np.array([20, 20, 10]))
+
+
+def test_padding_alone_changes_nothing(small_model: Megalodon, tokens: np.ndarray):
+    call = jitted(small_model)
+    _, cache = call(tokens[:, :21], small_model.init_cache(3))
+    _, after = call(tokens[:, 21:26], cache, np.zeros((3, 5), np.int32))
+    logits, _ = call(tokens[:, 21:40], cache)
+    logits_after, _ = call(tokens[:, 21:40], after)
+    np.testing.assert_array_equal(after.position, cache.position)
+    assert relative_error(logits_after, logits) <= 1e-6
+
+
+def test_documents_across_pieces(small_model: Megalodon, tokens: np.ndarray):
+    """A packed row in pieces: a new segment id starts anew, the same id goes on."""
+    segment_ids = np.repeat([[1, 2, 3]], 3, 0).repeat([20, 25, 30], axis=1).astype(np.int32)
+    whole, _ = small_model(tokens, segment_ids=segment_ids)
+    call, cache, parts = jitted(small_model), small_model.init_cache(3), []
+    for piece in np.split(np.arange(75), [9, 20, 50, 51]):
+        logits, cache = call(tokens[:, piece], cache, segment_ids[:, piece])
+        parts.append(logits)
+    assert relative_error(np.concatenate(parts, 1), whole) <= 2e-6
+    np.testing.assert_array_equal(cache.position, [30] * 3)
+    np.testing.assert_array_equal(cache.segment, [3] * 3)
+
+
+def test_reset_rows(small_model: Megalodon, tokens: np.ndarray):
+    call = jitted(small_model)
+    _, cache = call(tokens[:, :30], small_model.init_cache(3))
+    cache = small_model.reset_rows(cache, jnp.array([False, True, False]))
+    logits, cache = call(tokens[:, 30:60], cache)
+    alone, _ = small_model(tokens[1:2, 30:60])
+    joined, _ = small_model(tokens[:1, :60])
+    assert relative_error(logits[1:2], alone) <= 2e-6
+    assert relative_error(logits[:1], joined[:, 30:]) <= 2e-6
+    np.testing.assert_array_equal(cache.position, [60, 30, 60])
+
+
+def test_cache_size_is_constant_and_its_counter_guarded(small_model: Megalodon):
+    cache = small_model.init_cache(2)
+    _, longer = jitted(small_model)(np.zeros((2, 70), np.int32), cache)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), cache) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), longer
+    )
+    longer.check_room(MAX_POSITION - 70)
+    with pytest.raises(OverflowError, match="70"):
+        longer.check_room(MAX_POSITION - 69)
