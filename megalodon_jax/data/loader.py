@@ -133,7 +133,7 @@ def make_loader(
     With `repeat` it never ends: every epoch has a new order of documents (`shuffle_seed`), and of
     rows within windows of 2^20 tokens; process i of n reads every n-th document. An epoch's last
     row is padded, so that it has every target exactly once. `num_workers` processes help where
-    tokenization is slow (bytes are faster without: 12 to 30 MB/s).
+    tokenization is slow (bytes are faster without: 6 to 30 MB/s on one core).
 
     Without, it is one pass in the source's order, by this process alone; rows of padding complete
     the last batch. Process i of n gets rows i·batch_size/n and following of the batches that a

@@ -65,22 +65,32 @@ def powers(params: CemaParams, exponents: Int[Array, " T"]) -> Complex[Array, "D
 
 def block_tables(
     params: CemaParams, block_size: int, level_exponents: tuple[int, ...]
-) -> BlockTables:
-    """Tables of blocks of `block_size` tokens; `level_exponents` are those of `decay_levels`."""
-    q = powers(params, jnp.arange(block_size + 1))
+) -> tuple[BlockTables, Complex[Array, "D N T+1"]]:
+    """Tables of blocks of `block_size` tokens, and q^t for t = 0..T.
+
+    Args:
+      params: CEMA's parameters.
+      block_size: T.
+      level_exponents: exponents of q in `decay_levels`.
+    """
+    exponents = [*range(block_size + 1), *level_exponents]
+    # Without the barrier every table below computes its own sines and cosines.
+    all_powers = jax.lax.optimization_barrier(powers(params, jnp.asarray(exponents, jnp.int32)))
+    q, levels = jnp.split(all_powers, [block_size + 1], axis=-1)
+    levels = jax.lax.stop_gradient(levels)
     p = input_weight(params)[..., None]
     gamma = output_weight(params)[..., None]
     taps = jnp.sum((gamma * p * q[..., :-1]).real, axis=1).T
     to_state = jnp.moveaxis(p * q[..., block_size - 1 :: -1], 1, 2)
     from_state = gamma * q[..., 1:]
-    levels = powers(jax.lax.stop_gradient(params), jnp.asarray(level_exponents, jnp.int32))
-    return BlockTables(
+    tables = BlockTables(
         taps=taps.at[0].add(params.omega),
         to_state=pack(to_state),
         from_state=jnp.concatenate([from_state.real, -from_state.imag], axis=1),
         decay=pack(q[..., -1]),
         decay_levels=tuple(levels[..., i] for i in range(len(level_exponents))),
     )
+    return tables, q
 
 
 def pack(z: Complex[Array, "*S N"]) -> Float[Array, "*S 2N"]:

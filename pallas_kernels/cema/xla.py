@@ -73,7 +73,7 @@ def _step_through(
     return CemaOutput(jnp.stack(outputs, axis=1).astype(x.dtype), h)
 
 
-def _tables(params: CemaParams, length: int, block_size: int) -> BlockTables:
+def _tables(params: CemaParams, length: int, block_size: int) -> tuple[BlockTables, Array]:
     exponents = level_exponents(-(-length // block_size), block_size)
     # Keeping the parameters and making the powers again in the backward pass is cheaper than keeping those.
     build = jax.checkpoint(lambda kept: coefficients.block_tables(kept, block_size, exponents))
@@ -84,21 +84,20 @@ def _one_document(
     x: Array, params: CemaParams, state: Array | None, block_size: int
 ) -> CemaOutput:
     rows, length, _ = x.shape
-    tables = _tables(params, length, block_size)
+    tables, powers = _tables(params, length, block_size)
     state = _zero_state(x, params) if state is None else state
     last_block = (length - 1) // block_size
     y, entering = _blocks(x, tables, _channels_first(state), None, jnp.full(rows, last_block))
     tail_length = length - last_block * block_size
     tail = x[:, last_block * block_size :].astype(tables.taps.dtype)
     added = _add_up_tail(tail, tables.to_state[:, block_size - tail_length :])
-    decay = coefficients.powers(params, jnp.full(1, tail_length))[..., 0]
-    return CemaOutput(y, decay * _rows_first(entering) + added)
+    return CemaOutput(y, powers[..., tail_length] * _rows_first(entering) + added)
 
 
 def _packed(
     x: Array, params: CemaParams, state: Array, segment_ids: Array, block_size: int
 ) -> CemaOutput:
-    tables = _tables(params, x.shape[1], block_size)
+    tables, powers = _tables(params, x.shape[1], block_size)
     pieces = cut_into_pieces(segment_ids, block_size)
     end = find_row_ends(pieces)
     y, entering = _blocks(
@@ -109,7 +108,7 @@ def _packed(
     index = jnp.maximum(end.position[:, None] - (block_size - 1) + offset, 0)
     tail = jnp.take_along_axis(x, index[..., None], axis=1).astype(tables.taps.dtype)
     tail = jnp.where((offset >= block_size - end.length[:, None])[..., None], tail, 0)
-    decay = jnp.moveaxis(coefficients.powers(params, end.length), -1, 0)
+    decay = jnp.moveaxis(powers[..., end.length], -1, 0)
     carried = jnp.where(end.sees_carry[:, None, None], decay * _rows_first(entering), 0)
     has_tokens = pieces.is_token.any(axis=(1, 2))[:, None, None]
     final = carried + _add_up_tail(tail, tables.to_state)

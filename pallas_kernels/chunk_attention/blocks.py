@@ -305,10 +305,11 @@ def _differentiate_group(
             dropped, d_weights = weights * factor, d_weights * factor
         dv_tile = einsum("bghqk,bgqhd->bgkhd", dropped.astype(v.dtype), tile_d_out)
         dv = dv.at[:, :, tile.keys].add(dv_tile)
-        # Keys of another document may be so large that d_weights is infinite there.
+        # Another document may hold numbers so large that its products are infinite, and 0 times
+        # infinity is a NaN: both pairs of documents and rows of the other one are selected away.
         d_weights = jnp.where(allowed, d_weights, 0)
         mean = jnp.sum(weights * d_weights, axis=-1, keepdims=True)
-        d_scores = (weights * (d_weights - mean)).astype(q.dtype)
+        d_scores = jnp.where(allowed, weights * (d_weights - mean), 0).astype(q.dtype)
         dqs.append(einsum("bghqk,bgkhd->bgqhd", d_scores, k[:, :, tile.keys]).astype(q.dtype))
         dk_tile = einsum("bghqk,bgqhd->bgkhd", d_scores, q[:, :, tile.queries])
         dk = dk.at[:, :, tile.keys].add(dk_tile)

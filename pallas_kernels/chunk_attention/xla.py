@@ -150,10 +150,11 @@ def _decode(
     B = q.shape[0]
     position = positions[:, 0] % chunk_size
     valid = jnp.ones((B,), bool) if segment_ids is None else segment_ids[:, 0] != 0
-    # Padding writes past the end, which drops it.
-    rows, target = jnp.arange(B), jnp.where(valid, position, chunk_size)
-    key = cache.key.at[rows, target].set(k[:, 0], mode="drop")
-    value = cache.value.at[rows, target].set(v[:, 0], mode="drop")
+    # Padding writes past the end, which drops it. Mapped over rows: indexing with row numbers would
+    # make XLA gather the caches of all devices.
+    target = jnp.where(valid, position, chunk_size)
+    write = jax.vmap(lambda slots, slot, new: slots.at[slot].set(new, mode="drop"))
+    key, value = write(cache.key, target, k[:, 0]), write(cache.value, target, v[:, 0])
 
     wide = accumulation_dtype(q.dtype)
     scores = jnp.einsum(

@@ -6,7 +6,7 @@ are never negative, so that large offsets do not cancel.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -56,24 +56,48 @@ class _Places(NamedTuple):
         state_count: Int32[Array, " B"],
         prior_count: Int32[Array, ""],
         segment_ids: Int32[Array, "B L"] | None,
-    ) -> "_Places":
+    ) -> Self:
         state_count = state_count[:, None]
         if segment_ids is None:
             tokens = jnp.arange(1, shape[1] + 1, dtype=jnp.int32)
             return cls(state_count + tokens, state_count, None)
-        valid = segment_ids != 0
-        starts = document_starts(segment_ids)
-        later = jnp.cumsum(starts, axis=1) > 1
-        tokens = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
-        before = jax.lax.cummax(jnp.where(starts, tokens - 1, 0), axis=1)
-        initial = jnp.where(later, prior_count, state_count)
-        return cls(initial + tokens - before, initial, _Segments(valid, starts, later))
+        segments = _Segments.make(segment_ids)
+        tokens = jnp.cumsum(segments.valid, axis=1, dtype=jnp.int32)
+        before = jax.lax.cummax(jnp.where(segments.starts, tokens - 1, 0), axis=1)
+        initial = jnp.where(segments.later, prior_count, state_count)
+        return cls(initial + tokens - before, initial, segments)
 
 
 class _Segments(NamedTuple):
+    """Documents of the rows; padding after a document counts with it.
+
+    Attributes:
+      valid: False at padding.
+      starts: True at a document's first token.
+      later: True in all documents but a row's first.
+      first: index of the document's first token.
+      last: index before the next document's first token.
+    """
+
     valid: Bool[Array, "B L"]
     starts: Bool[Array, "B L"]
     later: Bool[Array, "B L"]
+    first: Int32[Array, "B L"]
+    last: Int32[Array, "B L"]
+
+    @classmethod
+    def make(cls, segment_ids: Int32[Array, "B L"]) -> Self:
+        starts = document_starts(segment_ids)
+        L = starts.shape[1]
+        index = jnp.arange(L, dtype=jnp.int32)
+        ends = jnp.pad(starts[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+        return cls(
+            valid=segment_ids != 0,
+            starts=starts,
+            later=jnp.cumsum(starts, axis=1) > 1,
+            first=jax.lax.cummax(jnp.where(starts, index, 0), axis=1),
+            last=jax.lax.cummin(jnp.where(ends, index, L - 1), axis=1, reverse=True),
+        )
 
 
 class _Moments(NamedTuple):
@@ -121,11 +145,12 @@ def _normalize_backward(num_groups, eps, residuals, cotangents):
     d_var = -0.5 * rstd**3 * (g * centered).sum(-1)
     d_mean, d_var, d_state = _add_final(d_mean, d_var, d_mean_out, d_var_out, places)
     count = jnp.maximum(places.count, 1).astype(dtype)[..., None]
-    mean_sum, var_sum = _running_sums(places, d_mean / count, d_var / count, reverse=True)
+    mean_sum = _running_sums(places, d_mean / count, reverse=True)
+    var_sum = _running_sums(places, d_var / count, reverse=True)
     # How far this token moved the mean: none moved it from nothing.
     before = (places.count - 1).astype(dtype)[..., None]
     moved = jnp.where(before > 0, centered.mean(-1) / jnp.maximum(before, 1), 0)
-    (drift_sum,) = _running_sums(places, _zero_padding(moved * var_sum, places), reverse=True)
+    drift_sum = _running_sums(places, _zero_padding(moved * var_sum, places), reverse=True)
     drift_after = _shift_back(drift_sum, places)
 
     dx = (
@@ -162,48 +187,40 @@ def _running_moments(
         later = places.segments.later[..., None]
         initial_mean = jnp.where(later, prior[0], initial_mean)
         initial_var = jnp.where(later, prior[1], initial_var)
-        first = _hold_first(mean, places.segments.starts)
+        first = jnp.take_along_axis(mean, places.segments.first[..., None], axis=1)
     initial_count = places.initial_count[..., None]
     pivot = jnp.where(initial_count > 0, initial_mean, first)
 
     count = jnp.maximum(places.count, 1).astype(mean.dtype)[..., None]
     difference = _zero_padding((mean - pivot) + rest, places)
-    (total,) = _running_sums(places, difference)
+    total = _running_sums(places, difference)
     offset = total / count
     before = jnp.pad(offset[:, :-1], ((0, 0), (1, 0), (0, 0)))
     if places.segments is not None:
         before = jnp.where(places.segments.starts[..., None], 0, before)
     spread = var + jnp.square(difference - before) * ((count - 1) / count)
-    (squares,) = _running_sums(places, _zero_padding(spread, places))
+    squares = _running_sums(places, _zero_padding(spread, places))
     return _Moments(pivot, offset, (initial_count * initial_var + squares) / count)
 
 
-def _running_sums(places: _Places, *values: Float[Array, "B L G"], reverse: bool = False):
+def _running_sums(
+    places: _Places, values: Float[Array, "B L G"], reverse: bool = False
+) -> Float[Array, "B L G"]:
     """Inclusive sums along each document, from its first token, or from its last one (reverse)."""
     if places.segments is None:
-        return tuple(jax.lax.cumsum(value, axis=1, reverse=reverse) for value in values)
-    restarts = places.segments.starts
-    if reverse:
-        restarts = jnp.pad(restarts[:, 1:], ((0, 0), (0, 1)))
+        return jax.lax.cumsum(values, axis=1, reverse=reverse)
+    L = values.shape[1]
+    index = jnp.arange(L, dtype=jnp.int32)
+    left = places.segments.last - index if reverse else index - places.segments.first
 
-    def combine(a, b):
-        # A selection, not a product with 0: nothing of another document may get through.
-        sums = (jnp.where(b[0], y, x + y) for x, y in zip(a[1:], b[1:], strict=True))
-        return a[0] | b[0], *sums
+    # Doubling steps: 5 to 15 times less to compile than `associative_scan`, which runs faster. The
+    # selection lets nothing of another document through, where a product with 0 would pass a NaN.
+    def double(step, sums):
+        distance = 1 << step
+        shifted = jnp.roll(sums, -distance if reverse else distance, axis=1)
+        return sums + jnp.where((left >= distance)[..., None], shifted, 0)
 
-    scanned = jax.lax.associative_scan(
-        combine, (restarts[..., None], *values), reverse=reverse, axis=1
-    )
-    return scanned[1:]
-
-
-def _hold_first(values: Float[Array, "B L G"], starts: Bool[Array, "B L"]) -> Array:
-    """The value at each document's first token, at all its tokens."""
-
-    def combine(a, b):
-        return a[0] | b[0], jnp.where(b[0], b[1], a[1])
-
-    return jax.lax.associative_scan(combine, (starts[..., None], values), axis=1)[1]
+    return jax.lax.fori_loop(0, (L - 1).bit_length(), double, values)
 
 
 def _shift_back(values: Float[Array, "B L G"], places: _Places) -> Array:
@@ -237,7 +254,7 @@ def _split_initial(d_initial: Pair, d_state: Pair, places: _Places) -> tuple[Pai
         at_first = (d_initial[0][:, 0] + d_state[0], d_initial[1][:, 0] + d_state[1])
         none = jnp.zeros_like(d_state[0][0])
         return at_first, (none, none)
-    _, starts, later = places.segments
+    starts, later = places.segments.starts, places.segments.later
     first, others = (starts & ~later)[..., None], (starts & later)[..., None]
     state_parts, prior_parts = [], []
     for initial, state in zip(d_initial, d_state, strict=True):

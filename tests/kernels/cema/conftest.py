@@ -34,16 +34,16 @@ def _make_case(
 ) -> Case:
     rng = np.random.default_rng(seed)
 
-    def normal(*shape: int) -> np.ndarray:
-        return rng.normal(size=shape).astype(np.float32).astype(np.float64)
+    def normal(*shape: int, mean: float = 0.0) -> np.ndarray:
+        return rng.normal(mean, 1.0, shape).astype(np.float32).astype(np.float64)
 
     def complex_normal(*shape: int) -> np.ndarray:
         return normal(*shape) + 1j * normal(*shape)
 
     params = CemaParams(
         alpha=normal(channels, order),
-        delta=normal(channels, order) - 2,
-        theta=normal(channels) - 1,
+        delta=normal(channels, order, mean=-2.0),
+        theta=normal(channels, mean=-1.0),
         gamma=normal(channels, order, 2),
         omega=normal(channels),
     )

@@ -1,0 +1,270 @@
+"""What every implementation of CEMA promises."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.cema import CemaParams, cema
+
+IMPLEMENTATIONS = ["reference", "xla"]
+
+
+def segments_of(*rows: list[tuple[int, int]]) -> np.ndarray:
+    """Rows of segment ids from runs (id, length)."""
+    return np.stack([np.concatenate([np.full(n, i) for i, n in row]) for row in rows])
+
+
+PACKED_500 = segments_of(
+    [(1, 3), (2, 1), (3, 1), (4, 40), (5, 200), (6, 255)],
+    [(0, 37), (1, 160), (0, 5), (2, 32), (3, 129), (0, 137)],
+    [(1, 500)],
+    [(0, 500)],
+)
+PACKED_65 = segments_of([(1, 32), (2, 1), (3, 32)], [(1, 64), (0, 1)], [(0, 64), (1, 1)])
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "channels", "order", "with_state", "segment_ids"),
+    [
+        (2, 1, 5, 16, True, None),
+        (2, 63, 5, 1, True, None),
+        (1, 64, 11, 8, False, None),
+        (2, 65, 3, 32, True, None),
+        (3, 65, 3, 4, True, PACKED_65),
+        (4, 500, 5, 16, True, PACKED_500),
+        (4, 500, 5, 16, False, PACKED_500),
+        (1, 1000, 9, 16, True, None),
+        (3, 3, 5, 16, True, segments_of([(1, 1), (2, 2)], [(0, 1), (1, 1), (0, 1)], [(0, 3)])),
+    ],
+)
+def test_xla_equals_float64_recurrence(
+    rows,
+    length,
+    channels,
+    order,
+    with_state,
+    segment_ids,
+    make_case,
+    outputs_and_gradients,
+    relative_error,
+):
+    case = make_case(
+        rows, length, channels, order, with_state=with_state, segment_ids=segment_ids
+    )
+    want = outputs_and_gradients(case, jnp.float64, implementation="reference")
+    got = outputs_and_gradients(case, jnp.float32, implementation="xla")
+    errors = {name: relative_error(got[name], want[name]) for name in want}
+    assert all(np.isfinite(value).all() for value in got.values())
+    assert max(errors.values()) <= 3e-6, errors
+    assert errors["y"] <= 5e-7
+    assert errors["state"] <= 5e-7
+
+
+def test_xla_in_float64_equals_recurrence_to_rounding(
+    make_case, outputs_and_gradients, relative_error
+):
+    case = make_case(4, 500, 3, 4, with_state=True, segment_ids=PACKED_500)
+    want = outputs_and_gradients(case, jnp.float64, implementation="reference")
+    got = outputs_and_gradients(case, jnp.float64, implementation="xla", block_size=24)
+    assert got["y"].dtype == np.float64
+    assert got["state"].dtype == np.complex128
+    errors = {name: relative_error(got[name], want[name]) for name in want}
+    assert max(errors.values()) <= 1e-12, errors
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_recurrence_written_out_in_numpy(
+    implementation, make_case, outputs_and_gradients, relative_error
+):
+    case = make_case(2, 12, 3, 5, with_state=True)
+    alpha, delta, theta, gamma, omega = case.params
+
+    def sigmoid(v):
+        return 1 / (1 + np.exp(-v))
+
+    p = sigmoid(alpha)
+    angle = np.arange(1, 6) * sigmoid(theta)[:, None] * 2 * np.pi / 5
+    q = (1 - p * sigmoid(delta)) * np.exp(1j * angle)
+    h, y = case.state, np.empty_like(case.x)
+    for t in range(12):
+        h = q * h + p * case.x[:, t, :, None]
+        weighted = (gamma[..., 0] + 1j * gamma[..., 1]) / np.sqrt(5) * h
+        y[:, t] = weighted.real.sum(-1) + omega * case.x[:, t]
+    got = outputs_and_gradients(case, jnp.float64, implementation=implementation)
+    assert relative_error(got["y"], y) <= 1e-13
+    assert relative_error(got["state"], h) <= 1e-13
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_pieces_with_carried_state_equal_one_call(implementation, make_case, relative_error):
+    case = make_case(2, 140, 3, 4, with_state=True)
+    params = CemaParams(*(jnp.asarray(value, jnp.float32) for value in case.params))
+    x = jnp.asarray(case.x, jnp.float32)
+    state = jnp.asarray(case.state, jnp.complex64)
+    call = jax.jit(lambda x, h: cema(x, params, state=h, implementation=implementation))
+    whole = call(x, state)
+    outputs, start = [], 0
+    for length in (1, 70, 1, 3, 65):
+        y, state = call(x[:, start : start + length], state)
+        outputs.append(y)
+        start += length
+    assert start == 140
+    assert relative_error(np.concatenate(outputs, axis=1), np.asarray(whole.y)) <= 1e-6
+    assert relative_error(np.asarray(state), np.asarray(whole.state)) <= 1e-6
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_packed_documents_equal_documents_alone(
+    implementation, make_case, outputs_and_gradients, relative_error
+):
+    segment_ids = segments_of([(1, 33), (2, 2), (3, 37), (0, 8)])
+    packed = make_case(1, 80, 3, 4, segment_ids=segment_ids)
+    whole = outputs_and_gradients(packed, jnp.float32, implementation=implementation)
+    totals: dict[str, np.ndarray] = {}
+    for document in (1, 2, 3):
+        where = segment_ids[0] == document
+        alone = packed._replace(
+            x=packed.x[:, where],
+            segment_ids=None,
+            cot_y=packed.cot_y[:, where],
+            cot_state=packed.cot_state * (document == 3),
+        )
+        got = outputs_and_gradients(alone, jnp.float32, implementation=implementation)
+        assert relative_error(whole["y"][:, where], got["y"]) <= 1e-6
+        assert relative_error(whole["dx"][:, where], got["dx"]) <= 1e-6
+        for name in ("dalpha", "ddelta", "dtheta", "dgamma", "domega"):
+            totals[name] = totals.get(name, 0) + got[name]
+        if document == 3:
+            assert relative_error(whole["state"], got["state"]) <= 1e-6
+    for name, total in totals.items():
+        assert relative_error(whole[name], total) <= 3e-6, name
+    assert not whole["y"][:, segment_ids[0] == 0].any()
+    assert not whole["dx"][:, segment_ids[0] == 0].any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_nothing_crosses_a_border(implementation, make_case, outputs_and_gradients):
+    segment_ids = segments_of([(1, 40), (2, 5), (3, 45), (0, 10)])
+    case = make_case(1, 100, 3, 4, with_state=True, segment_ids=segment_ids)
+    kept = segment_ids[0] == 3
+    # The cotangent of other documents is zero, so parameter gradients must not change either.
+    case = case._replace(cot_y=case.cot_y * kept[:, None])
+    loud = case._replace(
+        x=np.where(kept[:, None], case.x, 1e30 * (1 + np.abs(case.x))), state=case.state * 1e30
+    )
+    quiet_out = outputs_and_gradients(case, jnp.float32, implementation=implementation)
+    loud_out = outputs_and_gradients(loud, jnp.float32, implementation=implementation)
+    for name, value in quiet_out.items():
+        other = loud_out[name]
+        if name in ("y", "dx"):
+            value, other = value[:, kept], other[:, kept]
+        np.testing.assert_array_equal(value, other, err_msg=name)
+    assert not quiet_out["dx"][:, ~kept].any()
+    assert not quiet_out["dstate"].any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_padding_leaves_the_state_alone(implementation, make_case, relative_error):
+    case = make_case(2, 50, 3, 4, with_state=True)
+    params = CemaParams(*(jnp.asarray(value, jnp.float32) for value in case.params))
+    state = jnp.asarray(case.state, jnp.complex64)
+    x = jnp.asarray(case.x, jnp.float32).at[1].set(jnp.nan).at[0, :7].set(jnp.nan)
+    segment_ids = jnp.asarray(segments_of([(0, 7), (1, 43)], [(0, 50)]), jnp.int32)
+    call = jax.jit(partial(cema, implementation=implementation))
+    out = call(x, params, state=state, segment_ids=segment_ids)
+    alone = call(x[:1, 7:], params, state=state[:1])
+    assert relative_error(np.asarray(out.y[:1, 7:]), np.asarray(alone.y)) <= 1e-6
+    assert relative_error(np.asarray(out.state[:1]), np.asarray(alone.state)) <= 1e-6
+    np.testing.assert_array_equal(out.state[1], state[1])
+    assert not np.asarray(out.y[1]).any()
+    assert not np.asarray(out.y[0, :7]).any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_input_is_computed_in_float32(implementation, make_case, relative_error):
+    case = make_case(2, 100, 3, 4)
+    params = CemaParams(*(jnp.asarray(value, jnp.float32) for value in case.params))
+    x = jnp.asarray(case.x, jnp.bfloat16)
+    call = jax.jit(partial(cema, implementation=implementation))
+    low = call(x, params)
+    full = call(x.astype(jnp.float32), params)
+    assert low.y.dtype == jnp.bfloat16
+    assert low.state.dtype == jnp.complex64
+    assert relative_error(np.asarray(low.state), np.asarray(full.state)) <= 1e-6
+    rounded = np.asarray(full.y.astype(jnp.bfloat16), np.float32)
+    assert relative_error(np.asarray(low.y, np.float32), rounded) <= 1e-4
+
+
+def test_gradient_of_bfloat16_input(make_case, outputs_and_gradients, relative_error):
+    def to_bfloat16(a: np.ndarray) -> np.ndarray:
+        return np.asarray(jnp.asarray(a, jnp.bfloat16), np.float64)
+
+    case = make_case(2, 100, 3, 4)
+    case = case._replace(
+        x=to_bfloat16(case.x), cot_y=to_bfloat16(case.cot_y), cot_state=0 * case.cot_state
+    )
+    params = CemaParams(*(jnp.asarray(value, jnp.float32) for value in case.params))
+    want = outputs_and_gradients(case, jnp.float64, implementation="reference")
+
+    @jax.jit
+    def gradients(x, params, cot_y):
+        return jax.vjp(lambda *a: cema(*a, implementation="xla").y, x, params)[1](cot_y)
+
+    dx, dparams = gradients(
+        jnp.asarray(case.x, jnp.bfloat16), params, jnp.asarray(case.cot_y, jnp.bfloat16)
+    )
+    assert dx.dtype == jnp.bfloat16
+    assert relative_error(np.asarray(dx, np.float64), want["dx"]) <= 2.5e-3
+    for name, value in dparams._asdict().items():
+        assert relative_error(np.asarray(value), want[f"d{name}"]) <= 3e-6, name
+
+
+def test_large_logits_stay_finite():
+    params = CemaParams(
+        alpha=jnp.full((2, 3), 40.0),
+        delta=jnp.asarray([[40.0] * 3, [-40.0] * 3]),
+        theta=jnp.asarray([80.0, -80.0]),
+        gamma=jnp.ones((2, 3, 2)),
+        omega=jnp.zeros(2),
+    )
+
+    @jax.jit
+    def run(x):
+        y, pull_back = jax.vjp(lambda p: cema(x, p, implementation="xla").y, params)
+        return y, pull_back(jnp.ones_like(y))
+
+    for value in jax.tree.leaves(run(jnp.ones((1, 70, 2)))):
+        assert jnp.isfinite(value).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"implementation": "cuda"}, "reference, xla"),
+        ({"implementation": "reference", "block_size": 8}, "leave block_size out"),
+        ({"block_size": 0}, "positive"),
+        ({"state": jnp.zeros((2, 3, 5))}, "complex"),
+        ({"segment_ids": jnp.ones((2, 9), jnp.int32)}, r"segment_ids is int32\(2, 9\)"),
+        ({"x": jnp.zeros((2, 8))}, "B, L, D"),
+        ({"x": jnp.zeros((2, 8, 3), jnp.int32)}, "int32"),
+        ({"x": jnp.zeros((2, 8, 4))}, "alpha has shape"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(change, message):
+    params = CemaParams(
+        jnp.zeros((3, 5)), jnp.zeros((3, 5)), jnp.zeros(3), jnp.zeros((3, 5, 2)), jnp.zeros(3)
+    )
+    arguments = {"x": jnp.zeros((2, 8, 3)), **change}
+    with pytest.raises(ValueError, match=message):
+        cema(arguments.pop("x"), params, **arguments)
+
+
+def test_bfloat16_parameters_are_refused():
+    params = CemaParams(
+        *(jnp.zeros(shape, jnp.bfloat16) for shape in [(3, 5), (3, 5), (3,), (3, 5, 2), (3,)])
+    )
+    with pytest.raises(ValueError, match="stay float32"):
+        cema(jnp.zeros((2, 8, 3)), params)
