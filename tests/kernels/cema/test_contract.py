@@ -51,9 +51,7 @@ def test_xla_equals_float64_recurrence(
     outputs_and_gradients,
     relative_error,
 ):
-    case = make_case(
-        rows, length, channels, order, with_state=with_state, segment_ids=segment_ids
-    )
+    case = make_case(rows, length, channels, order, with_state=with_state, segment_ids=segment_ids)
     want = outputs_and_gradients(case, jnp.float64, implementation="reference")
     got = outputs_and_gradients(case, jnp.float32, implementation="xla")
     errors = {name: relative_error(got[name], want[name]) for name in want}
