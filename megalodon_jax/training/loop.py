@@ -294,6 +294,7 @@ class _Run:
         self.timed_tokens = -float(self.window[-1].tokens)
 
     def _report(self) -> None:
+        self.checkpoints.check()
         window = self._finite_window()
         weights = np.asarray([metrics.tokens for metrics in window])
         total = max(float(weights.sum()), 1.0)
