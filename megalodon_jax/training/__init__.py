@@ -1,0 +1,1 @@
+"""Training: optimizer, step, checkpoints, measurements, the loop, and the command line."""

@@ -1,0 +1,387 @@
+"""Checkpoints of a run: everything that is needed to go on as if it had never stopped.
+
+`<run_dir>/checkpoints/<step>/` holds four Orbax items: `params` and `opt_state` (arrays under
+dotted names), `loader` (the data iterator's state, JSON) and `run` (step, resolved configuration,
+tokenizer fingerprint, JSON). A directory gets its final name only when all of it is written.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from megalodon_jax.config import ConfigError, ModelConfig, TrainConfig, config_from_dict
+from megalodon_jax.data.tokenizer import Tokenizer, load_tokenizer
+from megalodon_jax.model import Megalodon
+from megalodon_jax.training.step import TrainState, abstract_model, abstract_state
+
+# How a model is computed, not what it is: these may change between save and restore.
+_COMPUTE_FIELDS = frozenset(
+    {
+        "remat",
+        "cema_implementation",
+        "timestep_norm_implementation",
+        "attention_implementation",
+    }
+)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message says which and what remains."""
+
+
+class MismatchError(CheckpointError):
+    """A checkpoint is sound but of another model, other data, or another tokenizer."""
+
+
+class RestoredRun(NamedTuple):
+    """A run as it was after `step` updates.
+
+    Attributes:
+      state: arrays on the default device.
+      loader_state: what the loader's `state_dict` gave.
+      config: the configuration the checkpoint was made with.
+    """
+
+    state: TrainState
+    loader_state: dict[str, Any]
+    config: TrainConfig
+
+
+class LoadedModel(NamedTuple):
+    """A trained model and the configuration it was trained with."""
+
+    model: Megalodon
+    config: TrainConfig
+
+
+class TrainedModel(NamedTuple):
+    """A trained model and the tokenizer whose ids it knows."""
+
+    model: Megalodon
+    tokenizer: Tokenizer
+
+
+class RunCheckpoints:
+    """The checkpoints of one run directory. Saving is asynchronous: training goes on meanwhile.
+
+    Use as a context manager, or call `close`.
+
+    Args:
+      run_dir: the run's directory.
+      keep: newest checkpoints that stay; older ones are removed once a newer one is complete.
+      read_only: never write here, not even to clean up.
+
+    Raises:
+      CheckpointError: `read_only` and there is no checkpoint directory.
+    """
+
+    def __init__(self, run_dir: str | Path, *, keep: int = 1, read_only: bool = False) -> None:
+        self.directory = (Path(run_dir) / "checkpoints").absolute()
+        if not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        elif not self.directory.is_dir():
+            raise CheckpointError(
+                f"{run_dir} has no checkpoints; give the run_dir of a training run"
+            )
+        self._orbax = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=None if read_only else keep,
+                read_only=read_only,
+                create=False,
+                # A save that was cut short leaves a temporary directory; the next save removes it.
+                cleanup_tmp_directories=not read_only,
+            ),
+        )
+        self._last_saved: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints on disk, oldest first, damaged ones included."""
+        # Orbax's own list forgets an old step when a save begins, before that save is complete.
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+
+    def save(
+        self,
+        state: TrainState,
+        *,
+        loader_state: Mapping[str, Any],
+        config: TrainConfig,
+        tokenizer_fingerprint: str,
+    ) -> None:
+        """Starts to write a checkpoint; returns once the arrays may be changed again.
+
+        Raises:
+          CheckpointError: this or an earlier save failed (for example: disk full).
+        """
+        step = int(state.step)
+        run = {
+            "step": step,
+            "config": dataclasses.asdict(config),
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+        }
+        try:
+            self._orbax.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(_by_name(state.params)),
+                    opt_state=ocp.args.StandardSave(_by_name(state.opt_state)),
+                    loader=ocp.args.JsonSave(dict(loader_state)),
+                    run=ocp.args.JsonSave(run),
+                ),
+                force=True,
+            )
+        except Exception as error:
+            raise self._save_error(step, error) from error
+        self._last_saved = step
+
+    def wait(self) -> None:
+        """Waits until the last save is complete.
+
+        Raises:
+          CheckpointError: it failed.
+        """
+        try:
+            self._orbax.wait_until_finished()
+        except Exception as error:
+            raise self._save_error(self._last_saved, error) from error
+
+    def close(self) -> None:
+        """Waits for the last save and frees the writer's threads."""
+        try:
+            self._orbax.close()
+        except Exception as error:
+            raise self._save_error(self._last_saved, error) from error
+
+    def read_run(self, step: int) -> tuple[TrainConfig, str]:
+        """Configuration and tokenizer fingerprint of one checkpoint.
+
+        Raises:
+          CheckpointError: it is damaged.
+        """
+        run = self._restore(step, run=ocp.args.JsonRestore())["run"]
+        try:
+            return config_from_dict(run["config"]), run["tokenizer_fingerprint"]
+        except (ConfigError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"checkpoint {self._path(step)} holds no usable configuration: {error}"
+            ) from error
+
+    def restore(self, step: int, config: TrainConfig) -> RestoredRun:
+        """Reads one checkpoint to go on with `config`.
+
+        Raises:
+          CheckpointError: it is damaged.
+          MismatchError: it is of another model; the fields that differ are named.
+        """
+        saved, _ = self.read_run(step)
+        check_same_model(saved.model, config.model, self._path(step))
+        abstract = abstract_state(config)
+        items = self._restore(
+            step,
+            params=ocp.args.StandardRestore(_abstract_by_name(abstract.params)),
+            opt_state=ocp.args.StandardRestore(_abstract_by_name(abstract.opt_state)),
+            loader=ocp.args.JsonRestore(),
+        )
+        state = TrainState(
+            jnp.asarray(step, jnp.int32),
+            _from_names(abstract.params, items["params"]),
+            _from_names(abstract.opt_state, items["opt_state"]),
+        )
+        return RestoredRun(state, items["loader"], saved)
+
+    def restore_model(self, step: int, config: ModelConfig) -> Megalodon:
+        """Reads the parameters alone, into a model of `config`.
+
+        Raises:
+          CheckpointError: the checkpoint is damaged.
+        """
+        graphdef, params = abstract_model(config)
+        items = self._restore(step, params=ocp.args.StandardRestore(_abstract_by_name(params)))
+        return nnx.merge(graphdef, _from_names(params, items["params"]))
+
+    def set_aside(self, step: int) -> Path:
+        """Renames a damaged checkpoint to `damaged_<step>`, so that its step can be saved again."""
+        source = self._path(step)
+        target = source.with_name(f"damaged_{step}")
+        count = 1
+        while target.exists():
+            count += 1
+            target = source.with_name(f"damaged_{step}_{count}")
+        source.rename(target)
+        self._orbax.reload()
+        return target
+
+    def _restore(self, step: int, **items: ocp.args.CheckpointArgs) -> Mapping[str, Any]:
+        try:
+            restored = self._orbax.restore(step, args=ocp.args.Composite(**items))
+            missing = [name for name in items if restored[name] is None]
+        # Orbax, TensorStore and the JSON parser raise many types for a truncated or missing file.
+        except Exception as error:
+            raise CheckpointError(
+                f"checkpoint {self._path(step)} cannot be read: {_reason(error)}"
+            ) from error
+        if missing:
+            raise CheckpointError(f"checkpoint {self._path(step)} lacks {', '.join(missing)}")
+        return restored  # type: ignore[return-value]
+
+    def _path(self, step: int) -> Path:
+        return self.directory / str(step)
+
+    def _save_error(self, step: int | None, error: Exception) -> CheckpointError:
+        complete = [str(at) for at in self.steps() if at != step]
+        usable = (
+            f"still usable: step {', '.join(complete)}" if complete else "no earlier one exists"
+        )
+        return CheckpointError(
+            f"checkpoint {'' if step is None else self._path(step)} was not written: "
+            f"{_reason(error)}; {usable}"
+        )
+
+
+def load_model(run_dir: str | Path, step: int | None = None) -> LoadedModel:
+    """The model of a training run.
+
+    Args:
+      run_dir: the run's directory.
+      step: which checkpoint; None: the newest that can be read.
+
+    Raises:
+      CheckpointError: there is none, or it cannot be read.
+    """
+    with RunCheckpoints(run_dir, read_only=True) as checkpoints:
+
+        def load(at: int) -> LoadedModel:
+            config, _ = checkpoints.read_run(at)
+            return LoadedModel(checkpoints.restore_model(at, config.model), config)
+
+        return newest_readable(checkpoints, load, step=step)
+
+
+def load_trained(run_dir: str | Path, step: int | None = None) -> TrainedModel:
+    """Like `load_model`, with the tokenizer of the run, which must not have changed since.
+
+    Raises:
+      CheckpointError: no checkpoint can be read.
+      MismatchError: the tokenizer's file means something else now.
+      DataError: the tokenizer's file cannot be read.
+    """
+    with RunCheckpoints(run_dir, read_only=True) as checkpoints:
+
+        def load(at: int) -> TrainedModel:
+            config, fingerprint = checkpoints.read_run(at)
+            tokenizer = load_tokenizer(config.data.tokenizer)
+            if tokenizer.fingerprint() != fingerprint:
+                raise MismatchError(
+                    f"{run_dir} was trained with tokenizer {fingerprint}, but "
+                    f"{config.data.tokenizer!r} is now {tokenizer.fingerprint()}; restore that file"
+                )
+            return TrainedModel(checkpoints.restore_model(at, config.model), tokenizer)
+
+        return newest_readable(checkpoints, load, step=step)
+
+
+def newest_readable[T](
+    checkpoints: RunCheckpoints,
+    load: Callable[[int], T],
+    *,
+    step: int | None = None,
+    on_damaged: Callable[[int, CheckpointError], None] | None = None,
+) -> T:
+    """What `load` gives for the newest checkpoint that is not damaged, or for `step` alone.
+
+    Every damaged one is named on the error stream, then handed to `on_damaged`.
+
+    Raises:
+      CheckpointError: no checkpoint can be read.
+      MismatchError: the newest readable one is of another model or other data.
+    """
+    steps = checkpoints.steps()
+    if not steps:
+        raise CheckpointError(f"{checkpoints.directory} holds no complete checkpoint to go on from")
+    if step is not None:
+        if step not in steps:
+            raise CheckpointError(
+                f"{checkpoints.directory} has no checkpoint of step {step}; there are: "
+                f"{', '.join(map(str, steps))}"
+            )
+        return load(step)
+    for at in reversed(steps):
+        try:
+            return load(at)
+        except MismatchError:
+            raise
+        except CheckpointError as error:
+            print(f"damaged checkpoint, trying an earlier one: {error}", file=sys.stderr)
+            if on_damaged is not None:
+                on_damaged(at, error)
+    raise CheckpointError(f"no checkpoint in {checkpoints.directory} can be read")
+
+
+def check_same_model(saved: ModelConfig, wanted: ModelConfig, source: str | Path) -> None:
+    """Raises `MismatchError`, naming the fields, if two configurations are of different models."""
+    differing = differing_fields(saved, wanted, ignored=_COMPUTE_FIELDS)
+    if differing:
+        raise MismatchError(
+            f"checkpoint {source} is of another model: {'; '.join(differing)}. "
+            "Use the checkpoint's values, or another run_dir"
+        )
+
+
+def differing_fields(saved: Any, wanted: Any, *, ignored: frozenset[str]) -> list[str]:
+    """One text for each field of two configurations that differs: name, both values."""
+    texts = []
+    for entry in dataclasses.fields(saved):
+        old, new = getattr(saved, entry.name), getattr(wanted, entry.name)
+        if entry.name not in ignored and old != new:
+            texts.append(f"{entry.name} is {old!r} in the checkpoint, {new!r} now")
+    return texts
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    # The last part of a Flax variable's path is the variable's own array.
+    return ".".join(parts[:-1] if parts[-1] == "value" else parts)
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {_name(path): leaf for path, leaf in leaves}
+
+
+def _abstract_by_name(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device)
+        for name, leaf in _by_name(tree).items()
+    }
+
+
+def _from_names(abstract: Any, arrays: Mapping[str, Any]) -> Any:
+    paths, treedef = jax.tree_util.tree_flatten_with_path(abstract)
+    return jax.tree.unflatten(treedef, [arrays[_name(path)] for path, _ in paths])
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    # The system's own words (no space left, permission denied) stand at the end of a long chain.
+    shortened = text if len(text) <= 300 else f"{text[:100]} ... {text[-180:]}"
+    return f"{type(error).__name__}: {shortened}"

@@ -1,0 +1,195 @@
+"""One update of the weights, and one held-out batch, as pure jitted functions."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from megalodon_jax.config import ModelConfig, TrainConfig
+from megalodon_jax.loss import LossOutput, cross_entropy
+from megalodon_jax.model import Megalodon
+from megalodon_jax.training.optim import apply_updates, learning_rate_schedule, make_optimizer
+from megalodon_jax.typing import Array, Batch, Float32, Int32, PRNGKey
+
+
+class TrainState(NamedTuple):
+    """All that a step changes.
+
+    Attributes:
+      step: updates done so far.
+      params: the model's parameters, `nnx.split(model, nnx.Param)[1]`.
+      opt_state: the optimizer's moments (float32) and counts.
+    """
+
+    step: Int32[Array, ""]
+    params: nnx.State
+    opt_state: optax.OptState
+
+
+class StepMetrics(NamedTuple):
+    """Measurements of one update; float32 scalars.
+
+    Attributes:
+      loss: mean cross-entropy in nats per counted target.
+      z_loss: mean of the z-loss term, already multiplied by its weight.
+      accuracy: fraction of counted targets that were the most probable token.
+      grad_norm: global norm of the gradient before clipping.
+      learning_rate: rate of this update.
+      tokens: counted targets.
+    """
+
+    loss: Float32[Array, ""]
+    z_loss: Float32[Array, ""]
+    accuracy: Float32[Array, ""]
+    grad_norm: Float32[Array, ""]
+    learning_rate: Float32[Array, ""]
+    tokens: Float32[Array, ""]
+
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+EvalStep = Callable[[nnx.State, Batch], LossOutput]
+
+
+def init_state(config: TrainConfig) -> tuple[nnx.GraphDef, TrainState]:
+    """Fresh weights from `config.seed` and a fresh optimizer state.
+
+    Returns:
+      The model's static structure, and the state of step 0.
+    """
+    optimizer = make_optimizer(config.optim, total_steps=config.steps)
+    graphdef = abstract_model(config.model)[0]
+
+    @jax.jit
+    def create() -> TrainState:
+        params = nnx.split(Megalodon(config.model, rngs=nnx.Rngs(config.seed)), nnx.Param)[1]
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return graphdef, create()
+
+
+def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """A model's static structure and its parameters' shapes and types, without any memory."""
+    model = nnx.eval_shape(lambda: Megalodon(config, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(model, nnx.Param)
+    return graphdef, params
+
+
+def abstract_state(config: TrainConfig) -> TrainState:
+    """Shapes and types of a run's `TrainState`, without any memory."""
+    optimizer = make_optimizer(config.optim, total_steps=config.steps)
+    params = abstract_model(config.model)[1]
+
+    def start(params: nnx.State) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return jax.eval_shape(start, params)
+
+
+def make_train_step(graphdef: nnx.GraphDef, config: TrainConfig) -> TrainStep:
+    """Builds `step(state, batches) -> (state, metrics)`, jitted; the old state's memory is reused.
+
+    `batches` has a leading axis of `accumulate_steps` batches, (A, B, L). The objective is
+
+        (sum of weighted token losses + z-losses, over all A batches) / (sum of weights)
+
+    so that accumulating equals one batch of A * B rows. Dropout's key is folded from the seed, the
+    step and the batch's place, so a resumed run drops what an uninterrupted one would.
+
+    Args:
+      graphdef: the model's static structure.
+      config: the run.
+    """
+    optimizer = make_optimizer(config.optim, total_steps=config.steps)
+    schedule = learning_rate_schedule(config.optim, total_steps=config.steps)
+    sums_and_gradient = _make_sums_and_gradient(graphdef, config)
+
+    def step(state: TrainState, batches: Batch) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        sums, gradient = sums_and_gradient(state.params, batches, key)
+        # A batch of padding alone has weight 0; its gradient is 0 and must not become NaN.
+        weight = jnp.maximum(sums.weight_sum, 1.0)
+        gradient = jax.tree.map(lambda leaf: leaf / weight, gradient)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        metrics = StepMetrics(
+            loss=sums.loss_sum / weight,
+            z_loss=sums.z_loss_sum / weight,
+            accuracy=sums.correct_sum / weight,
+            grad_norm=jnp.asarray(optax.tree.norm(gradient)),
+            learning_rate=schedule(state.step),
+            tokens=sums.weight_sum,
+        )
+        return TrainState(state.step + 1, apply_updates(state.params, updates), opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_eval_step(graphdef: nnx.GraphDef, config: TrainConfig) -> EvalStep:
+    """Builds `evaluate(params, batch) -> LossOutput`, jitted: sums over one batch, no dropout."""
+
+    @jax.jit
+    def evaluate(params: nnx.State, batch: Batch) -> LossOutput:
+        return _loss_sums(graphdef, params, batch, config, dropout_key=None)
+
+    return evaluate
+
+
+def _make_sums_and_gradient(
+    graphdef: nnx.GraphDef, config: TrainConfig
+) -> Callable[[nnx.State, Batch, PRNGKey], tuple[LossOutput, nnx.State]]:
+    model = config.model
+    drops = bool(model.dropout or model.hidden_dropout or model.attention_dropout)
+
+    def objective(
+        params: nnx.State, batch: Batch, key: PRNGKey | None
+    ) -> tuple[Float32[Array, ""], LossOutput]:
+        sums = _loss_sums(graphdef, params, batch, config, dropout_key=key)
+        return sums.loss_sum + sums.z_loss_sum, sums
+
+    gradient_of = jax.grad(objective, has_aux=True)
+
+    def one(params: nnx.State, batch: Batch, index: Array | int, key: PRNGKey):
+        gradient, sums = gradient_of(
+            params, batch, jax.random.fold_in(key, index) if drops else None
+        )
+        return sums, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient)
+
+    def over_all(params: nnx.State, batches: Batch, key: PRNGKey) -> tuple[LossOutput, nnx.State]:
+        if batches.tokens.shape[0] == 1:
+            return one(params, jax.tree.map(lambda rows: rows[0], batches), 0, key)
+
+        def add(total, entry):
+            index, batch = entry
+            return jax.tree.map(jnp.add, total, one(params, batch, index, key)), None
+
+        first = jax.tree.map(lambda rows: rows[0], batches)
+        shapes = jax.eval_shape(one, params, first, 0, key)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        indices = jnp.arange(batches.tokens.shape[0])
+        return jax.lax.scan(add, zeros, (indices, batches))[0]
+
+    return over_all
+
+
+def _loss_sums(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    batch: Batch,
+    config: TrainConfig,
+    *,
+    dropout_key: PRNGKey | None,
+) -> LossOutput:
+    model: Megalodon = nnx.merge(graphdef, params)
+    hidden = model.hidden(
+        batch.tokens, segment_ids=batch.segment_ids, dropout_key=dropout_key
+    ).hidden
+    return cross_entropy(
+        hidden,
+        model.output_matrix(),
+        batch.targets,
+        batch.weights,
+        z_loss=config.z_loss,
+        chunk_size=config.loss_chunk_size,
+    )

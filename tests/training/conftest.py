@@ -1,0 +1,84 @@
+"""A tiny run, shared by the tests of training."""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from megalodon_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+
+MODEL = ModelConfig(
+    num_layers=1, model_dim=8, z_dim=4, value_dim=8, num_heads=1, ffn_hidden_dim=8, cema_ndim=2,
+    chunk_size=16, vocab_size=257, norm_num_groups=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory):
+    """Every run compiles the same programs; the first one's are kept for the session."""
+    directory = str(tmp_path_factory.mktemp("compiled"))
+    changed = {
+        "jax_compilation_cache_dir": directory,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in changed}
+    for name, value in changed.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
+    yield
+    del os.environ["JAX_COMPILATION_CACHE_DIR"]
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """Forty short documents, separated by NUL."""
+    path = tmp_path_factory.mktemp("text") / "corpus.txt"
+    path.write_text("\0".join(f"document {i}: " + "ab c" * (i % 11 + 1) for i in range(40)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def session_config(text_file) -> TrainConfig:
+    return TrainConfig(
+        model=MODEL,
+        data=DataConfig(
+            source="files", files=(str(text_file),), document_separator="\0", seq_len=32,
+            batch_size=2, heldout_fraction=0.2,
+        ),
+        optim=OptimConfig(lr=1e-2, warmup_steps=2),
+        steps=6, log_every=1, eval_every=0, checkpoint_every=3, final_eval_batches=2,
+        sample_tokens=4, loss_chunk_size=64,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def config(session_config, tmp_path) -> TrainConfig:
+    """The tiny run, in a directory of its own."""
+    return dataclasses.replace(session_config, run_dir=str(tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def trained_run(session_config, tmp_path_factory) -> TrainConfig:
+    """The tiny run after all its steps; not to be changed."""
+    from megalodon_jax.training.loop import train
+
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    done = dataclasses.replace(session_config, run_dir=str(run_dir))
+    train(done)
+    return done
+
+
+@pytest.fixture
+def finished(trained_run, tmp_path) -> TrainConfig:
+    """A copy of the finished run that a test may change."""
+    shutil.copytree(trained_run.run_dir, tmp_path / "copy")
+    return dataclasses.replace(trained_run, run_dir=str(tmp_path / "copy"))

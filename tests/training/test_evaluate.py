@@ -1,0 +1,91 @@
+"""Measuring by streaming pieces through the cache equals one call on the whole document."""
+
+import math
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from megalodon_jax.data import ByteTokenizer, DataError
+from megalodon_jax.model import Megalodon
+from megalodon_jax.training.evaluate import (
+    evaluate_documents,
+    evaluate_files,
+    streaming_batches,
+)
+
+# Lengths around the piece length 16 of the tests: with marks, 15 bytes fill a piece exactly.
+TEXTS = [
+    "a" * 15,
+    "hello",
+    "x" * 31,
+    "The quick brown fox jumps over the lazy dog " * 2,
+    "é",
+    "b" * 14,
+]
+
+
+@pytest.fixture(scope="module")
+def model(session_config) -> Megalodon:
+    return Megalodon(session_config.model, rngs=nnx.Rngs(3))
+
+
+@pytest.fixture(scope="module")
+def nats(model) -> float:
+    """Cross-entropy in float64 from one call for each whole document."""
+    total = 0.0
+    for text in TEXTS:
+        stream = np.array([[256, *text.encode(), 256]], np.int32)
+        padded = np.pad(stream[:, :-1], ((0, 0), (0, 100 - stream.shape[1])))
+        logits = np.asarray(model(padded).logits, np.float64)[0, : stream.shape[1] - 1]
+        log_z = np.log(np.exp(logits).sum(-1))
+        total += float(np.sum(log_z - logits[np.arange(len(logits)), stream[0, 1:]]))
+    return total
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_streaming_equals_one_call(model, nats, batch_size):
+    result = evaluate_documents(
+        model, ByteTokenizer(), TEXTS, batch_size=batch_size, piece_length=16
+    )
+    num_bytes = sum(len(text.encode()) for text in TEXTS)
+    assert result.num_bytes == num_bytes
+    assert result.num_tokens == num_bytes + len(TEXTS)
+    assert result.loss == pytest.approx(nats / result.num_tokens, rel=1e-6)
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(nats / result.num_tokens), rel=1e-5)
+
+
+def test_files_are_read_and_split_into_documents(model, nats, tmp_path):
+    (tmp_path / "a.txt").write_text("\0".join(TEXTS[:4]))
+    (tmp_path / "b.txt").write_text("\0".join(TEXTS[4:]))
+    result = evaluate_files(
+        model, ByteTokenizer(), [str(tmp_path / "*.txt")], document_separator="\0",
+        batch_size=2, piece_length=16,
+    )  # fmt: skip
+    assert result.loss == pytest.approx(nats / result.num_tokens, rel=1e-6)
+
+
+def test_no_text_is_an_error(model, tmp_path):
+    with pytest.raises(DataError, match="nothing to measure"):
+        evaluate_documents(model, ByteTokenizer(), [], piece_length=16)
+    with pytest.raises(DataError, match="missing"):
+        evaluate_files(model, ByteTokenizer(), [str(tmp_path / "missing.txt")])
+
+
+def test_batches_hold_every_target_once_and_keep_segments_apart():
+    streams = [np.arange(1, n + 1, dtype=np.int32) for n in (2, 9, 3, 17, 5)]
+    batches = list(streaming_batches(iter(streams), batch_size=2, length=4))
+    counted = [batch.targets[batch.weights == 1.0] for batch in batches]
+    assert sorted(np.concatenate(counted)) == sorted(
+        np.concatenate([stream[1:] for stream in streams])
+    )
+    for row in range(2):
+        joined = [np.concatenate([array[row] for array in arrays]) for arrays in zip(*batches)]
+        tokens, targets, segment_ids, weights = joined
+        assert np.array_equal(segment_ids != 0, weights == 1.0)
+        same = segment_ids[1:] == segment_ids[:-1]
+        # Inside a document the next input is this target; a new document starts with its mark.
+        inside = same & (segment_ids[1:] != 0)
+        assert np.array_equal(tokens[1:][inside], targets[:-1][inside])
+        assert (tokens[1:][~same & (segment_ids[1:] != 0)] == 1).all()

@@ -1,0 +1,159 @@
+"""Whole runs: resuming, stopping, and what makes a run refuse to start or to go on."""
+
+import dataclasses
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from megalodon_jax.config import ConfigError, DataConfig, OptimConfig, TrainConfig
+from megalodon_jax.data import DataError
+from megalodon_jax.training.checkpoint import (
+    CheckpointError,
+    MismatchError,
+    RunCheckpoints,
+    load_model,
+)
+from megalodon_jax.training.loop import TrainingError, train
+from megalodon_jax.training.metrics import ProgressDisplay
+
+
+def logged(config: TrainConfig, name: str) -> dict[int, float]:
+    lines = Path(config.run_dir, "metrics.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    return {entry["step"]: entry[name] for entry in entries if name in entry}
+
+
+def steps_of(config: TrainConfig) -> list[int]:
+    with RunCheckpoints(config.run_dir, read_only=True) as checkpoints:
+        return checkpoints.steps()
+
+
+def assert_same_weights(a: TrainConfig, b: TrainConfig) -> None:
+    first, second = (nnx.split(load_model(run.run_dir, step=6).model)[1] for run in (a, b))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def forget_after(config: TrainConfig, step: int) -> None:
+    """Makes the run look as if it had been killed after the checkpoint of `step`."""
+    for later in steps_of(config):
+        if later > step:
+            shutil.rmtree(Path(config.run_dir, "checkpoints", str(later)))
+    Path(config.run_dir, "metrics.jsonl").unlink()
+
+
+def test_a_run_leaves_its_numbers_and_learns(trained_run):
+    loss = logged(trained_run, "loss")
+    assert sorted(loss) == [1, 2, 3, 4, 5, 6]
+    assert loss[6] < loss[1]
+    assert steps_of(trained_run) == [3, 6]
+    heldout = logged(trained_run, "heldout_bits_per_byte")
+    assert heldout[6] == pytest.approx(8.0, abs=1.0)
+    resolved = json.loads(Path(trained_run.run_dir, "config.json").read_text())
+    assert resolved["model"]["model_dim"] == 8
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(trained_run, finished):
+    forget_after(finished, 3)
+    result = train(dataclasses.replace(finished, resume=True))
+    assert result.step == 6
+    for name in ("loss", "grad_norm"):
+        whole = logged(trained_run, name)
+        assert logged(finished, name) == {step: whole[step] for step in (4, 5, 6)}
+    assert_same_weights(trained_run, finished)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_after_the_step_and_resuming_changes_nothing(
+    number, config, trained_run, monkeypatch
+):
+    advance = ProgressDisplay.advance
+
+    def advance_and_stop(self, step):
+        advance(self, step)
+        if step == 2:
+            signal.raise_signal(number)
+
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressDisplay, "advance", advance_and_stop)
+        result = train(config)
+    assert result.step == 2
+    assert result.stop_signal == number
+    assert signal.getsignal(number) is handler
+    assert steps_of(config) == [2]
+    if number == signal.SIGTERM:
+        train(dataclasses.replace(config, resume=True))
+        assert_same_weights(trained_run, config)
+
+
+def test_nothing_is_overwritten(finished):
+    with pytest.raises(ConfigError, match=r"already has checkpoints \(newest: step 6\).*--resume"):
+        train(finished)
+    assert steps_of(finished) == [3, 6]
+
+
+def test_resuming_needs_a_checkpoint(config):
+    with pytest.raises(CheckpointError, match="no complete checkpoint to go on from"):
+        train(dataclasses.replace(config, resume=True))
+
+
+def test_damaged_newest_checkpoint_is_set_aside_and_made_again(trained_run, finished, capsys):
+    shutil.rmtree(Path(finished.run_dir, "checkpoints", "6", "opt_state"))
+    train(dataclasses.replace(finished, resume=True))
+    assert "checkpoints/6" in capsys.readouterr().err
+    assert steps_of(finished) == [3, 6]
+    assert Path(finished.run_dir, "checkpoints", "damaged_6", "params").is_dir()
+    assert_same_weights(trained_run, finished)
+
+
+def test_resuming_another_model_or_other_data_is_refused(finished):
+    model = dataclasses.replace(finished.model, cema_ndim=3)
+    with pytest.raises(MismatchError, match="cema_ndim is 2 in the checkpoint, 3 now"):
+        train(dataclasses.replace(finished, model=model, resume=True))
+    data = dataclasses.replace(finished.data, seq_len=16)
+    with pytest.raises(DataError, match="seq_len"):
+        train(dataclasses.replace(finished, data=data, resume=True))
+    assert steps_of(finished) == [3, 6]
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(finished):
+    forget_after(finished, 3)
+    optim = dataclasses.replace(finished.optim, lr=1e38)
+    with pytest.raises(
+        TrainingError, match=r"at step [56]; stopped, the newest checkpoint is step"
+    ):
+        train(dataclasses.replace(finished, optim=optim, resume=True, checkpoint_every=0))
+    assert steps_of(finished) == [3]
+    model, _ = load_model(finished.run_dir)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(nnx.split(model)[1]))
+
+
+def test_token_ids_that_the_model_does_not_know_are_refused(config):
+    small = dataclasses.replace(config.model, vocab_size=256)
+    with pytest.raises(ConfigError, match=r"ids up to 256, but the model knows 0 to 255"):
+        train(dataclasses.replace(config, model=small))
+    assert not Path(config.run_dir).exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"caf\xe9"])
+def test_data_that_cannot_be_used_is_refused(config, tmp_path, content):
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(content)
+    data = DataConfig(source="files", files=(str(bad),), seq_len=32, batch_size=2)
+    with pytest.raises(DataError, match=r"bad\.txt|no "):
+        train(dataclasses.replace(config, data=data))
+
+
+def test_without_heldout_text_nothing_is_measured(config):
+    data = dataclasses.replace(config.data, heldout_fraction=0.0)
+    optim = OptimConfig(lr=1e-2, warmup_steps=2)
+    result = train(dataclasses.replace(config, data=data, optim=optim, steps=1, sample_tokens=0))
+    assert result.heldout is None
+    assert result.sample == ""
+    assert steps_of(config) == [1]

@@ -1,0 +1,107 @@
+"""The train step: accumulation, padding, dropout keys; and the held-out step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from megalodon_jax.config import OptimConfig
+from megalodon_jax.training.step import (
+    TrainState,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
+from megalodon_jax.typing import Batch
+
+
+def random_batch(rows: int, length: int = 16, seed: int = 0) -> Batch:
+    random = np.random.default_rng(seed)
+    segment_ids = np.ones((rows, length), np.int32)
+    segment_ids[:, length // 2 :] = 2
+    # Rows count differently many targets, so a mean of means would not be the mean.
+    weights = (random.random((rows, length)) < np.linspace(0.2, 1.0, rows)[:, None]) * 1.0
+    return Batch(
+        tokens=random.integers(0, 257, (rows, length)).astype(np.int32),
+        targets=random.integers(0, 257, (rows, length)).astype(np.int32),
+        segment_ids=segment_ids,
+        weights=weights.astype(np.float32),
+    )
+
+
+def copy_of(state: TrainState) -> TrainState:
+    """The step takes its state's memory."""
+    return jax.tree.map(jnp.copy, state)
+
+
+@pytest.fixture(scope="module")
+def no_warmup(session_config):
+    return dataclasses.replace(session_config, optim=OptimConfig(lr=1e-2, warmup_steps=0))
+
+
+def test_accumulation_equals_one_big_batch(no_warmup):
+    graphdef, state = init_state(no_warmup)
+    step = make_train_step(graphdef, no_warmup)
+    whole = random_batch(rows=4)
+    together, metrics = step(copy_of(state), jax.tree.map(lambda rows: rows[None], whole))
+    parts = jax.tree.map(lambda rows: rows.reshape(2, 2, -1), whole)
+    accumulated, accumulated_metrics = step(copy_of(state), parts)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
+        together.params,
+        accumulated.params,
+    )
+    for name in ("loss", "accuracy", "grad_norm", "tokens"):
+        np.testing.assert_allclose(
+            getattr(metrics, name), getattr(accumulated_metrics, name), rtol=2e-6
+        )
+    moved = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), together.params, state.params)
+    assert max(map(float, jax.tree.leaves(moved))) > 1e-3
+
+
+def test_padding_alone_changes_nothing_but_decay(no_warmup):
+    graphdef, state = init_state(no_warmup)
+    step = make_train_step(graphdef, no_warmup)
+    empty = jax.tree.map(lambda rows: np.zeros_like(rows)[None], random_batch(rows=4))
+    after, metrics = step(copy_of(state), empty)
+    assert float(metrics.tokens) == 0.0
+    assert float(metrics.loss) == 0.0
+    assert float(metrics.grad_norm) == 0.0
+    decay = 1.0 - no_warmup.optim.lr * no_warmup.optim.weight_decay
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, decay * b, rtol=1e-6, atol=1e-9),
+        after.params,
+        state.params,
+    )
+
+
+@pytest.mark.slow
+def test_dropout_depends_on_seed_and_step_alone(no_warmup):
+    dropping = dataclasses.replace(no_warmup.model, dropout=0.5)
+    config = dataclasses.replace(no_warmup, model=dropping)
+    graphdef, state = init_state(config)
+    step = make_train_step(graphdef, config)
+    batch = jax.tree.map(lambda rows: rows[None], random_batch(rows=2))
+
+    def loss_at(number: int) -> float:
+        at = copy_of(state)._replace(step=jnp.asarray(number, jnp.int32))
+        return float(step(at, batch)[1].loss)
+
+    assert loss_at(3) == loss_at(3)
+    assert loss_at(3) != loss_at(4)
+
+
+def test_heldout_step_equals_numpy_cross_entropy(session_config):
+    graphdef, state = init_state(session_config)
+    batch = random_batch(rows=2)
+    sums = make_eval_step(graphdef, session_config)(state.params, batch)
+    model = nnx.merge(graphdef, state.params)
+    logits = np.asarray(model(batch.tokens, segment_ids=batch.segment_ids).logits, np.float64)
+    log_z = np.log(np.sum(np.exp(logits), axis=-1))
+    chosen = np.take_along_axis(logits, np.asarray(batch.targets)[..., None], axis=-1)[..., 0]
+    expected = np.sum((log_z - chosen) * batch.weights)
+    np.testing.assert_allclose(float(sums.loss_sum), expected, rtol=1e-6)
+    np.testing.assert_allclose(float(sums.weight_sum), np.sum(batch.weights))

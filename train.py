@@ -1,0 +1,8 @@
+"""Trains a model: `python train.py CONFIG.toml ...` is `megalodon train CONFIG.toml ...`."""
+
+import sys
+
+from megalodon_jax.training.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))
