@@ -40,9 +40,9 @@ def compile_once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
-    """Forty short documents, separated by NUL."""
+    """Forty documents of 200 to 2,200 bytes, separated by NUL."""
     path = tmp_path_factory.mktemp("text") / "corpus.txt"
-    path.write_text("\0".join(f"document {i}: " + "ab c" * (i % 11 + 1) for i in range(40)))
+    path.write_text("\0".join(f"document {i}: " + "ab c" * (50 * (i % 11 + 1)) for i in range(40)))
     return path
 
 

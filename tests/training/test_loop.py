@@ -53,7 +53,8 @@ def test_a_run_leaves_its_numbers_and_learns(trained_run):
     assert loss[6] < loss[1]
     assert steps_of(trained_run) == [3, 6]
     heldout = logged(trained_run, "heldout_bits_per_byte")
-    assert heldout[6] == pytest.approx(8.0, abs=1.0)
+    # Between what the text is worth and what 257 equally probable ids would cost.
+    assert 1.0 < heldout[6] < 8.0
     resolved = json.loads(Path(trained_run.run_dir, "config.json").read_text())
     assert resolved["model"]["model_dim"] == 8
 
