@@ -24,6 +24,13 @@ PROMPTS = np.array([[5, 3, 9, 1, 2], [7, 7, 4, 0, 0], [1, 0, 0, 0, 0]], np.int32
 LENGTHS = np.array([5, 3, 1], np.int32)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def model() -> Megalodon:
     config = ModelConfig(

@@ -151,7 +151,12 @@ def _generate(arguments: list[str]) -> int:
     from megalodon_jax.generate import Sampling, stream_text
     from megalodon_jax.training.checkpoint import load_trained
 
-    sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+    try:
+        sampling = Sampling(
+            temperature=options.temperature, top_k=options.top_k, top_p=options.top_p
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     model, tokenizer = load_trained(options.checkpoint, options.step)
     print(options.prompt, end="", flush=True)
     for text in stream_text(

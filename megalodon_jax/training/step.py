@@ -1,6 +1,7 @@
 """One update of the weights, and one held-out batch, as pure jitted functions."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -62,7 +63,8 @@ def init_state(config: TrainConfig) -> tuple[nnx.GraphDef, TrainState]:
     optimizer = make_optimizer(config.optim, total_steps=config.steps)
     graphdef = abstract_model(config.model)[0]
 
-    @jax.jit
+    # Committed to its device as a restored state is, so that both run the same compiled step.
+    @partial(jax.jit, out_shardings=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     def create() -> TrainState:
         params = nnx.split(Megalodon(config.model, rngs=nnx.Rngs(config.seed)), nnx.Param)[1]
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

@@ -10,8 +10,13 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from megalodon_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from megalodon_jax.data import pipeline
 
+# The definitions compile fastest; that others equal them is tested with each operation.
 MODEL = ModelConfig(
+    cema_implementation="reference",
+    timestep_norm_implementation="reference",
+    attention_implementation="reference",
     num_layers=1, model_dim=8, z_dim=4, value_dim=8, num_heads=1, ffn_hidden_dim=8, cema_ndim=2,
     chunk_size=16, vocab_size=257, norm_num_groups=2,
 )  # fmt: skip
@@ -19,7 +24,7 @@ MODEL = ModelConfig(
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
-    """Every run compiles the same programs; the first one's are kept for the session."""
+    """Compiles quickly, and keeps the programs: every run of the session has the same ones."""
     directory = str(tmp_path_factory.mktemp("compiled"))
     changed = {
         "jax_compilation_cache_dir": directory,
@@ -29,13 +34,23 @@ def compile_once(tmp_path_factory):
     before = {name: getattr(jax.config, name) for name in changed}
     for name, value in changed.items():
         jax.config.update(name, value)
+    jax.config.update("jax_disable_most_optimizations", True)
     compilation_cache.reset_cache()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
     yield
     del os.environ["JAX_COMPILATION_CACHE_DIR"]
+    jax.config.update("jax_disable_most_optimizations", False)
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def read_little_ahead():
+    """Runs of a few tiny batches do not need a million tokens kept ready."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "READY_TOKENS", 1 << 10)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from megalodon_jax.training.evaluate import (
     evaluate_files,
     streaming_batches,
 )
+from megalodon_jax.training.step import init_state
 
 # Lengths around the piece length 16 of the tests: with marks, 15 bytes fill a piece exactly.
 TEXTS = [
@@ -27,7 +28,8 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def model(session_config) -> Megalodon:
-    return Megalodon(session_config.model, rngs=nnx.Rngs(3))
+    graphdef, state = init_state(session_config)
+    return nnx.merge(graphdef, state.params)
 
 
 @pytest.fixture(scope="module")

@@ -23,13 +23,9 @@ def random_batch(rows: int, length: int = 16, seed: int = 0) -> Batch:
     segment_ids = np.ones((rows, length), np.int32)
     segment_ids[:, length // 2 :] = 2
     # Rows count differently many targets, so a mean of means would not be the mean.
-    weights = (random.random((rows, length)) < np.linspace(0.2, 1.0, rows)[:, None]) * 1.0
-    return Batch(
-        tokens=random.integers(0, 257, (rows, length)).astype(np.int32),
-        targets=random.integers(0, 257, (rows, length)).astype(np.int32),
-        segment_ids=segment_ids,
-        weights=weights.astype(np.float32),
-    )
+    weights = random.random((rows, length)) < np.linspace(0.2, 1.0, rows)[:, None]
+    tokens, targets = random.integers(0, 257, (2, rows, length)).astype(np.int32)
+    return jax.tree.map(jnp.asarray, Batch(tokens, targets, segment_ids, np.float32(weights)))  # type: ignore[arg-type]
 
 
 def copy_of(state: TrainState) -> TrainState:
