@@ -293,6 +293,8 @@ class TrainConfig:
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 3
     """Newest checkpoints that are kept."""
+    init_from: str = ""
+    """Start with the weights of this run_dir, trained or converted; empty: fresh weights."""
     resume: bool = False
     """Go on from the newest checkpoint in `run_dir`."""
     sample_tokens: int = 256

@@ -55,14 +55,15 @@ class Megalodon(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         initializer = embedding_initializer(config.model_dim)
-        dtypes = {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
+        dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
         self.embed = nnx.Embed(
             config.vocab_size,
             config.model_dim,
             embedding_init=initializer,
             rngs=rngs,
             embedding_metadata=axis_names("vocab", "embed"),
-            **dtypes,
+            dtype=dtype,
+            param_dtype=param_dtype,
         )
         self.layers = _stacked_blocks(config, rngs)
         self.final_norm = TimestepNorm(config)
@@ -76,7 +77,8 @@ class Megalodon(nnx.Module):
                 kernel_init=initializer,
                 rngs=rngs,
                 kernel_metadata=axis_names("embed", "vocab"),
-                **dtypes,
+                dtype=dtype,
+                param_dtype=param_dtype,
             )
         )
 

@@ -3,7 +3,7 @@
 from flax import nnx
 from jax import numpy as jnp
 
-from megalodon_jax.config import ModelConfig
+from megalodon_jax.config import Implementation, ModelConfig
 from megalodon_jax.modules.parameters import parameter
 from megalodon_jax.typing import Array, Float, Int32
 from pallas_kernels.timestep_norm import (
@@ -26,7 +26,7 @@ class TimestepNorm(nnx.Module):
         self.num_groups = config.norm_num_groups
         self.eps = config.norm_eps
         self.dtype = config.dtype
-        self.implementation = config.timestep_norm_implementation
+        self.implementation: Implementation | None = config.timestep_norm_implementation
         self.weight = parameter(jnp.zeros(config.model_dim, config.param_dtype), "embed")
         self.bias = parameter(jnp.zeros(config.model_dim, config.param_dtype), "embed")
         self.prior_count = config.norm_prior_count

@@ -134,28 +134,27 @@ class RunCheckpoints:
         Raises:
           CheckpointError: this or an earlier save failed (for example: disk full).
         """
-        # Orbax would wait here too, but a failure must be told with its own step.
-        self.wait()
-        step = int(state.step)
-        run = {
-            "step": step,
-            "config": dataclasses.asdict(config),
-            "tokenizer_fingerprint": tokenizer_fingerprint,
-        }
-        try:
-            self._orbax.save(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(_by_name(state.params)),
-                    opt_state=ocp.args.StandardSave(_by_name(state.opt_state)),
-                    loader=ocp.args.JsonSave(dict(loader_state)),
-                    run=ocp.args.JsonSave(run),
-                ),
-                force=True,
-            )
-        except Exception as error:
-            raise self._save_error(step, error) from error
-        self._last_saved = step
+        self._save(
+            int(state.step),
+            params=ocp.args.StandardSave(_by_name(state.params)),
+            opt_state=ocp.args.StandardSave(_by_name(state.opt_state)),
+            loader=ocp.args.JsonSave(dict(loader_state)),
+            run=_run_item(int(state.step), config, tokenizer_fingerprint),
+        )
+
+    def save_params(
+        self, params: nnx.State, *, config: TrainConfig, tokenizer_fingerprint: str
+    ) -> None:
+        """Starts to write the weights alone, as step 0: enough to use the model, not to resume.
+
+        Raises:
+          CheckpointError: the save failed.
+        """
+        self._save(
+            0,
+            params=ocp.args.StandardSave(_by_name(params)),
+            run=_run_item(0, config, tokenizer_fingerprint),
+        )
 
     def check(self) -> None:
         """Raises `CheckpointError` if the save that is under way has failed; does not wait."""
@@ -242,6 +241,15 @@ class RunCheckpoints:
         self._orbax.reload()
         return target
 
+    def _save(self, step: int, **items: ocp.args.CheckpointArgs) -> None:
+        # Orbax would wait here too, but a failure must be told with its own step.
+        self.wait()
+        try:
+            self._orbax.save(step, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:
+            raise self._save_error(step, error) from error
+        self._last_saved = step
+
     def _restore(self, step: int, **items: ocp.args.CheckpointArgs) -> Mapping[str, Any]:
         try:
             restored = self._orbax.restore(step, args=ocp.args.Composite(**items))
@@ -267,6 +275,22 @@ class RunCheckpoints:
             f"checkpoint {'' if step is None else self._path(step)} was not written: "
             f"{_reason(error)}; {usable}"
         )
+
+
+def save_model(model: Megalodon, run_dir: str | Path, config: TrainConfig) -> None:
+    """Writes a model as a run that `load_model`, `generate`, `evaluate` and `init_from` can use.
+
+    Raises:
+      CheckpointError: `run_dir` has checkpoints already, or the save failed.
+      DataError: the tokenizer that `config` names cannot be read.
+    """
+    fingerprint = load_tokenizer(config.data.tokenizer).fingerprint()
+    with RunCheckpoints(run_dir) as checkpoints:
+        if steps := checkpoints.steps():
+            raise CheckpointError(f"{run_dir} has checkpoints already (newest: step {steps[-1]})")
+        params = nnx.state(model, nnx.Param)
+        checkpoints.save_params(params, config=config, tokenizer_fingerprint=fingerprint)
+        checkpoints.wait()
 
 
 def load_model(run_dir: str | Path, step: int | None = None) -> LoadedModel:
@@ -366,6 +390,16 @@ def differing_fields(saved: Any, wanted: Any, *, ignored: frozenset[str]) -> lis
         if entry.name not in ignored and old != new:
             texts.append(f"{entry.name} is {old!r} in the checkpoint, {new!r} now")
     return texts
+
+
+def _run_item(step: int, config: TrainConfig, tokenizer_fingerprint: str) -> ocp.args.JsonSave:
+    return ocp.args.JsonSave(
+        {
+            "step": step,
+            "config": dataclasses.asdict(config),
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+        }
+    )
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -20,7 +20,12 @@ from megalodon_jax.config import ConfigError, TrainConfig
 from megalodon_jax.data.loader import Loader, make_loader
 from megalodon_jax.data.tokenizer import Tokenizer, load_tokenizer
 from megalodon_jax.generate import Sampling, stream_text
-from megalodon_jax.training.checkpoint import RunCheckpoints, newest_readable
+from megalodon_jax.training.checkpoint import (
+    RunCheckpoints,
+    check_same_model,
+    load_model,
+    newest_readable,
+)
 from megalodon_jax.training.evaluate import Evaluation, evaluate_batches
 from megalodon_jax.training.metrics import (
     ProgressDisplay,
@@ -127,7 +132,12 @@ def _first_state(
                 f"{config.run_dir} already has checkpoints (newest: step {steps[-1]}) and nothing "
                 "is overwritten; go on from them with --resume, or choose another --run_dir"
             )
-        return init_state(config)
+        graphdef, state = init_state(config)
+        if config.init_from:
+            model, source = load_model(config.init_from)
+            check_same_model(source.model, config.model, config.init_from)
+            state = state._replace(params=nnx.state(model, nnx.Param))
+        return graphdef, state
     damaged: list[int] = []
     restored = newest_readable(
         checkpoints,

@@ -24,8 +24,8 @@ def cema(
 ) -> CemaOutput:
     """Complex EMA: h[t] = q·h[t-1] + p·x[t],  y[t] = Re(Σ_n gamma_n/√N·h[t,n]) + omega·x[t].
 
-    p = sigmoid(alpha), q = (1 - sigmoid(alpha) sigmoid(delta)) exp(i n sigmoid(theta) 2π/N), n = 1..N.
-    Ma et al. 2024 (arXiv 2404.08801), section 3.1, with p and gamma as in the authors' released code.
+    p = sigmoid(alpha);  q = (1 - sigmoid(alpha) sigmoid(delta)) exp(i n sigmoid(theta) 2π/N) for
+    n = 1..N. Ma et al. 2024 (arXiv 2404.08801), with p and gamma as in the authors' released code.
 
     Differentiable in x, every parameter and the state, in reverse mode.
 
@@ -33,9 +33,9 @@ def cema(
       x: bfloat16, float32 or float64. Everything inside is computed in the parameters' dtype.
       params: float32, or float64 to compute in float64.
       state: h before the row's first token; zero if None.
-      segment_ids: the document of every token; 0 is padding, which gives 0 and leaves the state alone.
-        A document's tokens stand together. Every document but the row's first starts from zero, the first
-        from `state`. None: one document, no padding.
+      segment_ids: the document of every token; 0 is padding, which gives 0 and leaves the state
+        alone. A document's tokens stand together. Every document but the row's first starts from
+        zero, the first from `state`. None: one document, no padding.
       implementation: "reference", "xla", or None for the fastest known on the platform.
       block_size: tokens of a block in "xla"; a measured choice if None.
 
@@ -75,16 +75,15 @@ def _check_inputs(
         )
     rows, length, channels = x.shape
     order = params.alpha.shape[1]
-    expected = CemaParams(
-        (channels, order), (channels, order), (channels,), (channels, order, 2), (channels,)
-    )
+    matrix, vector = (channels, order), (channels,)
+    expected = (matrix, matrix, vector, (*matrix, 2), vector)
     for name, value, shape in zip(CemaParams._fields, params, expected, strict=True):
         if value.shape != shape:
             raise ValueError(f"{name} has shape {value.shape}; x {x.shape} and N need {shape}")
         if value.dtype != params.alpha.dtype or value.dtype not in (jnp.float32, jnp.float64):
             raise ValueError(
-                f"{name} is {value.dtype} and alpha {params.alpha.dtype}; CEMA's parameters stay float32 "
-                "(or are all float64): bfloat16 cannot hold |q| near 1"
+                f"{name} is {value.dtype} and alpha {params.alpha.dtype}; CEMA's parameters stay "
+                "float32 (or are all float64): bfloat16 cannot hold |q| near 1"
             )
     if state is not None and (
         state.shape != (rows, channels, order) or not jnp.iscomplexobj(state)

@@ -25,7 +25,8 @@ class BlockTables(NamedTuple):
     Attributes:
       taps: Re Σ_n gamma p q^τ for lags τ < T, plus omega at τ = 0.
       to_state: p q^(T-1-t), what token t adds to the state after the block.
-      from_state: gamma q^(t+1), real and negated imaginary part: what the state before the block adds to y[t].
+      from_state: gamma q^(t+1), real and negated imaginary part: what the state before the block
+        adds to y[t].
       decay: q^T.
       decay_levels: q^(T F^i) for i = 0, 1, ..., F the fan-in of the scan over blocks; no gradient.
     """
@@ -34,16 +35,16 @@ class BlockTables(NamedTuple):
     to_state: Float[Array, "D T 2N"]
     from_state: Float[Array, "D 2N T"]
     decay: Float[Array, "D 2N"]
-    decay_levels: tuple[Complex[Array, "D N"], ...]
+    decay_levels: tuple[Float[Array, "D 2N"], ...]
 
 
 def input_weight(params: CemaParams) -> Float[Array, "D N"]:
-    """p = sigmoid(alpha)."""
+    """The weight p = sigmoid(alpha) of the input."""
     return jax.nn.sigmoid(params.alpha)
 
 
 def output_weight(params: CemaParams) -> Complex[Array, "D N"]:
-    """gamma / √N as a complex number."""
+    """The weight gamma / √N of the state, as a complex number."""
     scale = 1 / math.sqrt(params.alpha.shape[-1])
     return jax.lax.complex(params.gamma[..., 0] * scale, params.gamma[..., 1] * scale)
 
@@ -51,8 +52,8 @@ def output_weight(params: CemaParams) -> Complex[Array, "D N"]:
 def powers(params: CemaParams, exponents: Int[Array, " T"]) -> Complex[Array, "D N T"]:
     """q^t for integers t >= 0.
 
-    log|q| = log1p(-sigmoid(alpha) sigmoid(delta)) keeps the distance of |q| from 1 exact, and the angle is
-    reduced exactly (`phase`), so the relative error stays near 1e-6 even where t is 10^5 tokens.
+    log|q| = log1p(-sigmoid(alpha) sigmoid(delta)) keeps the distance of |q| from 1 exact, and the
+    angle is reduced exactly (`phase`), so the error stays near 1e-6 even where t is 10^5 tokens.
     """
     order = params.alpha.shape[-1]
     damping = jax.nn.sigmoid(params.alpha) * jax.nn.sigmoid(params.delta)
@@ -88,7 +89,7 @@ def block_tables(
         to_state=pack(to_state),
         from_state=jnp.concatenate([from_state.real, -from_state.imag], axis=1),
         decay=pack(q[..., -1]),
-        decay_levels=tuple(levels[..., i] for i in range(len(level_exponents))),
+        decay_levels=tuple(pack(levels[..., i]) for i in range(len(level_exponents))),
     )
     return tables, q
 

@@ -1,13 +1,14 @@
 """Angles of powers of q, exact over hundreds of thousands of tokens, in float32 and int32 alone.
 
-q turns by n sigmoid(theta) / N of a full turn per token. In plain float32 the rounding of that number is
-multiplied by the distance in tokens: at |q| = 1 - 1e-5 it alone makes 1e-3 of relative error. Here the
-turn is kept as a 32-bit fixed-point integer and a float32 rest, together some 44 bits. A multiple of the
-integer wraps modulo 2^32, which is modulo one turn, so the reduction of the angle is free and exact.
+q turns by n sigmoid(theta) / N of a full turn per token. In plain float32 the rounding of that
+number is multiplied by the distance in tokens: at |q| = 1 - 1e-5 it alone makes 1e-3 of relative
+error. Here the turn is kept as a 32-bit fixed-point integer and a float32 rest, together some 44
+bits. A multiple of the integer wraps modulo 2^32, which is modulo one turn, so the reduction of the
+angle is free and exact.
 
 The sigmoid is computed on unevaluated pairs hi + lo of float32. Every `hi` passes through
-`lax.reduce_precision` to 23 bits and every product that must be exact has factors of 12 bits, so neither
-fused multiply-adds nor algebraic rewriting by a compiler can change the result.
+`lax.reduce_precision` to 23 bits and every product that must be exact has factors of 12 bits, so
+neither fused multiply-adds nor algebraic rewriting by a compiler can change the result.
 """
 
 import math
@@ -69,8 +70,8 @@ def angle_of_multiples(
       order: N.
 
     Returns:
-      Radians in theta's dtype, for float32 within about [-π, π] and right to 2e-7 for |m| up to 2^22. The
-      derivative in theta is that of the unreduced angle.
+      Radians in theta's dtype, for float32 within about [-π, π] and right to 1e-6 for |m| up to
+      2^22. The derivative in theta is that of the unreduced angle.
     """
     if theta.dtype == jnp.float64:
         base = jax.nn.sigmoid(theta) * (2 * math.pi / order)
@@ -118,7 +119,7 @@ def _split(a: Array) -> tuple[Array, Array]:
 
 
 def _add(a: _Pair, b: _Pair) -> _Pair:
-    """a + b for |a| >= |b|."""
+    """The sum for |a| >= |b|."""
     hi = _round(a.hi + b.hi)
     return _Pair(hi, ((a.hi - hi) + b.hi) + (a.lo + b.lo))
 

@@ -1,4 +1,4 @@
-"""CEMA by its definition, one token at a time: slow, float64-capable, differentiated by autodiff."""
+"""CEMA by its definition, one token at a time: slow, float64-capable, autodiff for gradients."""
 
 import math
 

@@ -1,8 +1,8 @@
 """Documents of a row as seen by blocks of T tokens.
 
-A block is cut into pieces wherever the segment id changes, padding being a piece of its own. Only a block's
-first piece may see the state before the block, only its last piece reaches the state after it, and
-inside the block a token sees its own piece alone.
+A block is cut into pieces wherever the segment id changes, padding being a piece of its own. Only a
+block's first piece may see the state before the block, only its last piece reaches the state after
+it, and inside the block a token sees its own piece alone.
 """
 
 from typing import NamedTuple
@@ -72,7 +72,7 @@ def cut_into_pieces(segment_ids: Int32[Array, "B L"], block_size: int) -> Pieces
 
 def find_row_ends(pieces: Pieces) -> RowEnd:
     """The last token of every row."""
-    rows, _, block_size = pieces.index.shape
+    rows = pieces.index.shape[0]
     flat = pieces.is_token.reshape(rows, -1)
     position = jnp.where(flat, jnp.arange(flat.shape[1], dtype=jnp.int32), 0).max(axis=1)
 

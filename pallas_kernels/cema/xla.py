@@ -1,7 +1,7 @@
 """CEMA in plain JAX, blocks of T tokens at a time, for every platform. README.md derives it.
 
-The sequence stays in (B, L, D) layout. Inside a block, y is a sum over lags, fused to one elementwise pass;
-between blocks, one (D, 2N) state per block is summed, scanned and read out by small matrix products.
+The sequence stays in (B, L, D) layout. Inside a block, y is a sum over lags, fused to one pass over
+the sequence; between blocks, one state per block is summed and read out by small matrix products.
 """
 
 import jax
@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Complex, Float, Int32
 
 from pallas_kernels.cema import coefficients
-from pallas_kernels.cema.block_scan import entering_states, level_exponents
+from pallas_kernels.cema.block_scan import level_exponents, scan_blocks
 from pallas_kernels.cema.block_sizes import STEPPED_LENGTH, XLA_BLOCK_SIZE
 from pallas_kernels.cema.coefficients import BlockTables, pack, unpack
 from pallas_kernels.cema.segments import Pieces, cut_into_pieces, find_row_ends
@@ -39,7 +39,9 @@ def cema_xla(
 
 
 def _zero_state(x: Array, params: CemaParams) -> Array:
-    return jnp.zeros((x.shape[0], *params.alpha.shape), jnp.result_type(params.alpha, jnp.complex64))
+    return jnp.zeros(
+        (x.shape[0], *params.alpha.shape), jnp.result_type(params.alpha, jnp.complex64)
+    )
 
 
 def _roll(a: Array, lead: Array) -> Array:
@@ -75,14 +77,12 @@ def _step_through(
 
 def _tables(params: CemaParams, length: int, block_size: int) -> tuple[BlockTables, Array]:
     exponents = level_exponents(-(-length // block_size), block_size)
-    # Keeping the parameters and making the powers again in the backward pass is cheaper than keeping those.
+    # Making the powers again in the backward pass is cheaper than keeping them.
     build = jax.checkpoint(lambda kept: coefficients.block_tables(kept, block_size, exponents))
     return build(params)
 
 
-def _one_document(
-    x: Array, params: CemaParams, state: Array | None, block_size: int
-) -> CemaOutput:
+def _one_document(x: Array, params: CemaParams, state: Array | None, block_size: int) -> CemaOutput:
     rows, length, _ = x.shape
     tables, powers = _tables(params, length, block_size)
     state = _zero_state(x, params) if state is None else state
@@ -100,9 +100,7 @@ def _packed(
     tables, powers = _tables(params, x.shape[1], block_size)
     pieces = cut_into_pieces(segment_ids, block_size)
     end = find_row_ends(pieces)
-    y, entering = _blocks(
-        x, tables, _channels_first(state), pieces, end.position // block_size
-    )
+    y, entering = _blocks(x, tables, _channels_first(state), pieces, end.position // block_size)
     # The last piece's tokens, moved to the end of a block, so that one table serves every row.
     offset = jnp.arange(block_size, dtype=jnp.int32)
     index = jnp.maximum(end.position[:, None] - (block_size - 1) + offset, 0)
@@ -127,9 +125,6 @@ def _rows_first(packed_state: Array) -> Array:
     return jnp.swapaxes(unpack(packed_state), 0, 1)
 
 
-# ---- one differentiable core over the tables -------------------------------------------------------------
-
-
 @jax.custom_vjp
 def _blocks(
     x: Float[Array, "B L D"],
@@ -143,24 +138,16 @@ def _blocks(
 
 
 def _blocks_forward(x, tables, initial, pieces, picked_block):
-    in_last = None if pieces is None else pieces.in_last
-    increments = _contract(
-        "bjtd,dtm->dbjm", _to_blocks(x, tables, in_last), tables.to_state, x.dtype
-    )
-    states = pack(
-        entering_states(
-            unpack(increments),
-            None if pieces is None else pieces.is_whole,
-            tables.decay_levels,
-            unpack(initial),
-        )
-    )
+    in_first, in_last, is_whole = _masks(pieces)
+    x_last = _to_blocks(x, tables, in_last)
+    increments = _contract("bjtd,dtm->dbjm", x_last, tables.to_state, x.dtype)
+    states = scan_blocks(increments, is_whole, tables.decay_levels, initial)
     carried = _contract("dbjm,dmt->bjtd", states, tables.from_state, x.dtype)
-    if pieces is not None:
-        carried = jnp.where(pieces.in_first[..., None], carried, 0)
-    age = _age(x, tables, pieces)
-    y = _sum_over_lags(x, tables.taps, age) + _from_blocks(carried, x.shape[1])
-    y = _mask_padding(y, pieces).astype(x.dtype)
+    states, carried, y = lax.optimization_barrier((states, carried, x))
+    y = _sum_over_lags(y, tables.taps, _age(x, tables, pieces))
+    y += _from_blocks(_select(in_first, carried), x.shape[1])
+    # Fused with the sum over lags, a consumer would compute it again, or keep every lag apart.
+    y = lax.optimization_barrier(_mask_padding(y, pieces).astype(x.dtype))
     index = picked_block[None, :, None, None]
     entering = jnp.take_along_axis(states, index, axis=2)[:, :, 0]
     return (y, entering), (x, tables, states, pieces, picked_block)
@@ -169,61 +156,59 @@ def _blocks_forward(x, tables, initial, pieces, picked_block):
 def _blocks_backward(residuals, cotangents):
     x, tables, states, pieces, picked_block = residuals
     dy, d_entering = cotangents
-    in_first = None if pieces is None else pieces.in_first
-    in_last = None if pieces is None else pieces.in_last
+    in_first, in_last, is_whole = _masks(pieces)
     dy_first = _to_blocks(dy, tables, in_first)
     d_states = _contract("bjtd,dmt->dbjm", dy_first, tables.from_state, x.dtype)
     is_picked = jnp.arange(d_states.shape[2]) == picked_block[:, None]
     d_states += jnp.where(is_picked[..., None], d_entering[:, :, None], 0)
-    d_increments, d_initial = _scan_back(d_states, tables, pieces)
+    d_increments = scan_blocks(d_states, is_whole, tables.decay_levels, None)
+    d_from_state = _contract("dbjm,bjtd->dmt", states, dy_first, x.dtype)
+    d_carried = _select(is_whole, d_increments)
+    d_decay = _sum_conjugate_products(states, d_carried, x.dtype)
+    d_initial = d_states[:, :, 0] + _conjugate_product(tables.decay[:, None], d_carried[:, :, 0])
+    # In stages, each with few sequences alive: the scheduler alone keeps more of them.
+    x, dy, d_increments, d_from_state, d_decay, d_initial = lax.optimization_barrier(
+        (x, dy, d_increments, d_from_state, d_decay, d_initial)
+    )
     x_last = _to_blocks(x, tables, in_last)
     d_to_state = _contract("bjtd,dbjm->dtm", x_last, d_increments, x.dtype)
-    d_from_state = _contract("dbjm,bjtd->dmt", states, dy_first, x.dtype)
-    product = jnp.conj(unpack(states)) * unpack(d_increments)
-    if pieces is not None:
-        product = jnp.where(pieces.is_whole[..., None], product, 0)
-    dx = _contract("dbjm,dtm->bjtd", d_increments, tables.to_state, x.dtype)
-    if in_last is not None:
-        dx = jnp.where(in_last[..., None], dx, 0)
-    age = _age(x, tables, pieces)
-    dx = _from_blocks(dx, x.shape[1]) + _sum_over_leads(dy, tables.taps, age)
-    d_tables = BlockTables(
-        taps=_taps_gradient(x, dy, tables, pieces),
-        to_state=d_to_state,
-        from_state=d_from_state,
-        decay=pack(product.sum(axis=(1, 2))),
-        decay_levels=jax.tree.map(jnp.zeros_like, tables.decay_levels),
+    d_taps = _taps_gradient(x, dy, tables, pieces)
+    dy, d_increments, d_to_state, d_taps = lax.optimization_barrier(
+        (dy, d_increments, d_to_state, d_taps)
     )
-    return _mask_padding(dx, pieces).astype(x.dtype), d_tables, d_initial, None, None
+    dx = _contract("dbjm,dtm->bjtd", d_increments, tables.to_state, x.dtype)
+    dx = _from_blocks(_select(in_last, dx), x.shape[1])
+    dx += _sum_over_leads(dy, tables.taps, _age(x, tables, pieces))
+    no_levels = jax.tree.map(jnp.zeros_like, tables.decay_levels)
+    d_tables = BlockTables(d_taps, d_to_state, d_from_state, d_decay, no_levels)
+    dx = lax.optimization_barrier(_mask_padding(dx, pieces).astype(x.dtype))
+    return dx, d_tables, d_initial, None, None
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
-def _scan_back(
-    d_states: Array, tables: BlockTables, pieces: Pieces | None
-) -> tuple[Array, Array]:
-    """Gradients of the increments, dH[j+1], and of the initial state, dH[0]."""
-    levels = tuple(jnp.conj(decay) for decay in tables.decay_levels)
-    local = unpack(d_states)
-    whole = None if pieces is None else pieces.is_whole
-    d_increments = jnp.flip(
-        entering_states(
-            jnp.flip(local, 2),
-            None if whole is None else jnp.flip(whole, 1),
-            levels,
-            jnp.zeros_like(local[:, :, 0]),
-        ),
-        2,
-    )
-    carried = levels[0][:, None] * d_increments[:, :, 0]
-    if whole is not None:
-        carried = jnp.where(whole[None, :, 0, None], carried, 0)
-    return pack(d_increments), pack(local[:, :, 0] + carried)
+def _conjugate_product(a: Float[Array, "*S 2N"], b: Float[Array, "*S 2N"]) -> Array:
+    """conj(a) b of packed complex numbers."""
+    half = a.shape[-1] // 2
+    a_re, a_im, b_re, b_im = a[..., :half], a[..., half:], b[..., :half], b[..., half:]
+    return jnp.concatenate([a_re * b_re + a_im * b_im, a_re * b_im - a_im * b_re], axis=-1)
+
+
+def _sum_conjugate_products(
+    a: Float[Array, "D B J 2N"], b: Float[Array, "D B J 2N"], dtype: jnp.dtype
+) -> Float[Array, "D 2N"]:
+    """Σ conj(a) b over rows and blocks: four diagonals of one product, which needs no temporary."""
+    half = a.shape[-1] // 2
+    products = _contract("dbjm,dbjk->dmk", a, b, dtype)
+    diagonals = jnp.diagonal(products.reshape(-1, 2, half, 2, half), axis1=2, axis2=4)
+    re = diagonals[:, 0, 0] + diagonals[:, 1, 1]
+    im = diagonals[:, 0, 1] - diagonals[:, 1, 0]
+    return jnp.concatenate([re, im], axis=-1)
 
 
 def _taps_gradient(x: Array, dy: Array, tables: BlockTables, pieces: Pieces | None) -> Array:
-    """Σ dy[t] x[t-τ] over tokens of one piece, from (T, T) products per channel summed along diagonals."""
+    """Σ dy[t] x[t-τ] within pieces, from (T, T) products per channel summed along diagonals."""
 
     def products(x_mask: Array | None, dy_mask: Array | None) -> Array:
         return _contract(
@@ -290,7 +275,19 @@ def _to_blocks(a: Array, tables: BlockTables, mask: Array | None) -> Array:
     size = tables.taps.shape[0]
     padded = jnp.pad(a, ((0, 0), (0, -a.shape[1] % size), (0, 0)))
     blocks = padded.reshape(a.shape[0], -1, size, a.shape[2]).astype(tables.taps.dtype)
-    return blocks if mask is None else jnp.where(mask[..., None], blocks, 0)
+    return _select(mask, blocks)
+
+
+def _masks(pieces: Pieces | None) -> tuple[Array | None, Array | None, Array | None]:
+    """`in_first`, `in_last` and `is_whole`."""
+    if pieces is None:
+        return None, None, None
+    return pieces.in_first, pieces.in_last, pieces.is_whole
+
+
+def _select(mask: Array | None, a: Array) -> Array:
+    """Zero where not `mask`, whose shape lacks a's last axis and maybe leading ones."""
+    return a if mask is None else jnp.where(mask[..., None], a, 0)
 
 
 def _from_blocks(blocks: Array, length: int) -> Array:
@@ -304,9 +301,9 @@ def _mask_padding(a: Array, pieces: Pieces | None) -> Array:
 
 
 def _contract(spec: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
-    """A product in a's dtype. For bfloat16 x, tensor cores may round float32 operands to 2^-11 or better.
+    """A product in a's dtype; for bfloat16 x, tensor cores may round operands to 2^-11 or better.
 
-    That adds 3e-4 to outputs whose own rounding is 1.7e-3 (KERNELS: tf32, or two bfloat16 terms).
+    That adds 3e-4 to outputs whose own rounding to bfloat16 is 1.7e-3.
     """
     precision = lax.Precision.HIGH if dtype == jnp.bfloat16 else lax.Precision.HIGHEST
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=a.dtype)

@@ -21,6 +21,7 @@ from megalodon_jax.interop.released import (
 )
 from megalodon_jax.interop.torch_file import TorchFileError, read_torch_file
 from tests.golden_files import GoldenModel, golden_model
+from tests.torch_files import write_torch_file
 
 
 @pytest.fixture(scope="module")
@@ -117,39 +118,6 @@ def test_shards_are_joined(golden: GoldenModel):
     del shards[1]["layers.0.nffn.alpha"]
     with pytest.raises(StateDictError, match=r"shard 1 and shard 0.*layers\.0\.nffn\.alpha"):
         join_shards(config, shards)
-
-
-def write_torch_file(path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes the documented zip layout of torch.save by hand: data.pkl and one file a storage."""
-
-    kinds = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "int64": "LongStorage"}
-    with zipfile.ZipFile(path, "w") as archive:
-        stream = [b"\x80\x02}("]
-
-        def text(value: str) -> bytes:
-            return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
-
-        def numbers(values) -> bytes:
-            return b"(" + b"".join(b"J" + int(v).to_bytes(4, "little") for v in values) + b"t"
-
-        for i, (name, array) in enumerate(tensors.items()):
-            strides = [s // array.itemsize for s in array.strides]
-            stream += [
-                text(name),
-                b"ctorch._utils\n_rebuild_tensor_v2\n((",
-                text("storage"),
-                f"ctorch\n{kinds[str(array.dtype)]}\n".encode(),
-                text(str(i)),
-                text("cpu"),
-                b"J" + array.size.to_bytes(4, "little") + b"tQ",
-                b"J" + (0).to_bytes(4, "little"),
-                numbers(array.shape),
-                numbers(strides),
-                b"\x89ccollections\nOrderedDict\n)RtR",
-            ]
-            flat = np.lib.stride_tricks.as_strided(array, (array.size,), (array.itemsize,))
-            archive.writestr(f"model/data/{i}", flat.tobytes())
-        archive.writestr("model/data.pkl", b"".join([*stream, b"u."]))
 
 
 def test_released_checkpoint_directory_without_torch(golden: GoldenModel, tmp_path):

@@ -1,11 +1,14 @@
 """A small model with every option on and parameters moved away from their zero starts."""
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import pytest
 from flax import nnx
 
 from megalodon_jax.config import ModelConfig
-from megalodon_jax.model import Megalodon
+from megalodon_jax.model import Megalodon, ModelOutput
 
 SMALL = ModelConfig(
     num_layers=2, model_dim=32, z_dim=16, value_dim=32, num_heads=2, ffn_hidden_dim=40,
@@ -34,6 +37,25 @@ def small_model() -> Megalodon:
 
 @pytest.fixture(scope="session")
 def small_model_with_prior() -> Megalodon:
-    import dataclasses
-
     return perturbed(dataclasses.replace(SMALL, norm_prior_count=5, share_emb=True))
+
+
+@pytest.fixture(scope="session")
+def jitted():
+    """Gives a model's jitted call(tokens, cache=None, segment_ids=None), compiled once a shape."""
+    calls: dict[int, Callable[..., ModelOutput]] = {}
+
+    def get(model: Megalodon) -> Callable[..., ModelOutput]:
+        if id(model) not in calls:
+            graphdef, state = nnx.split(model)
+            jitted_call = jax.jit(
+                lambda state, tokens, cache, segment_ids: nnx.merge(graphdef, state)(
+                    tokens, segment_ids=segment_ids, cache=cache
+                )
+            )
+            calls[id(model)] = lambda tokens, cache=None, segment_ids=None: jitted_call(
+                state, tokens, cache, segment_ids
+            )
+        return calls[id(model)]
+
+    return get

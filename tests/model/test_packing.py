@@ -1,5 +1,7 @@
 """Packed documents behave as if they were alone: logits, loss and every gradient."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ from megalodon_jax.loss import cross_entropy
 from megalodon_jax.model import Megalodon
 from tests.golden_files import relative_error
 
-# Row 0: documents shorter and longer than a chunk (16), of one token, then padding. Row 1: full.
-LENGTHS = [[7, 33, 1, 20], [50, 24]]
+# Documents shorter and longer than a chunk (16), and of one token; row 1 ends in padding. Few
+# different lengths, so that little is compiled.
+LENGTHS = [[20, 33, 1, 20], [33, 33]]
 L = 74
 
 
@@ -41,45 +44,49 @@ def test_packed_equals_alone(which: str, request: pytest.FixtureRequest):
     documents, tokens, targets, segment_ids = packed(np.random.default_rng(2))
     graphdef, params = nnx.split(model)
 
-    def total_alone(params):
-        return sum(
-            loss_sum(graphdef, params, document[None, :-1], document[None, 1:], None)
-            for row in documents
-            for document in row
-        )
+    @jax.jit
+    def loss_and_gradients(params, tokens, targets, segment_ids):
+        total = partial(loss_sum, graphdef)
+        return jax.value_and_grad(total)(params, tokens, targets, segment_ids)
 
-    alone, alone_gradients = jax.value_and_grad(total_alone)(params)
-    together, gradients = jax.jit(
-        jax.value_and_grad(lambda p: loss_sum(graphdef, p, tokens, targets, segment_ids))
-    )(params)
+    each_alone = [
+        loss_and_gradients(params, document[None, :-1], document[None, 1:], None)
+        for row in documents
+        for document in row
+    ]
+    alone, alone_gradients = jax.tree.map(lambda *parts: sum(parts), *each_alone)
+    together, gradients = loss_and_gradients(params, tokens, targets, segment_ids)
     assert abs(float(together) - float(alone)) <= 1e-6 * float(alone)
     for (path, mine), (_, due) in zip(
         jax.tree.leaves_with_path(gradients), jax.tree.leaves_with_path(alone_gradients)
     ):
         assert relative_error(mine, due) <= 1e-5, jax.tree_util.keystr(path)
 
-    logits, _ = model(tokens, segment_ids=segment_ids)
-    for b, row in enumerate(documents):
-        start = 0
-        for document in row:
-            expected, _ = model(document[None, :-1])
-            length = len(document) - 1
-            assert relative_error(logits[b : b + 1, start : start + length], expected) <= 2e-6
-            start += length
+
+def test_packed_logits_equal_alone(jitted, small_model: Megalodon):
+    documents, tokens, _, segment_ids = packed(np.random.default_rng(2))
+    call = jitted(small_model)
+    logits, _ = call(tokens, segment_ids=segment_ids)
+    start = 0
+    for document in documents[0]:
+        expected, _ = call(document[None, :-1])
+        length = len(document) - 1
+        assert relative_error(logits[:1, start : start + length], expected) <= 2e-6
+        start += length
 
 
-def test_nothing_crosses_a_border(small_model: Megalodon):
+def test_nothing_crosses_a_border(jitted, small_model: Megalodon):
     _, tokens, _, segment_ids = packed(np.random.default_rng(3))
-    logits, _ = small_model(tokens, segment_ids=segment_ids)
+    logits, _ = jitted(small_model)(tokens, segment_ids=segment_ids)
     changed = np.where((segment_ids == 1) | (segment_ids == 3), (tokens + 7) % 61, tokens)
-    changed_logits, _ = small_model(changed, segment_ids=segment_ids)
+    changed_logits, _ = jitted(small_model)(changed, segment_ids=segment_ids)
     kept = (segment_ids == 2) | (segment_ids == 4)
     np.testing.assert_array_equal(np.asarray(logits)[kept], np.asarray(changed_logits)[kept])
     assert not np.array_equal(np.asarray(logits)[~kept], np.asarray(changed_logits)[~kept])
 
 
-def test_one_segment_is_no_segment(small_model: Megalodon):
-    tokens = np.random.default_rng(4).integers(0, 61, (2, 45)).astype(np.int32)
-    plain, _ = small_model(tokens)
-    ones, _ = small_model(tokens, segment_ids=np.ones((2, 45), np.int32))
+def test_one_segment_is_no_segment(jitted, small_model: Megalodon):
+    tokens = np.random.default_rng(4).integers(0, 61, (2, L)).astype(np.int32)
+    plain, _ = jitted(small_model)(tokens)
+    ones, _ = jitted(small_model)(tokens, segment_ids=np.ones((2, L), np.int32))
     assert relative_error(ones, plain) <= 2e-6
