@@ -56,7 +56,7 @@ class EvaluateOptions:
     document_separator: str = ""
     """Splits a plain text file into documents; empty: a file is a document."""
     batch_size: int = 8
-    """Documents that are read side by side."""
+    """Documents that are read side by side, at most."""
     piece_length: int = 1024
     """Tokens of a document that go through the model at a time."""
     step: int | None = None

@@ -85,7 +85,7 @@ def evaluate_files(
       files: paths or globs: plain text, .gz, .jsonl, .parquet.
       text_field: field of the text in .jsonl and .parquet.
       document_separator: splits a plain file into documents; empty: a file is a document.
-      batch_size: documents that are read side by side.
+      batch_size: documents that are read side by side, at most.
       piece_length: tokens of a document that go through the model at a time.
 
     Raises:
@@ -105,7 +105,8 @@ def evaluate_files(
         model,
         tokenizer,
         (document.text for document in source),
-        batch_size=batch_size,
+        # A row without a document would be computed for nothing.
+        batch_size=min(batch_size, len(source)),
         piece_length=piece_length,
     )
 
