@@ -91,13 +91,15 @@ class RunCheckpoints:
             raise CheckpointError(
                 f"{run_dir} has no checkpoints; give the run_dir of a training run"
             )
+        for unfinished in sorted(self.directory.glob("*.orbax-checkpoint-tmp")):
+            action = "ignoring" if read_only else "removing"
+            print(f"{action} unfinished checkpoint {unfinished}", file=sys.stderr)
         self._orbax = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=None if read_only else keep,
                 read_only=read_only,
                 create=False,
-                # A save that was cut short leaves a temporary directory; the next save removes it.
                 cleanup_tmp_directories=not read_only,
             ),
         )
@@ -154,6 +156,13 @@ class RunCheckpoints:
             run=_run_item(0, config, tokenizer_fingerprint),
         )
 
+    def check(self) -> None:
+        """Raises `CheckpointError` if the save that is under way has failed; does not wait."""
+        try:
+            self._orbax.check_for_errors()
+        except Exception as error:
+            raise self._save_error(self._last_saved, error) from error
+
     def wait(self) -> None:
         """Waits until the last save is complete.
 
@@ -202,8 +211,9 @@ class RunCheckpoints:
             opt_state=ocp.args.StandardRestore(_abstract_by_name(abstract.opt_state)),
             loader=ocp.args.JsonRestore(),
         )
+        # Committed like the other arrays, or the train step would be compiled twice.
         state = TrainState(
-            jnp.asarray(step, jnp.int32),
+            jax.device_put(jnp.asarray(step, jnp.int32), jax.devices()[0]),
             _from_names(abstract.params, items["params"]),
             _from_names(abstract.opt_state, items["opt_state"]),
         )
@@ -232,6 +242,8 @@ class RunCheckpoints:
         return target
 
     def _save(self, step: int, **items: ocp.args.CheckpointArgs) -> None:
+        # Orbax would wait here too, but a failure must be told with its own step.
+        self.wait()
         try:
             self._orbax.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:

@@ -234,6 +234,7 @@ class _Run:
         self.checkpoints = checkpoints
         self.log = log
         self.display = display
+        self.devices = list(jax.tree.leaves(state.params)[0].sharding.device_set)
         self.first_step = self.step = int(state.step)
         self.saved_step = self.step if config.resume else None
         self.train_step = make_train_step(graphdef, config)
@@ -290,8 +291,7 @@ class _Run:
 
     def _description(self) -> str:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
-        devices = jax.devices()
-        place = f"{len(devices)} x {devices[0].device_kind}"
+        place = f"{len(self.devices)} x {self.devices[0].device_kind}"
         resumed = f", resumed at step {self.first_step}" if self.first_step else ""
         return f"{count:,} parameters on {place}, run_dir {self.config.run_dir}{resumed}"
 
@@ -304,6 +304,7 @@ class _Run:
         self.timed_tokens = -float(self.window[-1].tokens)
 
     def _report(self) -> None:
+        self.checkpoints.check()
         window = self._finite_window()
         weights = np.asarray([metrics.tokens for metrics in window])
         total = max(float(weights.sum()), 1.0)
@@ -332,13 +333,12 @@ class _Run:
         self.clock.restart()
 
     def _utilization(self, tokens_per_second: float) -> float | None:
-        devices = jax.devices()
         flops = model_flops_per_token(self.config.model, seq_len=self.config.data.seq_len)
         return model_flops_utilization(
             tokens_per_second,
             flops,
-            device_kind=devices[0].device_kind,
-            device_count=len(devices),
+            device_kind=self.devices[0].device_kind,
+            device_count=len(self.devices),
         )
 
     def _finite_window(self) -> list[StepMetrics]:

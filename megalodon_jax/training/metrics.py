@@ -135,7 +135,7 @@ class ProgressDisplay:
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
-                BarColumn(),
+                BarColumn(bar_width=16),
                 TextColumn("{task.fields[numbers]}"),
                 TimeRemainingColumn(),
                 console=self._console,

@@ -76,7 +76,7 @@ def test_another_model_is_refused_and_its_fields_are_named(config, state):
     assert_equal(restored.state.params, state.params)
 
 
-def test_what_a_killed_save_leaves_is_ignored(config, state):
+def test_what_a_killed_save_leaves_is_named_and_ignored(config, state, capsys):
     with RunCheckpoints(config.run_dir) as checkpoints:
         save(checkpoints, at_step(state, 1), config)
     directory = Path(config.run_dir, "checkpoints")
@@ -84,6 +84,7 @@ def test_what_a_killed_save_leaves_is_ignored(config, state):
     (unfinished / "params.orbax-checkpoint-tmp").mkdir(parents=True)
     _, saved = load_model(config.run_dir)
     assert saved == config
+    assert f"ignoring unfinished checkpoint {unfinished}" in capsys.readouterr().err
     with RunCheckpoints(config.run_dir) as checkpoints:
         assert checkpoints.steps() == [1]
 
