@@ -123,6 +123,9 @@ def evaluate_documents(
 
     Each row of the batch reads one document after another; a document's whole past counts, through
     the cache, whatever its length. Arguments as for `evaluate_files`.
+
+    Raises:
+      OverflowError: a document is longer than the cache's 32-bit counter.
     """
     counter = _ByteCounter(texts)
     streams = (_stream(tokenizer, text) for text in counter)
@@ -130,6 +133,7 @@ def evaluate_documents(
     cache = fresh_cache(graphdef, params, batch_size)
     sums: list[LossOutput] = []
     for batch in streaming_batches(streams, batch_size=batch_size, length=piece_length):
+        cache.check_room(piece_length)
         piece_sums, cache = _streaming_step(graphdef, params, cache, batch)
         sums.append(jax.device_get(piece_sums))
     return _evaluation(sums, counter.num_bytes)
