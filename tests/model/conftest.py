@@ -19,15 +19,20 @@ SMALL = ModelConfig(
 
 def perturbed(config: ModelConfig, seed: int = 0) -> Megalodon:
     """A model whose zero-initialized parameters are not zero, so that no path is hidden."""
-    model = Megalodon(config, rngs=nnx.Rngs(seed))
-    graphdef, params = nnx.split(model)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    moved = [
-        leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype)
-        for leaf, key in zip(leaves, keys)
-    ]
-    return nnx.merge(graphdef, jax.tree.unflatten(tree, moved))
+
+    @jax.jit
+    def create() -> nnx.State:
+        params = nnx.state(Megalodon(config, rngs=nnx.Rngs(seed)), nnx.Param)
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+        moved = [
+            leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype)
+            for leaf, key in zip(leaves, keys)
+        ]
+        return jax.tree.unflatten(tree, moved)
+
+    abstract = nnx.eval_shape(lambda: Megalodon(config, rngs=nnx.Rngs(seed)))
+    return nnx.merge(nnx.graphdef(abstract), create())
 
 
 @pytest.fixture(scope="session")

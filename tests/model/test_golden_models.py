@@ -62,7 +62,7 @@ def test_logits_loss_and_every_gradient(name: str, implementation: str):
 
 @pytest.mark.parametrize("remat", ["block", "dots"])
 def test_remat_changes_no_gradient(remat: str):
-    golden = golden_model("model_b_all_on")
+    golden = golden_model("model_c_short")
     tokens, targets = (golden.arrays[key].astype(np.int32) for key in ("tokens", "targets"))
     _, logits, gradients = loss_and_gradients(golden.build(remat=remat), tokens, targets)
     assert relative_error(logits, golden.arrays["logits"]) <= 1e-6

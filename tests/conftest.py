@@ -1,0 +1,7 @@
+"""Settings for all tests; read before JAX starts."""
+
+import os
+
+# Compilation is most of the suite's time: LLVM's optimizer triples it, and small shapes run in no
+# time without. What is measured at full optimization asks for it (`compiler_options`).
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
