@@ -135,9 +135,9 @@ def make_loader(
     row is padded, so that it has every target exactly once. `num_workers` processes help where
     tokenization is slow (bytes are faster without: 6 to 30 MB/s on one core).
 
-    Without, it is one pass in the source's order, by this process alone; rows of padding complete
-    the last batch. Process i of n gets rows i·batch_size/n and following of the batches that a
-    single process would make, so all processes make equally many.
+    Without, it is one pass in a mixed order that never changes, so that its first batches stand for
+    the whole; rows of padding complete the last batch. Process i of n gets rows i·batch_size/n and
+    following of the batches that a single process would make, so all processes make equally many.
 
     Args:
       config: source, tokens per row, packing.

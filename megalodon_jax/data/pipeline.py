@@ -25,6 +25,8 @@ from megalodon_jax.typing import Batch
 WINDOW_TOKENS = 1 << 20
 # While a window is read no batch can be made, so batches of the one before are kept ready.
 READY_TOKENS = 1 << 20
+MAX_READY_BATCHES = 256
+SINGLE_PASS_SEED = 0
 READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
@@ -60,7 +62,7 @@ def training_batches(
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=4)
         return batches.mp_prefetch(workers).map(_out_of_shared_memory)
-    num_ready = max(2, READY_TOKENS // (num_rows * config.seq_len))
+    num_ready = min(MAX_READY_BATCHES, max(2, READY_TOKENS // (num_rows * config.seq_len)))
     return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=num_ready)
 
 
@@ -72,12 +74,15 @@ def single_pass_batches(
     process_index: int,
     process_count: int,
 ) -> grain.IterDataset[CountedBatch]:
-    """One pass in the source's order; every process packs all rows and keeps its share.
+    """One pass in a fixed random order; every process packs all rows and keeps its share.
 
-    So rows do not depend on the number of processes, and all of them make equally many batches.
+    So rows do not depend on the number of processes, all of them make equally many batches, and the
+    first batches stand for the whole whatever the settings of the run.
     """
-    documents = grain.MapDataset.source(cast(Any, source)).map_with_index(
-        _Tokenize(tokenizer, len(source), count_bytes=True)
+    documents = (
+        grain.MapDataset.source(cast(Any, source))
+        .shuffle(seed=SINGLE_PASS_SEED)
+        .map_with_index(_Tokenize(tokenizer, len(source), count_bytes=True))
     )
     rows = PackedRows(
         documents.to_iter_dataset(READ_OPTIONS),

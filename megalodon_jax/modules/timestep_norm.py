@@ -60,8 +60,9 @@ class TimestepNorm(nnx.Module):
         """The state of a document that has not begun."""
         prior = self._prior()
         if prior is None:
-            zeros = jnp.zeros((batch_size, self.num_groups), jnp.float32)
-            return TimestepNormState(jnp.zeros(batch_size, jnp.int32), zeros, zeros)
+            # Arrays of their own, so that a cache may be donated.
+            mean, var = (jnp.zeros((batch_size, self.num_groups), jnp.float32) for _ in range(2))
+            return TimestepNormState(jnp.zeros(batch_size, jnp.int32), mean, var)
         return TimestepNormState(
             jnp.broadcast_to(prior.count, (batch_size,)),
             jnp.broadcast_to(prior.mean, (batch_size, self.num_groups)),

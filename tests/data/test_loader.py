@@ -1,5 +1,6 @@
 """Loaders: every target once an epoch, exact resumption, shares of processes, exact byte counts."""
 
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -98,14 +99,21 @@ def test_rows_are_what_a_batch_promises(
 
 
 @pytest.mark.parametrize("packing", ["pack", "pad"])
-def test_one_pass_has_every_target_once_in_order(
+def test_one_pass_has_every_target_once_in_a_fixed_mixed_order(
     numbers: Tokenizer, number_config: ConfigMaker, packing: str
 ):
-    loader = make_loader(number_config(LENGTHS, packing=packing), numbers, "train", repeat=False)
+    config = number_config(LENGTHS, packing=packing)
+    loader = make_loader(config, numbers, "train", repeat=False)
     batches = list(loader)
     starts = np.cumsum([1, *LENGTHS])[:-1]
     documents = [[*range(s, s + n), 0] for s, n in zip(starts, LENGTHS, strict=True) if n]
-    assert _targets(batches) == [target for document in documents for target in document]
+    targets = _targets(batches)
+    ends = [i + 1 for i, target in enumerate(targets) if target == 0]
+    found = [targets[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    assert sorted(found) == documents
+    assert found != documents
+    other_seed = dataclasses.replace(config, shuffle_seed=config.shuffle_seed + 1)
+    assert _targets(list(make_loader(other_seed, numbers, "train", repeat=False))) == targets
     num_rows = sum(int((batch.segment_ids[:, 0] > 0).sum()) for batch in batches)
     if packing == "pack":
         assert num_rows == -(-NUM_TARGETS // 8)
