@@ -1,0 +1,1 @@
+"""Measurements: speed and memory, each a script that prints what it measured."""
