@@ -80,8 +80,8 @@ def time_step(config: TrainConfig, *, documents: int = 1, steps: int = 10) -> St
 
 
 def main() -> None:
-    """Prints one line for the configuration of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Times a training step of a preset and prints one line."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--preset", choices=preset_names(), default="mega200M")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
