@@ -19,7 +19,7 @@ class Batch(NamedTuple):
       tokens: input tokens.
       targets: the token that follows each input token in its document; anything at weight 0.
       segment_ids: documents of a row numbered 1, 2, ... in order; 0 is padding.
-      weights: 1.0 where the loss counts, 0.0 at a document's last token and at padding.
+      weights: 1.0 where the loss counts, 0.0 at padding and where no next token is known.
     """
 
     tokens: Int32[Array, "B L"]
