@@ -72,7 +72,7 @@ class ConvertOptions:
     target: Annotated[str, tyro.conf.Positional]
     """Where the result goes; nothing is overwritten."""
     config: str | None = None
-    """TOML file or shipped name of the model's configuration, if the source does not say."""
+    """TOML file or preset's name for the model's shape, if the source does not say."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
