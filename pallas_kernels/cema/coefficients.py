@@ -49,6 +49,12 @@ def output_weight(params: CemaParams) -> Complex[Array, "D N"]:
     return jax.lax.complex(params.gamma[..., 0] * scale, params.gamma[..., 1] * scale)
 
 
+def log_modulus(params: CemaParams) -> Float[Array, "D N"]:
+    """log|q|, exact in its distance from 0."""
+    damping = jax.nn.sigmoid(params.alpha) * jax.nn.sigmoid(params.delta)
+    return jnp.log1p(-jnp.minimum(damping, _LARGEST_DAMPING))
+
+
 def powers(params: CemaParams, exponents: Int[Array, " T"]) -> Complex[Array, "D N T"]:
     """q^t for integers t >= 0.
 
@@ -56,9 +62,8 @@ def powers(params: CemaParams, exponents: Int[Array, " T"]) -> Complex[Array, "D
     angle is reduced exactly (`phase`), so the error stays near 1e-6 even where t is 10^5 tokens.
     """
     order = params.alpha.shape[-1]
-    damping = jax.nn.sigmoid(params.alpha) * jax.nn.sigmoid(params.delta)
-    log_modulus = jnp.log1p(-jnp.minimum(damping, _LARGEST_DAMPING))
-    modulus = jnp.exp(log_modulus[..., None] * exponents.astype(log_modulus.dtype))
+    log_q = log_modulus(params)
+    modulus = jnp.exp(log_q[..., None] * exponents.astype(log_q.dtype))
     multiples = jnp.arange(1, order + 1, dtype=jnp.int32)[:, None] * exponents.astype(jnp.int32)
     angle = angle_of_multiples(params.theta, multiples, order)
     return jax.lax.complex(modulus * jnp.cos(angle), modulus * jnp.sin(angle))
