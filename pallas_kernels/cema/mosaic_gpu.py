@@ -43,7 +43,7 @@ class _Options(NamedTuple):
 
 
 class _Modes(NamedTuple):
-    """Real and imaginary parts of q and gamma / √N, and p and omega: orders first, channels last."""
+    """q and gamma / √N by their parts, p and omega: orders first, channels last."""
 
     q_real: Float[Array, "N D"]
     q_imag: Float[Array, "N D"]
@@ -150,7 +150,7 @@ def _forward(options, x, params, state, segment_ids):
             tables,
             None if initial is None else _to_rows(initial[:, group]),
             documents,
-            _geometry(options, x, group, documents),
+            _geometry(options, x, group),
             out_dtype=x.dtype if len(groups) == 1 else jnp.float32,
             interpret=options.interpret,
         )
@@ -182,7 +182,7 @@ def _backward_rule(options, kept, cotangents):
             tables,
             entering,
             documents,
-            _geometry(options, x, group, documents),
+            _geometry(options, x, group),
             out_dtype=x.dtype if len(groups) == 1 else jnp.float32,
             interpret=options.interpret,
         )
@@ -272,16 +272,13 @@ def _order_groups(order: int) -> list[slice]:
     return [slice(start, min(start + LARGEST_ORDER, order)) for start in starts]
 
 
-def _geometry(
-    options: _Options, x: Array, group: slice, documents: Documents | None
-) -> Geometry:
+def _geometry(options: _Options, x: Array, group: slice) -> Geometry:
     return Geometry(
         rows=x.shape[0],
         tiles=x.shape[1] // TILE,
         blocks=x.shape[2] // CHANNELS,
         order=group.stop - group.start,
         tiles_per_split=options.split // TILE,
-        packed=documents is not None,
     )
 
 

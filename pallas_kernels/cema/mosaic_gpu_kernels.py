@@ -5,9 +5,9 @@ One thread holds the state of one channel in units of p, h = u + i s w with q = 
     u[t] = a u[t-1] - s² w[t-1] + x[t]        w[t] = a w[t-1] + u[t-1]
     y[t] = Σ_n (Re c u[t] - s Im c w[t]) + omega x[t]                       c = p gamma / √N
 
-That is the complex recurrence with one multiplication less, since w = Im h / s. Backward in time the
-same system takes dy to e, of which dx is read like y from h. With k = ∂e/∂q, in halves m, v of its
-two numbers so that it too costs three multiplications,
+That is the complex recurrence with one multiplication less, since w = Im h / s. Backward in time
+the same system takes dy to e, of which dx is read like y from h. With k = ∂e/∂q, in halves m, v of
+its two numbers so that it too costs three multiplications,
 
     m[t] = a m[t+1] - s² v[t+1] + e_u[t+1]    v[t] = a v[t+1] + m[t+1]
     Re k = 2 m - e_w                          Im k = 2 s v
@@ -15,8 +15,8 @@ two numbers so that it too costs three multiplications,
     ∂/∂c = Σ x e (+ q h e at the row's first token)        ∂/∂q = c (Σ x k (+ h (e + q k)))
 
 Splits of a row run at once. Before each pass a first kernel sums up what every split hands on, from
-zero; the splits after it fold these with q^split. Splits start k at zero: what k would bring in from
-later tokens meets x only through the state h entering the later split, which adds q h k itself.
+zero; the splits after it fold these with q^split. Splits start k at zero: what k would bring in
+from later tokens meets x only through the state h entering the later split, which adds q h k.
 """
 
 from functools import partial
@@ -30,10 +30,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.cema import mosaic_gpu_stream as streams
-from pallas_kernels.cema.mosaic_gpu_stream import BUFFERS, CHANNELS, TILE, Borders, Lanes, Place
+from pallas_kernels.cema.mosaic_gpu_stream import CHANNELS, TILE, Borders, Lanes, Place
 
 # The least |Im q| in w = Im h / Im q; a smaller one changes y by less than 2^-40 of its terms.
 SMALLEST_TURN = 2.0**-40
+# Warpgroups of a block of threads, for the registers that the forward and backward pass need.
+FORWARD_WARPGROUPS = 4
+BACKWARD_WARPGROUPS = 2
 
 
 class Tables(NamedTuple):
@@ -56,7 +59,7 @@ class Documents(NamedTuple):
     Attributes:
       bits: for every tile, a bit for every token that starts a document, and for every padding one.
         The row's first document starts only after padding.
-      ends: the row's first and last token that is not padding.
+      ends: the row's first and last token that is not padding; -1 where all are.
       hands_on: 1 where no document starts in the split.
     """
 
@@ -74,7 +77,6 @@ class Geometry(NamedTuple):
       blocks: D / CHANNELS.
       order: N.
       tiles_per_split: of every split but the last, which may be shorter.
-      packed: whether there are `Documents`.
     """
 
     rows: int
@@ -82,12 +84,33 @@ class Geometry(NamedTuple):
     blocks: int
     order: int
     tiles_per_split: int
-    packed: bool
 
     @property
     def splits(self) -> int:
         """Splits of a row."""
         return -(-self.tiles // self.tiles_per_split)
+
+    def find_place(self, split: Any) -> Place:
+        """The place of a split."""
+        return streams.find_place(split, self.tiles_per_split, self.tiles)
+
+
+class _Operands(NamedTuple):
+    """What all kernels read, beside the sequences; None what a call has not.
+
+    Attributes:
+      tables: the parameters.
+      documents: borders.
+      initial: the state before every row.
+      summaries: what splits hand on; without the row's last split, backward without its first.
+      entering: the state entering every split.
+    """
+
+    tables: Any
+    documents: Any = None
+    initial: Any = None
+    summaries: Any = None
+    entering: Any = None
 
 
 class _System(NamedTuple):
@@ -102,7 +125,9 @@ def _load_system(table: Any, order: int, channels: Any) -> _System:
     a = streams.load_rows(table, 0, order, channels)
     turns = []
     for s in streams.load_rows(table, order, order, channels):
-        smallest = jnp.where(s < 0, jnp.full_like(s, -SMALLEST_TURN), jnp.full_like(s, SMALLEST_TURN))
+        smallest = jnp.where(
+            s < 0, jnp.full_like(s, -SMALLEST_TURN), jnp.full_like(s, SMALLEST_TURN)
+        )
         turns.append(jnp.where(jnp.abs(s) < SMALLEST_TURN, smallest, s))
     return _System(a, tuple(turns), tuple(-(s * s) for s in turns))
 
@@ -161,64 +186,56 @@ def _read_out(pair: tuple, x: Lanes, readers: tuple) -> Lanes:
 
 
 def _fold(
-    h: tuple,
-    summaries: Any,
-    jump: Any,
-    hands_on: Any,
-    place: Place,
-    geometry: Geometry,
-    *,
-    backward: bool,
+    h: tuple, operands: _Operands, place: Place, geometry: Geometry, *, backward: bool
 ) -> tuple:
     """The complex state entering the place's split, from `h` at the row's near end."""
-    order = geometry.order
-    factor = _load_complex(jump, order, place.channels)
+    if operands.summaries is None:
+        return h
+    order, tables = geometry.order, operands.tables
+    factor = _load_complex(tables.jump, order, place.channels)
     count = geometry.splits - 1 - place.split if backward else place.split
+    # What lies beyond the horizon has no part in it, not even h.
+    near = lax.div(tables.horizon[place.block], geometry.tiles_per_split) + 1
+    skipped = jnp.maximum(count - near, 0)
+
+    def keep_if(flag, h):
+        return tuple(tuple(streams.select(flag, v, jnp.zeros_like(v)) for v in p) for p in h)
 
     def body(i, h):
-        # Summaries leave out the last split, or the first one if backward.
         index = geometry.splits - 2 - i if backward else i
         passed = index + 1 if backward else index
-        added = _load_complex(summaries.at[place.row, index], order, place.channels)
-        if hands_on is not None:
-            keeps = hands_on[place.row, passed] == 1
-            h = tuple(tuple(streams.select(keeps, v, jnp.zeros_like(v)) for v in p) for p in h)
+        added = _load_complex(operands.summaries.at[place.row, index], order, place.channels)
+        if operands.documents is not None:
+            h = keep_if(operands.documents.hands_on[place.row, passed] == 1, h)
         real, imag = [], []
         for n in range(order):
             real.append(added[0][n] + factor[0][n] * h[0][n] - factor[1][n] * h[1][n])
             imag.append(added[1][n] + factor[0][n] * h[1][n] + factor[1][n] * h[0][n])
         return tuple(real), tuple(imag)
 
-    return lax.fori_loop(0, count, body, h)
+    return lax.fori_loop(skipped, count, body, keep_if(skipped == 0, h))
 
 
-def _borders_of(documents: tuple, place: Place, tile: Any, end: int | None) -> Borders:
-    """Borders of a tile; its event is the row's first (0) or last (1) token, or none."""
-    bits, ends = documents[:2]
-    event = jnp.int32(-1)
-    if end is not None:
-        offset = ends[place.row, end] - tile * TILE
-        event = jnp.where((offset >= 0) & (offset < TILE), offset, -1)
-    return Borders(bits[place.row, tile, 0], bits[place.row, tile, 1], event)
+def _run(operands: _Operands, place: Place, step, restart, *, event=None, end=None, backward):
+    """A `run_tile` for `stream` that takes the slow way only through tiles with borders.
 
+    `event` happens at the row's first token if `end` is 0, at its last if 1.
+    """
+    documents = operands.documents
 
-def _run(
-    documents: tuple | None,
-    place: Place,
-    step: Any,
-    *,
-    restart: Any,
-    event: Any,
-    end: int | None,
-    backward: bool,
-) -> Any:
-    """A `run_tile` for `stream` that takes the slow way only through tiles with borders."""
+    def find_borders(tile):
+        position = jnp.int32(-1)
+        if end is not None:
+            offset = documents.ends[place.row, end] - tile * TILE
+            position = jnp.where((offset >= 0) & (offset < TILE), offset, -1)
+        bits = documents.bits
+        return Borders(bits[place.row, tile, 0], bits[place.row, tile, 1], position)
 
     def run_tile(tile, read, written, carry):
         plain = partial(streams.walk, read, written, step=step, backward=backward)
         if documents is None:
             return plain(carry)
-        borders = _borders_of(documents, place, tile, end)
+        borders = find_borders(tile)
         bordered = partial(
             streams.walk_with_borders,
             read,
@@ -234,73 +251,55 @@ def _run(
     return run_tile
 
 
-def _enter_document(documents, initial, place, system, order):
+def _enter_document(operands: _Operands, place: Place, system: _System) -> Any:
     """What a document starts from: the carried state if it is the row's first, else zero."""
+    order = len(system.a)
+    zeros = _zeros(order), _zeros(order)
 
     def restart(tile, position, carry):
-        if initial is None:
-            return _zeros(order), _zeros(order)
-        is_first = documents[1][place.row, 0] == tile * TILE + position
-        h = _to_pair(_load_complex(initial.at[place.row], order, place.channels), system)
-        return tuple(tuple(streams.select(is_first, v, jnp.zeros_like(v)) for v in p) for p in h)
+        if operands.initial is None:
+            return zeros
+        is_first = operands.documents.ends[place.row, 0] == tile * TILE + position
+        h = _load_complex(operands.initial.at[place.row], order, place.channels)
+        return lax.cond(is_first, lambda: _to_pair(h, system), lambda: zeros)
 
     return restart
 
 
-def _summary_kernel(*refs, geometry: Geometry, with_initial: bool, backward: bool):
+def _summary_kernel(split, stage, x, operands, summaries, *, geometry: Geometry, backward: bool):
     """What a split adds to the state after it, or before it if backward, from its tokens alone."""
-    x, table, horizon, *refs = refs
-    initial, refs = (refs[0], refs[1:]) if with_initial else (None, refs)
-    documents, refs = (tuple(refs[:3]), refs[3:]) if geometry.packed else (None, refs)
-    summaries, staged, barriers = refs
     order = geometry.order
-    place = streams.find_place(geometry.tiles_per_split, geometry.tiles, 1 if backward else 0)
+    zeros = _zeros(order), _zeros(order)
+    # Backward, the row's first split has nobody to hand anything to.
+    place = geometry.find_place(split + 1 if backward else split)
     # Tokens farther from the border than the horizon leave nothing there.
-    count = jnp.minimum(place.count, horizon[lax.axis_index("d")])
+    count = jnp.minimum(place.count, operands.tables.horizon[place.block])
     first = place.first if backward else place.first + place.count - count
-    place = place._replace(first=first, count=count)
-    system = _load_system(table, order, place.channels)
+    near = place._replace(first=first, count=count)
+    system = _load_system(operands.tables.rows, order, place.channels)
 
     def step(pair, tokens):
         return _advance(pair, tokens * order, system), []
 
-    if backward:
-        restart = lambda tile, position, pair: (_zeros(order), _zeros(order))  # noqa: E731
-    else:
-        restart = _enter_document(documents, initial, place, system, order)
-    run = _run(
-        documents,
-        place,
-        step,
-        restart=restart,
-        event=lambda pair: None,
-        end=None,
-        backward=backward,
-    )
-    start = _zeros(order), _zeros(order)
-    pair = streams.stream(place, [(x, staged)], [], barriers, start, run, backward=backward)
-    target = summaries.at[place.row, lax.axis_index("s")]
+    restart = _enter_document(operands, place, system)
+    run = _run(operands, near, step, restart, backward=backward)
+    pair = streams.stream(near, stage, [x], [], zeros, run, backward=backward)
+    target = summaries.at[place.row, split]
     _store_complex(target, place.channels, *_to_complex(pair, system))
 
 
-def _output_kernel(*refs, geometry: Geometry, with_initial: bool):
-    x, table, *refs = refs
-    initial, refs = (refs[0], refs[1:]) if with_initial else (None, refs)
-    (summaries, jump), refs = (refs[:2], refs[2:]) if geometry.splits > 1 else ((None, None), refs)
-    documents, refs = (tuple(refs[:3]), refs[3:]) if geometry.packed else (None, refs)
-    y, last, entering, xs, ys, barriers = refs
+def _output_kernel(split, stage, x, operands, results, *, geometry: Geometry):
+    y, last, entering = results
     order = geometry.order
-    place = streams.find_place(geometry.tiles_per_split, geometry.tiles)
+    place = geometry.find_place(split)
     channels = place.channels
     h = _zeros(order), _zeros(order)
-    if initial is not None:
-        h = _load_complex(initial.at[place.row], order, channels)
-    if summaries is not None:
-        hands_on = None if documents is None else documents[2]
-        h = _fold(h, summaries, jump, hands_on, place, geometry, backward=False)
-    _store_complex(entering.at[place.row, place.split], channels, *h)
-    system = _load_system(table, order, channels)
-    readers = _load_readers(table, system, order, channels)
+    if operands.initial is not None:
+        h = _load_complex(operands.initial.at[place.row], order, channels)
+    h = _fold(h, operands, place, geometry, backward=False)
+    _store_complex(entering.at[place.row, split], channels, *h)
+    system = _load_system(operands.tables.rows, order, channels)
+    readers = _load_readers(operands.tables.rows, system, order, channels)
 
     def step(pair, tokens):
         pair = _advance(pair, tokens * order, system)
@@ -309,20 +308,11 @@ def _output_kernel(*refs, geometry: Geometry, with_initial: bool):
     def store_last(pair):
         _store_complex(last.at[place.row], channels, *_to_complex(pair, system))
 
-    run = _run(
-        documents,
-        place,
-        step,
-        restart=_enter_document(documents, initial, place, system, order),
-        event=store_last,
-        end=1,
-        backward=False,
-    )
-    sources, targets = [(x, xs)], [(y, ys)]
-    pair = _to_pair(h, system)
-    pair = streams.stream(place, sources, targets, barriers, pair, run, backward=False)
-    if documents is None:
-        pl.when(place.split == geometry.splits - 1)(partial(store_last, pair))
+    restart = _enter_document(operands, place, system)
+    run = _run(operands, place, step, restart, event=store_last, end=1, backward=False)
+    pair = streams.stream(place, stage, [x], [y], _to_pair(h, system), run, backward=False)
+    if operands.documents is None:
+        pl.when(split == geometry.splits - 1)(partial(store_last, pair))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -369,72 +359,41 @@ def _add_entering(total: tuple, entering: tuple, k: tuple, table: Any, order: in
     return tuple(real), tuple(imag)
 
 
-def _gradient_kernel(*refs, geometry: Geometry):
-    x, dy, table, entering, *refs = refs
-    (summaries, jump), refs = (refs[:2], refs[2:]) if geometry.splits > 1 else ((None, None), refs)
-    documents, refs = (tuple(refs[:3]), refs[3:]) if geometry.packed else (None, refs)
-    dx, x_e, x_k, x_dy, first_e, first_k, xs, dys, dxs, barriers = refs
-    order = geometry.order
-    place = streams.find_place(geometry.tiles_per_split, geometry.tiles)
+def _gradient_kernel(split, stage, x, dy, operands, results, *, geometry: Geometry):
+    order, rows = geometry.order, operands.tables.rows
+    place = geometry.find_place(split)
     channels = place.channels
-    e = _zeros(order), _zeros(order)
-    if summaries is not None:
-        hands_on = None if documents is None else documents[2]
-        e = _fold(e, summaries, jump, hands_on, place, geometry, backward=True)
-    system = _load_system(table, order, channels)
-    readers = _load_readers(table, system, order, channels)
-    e = _to_pair(e, system)
     zeros = _zeros(order), _zeros(order)
-    # From zero, k = 0: the half m holds k and e_w together.
-    carry = _Carry(e, (tuple(0.5 * w for w in e[1]), zeros[1]), zeros, zeros, zeros[0][0])
+    e = _fold(zeros, operands, place, geometry, backward=True)
+    system = _load_system(rows, order, channels)
+    readers = _load_readers(rows, system, order, channels)
+    e = _to_pair(e, system)
+    # k = 0: the half m holds k and e_w together.
+    k = tuple(0.5 * w for w in e[1]), zeros[1]
 
     def restart(tile, position, carry):
         return carry._replace(e=zeros, k=zeros)
 
     def store_first(carry):
         k = _derivative(carry.e, carry.k, system)
-        _store_complex(first_e.at[place.row], channels, *_to_complex(carry.e, system))
-        _store_complex(first_k.at[place.row], channels, *k)
+        _store_complex(results.first_e.at[place.row], channels, *_to_complex(carry.e, system))
+        _store_complex(results.first_k.at[place.row], channels, *k)
 
-    run = _run(
-        documents,
-        place,
-        partial(_gradient_step, system=system, readers=readers),
-        restart=restart,
-        event=store_first,
-        end=0,
-        backward=True,
-    )
-    sources, targets = [(x, xs), (dy, dys)], [(dx, dxs)]
-    carry = streams.stream(place, sources, targets, barriers, carry, run, backward=True)
-    if documents is None:
-        pl.when(place.split == 0)(partial(store_first, carry))
-    h = _load_complex(entering.at[place.row, place.split], order, channels)
+    step = partial(_gradient_step, system=system, readers=readers)
+    run = _run(operands, place, step, restart, event=store_first, end=0, backward=True)
+    carry = _Carry(e, k, zeros, zeros, zeros[0][0])
+    carry = streams.stream(place, stage, [x, dy], [results.dx], carry, run, backward=True)
+    if operands.documents is None:
+        pl.when(split == 0)(partial(store_first, carry))
+    h = _load_complex(operands.entering.at[place.row, split], order, channels)
     total = _derivative(carry.x_e, carry.x_k, system)
     k = _derivative(carry.e, carry.k, system)
-    total = _add_entering(total, h, k, table, order, channels)
-    here = place.row, place.split
-    _store_complex(x_e.at[here], channels, *_to_complex(carry.x_e, system))
-    _store_complex(x_k.at[here], channels, *total)
-    streams.store_rows(x_dy.at[here], 0, channels, [carry.x_dy])
+    total = _add_entering(total, h, k, rows, order, channels)
+    here = place.row, split
+    _store_complex(results.x_e.at[here], channels, *_to_complex(carry.x_e, system))
+    _store_complex(results.x_k.at[here], channels, *total)
+    streams.store_rows(results.x_dy.at[here], 0, channels, [carry.x_dy])
     plgpu.wait_smem_to_gmem(0)
-
-
-def _launch(kernel: Any, out_type: Any, grid: tuple, scratch: list, operands: list, interpret: Any):
-    call = plgpu.kernel(
-        kernel,
-        out_type=out_type,
-        grid=grid,
-        grid_names=("d", "s", "b"),
-        scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=interpret,
-    )
-    return call(*operands)
-
-
-def _staged(dtype: Any) -> Any:
-    return plgpu.SMEM((BUFFERS, TILE, CHANNELS), dtype)
 
 
 def _per_channel(geometry: Geometry, *shape: int) -> jax.ShapeDtypeStruct:
@@ -442,23 +401,18 @@ def _per_channel(geometry: Geometry, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((geometry.rows, *shape, width), jnp.float32)
 
 
-def _summarize(x, tables, initial, documents, geometry, interpret, *, backward):
-    operands = [x, tables.rows, tables.horizon]
-    operands += [] if initial is None else [initial]
-    operands += [] if documents is None else list(documents)
-    barriers = plgpu.Barrier(num_arrivals=1, num_barriers=BUFFERS)
-    return _launch(
-        partial(
-            _summary_kernel,
-            geometry=geometry,
-            with_initial=initial is not None,
-            backward=backward,
-        ),
+def _summarize(x, operands: _Operands, geometry: Geometry, interpret, *, backward) -> Array | None:
+    if geometry.splits == 1:
+        return None
+    return streams.launch(
+        partial(_summary_kernel, geometry=geometry, backward=backward),
+        (x, operands),
         _per_channel(geometry, geometry.splits - 1, 2 * geometry.order),
-        (geometry.blocks, geometry.splits - 1, geometry.rows),
-        [_staged(x.dtype), barriers],
-        operands,
-        interpret,
+        grid=(geometry.blocks, geometry.splits - 1, geometry.rows),
+        warpgroups=FORWARD_WARPGROUPS,
+        staged=[x.dtype],
+        arrivals=1,
+        interpret=interpret,
     )
 
 
@@ -476,24 +430,21 @@ def run_forward(
 
     The last state of a packed row without tokens is undefined.
     """
-    operands = [x, tables.rows]
-    operands += [] if initial is None else [initial]
-    if geometry.splits > 1:
-        summaries = _summarize(x, tables, initial, documents, geometry, interpret, backward=False)
-        operands += [summaries, tables.jump]
-    operands += [] if documents is None else list(documents)
-    barriers = plgpu.Barrier(num_arrivals=1, num_barriers=BUFFERS)
-    return _launch(
-        partial(_output_kernel, geometry=geometry, with_initial=initial is not None),
-        [
+    operands = _Operands(tables, documents, initial)
+    summaries = _summarize(x, operands, geometry, interpret, backward=False)
+    return streams.launch(
+        partial(_output_kernel, geometry=geometry),
+        (x, operands._replace(summaries=summaries)),
+        (
             jax.ShapeDtypeStruct(x.shape, out_dtype),
             _per_channel(geometry, 2 * geometry.order),
             _per_channel(geometry, geometry.splits, 2 * geometry.order),
-        ],
-        (geometry.blocks, geometry.splits, geometry.rows),
-        [_staged(x.dtype), _staged(out_dtype), barriers],
-        operands,
-        interpret,
+        ),
+        grid=(geometry.blocks, geometry.splits, geometry.rows),
+        warpgroups=FORWARD_WARPGROUPS,
+        staged=[x.dtype, out_dtype],
+        arrivals=1,
+        interpret=interpret,
     )
 
 
@@ -529,21 +480,23 @@ def run_backward(
     interpret: Any,
 ) -> Gradients:
     """Gradients of Σ y dy from the states that `run_forward` found to enter the splits."""
-    operands = [x, dy, tables.rows, entering]
-    if geometry.splits > 1:
-        summaries = _summarize(dy, tables, None, documents, geometry, interpret, backward=True)
-        operands += [summaries, tables.jump]
-    operands += [] if documents is None else list(documents)
-    order = 2 * geometry.order
-    sums = [_per_channel(geometry, geometry.splits, count) for count in (order, order, 1)]
-    firsts = [_per_channel(geometry, order)] * 2
-    barriers = plgpu.Barrier(num_arrivals=2, num_barriers=BUFFERS)
-    results = _launch(
+    operands = _Operands(tables, documents)
+    summaries = _summarize(dy, operands, geometry, interpret, backward=True)
+    order, splits = 2 * geometry.order, geometry.splits
+    return streams.launch(
         partial(_gradient_kernel, geometry=geometry),
-        [jax.ShapeDtypeStruct(x.shape, out_dtype), *sums, *firsts],
-        (geometry.blocks, geometry.splits, geometry.rows),
-        [_staged(x.dtype), _staged(dy.dtype), _staged(out_dtype), barriers],
-        operands,
-        interpret,
+        (x, dy, operands._replace(summaries=summaries, entering=entering)),
+        Gradients(
+            dx=jax.ShapeDtypeStruct(x.shape, out_dtype),
+            x_e=_per_channel(geometry, splits, order),
+            x_k=_per_channel(geometry, splits, order),
+            x_dy=_per_channel(geometry, splits, 1),
+            first_e=_per_channel(geometry, order),
+            first_k=_per_channel(geometry, order),
+        ),
+        grid=(geometry.blocks, geometry.splits, geometry.rows),
+        warpgroups=BACKWARD_WARPGROUPS,
+        staged=[x.dtype, dy.dtype, out_dtype],
+        arrivals=2,
+        interpret=interpret,
     )
-    return Gradients(*results)

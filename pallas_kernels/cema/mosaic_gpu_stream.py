@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -27,6 +28,7 @@ class Place(NamedTuple):
 
     Attributes:
       row: row of the batch.
+      block: block of channels.
       split: split of the row.
       channels: the block's channels.
       first: first tile.
@@ -34,6 +36,7 @@ class Place(NamedTuple):
     """
 
     row: Any
+    block: Any
     split: Any
     channels: Any
     first: Any
@@ -86,20 +89,92 @@ def select(flag: Any, if_true: Lanes, if_false: Lanes) -> Lanes:
     return jnp.where(plgpu.layout_cast(lanes, _LANES) > 0.5, if_true, if_false)
 
 
-def find_place(tiles_per_split: int, tiles: int, skipped_splits: int = 0) -> Place:
-    """The place of this member of the grid ("d", "s", "b")."""
-    row, block = lax.axis_index("b"), lax.axis_index("d")
-    split = lax.axis_index("s") + skipped_splits
+def find_place(split: Any, tiles_per_split: int, tiles: int) -> Place:
+    """The place of a split, of the row and channels that the grid ("d", "s", "b") says."""
     first = split * tiles_per_split
     count = jnp.minimum(tiles_per_split, tiles - first)
-    return Place(row, split, pl.ds(block * CHANNELS, CHANNELS), first, count)
+    block = lax.axis_index("d")
+    channels = pl.ds(block * CHANNELS, CHANNELS)
+    return Place(lax.axis_index("b"), block, split, channels, first, count)
+
+
+class Stage(NamedTuple):
+    """A warpgroup's own part of shared memory.
+
+    Attributes:
+      buffers: for every streamed array, BUFFERS tiles.
+      barriers: of all warpgroups.
+      first_barrier: the first of the BUFFERS barriers of this one.
+    """
+
+    buffers: tuple
+    barriers: Any
+    first_barrier: Any
+
+
+def launch(
+    kernel: Callable[..., None],
+    operands: Any,
+    out_type: Any,
+    *,
+    grid: tuple[int, int, int],
+    warpgroups: int,
+    staged: list[Any],
+    arrivals: int,
+    interpret: Any,
+) -> Any:
+    """Runs `kernel(split, stage, *operands, results)` in a warpgroup for every member of the grid.
+
+    Args:
+      kernel: what a warpgroup does.
+      operands: arrays in global memory, in tuples; None stays None.
+      out_type: shapes and dtypes of the results.
+      grid: blocks of channels, splits, rows.
+      warpgroups: warpgroups of a block of threads, each with its own split. Their number caps the
+        registers of a thread: 4 leave 128, 2 leave 255.
+      staged: dtypes of the streamed arrays.
+      arrivals: copies that fill one set of buffers.
+      interpret: `plgpu.InterpretGPUParams()` or None.
+    """
+    blocks, splits, rows = grid
+    arrays, structure = jax.tree.flatten(operands)
+    outs, out_structure = jax.tree.flatten(out_type)
+
+    def body(*refs):
+        warpgroup = lax.axis_index("w")
+        split = lax.axis_index("s") * warpgroups + warpgroup
+        inputs = jax.tree.unflatten(structure, refs[: len(arrays)])
+        results = jax.tree.unflatten(out_structure, refs[len(arrays) : len(arrays) + len(outs)])
+        *buffers, barriers = refs[len(arrays) + len(outs) :]
+        own = tuple(ref.at[warpgroup] for ref in buffers)
+        stage = Stage(own, barriers, warpgroup * BUFFERS)
+        pl.when(split < splits)(lambda: kernel(split, stage, *inputs, results))
+
+    results = plgpu.kernel(
+        body,
+        out_type=outs,
+        grid=(blocks, -(-splits // warpgroups), rows),
+        grid_names=("d", "s", "b"),
+        num_threads=warpgroups,
+        thread_name="w",
+        scratch_types=[
+            *(plgpu.SMEM((warpgroups, BUFFERS, TILE, CHANNELS), dtype) for dtype in staged),
+            plgpu.Barrier(num_arrivals=arrivals, num_barriers=warpgroups * BUFFERS),
+        ],
+        # The other semantics, the default of newer JAX, take minutes to infer what is fixed here.
+        compiler_params=plgpu.CompilerParams(
+            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        interpret=interpret,
+    )(*arrays)
+    return jax.tree.unflatten(out_structure, results)
 
 
 def stream(
     place: Place,
-    sources: list[tuple[Any, Any]],
-    targets: list[tuple[Any, Any]],
-    barriers: Any,
+    stage: Stage,
+    sources: list[Any],
+    targets: list[Any],
     carry: Any,
     run_tile: Callable[..., Any],
     *,
@@ -109,9 +184,9 @@ def stream(
 
     Args:
       place: where; its tiles run from the last to the first if `backward`.
-      sources: pairs (array, buffers) that are copied to shared memory ahead.
-      targets: pairs (array, buffers) that are copied back behind.
-      barriers: one for each of the buffers, arrived at by every source.
+      stage: buffers for the sources, then for the targets.
+      sources: arrays (B, L, D) that are copied to shared memory ahead.
+      targets: arrays (B, L, D) that are copied back behind.
       carry: the state before the first tile.
       run_tile: gets the tile's number and the slots of the buffers it reads and writes.
       backward: the direction of time.
@@ -121,11 +196,14 @@ def stream(
     def window(array, tile):
         return array.at[place.row, pl.ds(tile * TILE, TILE), place.channels]
 
+    def barrier(slot):
+        return stage.barriers.at[stage.first_barrier + slot]
+
     def fetch(i):
         slot = lax.rem(i, BUFFERS)
         tile = last - i if backward else place.first + i
-        for source, buffers in sources:
-            plgpu.copy_gmem_to_smem(window(source, tile), buffers.at[slot], barriers.at[slot])
+        for source, buffers in zip(sources, stage.buffers):
+            plgpu.copy_gmem_to_smem(window(source, tile), buffers.at[slot], barrier(slot))
 
     for i in range(BUFFERS):
         pl.when(i < place.count)(partial(fetch, jnp.int32(i)))
@@ -133,15 +211,15 @@ def stream(
     def body(i, carry):
         slot = lax.rem(i, BUFFERS)
         tile = last - i if backward else place.first + i
-        plgpu.barrier_wait(barriers.at[slot])
+        plgpu.barrier_wait(barrier(slot))
         if targets:
             plgpu.wait_smem_to_gmem(BUFFERS - 1, wait_read_only=True)
-        read = [buffers.at[slot] for _, buffers in sources]
-        written = [buffers.at[slot] for _, buffers in targets]
-        carry = run_tile(tile, read, written, carry)
+        slots = [buffers.at[slot] for buffers in stage.buffers]
+        written = slots[len(sources) :]
+        carry = run_tile(tile, slots[: len(sources)], written, carry)
         plgpu.commit_smem()
-        for target, buffers in targets:
-            plgpu.copy_smem_to_gmem(buffers.at[slot], window(target, tile))
+        for target, slot_of_target in zip(targets, written, strict=True):
+            plgpu.copy_smem_to_gmem(slot_of_target, window(target, tile))
         pl.when(i + BUFFERS < place.count)(partial(fetch, i + BUFFERS))
         return carry
 
@@ -162,9 +240,7 @@ def walk(
         return TILE - 1 - i if backward else i
 
     def load_ahead(first):
-        return tuple(
-            tuple(load(ref, position(first + u)) for ref in read) for u in range(UNROLL)
-        )
+        return tuple(tuple(load(ref, position(first + u)) for ref in read) for u in range(UNROLL))
 
     def body(i, state):
         carry, ahead = state
@@ -188,7 +264,7 @@ def walk_with_borders(
     borders: Borders,
     *,
     restart: Callable[[Any, Any], Any],
-    event: Callable[[Any], None],
+    event: Callable[[Any], None] | None,
     backward: bool,
 ) -> Any:
     """`walk` over a tile with borders.
@@ -212,7 +288,8 @@ def walk_with_borders(
         carry, results = step(carry, [select(live, a, jnp.zeros_like(a)) for a in tokens])
         for ref, value in zip(written, results, strict=True):
             ref[position] = select(live, value, jnp.zeros_like(value)).astype(ref.dtype)
-        pl.when(borders.event == position)(partial(event, carry))
+        if event is not None:
+            pl.when(borders.event == position)(partial(event, carry))
         return restarted(carry) if backward else carry
 
     return lax.fori_loop(0, TILE, body, carry)
