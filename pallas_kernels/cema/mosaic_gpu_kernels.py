@@ -114,29 +114,33 @@ class _Operands(NamedTuple):
 
 
 class _System(NamedTuple):
-    """Coefficients of one channel in registers, a Lanes for every order."""
+    """Coefficients of the recurrence of one channel in registers, a Lanes for every order."""
 
     a: tuple[Lanes, ...]
-    s: tuple[Lanes, ...]
     minus_s2: tuple[Lanes, ...]
 
 
-def _load_system(table: Any, order: int, channels: Any) -> _System:
-    a = streams.load_rows(table, 0, order, channels)
+def _load_turns(rows: Any, order: int, channels: Any) -> tuple[Lanes, ...]:
+    """s of every order. Loaded wherever it is needed: it would hold registers through the loop."""
     turns = []
-    for s in streams.load_rows(table, order, order, channels):
-        smallest = jnp.where(
-            s < 0, jnp.full_like(s, -SMALLEST_TURN), jnp.full_like(s, SMALLEST_TURN)
-        )
-        turns.append(jnp.where(jnp.abs(s) < SMALLEST_TURN, smallest, s))
-    return _System(a, tuple(turns), tuple(-(s * s) for s in turns))
+    for s in streams.load_rows(rows, order, order, channels):
+        least = jnp.full_like(s, SMALLEST_TURN)
+        turns.append(jnp.where(jnp.abs(s) < least, jnp.where(s < 0, -least, least), s))
+    return tuple(turns)
 
 
-def _load_readers(table: Any, system: _System, order: int, channels: Any) -> tuple:
-    read_u = streams.load_rows(table, 2 * order, order, channels)
-    imag = streams.load_rows(table, 3 * order, order, channels)
-    read_w = tuple(-(s * c) for s, c in zip(system.s, imag, strict=True))
-    return read_u, read_w, streams.load(table, 4 * order, channels)
+def _load_system(rows: Any, order: int, channels: Any) -> _System:
+    turns = _load_turns(rows, order, channels)
+    a = streams.load_rows(rows, 0, order, channels)
+    return _System(a, tuple(-(s * s) for s in turns))
+
+
+def _load_readers(rows: Any, order: int, channels: Any) -> tuple:
+    read_u = streams.load_rows(rows, 2 * order, order, channels)
+    imag = streams.load_rows(rows, 3 * order, order, channels)
+    turns = _load_turns(rows, order, channels)
+    read_w = tuple(-(s * c) for s, c in zip(turns, imag, strict=True))
+    return read_u, read_w, streams.load(rows, 4 * order, channels)
 
 
 def _zeros(count: int) -> tuple[Lanes, ...]:
@@ -155,12 +159,14 @@ def _store_complex(ref: Any, channels: Any, real: Any, imag: Any) -> None:
     streams.store_rows(ref, len(real), channels, imag)
 
 
-def _to_pair(h: tuple, system: _System) -> tuple:
-    return h[0], tuple(im / s for im, s in zip(h[1], system.s, strict=True))
+def _to_pair(h: tuple, rows: Any, channels: Any) -> tuple:
+    turns = _load_turns(rows, len(h[0]), channels)
+    return h[0], tuple(im / s for im, s in zip(h[1], turns, strict=True))
 
 
-def _to_complex(pair: tuple, system: _System) -> tuple:
-    return pair[0], tuple(s * w for s, w in zip(system.s, pair[1], strict=True))
+def _to_complex(pair: tuple, rows: Any, channels: Any) -> tuple:
+    turns = _load_turns(rows, len(pair[0]), channels)
+    return pair[0], tuple(s * w for s, w in zip(turns, pair[1], strict=True))
 
 
 def _advance(pair: tuple, inputs: Any, system: _System) -> tuple:
@@ -251,17 +257,20 @@ def _run(operands: _Operands, place: Place, step, restart, *, event=None, end=No
     return run_tile
 
 
-def _enter_document(operands: _Operands, place: Place, system: _System) -> Any:
+def _enter_document(operands: _Operands, place: Place, order: int) -> Any:
     """What a document starts from: the carried state if it is the row's first, else zero."""
-    order = len(system.a)
     zeros = _zeros(order), _zeros(order)
 
     def restart(tile, position, carry):
         if operands.initial is None:
             return zeros
         is_first = operands.documents.ends[place.row, 0] == tile * TILE + position
-        h = _load_complex(operands.initial.at[place.row], order, place.channels)
-        return lax.cond(is_first, lambda: _to_pair(h, system), lambda: zeros)
+
+        def carried():
+            h = _load_complex(operands.initial.at[place.row], order, place.channels)
+            return _to_pair(h, operands.tables.rows, place.channels)
+
+        return lax.cond(is_first, carried, lambda: zeros)
 
     return restart
 
@@ -281,36 +290,37 @@ def _summary_kernel(split, stage, x, operands, summaries, *, geometry: Geometry,
     def step(pair, tokens):
         return _advance(pair, tokens * order, system), []
 
-    restart = _enter_document(operands, place, system)
+    restart = _enter_document(operands, place, order)
     run = _run(operands, near, step, restart, backward=backward)
     pair = streams.stream(near, stage, [x], [], zeros, run, backward=backward)
-    target = summaries.at[place.row, split]
-    _store_complex(target, place.channels, *_to_complex(pair, system))
+    h = _to_complex(pair, operands.tables.rows, place.channels)
+    _store_complex(summaries.at[place.row, split], place.channels, *h)
 
 
 def _output_kernel(split, stage, x, operands, results, *, geometry: Geometry):
     y, last, entering = results
     order = geometry.order
     place = geometry.find_place(split)
-    channels = place.channels
+    channels, rows = place.channels, operands.tables.rows
     h = _zeros(order), _zeros(order)
     if operands.initial is not None:
         h = _load_complex(operands.initial.at[place.row], order, channels)
     h = _fold(h, operands, place, geometry, backward=False)
     _store_complex(entering.at[place.row, split], channels, *h)
-    system = _load_system(operands.tables.rows, order, channels)
-    readers = _load_readers(operands.tables.rows, system, order, channels)
+    system = _load_system(rows, order, channels)
+    readers = _load_readers(rows, order, channels)
 
     def step(pair, tokens):
         pair = _advance(pair, tokens * order, system)
         return pair, [_read_out(pair, tokens[0], readers)]
 
     def store_last(pair):
-        _store_complex(last.at[place.row], channels, *_to_complex(pair, system))
+        _store_complex(last.at[place.row], channels, *_to_complex(pair, rows, channels))
 
-    restart = _enter_document(operands, place, system)
+    restart = _enter_document(operands, place, order)
     run = _run(operands, place, step, restart, event=store_last, end=1, backward=False)
-    pair = streams.stream(place, stage, [x], [y], _to_pair(h, system), run, backward=False)
+    start = _to_pair(h, rows, channels)
+    pair = streams.stream(place, stage, [x], [y], start, run, backward=False)
     if operands.documents is None:
         pl.when(split == geometry.splits - 1)(partial(store_last, pair))
     plgpu.wait_smem_to_gmem(0)
@@ -341,10 +351,11 @@ def _gradient_step(carry, tokens, system, readers):
     return new, [_read_out(e, dy, readers)]
 
 
-def _derivative(e: tuple, k: tuple, system: _System) -> tuple:
+def _derivative(e: tuple, k: tuple, rows: Any, channels: Any) -> tuple:
     """The complex k from its halves; also Σ x k, from Σ x e and the sums of the halves."""
+    turns = _load_turns(rows, len(e[0]), channels)
     real = tuple(2.0 * m - w for m, w in zip(k[0], e[1], strict=True))
-    return real, tuple(2.0 * s * v for s, v in zip(system.s, k[1], strict=True))
+    return real, tuple(2.0 * s * v for s, v in zip(turns, k[1], strict=True))
 
 
 def _add_entering(total: tuple, entering: tuple, k: tuple, table: Any, order: int, channels: Any):
@@ -366,8 +377,8 @@ def _gradient_kernel(split, stage, x, dy, operands, results, *, geometry: Geomet
     zeros = _zeros(order), _zeros(order)
     e = _fold(zeros, operands, place, geometry, backward=True)
     system = _load_system(rows, order, channels)
-    readers = _load_readers(rows, system, order, channels)
-    e = _to_pair(e, system)
+    readers = _load_readers(rows, order, channels)
+    e = _to_pair(e, rows, channels)
     # k = 0: the half m holds k and e_w together.
     k = tuple(0.5 * w for w in e[1]), zeros[1]
 
@@ -375,8 +386,10 @@ def _gradient_kernel(split, stage, x, dy, operands, results, *, geometry: Geomet
         return carry._replace(e=zeros, k=zeros)
 
     def store_first(carry):
-        k = _derivative(carry.e, carry.k, system)
-        _store_complex(results.first_e.at[place.row], channels, *_to_complex(carry.e, system))
+        k = _derivative(carry.e, carry.k, rows, channels)
+        _store_complex(
+            results.first_e.at[place.row], channels, *_to_complex(carry.e, rows, channels)
+        )
         _store_complex(results.first_k.at[place.row], channels, *k)
 
     step = partial(_gradient_step, system=system, readers=readers)
@@ -386,11 +399,11 @@ def _gradient_kernel(split, stage, x, dy, operands, results, *, geometry: Geomet
     if operands.documents is None:
         pl.when(split == 0)(partial(store_first, carry))
     h = _load_complex(operands.entering.at[place.row, split], order, channels)
-    total = _derivative(carry.x_e, carry.x_k, system)
-    k = _derivative(carry.e, carry.k, system)
+    total = _derivative(carry.x_e, carry.x_k, rows, channels)
+    k = _derivative(carry.e, carry.k, rows, channels)
     total = _add_entering(total, h, k, rows, order, channels)
     here = place.row, split
-    _store_complex(results.x_e.at[here], channels, *_to_complex(carry.x_e, system))
+    _store_complex(results.x_e.at[here], channels, *_to_complex(carry.x_e, rows, channels))
     _store_complex(results.x_k.at[here], channels, *total)
     streams.store_rows(results.x_dy.at[here], 0, channels, [carry.x_dy])
     plgpu.wait_smem_to_gmem(0)

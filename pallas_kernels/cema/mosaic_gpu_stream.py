@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 CHANNELS = 128
 TILE = 32
 BUFFERS = 2
-UNROLL = 4
+UNROLL = 2
 _LANES = plgpu.Layout.WG_STRIDED((CHANNELS,), vec_size=1)
 
 Lanes = Any  # float32 (CHANNELS,) in registers, one number per thread
