@@ -34,9 +34,10 @@ from pallas_kernels.cema.mosaic_gpu_stream import CHANNELS, TILE, Borders, Lanes
 
 # The least |Im q| in w = Im h / Im q; a smaller one changes y by less than 2^-40 of its terms.
 SMALLEST_TURN = 2.0**-40
-# Warpgroups of a block of threads, for the registers that the forward and backward pass need.
-FORWARD_WARPGROUPS = 4
-BACKWARD_WARPGROUPS = 2
+# Warpgroups of a block of threads: as many as the registers that each kernel needs leave room for.
+SUMMARY_WARPGROUPS = 4
+OUTPUT_WARPGROUPS = 2
+GRADIENT_WARPGROUPS = 2
 
 
 class Tables(NamedTuple):
@@ -114,10 +115,27 @@ class _Operands(NamedTuple):
 
 
 class _System(NamedTuple):
-    """Coefficients of the recurrence of one channel in registers, a Lanes for every order."""
+    """Coefficients of M = [[a, -s²], [1, a]] in registers, a Lanes for every order."""
 
     a: tuple[Lanes, ...]
     minus_s2: tuple[Lanes, ...]
+
+
+class _TwoSteps(NamedTuple):
+    """Coefficients of two tokens at once: a, and M² = [[diagonal, upper], [lower, diagonal]]."""
+
+    a: tuple[Lanes, ...]
+    diagonal: tuple[Lanes, ...]
+    upper: tuple[Lanes, ...]
+    lower: tuple[Lanes, ...]
+
+
+class _Readers(NamedTuple):
+    """How y of two tokens is read from the state before: c M, c M²; and from the tokens."""
+
+    first: tuple
+    second: tuple
+    taps: tuple[Lanes, Lanes]
 
 
 def _load_turns(rows: Any, order: int, channels: Any) -> tuple[Lanes, ...]:
@@ -135,12 +153,37 @@ def _load_system(rows: Any, order: int, channels: Any) -> _System:
     return _System(a, tuple(-(s * s) for s in turns))
 
 
-def _load_readers(rows: Any, order: int, channels: Any) -> tuple:
-    read_u = streams.load_rows(rows, 2 * order, order, channels)
+def _square(system: _System) -> _TwoSteps:
+    pairs = list(zip(*system, strict=True))
+    return _TwoSteps(
+        a=system.a,
+        diagonal=tuple(a * a + minus_s2 for a, minus_s2 in pairs),
+        upper=tuple(2.0 * a * minus_s2 for a, minus_s2 in pairs),
+        lower=tuple(a + a for a in system.a),
+    )
+
+
+def _load_weights(rows: Any, order: int, channels: Any) -> tuple[tuple, tuple, Lanes]:
+    """Weights of u and w in y, and omega."""
+    weights_u = streams.load_rows(rows, 2 * order, order, channels)
     imag = streams.load_rows(rows, 3 * order, order, channels)
     turns = _load_turns(rows, order, channels)
-    read_w = tuple(-(s * c) for s, c in zip(turns, imag, strict=True))
-    return read_u, read_w, streams.load(rows, 4 * order, channels)
+    weights_w = tuple(-(s * c) for s, c in zip(turns, imag, strict=True))
+    return weights_u, weights_w, streams.load(rows, 4 * order, channels)
+
+
+def _load_readers(rows: Any, system: _System, order: int, channels: Any) -> _Readers:
+    def times_m(weights):
+        us, ws = [], []
+        for u, w, a, minus_s2 in zip(*weights, *system, strict=True):
+            us.append(u * a + w)
+            ws.append(u * minus_s2 + w * a)
+        return tuple(us), tuple(ws)
+
+    *weights, omega = _load_weights(rows, order, channels)
+    first = times_m(weights)
+    taps = sum(weights[0], omega), sum(first[0][1:], first[0][0])
+    return _Readers(first, times_m(first), taps)
 
 
 def _zeros(count: int) -> tuple[Lanes, ...]:
@@ -172,23 +215,75 @@ def _to_complex(pair: tuple, rows: Any, channels: Any) -> tuple:
 def _advance(pair: tuple, inputs: Any, system: _System) -> tuple:
     """The state after one more token; `inputs` is what each order's u receives."""
     us, ws = [], []
-    for u, w, x, a, minus_s2 in zip(*pair, inputs, system.a, system.minus_s2, strict=True):
+    for u, w, x, a, minus_s2 in zip(*pair, inputs, *system, strict=True):
         us.append(a * u + (minus_s2 * w + x))
         ws.append(a * w + u)
     return tuple(us), tuple(ws)
 
 
-def _read_out(pair: tuple, x: Lanes, readers: tuple) -> Lanes:
-    read_u, read_w, omega = readers
-    # Four sums side by side: one alone would wait for itself at every order.
-    sums: list[Any] = [omega * x, None, None, None]
+def _advance_one(pair: tuple, x: Lanes, steps: _TwoSteps, readers: _Readers | None) -> tuple:
+    minus_s2 = tuple(d - a * a for d, a in zip(steps.diagonal, steps.a, strict=True))
+    new = _advance(pair, [x] * len(steps.a), _System(steps.a, minus_s2))
+    if readers is None:
+        return new, []
+    y = readers.taps[0] * x
+    for weights, values in zip(readers.first, pair, strict=True):
+        for weight, value in zip(weights, values, strict=True):
+            y = y + weight * value
+    return new, [y]
+
+
+def _advance_two(
+    pair: tuple, first: Lanes, second: Lanes, steps: _TwoSteps, readers: _Readers | None
+) -> tuple:
+    """The state after two more tokens and, with `readers`, their outputs.
+
+    A multiply-add takes three operands and the registers deliver two in a cycle, so what shares an
+    operand stands together: that of u, then that of w.
+    """
+    us, ws = [], []
+    sums: list[Any] = [None] * 4
+    if readers is not None:
+        tap, next_tap = readers.taps
+        sums[:2] = tap * first, next_tap * first + tap * second
+
+    def add(i, product):
+        sums[i] = product if sums[i] is None else sums[i] + product
+
     for n, (u, w) in enumerate(zip(*pair, strict=True)):
-        for i, product in ((2 * (n % 2), read_u[n] * u), (2 * (n % 2) + 1, read_w[n] * w)):
-            sums[i] = product if sums[i] is None else sums[i] + product
-    real = [total for total in sums if total is not None]
-    while len(real) > 1:
-        real = [sum(real[i + 1 : i + 2], real[i]) for i in range(0, len(real), 2)]
-    return real[0]
+        new_u = steps.diagonal[n] * u + (steps.a[n] * first + second)
+        new_w = steps.lower[n] * u + first
+        if readers is not None:
+            add(0, readers.first[0][n] * u)
+            add(1, readers.second[0][n] * u)
+        us.append(steps.upper[n] * w + new_u)
+        ws.append(steps.diagonal[n] * w + new_w)
+        if readers is not None:
+            add(2, readers.first[1][n] * w)
+            add(3, readers.second[1][n] * w)
+    outputs = [] if readers is None else [sums[0] + sums[2], sums[1] + sums[3]]
+    return (tuple(us), tuple(ws)), outputs
+
+
+def _forward_step(steps: _TwoSteps, readers: _Readers | None) -> Any:
+    """A step of one token or two, for `walk`."""
+
+    def step(pair, sources):
+        (tokens,) = sources
+        advance = _advance_one if len(tokens) == 1 else _advance_two
+        pair, outputs = advance(pair, *tokens, steps, readers)
+        return pair, [] if readers is None else [outputs]
+
+    return step
+
+
+def _read_out(pair: tuple, x: Lanes, weights: tuple) -> Lanes:
+    read_u, read_w, omega = weights
+    even, odd = omega * x, None
+    for n, (u, w) in enumerate(zip(*pair, strict=True)):
+        even = even + read_u[n] * u
+        odd = read_w[n] * w if odd is None else odd + read_w[n] * w
+    return even + odd
 
 
 def _fold(
@@ -222,10 +317,13 @@ def _fold(
     return lax.fori_loop(skipped, count, body, keep_if(skipped == 0, h))
 
 
-def _run(operands: _Operands, place: Place, step, restart, *, event=None, end=None, backward):
+def _run(
+    operands: _Operands, place: Place, step, restart, *, tokens=1, event=None, end=None, backward
+):
     """A `run_tile` for `stream` that takes the slow way only through tiles with borders.
 
-    `event` happens at the row's first token if `end` is 0, at its last if 1.
+    A step takes `tokens` at once where there are no borders. `event` happens at the row's first
+    token if `end` is 0, at its last if 1.
     """
     documents = operands.documents
 
@@ -238,21 +336,14 @@ def _run(operands: _Operands, place: Place, step, restart, *, event=None, end=No
         return Borders(bits[place.row, tile, 0], bits[place.row, tile, 1], position)
 
     def run_tile(tile, read, written, carry):
-        plain = partial(streams.walk, read, written, step=step, backward=backward)
+        walk = streams.Walk(read, written, step, tokens, backward)
         if documents is None:
-            return plain(carry)
+            return walk.through_tile(carry)
         borders = find_borders(tile)
         bordered = partial(
-            streams.walk_with_borders,
-            read,
-            written,
-            step=step,
-            borders=borders,
-            restart=partial(restart, tile),
-            event=event,
-            backward=backward,
+            walk.through_borders, borders=borders, restart=partial(restart, tile), event=event
         )
-        return lax.cond(borders.is_plain, plain, bordered, carry)
+        return lax.cond(borders.is_plain, walk.through_tile, bordered, carry)
 
     return run_tile
 
@@ -285,13 +376,10 @@ def _summary_kernel(split, stage, x, operands, summaries, *, geometry: Geometry,
     count = jnp.minimum(place.count, operands.tables.horizon[place.block])
     first = place.first if backward else place.first + place.count - count
     near = place._replace(first=first, count=count)
-    system = _load_system(operands.tables.rows, order, place.channels)
-
-    def step(pair, tokens):
-        return _advance(pair, tokens * order, system), []
-
+    steps = _square(_load_system(operands.tables.rows, order, place.channels))
     restart = _enter_document(operands, place, order)
-    run = _run(operands, near, step, restart, backward=backward)
+    step = _forward_step(steps, None)
+    run = _run(operands, near, step, restart, tokens=2, backward=backward)
     pair = streams.stream(near, stage, [x], [], zeros, run, backward=backward)
     h = _to_complex(pair, operands.tables.rows, place.channels)
     _store_complex(summaries.at[place.row, split], place.channels, *h)
@@ -308,17 +396,13 @@ def _output_kernel(split, stage, x, operands, results, *, geometry: Geometry):
     h = _fold(h, operands, place, geometry, backward=False)
     _store_complex(entering.at[place.row, split], channels, *h)
     system = _load_system(rows, order, channels)
-    readers = _load_readers(rows, order, channels)
-
-    def step(pair, tokens):
-        pair = _advance(pair, tokens * order, system)
-        return pair, [_read_out(pair, tokens[0], readers)]
+    step = _forward_step(_square(system), _load_readers(rows, system, order, channels))
 
     def store_last(pair):
         _store_complex(last.at[place.row], channels, *_to_complex(pair, rows, channels))
 
     restart = _enter_document(operands, place, order)
-    run = _run(operands, place, step, restart, event=store_last, end=1, backward=False)
+    run = _run(operands, place, step, restart, tokens=2, event=store_last, end=1, backward=False)
     start = _to_pair(h, rows, channels)
     pair = streams.stream(place, stage, [x], [y], start, run, backward=False)
     if operands.documents is None:
@@ -336,8 +420,8 @@ class _Carry(NamedTuple):
     x_dy: Any
 
 
-def _gradient_step(carry, tokens, system, readers):
-    x, dy = tokens
+def _gradient_step(carry, sources, system, weights):
+    (x,), (dy,) = sources
     k = _advance(carry.k, carry.e[0], system)
     e = _advance(carry.e, [dy] * len(system.a), system)
 
@@ -348,7 +432,7 @@ def _gradient_step(carry, tokens, system, readers):
         )
 
     new = _Carry(e, k, add(carry.x_e, e), add(carry.x_k, k), carry.x_dy + x * dy)
-    return new, [_read_out(e, dy, readers)]
+    return new, [[_read_out(e, dy, weights)]]
 
 
 def _derivative(e: tuple, k: tuple, rows: Any, channels: Any) -> tuple:
@@ -377,7 +461,7 @@ def _gradient_kernel(split, stage, x, dy, operands, results, *, geometry: Geomet
     zeros = _zeros(order), _zeros(order)
     e = _fold(zeros, operands, place, geometry, backward=True)
     system = _load_system(rows, order, channels)
-    readers = _load_readers(rows, order, channels)
+    weights = _load_weights(rows, order, channels)
     e = _to_pair(e, rows, channels)
     # k = 0: the half m holds k and e_w together.
     k = tuple(0.5 * w for w in e[1]), zeros[1]
@@ -392,7 +476,7 @@ def _gradient_kernel(split, stage, x, dy, operands, results, *, geometry: Geomet
         )
         _store_complex(results.first_k.at[place.row], channels, *k)
 
-    step = partial(_gradient_step, system=system, readers=readers)
+    step = partial(_gradient_step, system=system, weights=weights)
     run = _run(operands, place, step, restart, event=store_first, end=0, backward=True)
     carry = _Carry(e, k, zeros, zeros, zeros[0][0])
     carry = streams.stream(place, stage, [x, dy], [results.dx], carry, run, backward=True)
@@ -421,8 +505,9 @@ def _summarize(x, operands: _Operands, geometry: Geometry, interpret, *, backwar
         partial(_summary_kernel, geometry=geometry, backward=backward),
         (x, operands),
         _per_channel(geometry, geometry.splits - 1, 2 * geometry.order),
+        name="cema_summaries",
         grid=(geometry.blocks, geometry.splits - 1, geometry.rows),
-        warpgroups=FORWARD_WARPGROUPS,
+        warpgroups=SUMMARY_WARPGROUPS,
         staged=[x.dtype],
         arrivals=1,
         interpret=interpret,
@@ -453,8 +538,9 @@ def run_forward(
             _per_channel(geometry, 2 * geometry.order),
             _per_channel(geometry, geometry.splits, 2 * geometry.order),
         ),
+        name="cema_outputs",
         grid=(geometry.blocks, geometry.splits, geometry.rows),
-        warpgroups=FORWARD_WARPGROUPS,
+        warpgroups=OUTPUT_WARPGROUPS,
         staged=[x.dtype, out_dtype],
         arrivals=1,
         interpret=interpret,
@@ -507,8 +593,9 @@ def run_backward(
             first_e=_per_channel(geometry, order),
             first_k=_per_channel(geometry, order),
         ),
+        name="cema_gradients",
         grid=(geometry.blocks, geometry.splits, geometry.rows),
-        warpgroups=BACKWARD_WARPGROUPS,
+        warpgroups=GRADIENT_WARPGROUPS,
         staged=[x.dtype, dy.dtype, out_dtype],
         arrivals=2,
         interpret=interpret,

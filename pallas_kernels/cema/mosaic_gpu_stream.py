@@ -15,9 +15,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 CHANNELS = 128
+# Tokens; borders have a bit each in a word.
 TILE = 32
+# Tiles of every streamed array in shared memory.
 BUFFERS = 2
-UNROLL = 2
+# Tokens that are loaded ahead together.
+UNROLL = 4
+# Bytes of a block of threads on Hopper, less some for barriers.
+SHARED_MEMORY = 226 * 1024
 _LANES = plgpu.Layout.WG_STRIDED((CHANNELS,), vec_size=1)
 
 Lanes = Any  # float32 (CHANNELS,) in registers, one number per thread
@@ -60,6 +65,11 @@ class Borders(NamedTuple):
     def is_plain(self) -> Any:
         """No token needs more than the recurrence."""
         return (self.starts == 0) & (self.dead == 0) & (self.event < 0)
+
+    def is_plain_from(self, lowest: Any) -> Any:
+        """The same of the UNROLL tokens from `lowest` on."""
+        bits = lax.shift_right_logical(self.starts | self.dead, lowest) & (2**UNROLL - 1)
+        return (bits == 0) & ((self.event < lowest) | (self.event >= lowest + UNROLL))
 
 
 def load(ref: Any, *index: Any) -> Lanes:
@@ -117,6 +127,7 @@ def launch(
     operands: Any,
     out_type: Any,
     *,
+    name: str,
     grid: tuple[int, int, int],
     warpgroups: int,
     staged: list[Any],
@@ -129,14 +140,17 @@ def launch(
       kernel: what a warpgroup does.
       operands: arrays in global memory, in tuples; None stays None.
       out_type: shapes and dtypes of the results.
+      name: what profiles call it.
       grid: blocks of channels, splits, rows.
-      warpgroups: warpgroups of a block of threads, each with its own split. Their number caps the
-        registers of a thread: 4 leave 128, 2 leave 255.
+      warpgroups: warpgroups of a block of threads, each with its own split, or as many of them as
+        shared memory has room for. Their number caps the registers: 4 leave 128 to a thread.
       staged: dtypes of the streamed arrays.
       arrivals: copies that fill one set of buffers.
       interpret: `plgpu.InterpretGPUParams()` or None.
     """
     blocks, splits, rows = grid
+    stage_bytes = BUFFERS * TILE * CHANNELS * sum(jnp.dtype(dtype).itemsize for dtype in staged)
+    warpgroups = min(warpgroups, SHARED_MEMORY // stage_bytes)
     arrays, structure = jax.tree.flatten(operands)
     outs, out_structure = jax.tree.flatten(out_type)
 
@@ -149,6 +163,8 @@ def launch(
         own = tuple(ref.at[warpgroup] for ref in buffers)
         stage = Stage(own, barriers, warpgroup * BUFFERS)
         pl.when(split < splits)(lambda: kernel(split, stage, *inputs, results))
+
+    body.__name__ = name
 
     results = plgpu.kernel(
         body,
@@ -226,70 +242,99 @@ def stream(
     return lax.fori_loop(0, place.count, body, carry)
 
 
-def walk(
-    read: list[Any],
-    written: list[Any],
-    carry: Any,
-    step: Callable[[Any, list[Lanes]], tuple[Any, list[Lanes]]],
-    *,
-    backward: bool,
-) -> Any:
-    """`step(carry, tokens) -> (carry, results)` over a tile without borders."""
+class Walk(NamedTuple):
+    """How a tile's tokens are gone through.
 
-    def position(i):
-        return TILE - 1 - i if backward else i
-
-    def load_ahead(first):
-        return tuple(tuple(load(ref, position(first + u)) for ref in read) for u in range(UNROLL))
-
-    def body(i, state):
-        carry, ahead = state
-        first = i * UNROLL
-        # The next tokens are on their way while these are worked on.
-        after = load_ahead(lax.min(first + UNROLL, TILE - UNROLL))
-        for u, tokens in enumerate(ahead):
-            carry, results = step(carry, [token.astype(jnp.float32) for token in tokens])
-            for ref, value in zip(written, results, strict=True):
-                ref[position(first + u)] = value.astype(ref.dtype)
-        return carry, after
-
-    return lax.fori_loop(0, TILE // UNROLL, body, (carry, load_ahead(jnp.int32(0))))[0]
-
-
-def walk_with_borders(
-    read: list[Any],
-    written: list[Any],
-    carry: Any,
-    step: Callable[[Any, list[Lanes]], tuple[Any, list[Lanes]]],
-    borders: Borders,
-    *,
-    restart: Callable[[Any, Any], Any],
-    event: Callable[[Any], None] | None,
-    backward: bool,
-) -> Any:
-    """`walk` over a tile with borders.
-
-    Padding is read as zero and gives zero. Where a document starts, `restart(position, carry)` runs
-    before the token, or after it if `backward`; `event(carry)` follows the event's token, before a
-    restart.
+    Attributes:
+      read: tiles in shared memory that are read.
+      written: tiles that are written.
+      step: `step(carry, tokens) -> (carry, results)` with a list of successive tokens for every
+        tile read, in the order of the walk, and such lists of results for every tile written.
+      tokens: tokens of a step; a step must be able to take a single one too.
+      backward: the direction of time.
     """
 
-    def body(i, carry):
-        position = TILE - 1 - i if backward else i
-        starts = (lax.shift_right_logical(borders.starts, position) & 1) == 1
-        live = (lax.shift_right_logical(borders.dead, position) & 1) == 0
+    read: list[Any]
+    written: list[Any]
+    step: Callable[[Any, list[list[Lanes]]], tuple[Any, list[list[Lanes]]]]
+    tokens: int
+    backward: bool
 
-        def restarted(carry):
-            return lax.cond(starts, partial(restart, position), lambda carry: carry, carry)
+    def position(self, i: Any) -> Any:
+        """Index in the tile of the walk's i-th token."""
+        return TILE - 1 - i if self.backward else i
 
-        if not backward:
-            carry = restarted(carry)
-        tokens = [load(ref, position).astype(jnp.float32) for ref in read]
-        carry, results = step(carry, [select(live, a, jnp.zeros_like(a)) for a in tokens])
-        for ref, value in zip(written, results, strict=True):
-            ref[position] = select(live, value, jnp.zeros_like(value)).astype(ref.dtype)
-        if event is not None:
-            pl.when(borders.event == position)(partial(event, carry))
-        return restarted(carry) if backward else carry
+    def load_group(self, first: Any) -> list[list[Lanes]]:
+        """UNROLL tokens of every tile read."""
+        group = range(UNROLL)
+        return [[load(ref, self.position(first + u)) for u in group] for ref in self.read]
 
-    return lax.fori_loop(0, TILE, body, carry)
+    def advance_group(self, first: Any, carry: Any, group: list[list[Lanes]]) -> Any:
+        """Takes the steps through a loaded group."""
+        group = [[token.astype(jnp.float32) for token in tokens] for tokens in group]
+        for u in range(0, UNROLL, self.tokens):
+            carry, results = self.step(carry, [tokens[u : u + self.tokens] for tokens in group])
+            for ref, values in zip(self.written, results, strict=True):
+                for v, value in enumerate(values):
+                    ref[self.position(first + u + v)] = value.astype(ref.dtype)
+        return carry
+
+    def through_tile(self, carry: Any) -> Any:
+        """The way through a tile without borders."""
+
+        def body(i, state):
+            carry, group = state
+            first = i * UNROLL
+            # The next tokens are on their way while these are worked on.
+            after = self.load_group(lax.min(first + UNROLL, TILE - UNROLL))
+            return self.advance_group(first, carry, group), after
+
+        state = carry, self.load_group(jnp.int32(0))
+        return lax.fori_loop(0, TILE // UNROLL, body, state)[0]
+
+    def through_borders(
+        self,
+        carry: Any,
+        borders: Borders,
+        restart: Callable[[Any, Any], Any],
+        event: Callable[[Any], None] | None,
+    ) -> Any:
+        """The way through a tile with borders: token by token in the groups that have one.
+
+        Padding is read as zero and gives zero. Where a document starts, `restart(position, carry)`
+        runs before the token, or after it if backward; `event(carry)` follows the event's token,
+        before a restart.
+        """
+
+        def take_token(i, carry):
+            position = self.position(i)
+            starts = (lax.shift_right_logical(borders.starts, position) & 1) == 1
+            live = (lax.shift_right_logical(borders.dead, position) & 1) == 0
+
+            def restarted(carry):
+                return lax.cond(starts, partial(restart, position), lambda carry: carry, carry)
+
+            if not self.backward:
+                carry = restarted(carry)
+            tokens = [load(ref, position).astype(jnp.float32) for ref in self.read]
+            tokens = [[select(live, token, jnp.zeros_like(token))] for token in tokens]
+            carry, results = self.step(carry, tokens)
+            for ref, (value,) in zip(self.written, results, strict=True):
+                ref[position] = select(live, value, jnp.zeros_like(value)).astype(ref.dtype)
+            if event is not None:
+                pl.when(borders.event == position)(partial(event, carry))
+            return restarted(carry) if self.backward else carry
+
+        def body(i, carry):
+            first = i * UNROLL
+            lowest = self.position(first + UNROLL - 1) if self.backward else first
+
+            def plain(carry):
+                return self.advance_group(first, carry, self.load_group(first))
+
+            def bordered(carry):
+                return lax.fori_loop(first, first + UNROLL, take_token, carry)
+
+            return lax.cond(borders.is_plain_from(lowest), plain, bordered, carry)
+
+        return lax.fori_loop(0, TILE // UNROLL, body, carry)
