@@ -20,7 +20,7 @@ TILE = 32
 # Tiles of every streamed array in shared memory.
 BUFFERS = 2
 # Tokens that are loaded ahead together.
-UNROLL = 4
+UNROLL = 2
 # Bytes of a block of threads on Hopper, less some for barriers.
 SHARED_MEMORY = 226 * 1024
 _LANES = plgpu.Layout.WG_STRIDED((CHANNELS,), vec_size=1)
