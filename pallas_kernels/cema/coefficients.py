@@ -49,10 +49,10 @@ def output_weight(params: CemaParams) -> Complex[Array, "D N"]:
     return jax.lax.complex(params.gamma[..., 0] * scale, params.gamma[..., 1] * scale)
 
 
-def log_modulus(params: CemaParams) -> Float[Array, "D N"]:
-    """log|q|, exact in its distance from 0."""
-    damping = jax.nn.sigmoid(params.alpha) * jax.nn.sigmoid(params.delta)
-    return jnp.log1p(-jnp.minimum(damping, _LARGEST_DAMPING))
+def damping(params: CemaParams) -> Float[Array, "D N"]:
+    """1 - |q|."""
+    product = jax.nn.sigmoid(params.alpha) * jax.nn.sigmoid(params.delta)
+    return jnp.minimum(product, _LARGEST_DAMPING)
 
 
 def powers(params: CemaParams, exponents: Int[Array, " T"]) -> Complex[Array, "D N T"]:
@@ -62,7 +62,7 @@ def powers(params: CemaParams, exponents: Int[Array, " T"]) -> Complex[Array, "D
     angle is reduced exactly (`phase`), so the error stays near 1e-6 even where t is 10^5 tokens.
     """
     order = params.alpha.shape[-1]
-    log_q = log_modulus(params)
+    log_q = jnp.log1p(-damping(params))
     modulus = jnp.exp(log_q[..., None] * exponents.astype(log_q.dtype))
     multiples = jnp.arange(1, order + 1, dtype=jnp.int32)[:, None] * exponents.astype(jnp.int32)
     angle = angle_of_multiples(params.theta, multiples, order)

@@ -4,7 +4,6 @@ Padding to whole tiles, tables, documents, the gradient rule, and from the kerne
 gradients of the parameters.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,8 +32,6 @@ WARPGROUPS = 528
 SHORTEST_SPLIT = 128
 # The least p in units of which the state is kept; a smaller one changes h by 2^-40 of x.
 _SMALLEST_WEIGHT = 2.0**-40
-# A state that has decayed to less is left out.
-_NOTHING_LEFT = -64.0
 
 
 class _Options(NamedTuple):
@@ -43,21 +40,21 @@ class _Options(NamedTuple):
 
 
 class _Modes(NamedTuple):
-    """q and gamma / √N by their parts, p and omega: orders first, channels last."""
+    """q and gamma / √N by their parts, p and omega."""
 
-    q_real: Float[Array, "N D"]
-    q_imag: Float[Array, "N D"]
-    gamma_real: Float[Array, "N D"]
-    gamma_imag: Float[Array, "N D"]
-    p: Float[Array, "N D"]
+    q_real: Float[Array, "D N"]
+    q_imag: Float[Array, "D N"]
+    gamma_real: Float[Array, "D N"]
+    gamma_imag: Float[Array, "D N"]
+    p: Float[Array, "D N"]
     omega: Float[Array, " D"]
 
     @property
-    def q(self) -> Complex[Array, "N D"]:
+    def q(self) -> Complex[Array, "D N"]:
         return jax.lax.complex(self.q_real, self.q_imag)
 
     @property
-    def gamma(self) -> Complex[Array, "N D"]:
+    def gamma(self) -> Complex[Array, "D N"]:
         return jax.lax.complex(self.gamma_real, self.gamma_imag)
 
 
@@ -138,27 +135,26 @@ def _cema(
 
 def _forward(options, x, params, state, segment_ids):
     documents = None if segment_ids is None else _find_documents(segment_ids, options.split)
-    modes = _find_modes(params)
+    unit = jnp.maximum(coefficients.input_weight(params), _SMALLEST_WEIGHT)
     groups = _order_groups(params.alpha.shape[1])
-    initial = None if state is None else jnp.swapaxes(state, 1, 2) / modes.p
+    initial = None if state is None else _to_rows(state / unit)
     outputs, lasts = [], []
     kept = _Kept(x, params, state, segment_ids, documents, [], [])
-    for group in groups:
-        tables = _make_tables(params, modes, group, options.split)
+    for group, tables in zip(groups, _make_tables(params, groups, options.split), strict=True):
         y, last, entering = run_forward(
             x,
             tables,
-            None if initial is None else _to_rows(initial[:, group]),
+            None if initial is None else initial[:, :, group],
             documents,
             _geometry(options, x, group),
             out_dtype=x.dtype if len(groups) == 1 else jnp.float32,
             interpret=options.interpret,
         )
         outputs.append(y)
-        lasts.append(_from_rows(last))
+        lasts.append(last)
         kept.tables.append(tables)
         kept.entering.append(entering)
-    last = jnp.swapaxes(jnp.concatenate(lasts, axis=1) * modes.p, 1, 2)
+    last = _from_rows(jnp.concatenate(lasts, axis=2)) * unit
     if documents is not None:
         # A row of padding alone keeps its state.
         before = jnp.zeros_like(last) if state is None else state
@@ -207,14 +203,14 @@ def _differentiate_modes(modes, state, documents, results):
     """
     q, gamma = modes.q, modes.gamma
 
-    def join(name):
-        return jnp.concatenate([_from_rows(getattr(result, name)) for result in results], axis=-2)
+    def join(name, axes=()):
+        parts = [getattr(result, name).sum(axis=axes) for result in results]
+        return _from_rows(jnp.concatenate(parts, axis=-2))
 
-    x_e, x_k = (join(name).sum(axis=(0, 1)) for name in ("x_e", "x_k"))
+    x_e, x_k = join("x_e", (0, 1)), join("x_k", (0, 1))
     d_gamma, d_q = modes.p * x_e, modes.p * gamma * x_k
     d_state = None
     if state is not None:
-        h = jnp.swapaxes(state, 1, 2)
         first_e, first_k = join("first_e"), join("first_k")
         if documents is None:
             late_k = jnp.zeros_like(first_k)
@@ -223,16 +219,16 @@ def _differentiate_modes(modes, state, documents, results):
             has_tokens, starts_late = documents.ends[:, :1] >= 0, documents.ends[:, :1] > 0
             first_e = jnp.where(has_tokens[..., None], first_e, 0)
             late_k = jnp.where(starts_late[..., None], first_k, 0)
-        d_gamma += (q * h * first_e).sum(axis=0)
-        d_q += (gamma * h * (first_e + q * late_k)).sum(axis=0)
-        d_state = jnp.swapaxes(gamma * q * first_e, 1, 2)
+        d_gamma += (q * state * first_e).sum(axis=0)
+        d_q += (gamma * state * (first_e + q * late_k)).sum(axis=0)
+        d_state = gamma * q * first_e
     d_modes = _Modes(
         q_real=d_q.real,
         q_imag=-d_q.imag,
         gamma_real=d_gamma.real,
         gamma_imag=-d_gamma.imag,
         p=(gamma * x_e).real,
-        omega=results[0].x_dy.sum(axis=(0, 1, 2)),
+        omega=results[0].x_dy.sum(axis=(0, 1)),
     )
     return d_modes, d_state
 
@@ -248,22 +244,24 @@ def _add_last_state(gradients, x, params, state, segment_ids, d_last):
 
 
 def _find_modes(params: CemaParams) -> _Modes:
-    q = coefficients.powers(params, jnp.ones(1, jnp.int32))[..., 0].T
-    gamma = coefficients.output_weight(params).T
-    p = jnp.maximum(coefficients.input_weight(params).T, _SMALLEST_WEIGHT)
+    q = coefficients.powers(params, jnp.ones(1, jnp.int32))[..., 0]
+    gamma = coefficients.output_weight(params)
+    p = jnp.maximum(coefficients.input_weight(params), _SMALLEST_WEIGHT)
     return _Modes(q.real, q.imag, gamma.real, gamma.imag, p, params.omega)
 
 
-def _make_tables(params: CemaParams, modes: _Modes, group: slice, split: int) -> Tables:
-    c = modes.p * modes.gamma
-    omega = modes.omega if group.start == 0 else jnp.zeros_like(modes.omega)
-    parts = (modes.q_real, modes.q_imag, c.real, c.imag)
-    rows = jnp.concatenate([*(part[group] for part in parts), omega[None]])
-    jump = coefficients.powers(params, jnp.full(1, split, jnp.int32))[:, group, 0].T
-    slowest = coefficients.log_modulus(params).reshape(-1, CHANNELS * params.alpha.shape[1]).max(1)
-    tokens = jnp.ceil(_NOTHING_LEFT * math.log(2) / jnp.minimum(slowest, -1e-9))
-    horizon = -(-tokens.astype(jnp.int32) // TILE)
-    return Tables(rows, _to_rows(jump), horizon)
+def _make_tables(params: CemaParams, groups: list[slice], split: int) -> list[Tables]:
+    q = coefficients.powers(params, jnp.asarray([1, split], jnp.int32))
+    p = jnp.maximum(coefficients.input_weight(params), _SMALLEST_WEIGHT)
+    c = p * coefficients.output_weight(params)
+    # Stacked before they are transposed: one small kernel instead of six.
+    parts = [c for z in (q[..., 0], c, q[..., 1]) for c in (z.real, z.imag)]
+    rows = jnp.swapaxes(jnp.stack(parts), 1, 2)
+    damping = coefficients.damping(params).reshape(-1, CHANNELS * params.alpha.shape[1]).min(1)
+    omegas = [params.omega] + [jnp.zeros_like(params.omega)] * (len(groups) - 1)
+    return [
+        Tables(rows[:, group], omega, damping) for group, omega in zip(groups, omegas, strict=True)
+    ]
 
 
 def _order_groups(order: int) -> list[slice]:
@@ -304,10 +302,10 @@ def _find_documents(segment_ids: Int32[Array, "B L"], split: int) -> Documents:
     )
 
 
-def _to_rows(z: Complex[Array, "*S N D"]) -> Float[Array, "*S 2N D"]:
-    return jnp.concatenate([z.real, z.imag], axis=-2)
+def _to_rows(z: Complex[Array, "*S D N"]) -> Float[Array, "*S 2 N D"]:
+    return jnp.swapaxes(jnp.stack([z.real, z.imag], axis=-3), -1, -2)
 
 
-def _from_rows(a: Float[Array, "*S 2N D"]) -> Complex[Array, "*S N D"]:
-    real, imag = jnp.split(a, 2, axis=-2)
-    return jax.lax.complex(real, imag)
+def _from_rows(a: Float[Array, "*S 2 N D"]) -> Complex[Array, "*S D N"]:
+    a = jnp.swapaxes(a, -1, -2)
+    return jax.lax.complex(a[..., 0, :, :], a[..., 1, :, :])

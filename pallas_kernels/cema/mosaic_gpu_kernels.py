@@ -19,6 +19,7 @@ zero; the splits after it fold these with q^split. Splits start k at zero: what 
 from later tokens meets x only through the state h entering the later split, which adds q h k.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,24 +35,20 @@ from pallas_kernels.cema.mosaic_gpu_stream import CHANNELS, TILE, Borders, Lanes
 
 # The least |Im q| in w = Im h / Im q; a smaller one changes y by less than 2^-40 of its terms.
 SMALLEST_TURN = 2.0**-40
-# Warpgroups of a block of threads: as many as the registers that each kernel needs leave room for.
-SUMMARY_WARPGROUPS = 4
-OUTPUT_WARPGROUPS = 2
-GRADIENT_WARPGROUPS = 2
 
 
 class Tables(NamedTuple):
-    """What the kernels know of the parameters; complex numbers as [real rows | imaginary rows].
+    """What the kernels know of the parameters.
 
     Attributes:
-      rows: q, c and omega.
-      jump: q^split.
-      horizon: tiles after which less than 2^-64 of a state is left, for every block of channels.
+      rows: real and imaginary part of q, those of c, those of q^split.
+      omega: weight of the direct path.
+      damping: the least 1 - |q| of every block of channels.
     """
 
-    rows: Float[Array, "4N+1 D"]
-    jump: Float[Array, "2N D"]
-    horizon: Int32[Array, " blocks"]
+    rows: Float[Array, "6 N D"]
+    omega: Float[Array, " D"]
+    damping: Float[Array, " blocks"]
 
 
 class Documents(NamedTuple):
@@ -138,18 +135,18 @@ class _Readers(NamedTuple):
     taps: tuple[Lanes, Lanes]
 
 
-def _load_turns(rows: Any, order: int, channels: Any) -> tuple[Lanes, ...]:
+def _load_turns(tables: Any, order: int, channels: Any) -> tuple[Lanes, ...]:
     """s of every order. Loaded wherever it is needed: it would hold registers through the loop."""
     turns = []
-    for s in streams.load_rows(rows, order, order, channels):
+    for s in streams.load_rows(tables.rows.at[1], order, channels):
         least = jnp.full_like(s, SMALLEST_TURN)
         turns.append(jnp.where(jnp.abs(s) < least, jnp.where(s < 0, -least, least), s))
     return tuple(turns)
 
 
-def _load_system(rows: Any, order: int, channels: Any) -> _System:
-    turns = _load_turns(rows, order, channels)
-    a = streams.load_rows(rows, 0, order, channels)
+def _load_system(tables: Any, order: int, channels: Any) -> _System:
+    turns = _load_turns(tables, order, channels)
+    a = streams.load_rows(tables.rows.at[0], order, channels)
     return _System(a, tuple(-(s * s) for s in turns))
 
 
@@ -163,16 +160,15 @@ def _square(system: _System) -> _TwoSteps:
     )
 
 
-def _load_weights(rows: Any, order: int, channels: Any) -> tuple[tuple, tuple, Lanes]:
+def _load_weights(tables: Any, order: int, channels: Any) -> tuple[tuple, tuple, Lanes]:
     """Weights of u and w in y, and omega."""
-    weights_u = streams.load_rows(rows, 2 * order, order, channels)
-    imag = streams.load_rows(rows, 3 * order, order, channels)
-    turns = _load_turns(rows, order, channels)
+    weights_u, imag = _load_complex(tables.rows.at[pl.ds(2, 2)], order, channels)
+    turns = _load_turns(tables, order, channels)
     weights_w = tuple(-(s * c) for s, c in zip(turns, imag, strict=True))
-    return weights_u, weights_w, streams.load(rows, 4 * order, channels)
+    return weights_u, weights_w, streams.load(tables.omega, channels)
 
 
-def _load_readers(rows: Any, system: _System, order: int, channels: Any) -> _Readers:
+def _load_readers(tables: Any, system: _System, order: int, channels: Any) -> _Readers:
     def times_m(weights):
         us, ws = [], []
         for u, w, a, minus_s2 in zip(*weights, *system, strict=True):
@@ -180,7 +176,7 @@ def _load_readers(rows: Any, system: _System, order: int, channels: Any) -> _Rea
             ws.append(u * minus_s2 + w * a)
         return tuple(us), tuple(ws)
 
-    *weights, omega = _load_weights(rows, order, channels)
+    *weights, omega = _load_weights(tables, order, channels)
     first = times_m(weights)
     taps = sum(weights[0], omega), sum(first[0][1:], first[0][0])
     return _Readers(first, times_m(first), taps)
@@ -191,25 +187,29 @@ def _zeros(count: int) -> tuple[Lanes, ...]:
 
 
 def _load_complex(ref: Any, order: int, channels: Any) -> tuple:
-    return (
-        streams.load_rows(ref, 0, order, channels),
-        streams.load_rows(ref, order, order, channels),
-    )
+    """Real and imaginary part of a (2, N, D) reference."""
+    return tuple(streams.load_rows(ref.at[part], order, channels) for part in (0, 1))
 
 
-def _store_complex(ref: Any, channels: Any, real: Any, imag: Any) -> None:
-    streams.store_rows(ref, 0, channels, real)
-    streams.store_rows(ref, len(real), channels, imag)
+def _store_complex(ref: Any, channels: Any, values: tuple) -> None:
+    for part, rows in enumerate(values):
+        streams.store_rows(ref.at[part], channels, rows)
 
 
-def _to_pair(h: tuple, rows: Any, channels: Any) -> tuple:
-    turns = _load_turns(rows, len(h[0]), channels)
+def _to_pair(h: tuple, tables: Any, channels: Any) -> tuple:
+    turns = _load_turns(tables, len(h[0]), channels)
     return h[0], tuple(im / s for im, s in zip(h[1], turns, strict=True))
 
 
-def _to_complex(pair: tuple, rows: Any, channels: Any) -> tuple:
-    turns = _load_turns(rows, len(pair[0]), channels)
+def _to_complex(pair: tuple, tables: Any, channels: Any) -> tuple:
+    turns = _load_turns(tables, len(pair[0]), channels)
     return pair[0], tuple(s * w for s, w in zip(turns, pair[1], strict=True))
+
+
+def _find_horizon(tables: Any, place: Place) -> Any:
+    """Tiles after which less than 2^-64 of any state is left: |q|^t <= exp(-(1 - |q|) t)."""
+    tiles = 64 * math.log(2) / TILE / jnp.maximum(tables.damping[place.block], 2.0**-24)
+    return tiles.astype(jnp.int32) + 1
 
 
 def _advance(pair: tuple, inputs: Any, system: _System) -> tuple:
@@ -293,10 +293,10 @@ def _fold(
     if operands.summaries is None:
         return h
     order, tables = geometry.order, operands.tables
-    factor = _load_complex(tables.jump, order, place.channels)
+    factor = _load_complex(tables.rows.at[pl.ds(4, 2)], order, place.channels)
     count = geometry.splits - 1 - place.split if backward else place.split
     # What lies beyond the horizon has no part in it, not even h.
-    near = lax.div(tables.horizon[place.block], geometry.tiles_per_split) + 1
+    near = lax.div(_find_horizon(tables, place), geometry.tiles_per_split) + 1
     skipped = jnp.maximum(count - near, 0)
 
     def keep_if(flag, h):
@@ -359,7 +359,7 @@ def _enter_document(operands: _Operands, place: Place, order: int) -> Any:
 
         def carried():
             h = _load_complex(operands.initial.at[place.row], order, place.channels)
-            return _to_pair(h, operands.tables.rows, place.channels)
+            return _to_pair(h, operands.tables, place.channels)
 
         return lax.cond(is_first, carried, lambda: zeros)
 
@@ -373,37 +373,37 @@ def _summary_kernel(split, stage, x, operands, summaries, *, geometry: Geometry,
     # Backward, the row's first split has nobody to hand anything to.
     place = geometry.find_place(split + 1 if backward else split)
     # Tokens farther from the border than the horizon leave nothing there.
-    count = jnp.minimum(place.count, operands.tables.horizon[place.block])
+    count = jnp.minimum(place.count, _find_horizon(operands.tables, place))
     first = place.first if backward else place.first + place.count - count
     near = place._replace(first=first, count=count)
-    steps = _square(_load_system(operands.tables.rows, order, place.channels))
+    steps = _square(_load_system(operands.tables, order, place.channels))
     restart = _enter_document(operands, place, order)
     step = _forward_step(steps, None)
     run = _run(operands, near, step, restart, tokens=2, backward=backward)
     pair = streams.stream(near, stage, [x], [], zeros, run, backward=backward)
-    h = _to_complex(pair, operands.tables.rows, place.channels)
-    _store_complex(summaries.at[place.row, split], place.channels, *h)
+    h = _to_complex(pair, operands.tables, place.channels)
+    _store_complex(summaries.at[place.row, split], place.channels, h)
 
 
 def _output_kernel(split, stage, x, operands, results, *, geometry: Geometry):
     y, last, entering = results
     order = geometry.order
     place = geometry.find_place(split)
-    channels, rows = place.channels, operands.tables.rows
+    channels, tables = place.channels, operands.tables
     h = _zeros(order), _zeros(order)
     if operands.initial is not None:
         h = _load_complex(operands.initial.at[place.row], order, channels)
     h = _fold(h, operands, place, geometry, backward=False)
-    _store_complex(entering.at[place.row, split], channels, *h)
-    system = _load_system(rows, order, channels)
-    step = _forward_step(_square(system), _load_readers(rows, system, order, channels))
+    _store_complex(entering.at[place.row, split], channels, h)
+    system = _load_system(tables, order, channels)
+    step = _forward_step(_square(system), _load_readers(tables, system, order, channels))
 
     def store_last(pair):
-        _store_complex(last.at[place.row], channels, *_to_complex(pair, rows, channels))
+        _store_complex(last.at[place.row], channels, _to_complex(pair, tables, channels))
 
     restart = _enter_document(operands, place, order)
     run = _run(operands, place, step, restart, tokens=2, event=store_last, end=1, backward=False)
-    start = _to_pair(h, rows, channels)
+    start = _to_pair(h, tables, channels)
     pair = streams.stream(place, stage, [x], [y], start, run, backward=False)
     if operands.documents is None:
         pl.when(split == geometry.splits - 1)(partial(store_last, pair))
@@ -435,16 +435,17 @@ def _gradient_step(carry, sources, system, weights):
     return new, [[_read_out(e, dy, weights)]]
 
 
-def _derivative(e: tuple, k: tuple, rows: Any, channels: Any) -> tuple:
+def _derivative(e: tuple, k: tuple, tables: Any, channels: Any) -> tuple:
     """The complex k from its halves; also Σ x k, from Σ x e and the sums of the halves."""
-    turns = _load_turns(rows, len(e[0]), channels)
+    turns = _load_turns(tables, len(e[0]), channels)
     real = tuple(2.0 * m - w for m, w in zip(k[0], e[1], strict=True))
     return real, tuple(2.0 * s * v for s, v in zip(turns, k[1], strict=True))
 
 
-def _add_entering(total: tuple, entering: tuple, k: tuple, table: Any, order: int, channels: Any):
+def _add_entering(total: tuple, entering: tuple, k: tuple, tables: Any, channels: Any):
     """total + q h k."""
-    q = _load_complex(table, order, channels)
+    order = len(k[0])
+    q = _load_complex(tables.rows, order, channels)
     real, imag = [], []
     for n in range(order):
         qh_real = q[0][n] * entering[0][n] - q[1][n] * entering[1][n]
@@ -455,14 +456,14 @@ def _add_entering(total: tuple, entering: tuple, k: tuple, table: Any, order: in
 
 
 def _gradient_kernel(split, stage, x, dy, operands, results, *, geometry: Geometry):
-    order, rows = geometry.order, operands.tables.rows
+    order, tables = geometry.order, operands.tables
     place = geometry.find_place(split)
     channels = place.channels
     zeros = _zeros(order), _zeros(order)
     e = _fold(zeros, operands, place, geometry, backward=True)
-    system = _load_system(rows, order, channels)
-    weights = _load_weights(rows, order, channels)
-    e = _to_pair(e, rows, channels)
+    system = _load_system(tables, order, channels)
+    weights = _load_weights(tables, order, channels)
+    e = _to_pair(e, tables, channels)
     # k = 0: the half m holds k and e_w together.
     k = tuple(0.5 * w for w in e[1]), zeros[1]
 
@@ -470,11 +471,11 @@ def _gradient_kernel(split, stage, x, dy, operands, results, *, geometry: Geomet
         return carry._replace(e=zeros, k=zeros)
 
     def store_first(carry):
-        k = _derivative(carry.e, carry.k, rows, channels)
+        k = _derivative(carry.e, carry.k, tables, channels)
         _store_complex(
-            results.first_e.at[place.row], channels, *_to_complex(carry.e, rows, channels)
+            results.first_e.at[place.row], channels, _to_complex(carry.e, tables, channels)
         )
-        _store_complex(results.first_k.at[place.row], channels, *k)
+        _store_complex(results.first_k.at[place.row], channels, k)
 
     step = partial(_gradient_step, system=system, weights=weights)
     run = _run(operands, place, step, restart, event=store_first, end=0, backward=True)
@@ -483,13 +484,13 @@ def _gradient_kernel(split, stage, x, dy, operands, results, *, geometry: Geomet
     if operands.documents is None:
         pl.when(split == 0)(partial(store_first, carry))
     h = _load_complex(operands.entering.at[place.row, split], order, channels)
-    total = _derivative(carry.x_e, carry.x_k, rows, channels)
-    k = _derivative(carry.e, carry.k, rows, channels)
-    total = _add_entering(total, h, k, rows, order, channels)
+    total = _derivative(carry.x_e, carry.x_k, tables, channels)
+    k = _derivative(carry.e, carry.k, tables, channels)
+    total = _add_entering(total, h, k, tables, channels)
     here = place.row, split
-    _store_complex(results.x_e.at[here], channels, *_to_complex(carry.x_e, rows, channels))
-    _store_complex(results.x_k.at[here], channels, *total)
-    streams.store_rows(results.x_dy.at[here], 0, channels, [carry.x_dy])
+    _store_complex(results.x_e.at[here], channels, _to_complex(carry.x_e, tables, channels))
+    _store_complex(results.x_k.at[here], channels, total)
+    results.x_dy[*here, channels] = carry.x_dy
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -504,10 +505,9 @@ def _summarize(x, operands: _Operands, geometry: Geometry, interpret, *, backwar
     return streams.launch(
         partial(_summary_kernel, geometry=geometry, backward=backward),
         (x, operands),
-        _per_channel(geometry, geometry.splits - 1, 2 * geometry.order),
+        _per_channel(geometry, geometry.splits - 1, 2, geometry.order),
         name="cema_summaries",
         grid=(geometry.blocks, geometry.splits - 1, geometry.rows),
-        warpgroups=SUMMARY_WARPGROUPS,
         staged=[x.dtype],
         arrivals=1,
         interpret=interpret,
@@ -517,13 +517,13 @@ def _summarize(x, operands: _Operands, geometry: Geometry, interpret, *, backwar
 def run_forward(
     x: Float[Array, "B L D"],
     tables: Tables,
-    initial: Float[Array, "B 2N D"] | None,
+    initial: Float[Array, "B 2 N D"] | None,
     documents: Documents | None,
     geometry: Geometry,
     *,
     out_dtype: Any,
     interpret: Any,
-) -> tuple[Float[Array, "B L D"], Float[Array, "B 2N D"], Float[Array, "B S 2N D"]]:
+) -> tuple[Float[Array, "B L D"], Float[Array, "B 2 N D"], Float[Array, "B S 2 N D"]]:
     """y, the last state of every row and the state entering every split, states in units of p.
 
     The last state of a packed row without tokens is undefined.
@@ -535,12 +535,11 @@ def run_forward(
         (x, operands._replace(summaries=summaries)),
         (
             jax.ShapeDtypeStruct(x.shape, out_dtype),
-            _per_channel(geometry, 2 * geometry.order),
-            _per_channel(geometry, geometry.splits, 2 * geometry.order),
+            _per_channel(geometry, 2, geometry.order),
+            _per_channel(geometry, geometry.splits, 2, geometry.order),
         ),
         name="cema_outputs",
         grid=(geometry.blocks, geometry.splits, geometry.rows),
-        warpgroups=OUTPUT_WARPGROUPS,
         staged=[x.dtype, out_dtype],
         arrivals=1,
         interpret=interpret,
@@ -548,7 +547,7 @@ def run_forward(
 
 
 class Gradients(NamedTuple):
-    """Results of the backward pass; complex numbers as [real rows | imaginary rows].
+    """Results of the backward pass.
 
     Attributes:
       dx: gradient of x.
@@ -560,18 +559,18 @@ class Gradients(NamedTuple):
     """
 
     dx: Float[Array, "B L D"]
-    x_e: Float[Array, "B S 2N D"]
-    x_k: Float[Array, "B S 2N D"]
-    x_dy: Float[Array, "B S 1 D"]
-    first_e: Float[Array, "B 2N D"]
-    first_k: Float[Array, "B 2N D"]
+    x_e: Float[Array, "B S 2 N D"]
+    x_k: Float[Array, "B S 2 N D"]
+    x_dy: Float[Array, "B S D"]
+    first_e: Float[Array, "B 2 N D"]
+    first_k: Float[Array, "B 2 N D"]
 
 
 def run_backward(
     x: Float[Array, "B L D"],
     dy: Float[Array, "B L D"],
     tables: Tables,
-    entering: Float[Array, "B S 2N D"],
+    entering: Float[Array, "B S 2 N D"],
     documents: Documents | None,
     geometry: Geometry,
     *,
@@ -581,21 +580,20 @@ def run_backward(
     """Gradients of Σ y dy from the states that `run_forward` found to enter the splits."""
     operands = _Operands(tables, documents)
     summaries = _summarize(dy, operands, geometry, interpret, backward=True)
-    order, splits = 2 * geometry.order, geometry.splits
+    order, splits = geometry.order, geometry.splits
     return streams.launch(
         partial(_gradient_kernel, geometry=geometry),
         (x, dy, operands._replace(summaries=summaries, entering=entering)),
         Gradients(
             dx=jax.ShapeDtypeStruct(x.shape, out_dtype),
-            x_e=_per_channel(geometry, splits, order),
-            x_k=_per_channel(geometry, splits, order),
-            x_dy=_per_channel(geometry, splits, 1),
-            first_e=_per_channel(geometry, order),
-            first_k=_per_channel(geometry, order),
+            x_e=_per_channel(geometry, splits, 2, order),
+            x_k=_per_channel(geometry, splits, 2, order),
+            x_dy=_per_channel(geometry, splits),
+            first_e=_per_channel(geometry, 2, order),
+            first_k=_per_channel(geometry, 2, order),
         ),
         name="cema_gradients",
         grid=(geometry.blocks, geometry.splits, geometry.rows),
-        warpgroups=GRADIENT_WARPGROUPS,
         staged=[x.dtype, dy.dtype, out_dtype],
         arrivals=2,
         interpret=interpret,

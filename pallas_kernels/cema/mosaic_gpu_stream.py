@@ -21,8 +21,6 @@ TILE = 32
 BUFFERS = 2
 # Tokens that are loaded ahead together.
 UNROLL = 2
-# Bytes of a block of threads on Hopper, less some for barriers.
-SHARED_MEMORY = 226 * 1024
 _LANES = plgpu.Layout.WG_STRIDED((CHANNELS,), vec_size=1)
 
 Lanes = Any  # float32 (CHANNELS,) in registers, one number per thread
@@ -77,15 +75,15 @@ def load(ref: Any, *index: Any) -> Lanes:
     return plgpu.load(ref.at[index], layout=_LANES)
 
 
-def load_rows(ref: Any, first: Any, count: int, channels: Any) -> tuple[Lanes, ...]:
-    """`count` rows of a (rows, channels) reference."""
-    return tuple(load(ref, first + i, channels) for i in range(count))
+def load_rows(ref: Any, count: int, channels: Any) -> tuple[Lanes, ...]:
+    """The first `count` rows of a (rows, channels) reference."""
+    return tuple(load(ref, i, channels) for i in range(count))
 
 
-def store_rows(ref: Any, first: int, channels: Any, values: Any) -> None:
+def store_rows(ref: Any, channels: Any, values: Any) -> None:
     """The inverse of `load_rows`."""
     for i, value in enumerate(values):
-        ref[first + i, channels] = value
+        ref[i, channels] = value
 
 
 def fill(value: float) -> Lanes:
@@ -109,17 +107,15 @@ def find_place(split: Any, tiles_per_split: int, tiles: int) -> Place:
 
 
 class Stage(NamedTuple):
-    """A warpgroup's own part of shared memory.
+    """Shared memory of a warpgroup.
 
     Attributes:
       buffers: for every streamed array, BUFFERS tiles.
-      barriers: of all warpgroups.
-      first_barrier: the first of the BUFFERS barriers of this one.
+      barriers: one for every one of the BUFFERS.
     """
 
     buffers: tuple
     barriers: Any
-    first_barrier: Any
 
 
 def launch(
@@ -129,7 +125,6 @@ def launch(
     *,
     name: str,
     grid: tuple[int, int, int],
-    warpgroups: int,
     staged: list[Any],
     arrivals: int,
     interpret: Any,
@@ -142,40 +137,29 @@ def launch(
       out_type: shapes and dtypes of the results.
       name: what profiles call it.
       grid: blocks of channels, splits, rows.
-      warpgroups: warpgroups of a block of threads, each with its own split, or as many of them as
-        shared memory has room for. Their number caps the registers: 4 leave 128 to a thread.
       staged: dtypes of the streamed arrays.
       arrivals: copies that fill one set of buffers.
       interpret: `plgpu.InterpretGPUParams()` or None.
     """
-    blocks, splits, rows = grid
-    stage_bytes = BUFFERS * TILE * CHANNELS * sum(jnp.dtype(dtype).itemsize for dtype in staged)
-    warpgroups = min(warpgroups, SHARED_MEMORY // stage_bytes)
     arrays, structure = jax.tree.flatten(operands)
     outs, out_structure = jax.tree.flatten(out_type)
 
     def body(*refs):
-        warpgroup = lax.axis_index("w")
-        split = lax.axis_index("s") * warpgroups + warpgroup
         inputs = jax.tree.unflatten(structure, refs[: len(arrays)])
         results = jax.tree.unflatten(out_structure, refs[len(arrays) : len(arrays) + len(outs)])
         *buffers, barriers = refs[len(arrays) + len(outs) :]
-        own = tuple(ref.at[warpgroup] for ref in buffers)
-        stage = Stage(own, barriers, warpgroup * BUFFERS)
-        pl.when(split < splits)(lambda: kernel(split, stage, *inputs, results))
+        kernel(lax.axis_index("s"), Stage(tuple(buffers), barriers), *inputs, results)
 
     body.__name__ = name
 
     results = plgpu.kernel(
         body,
         out_type=outs,
-        grid=(blocks, -(-splits // warpgroups), rows),
+        grid=grid,
         grid_names=("d", "s", "b"),
-        num_threads=warpgroups,
-        thread_name="w",
         scratch_types=[
-            *(plgpu.SMEM((warpgroups, BUFFERS, TILE, CHANNELS), dtype) for dtype in staged),
-            plgpu.Barrier(num_arrivals=arrivals, num_barriers=warpgroups * BUFFERS),
+            *(plgpu.SMEM((BUFFERS, TILE, CHANNELS), dtype) for dtype in staged),
+            plgpu.Barrier(num_arrivals=arrivals, num_barriers=BUFFERS),
         ],
         # The other semantics, the default of newer JAX, take minutes to infer what is fixed here.
         compiler_params=plgpu.CompilerParams(
@@ -213,7 +197,7 @@ def stream(
         return array.at[place.row, pl.ds(tile * TILE, TILE), place.channels]
 
     def barrier(slot):
-        return stage.barriers.at[stage.first_barrier + slot]
+        return stage.barriers.at[slot]
 
     def fetch(i):
         slot = lax.rem(i, BUFFERS)
