@@ -20,7 +20,7 @@ TILE = 32
 # Tiles of every streamed array in shared memory.
 BUFFERS = 2
 # Tokens that are loaded ahead together.
-UNROLL = 2
+UNROLL = 4
 _LANES = plgpu.Layout.WG_STRIDED((CHANNELS,), vec_size=1)
 
 Lanes = Any  # float32 (CHANNELS,) in registers, one number per thread
