@@ -1,15 +1,16 @@
-"""The `megalodon` command: train, evaluate, generate, convert.
+"""The `megalodon` command: train, evaluate, generate, convert, bench.
 
 Exit codes: 0 done (also after SIGTERM with a checkpoint saved), 1 the run failed, 2 the command or
 the configuration is wrong, 130 stopped by Ctrl-C with a checkpoint saved.
 """
 
 import difflib
+import importlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -89,9 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; use one of {', '.join(COMMANDS)}"
-        print(f"megalodon: unknown command {name!r}{hint}", file=sys.stderr)
+        print(f"megalodon: unknown command {name!r}{_hint(name, COMMANDS)}", file=sys.stderr)
         return 2
     if not debug:
         # Orbax reports a failed save with hundreds of lines of tracebacks before it raises.
@@ -202,6 +201,21 @@ def _convert(arguments: list[str]) -> int:
     return 0
 
 
+def _bench(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: megalodon bench {{{','.join(BENCHMARKS)}}} [options]")
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in BENCHMARKS:
+        raise ConfigError(f"unknown benchmark {name!r}{_hint(name, BENCHMARKS)}")
+    return importlib.import_module(BENCHMARKS[name]).main(rest)
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; use one of {', '.join(known)}"
+
+
 def find_config(name: str) -> Path:
     """A TOML file's path as given, or a shipped configuration's by its name.
 
@@ -237,7 +251,10 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "generate": _generate,
     "convert": _convert,
+    "bench": _bench,
 }
+# Modules with a `main` that takes the arguments.
+BENCHMARKS = {"ops": "megalodon_jax.bench.ops"}
 
 
 def _usage() -> str:
@@ -246,7 +263,8 @@ def _usage() -> str:
         "  train CONFIG.toml [--run_dir DIR] [--resume] [--optim.lr 3e-4 ...]\n"
         "  evaluate --checkpoint RUN_DIR --files a.txt b.txt\n"
         '  generate --checkpoint RUN_DIR --prompt "def "\n'
-        "  convert SOURCE TARGET [--config CONFIG.toml]\n\n"
+        "  convert SOURCE TARGET [--config CONFIG.toml]\n"
+        "  bench ops [--op cema] [--check]\n\n"
         f"Shipped configs: {', '.join(shipped())}. `megalodon COMMAND --help` lists the options; "
         "--debug shows tracebacks."
     )

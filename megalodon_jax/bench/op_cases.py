@@ -1,0 +1,283 @@
+"""The operations of `pallas_kernels` at the shapes that `bench ops` measures.
+
+A case makes random inputs, applies the operation, and says what the least work is. To measure a new
+shape, add a case to `CASES`; for a new operation, a class. Implementations come from the operation.
+
+B rows, L length, D channels, N orders, G groups, H heads, K and V width of a key and a value, C
+chunk size.
+"""
+
+import abc
+import dataclasses
+import math
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from pallas_kernels import cema, chunk_attention, timestep_norm
+from pallas_kernels.chunk_attention.api import Implementation as AttentionImplementation
+from pallas_kernels.timestep_norm.api import Implementation as NormImplementation
+
+Mode = Literal["plain", "packed", "carried"]
+Memory = Literal["start", "long"]
+DOCUMENTS = 8
+# Error is measured on at most so many tokens: the reference is slow, or keeps L x L scores.
+CHECKED_LENGTH = 1024
+
+
+class Inputs(NamedTuple):
+    """Inputs of one call.
+
+    Attributes:
+      differentiable: arrays by name, which get gradients.
+      fixed: arrays by name, which get none.
+    """
+
+    differentiable: dict[str, Any]
+    fixed: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class OpCase(abc.ABC):
+    """One operation at one shape, bfloat16."""
+
+    op: ClassVar[str]
+    implementations: ClassVar[tuple[str, ...]]
+    limit: ClassVar[Literal["memory", "matmul"]]
+    """Which ceiling the least work of the operation meets first."""
+
+    rows: int
+    length: int
+
+    @abc.abstractmethod
+    def __str__(self) -> str:
+        """The shape."""
+
+    @abc.abstractmethod
+    def make_inputs(self, rng: np.random.Generator, mode: Mode, memory: Memory) -> Inputs:
+        """Random inputs, parameters as the model's modules start them.
+
+        Args:
+          rng: source of all numbers.
+          mode: "plain"; "packed", eight documents of random lengths in every row; or "carried",
+            with a state before the first token, which gets a gradient, and one after the last.
+          memory: how long CEMA remembers: as at the start of training, or |q| up to 1 - 1e-3.
+        """
+
+    @abc.abstractmethod
+    def apply(
+        self, differentiable: dict[str, Any], fixed: dict[str, Any], implementation: Any
+    ) -> dict[str, Any]:
+        """The operation's results by name; the last state only if there was a first."""
+
+    def forward_flops(self, fixed: dict[str, Any]) -> int:
+        """FLOPs that no implementation of the forward pass can do without; 0: too few to count."""
+        del fixed
+        return 0
+
+    def shortened(self) -> Self:
+        """The case on which error is measured."""
+        return dataclasses.replace(self, length=min(self.length, CHECKED_LENGTH))
+
+
+@dataclasses.dataclass(frozen=True)
+class CemaCase(OpCase):
+    """CEMA."""
+
+    op = "cema"
+    implementations = get_args(cema.Implementation)
+    limit = "memory"
+
+    channels: int
+    order: int = 16
+
+    def __str__(self) -> str:
+        return f"B {self.rows} L {self.length} D {self.channels} N {self.order}"
+
+    def make_inputs(self, rng: np.random.Generator, mode: Mode, memory: Memory) -> Inputs:
+        D, N = self.channels, self.order
+        differentiable: dict[str, Any] = {
+            "x": _normal(rng, (self.rows, self.length, D)),
+            "params": _cema_start(rng, D, N, memory),
+        }
+        fixed: dict[str, Any] = {}
+        if mode == "carried":
+            real, imaginary = (_normal(rng, (self.rows, D, N), jnp.float32) for _ in range(2))
+            differentiable["state"] = jax.lax.complex(real, imaginary)
+        if mode == "packed":
+            fixed["segment_ids"] = _documents(rng, self.rows, self.length)[0]
+        return Inputs(differentiable, fixed)
+
+    def apply(
+        self, differentiable: dict[str, Any], fixed: dict[str, Any], implementation: Any
+    ) -> dict[str, Any]:
+        y, state = cema.cema(**differentiable, **fixed, implementation=implementation)
+        return {"y": y, "state": state} if "state" in differentiable else {"y": y}
+
+
+@dataclasses.dataclass(frozen=True)
+class TimestepNormCase(OpCase):
+    """TimestepNorm."""
+
+    op = "timestep_norm"
+    implementations = get_args(NormImplementation)
+    limit = "memory"
+
+    channels: int
+    groups: int
+
+    def __str__(self) -> str:
+        return f"B {self.rows} L {self.length} D {self.channels} G {self.groups}"
+
+    def make_inputs(self, rng: np.random.Generator, mode: Mode, memory: Memory) -> Inputs:
+        del memory
+        differentiable = {
+            "x": _normal(rng, (self.rows, self.length, self.channels)),
+            "scale": jnp.ones(self.channels),
+            "bias": jnp.zeros(self.channels),
+        }
+        fixed: dict[str, Any] = {}
+        if mode == "carried":
+            fixed["count"] = jnp.asarray(rng.integers(1, 1000, self.rows), jnp.int32)
+            moments = (self.rows, self.groups)
+            differentiable["mean"] = _normal(rng, moments, jnp.float32)
+            differentiable["var"] = jnp.asarray(rng.uniform(0.5, 2, moments), jnp.float32)
+        if mode == "packed":
+            fixed["segment_ids"] = _documents(rng, self.rows, self.length)[0]
+        return Inputs(differentiable, fixed)
+
+    def apply(
+        self, differentiable: dict[str, Any], fixed: dict[str, Any], implementation: Any
+    ) -> dict[str, Any]:
+        state = None
+        if "count" in fixed:
+            mean, var = differentiable["mean"], differentiable["var"]
+            state = timestep_norm.TimestepNormState(fixed["count"], mean, var)
+        y, last = timestep_norm.timestep_norm(
+            differentiable["x"],
+            differentiable["scale"],
+            differentiable["bias"],
+            num_groups=self.groups,
+            state=state,
+            segment_ids=fixed.get("segment_ids"),
+            implementation=implementation,
+        )
+        return {"y": y} if state is None else {"y": y, "mean": last.mean, "var": last.var}
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkAttentionCase(OpCase):
+    """Chunk attention; "carried" begins in the middle of a chunk."""
+
+    op = "chunk_attention"
+    implementations = get_args(AttentionImplementation)
+    limit = "matmul"
+
+    heads: int
+    key_width: int
+    value_width: int
+    chunk_size: int
+
+    def __str__(self) -> str:
+        return (
+            f"B {self.rows} L {self.length} H {self.heads} K {self.key_width} "
+            f"V {self.value_width} C {self.chunk_size}"
+        )
+
+    def make_inputs(self, rng: np.random.Generator, mode: Mode, memory: Memory) -> Inputs:
+        del memory
+
+        def keys_and_values(length: int) -> tuple[Array, Array]:
+            shape = (self.rows, length, self.heads)
+            # MegaAttention normalizes a head and multiplies it by 1/sqrt(K), on both sides.
+            key = _normal(rng, (*shape, self.key_width), scale=1 / math.sqrt(self.key_width))
+            return key, _normal(rng, (*shape, self.value_width))
+
+        differentiable: dict[str, Any] = {"q": keys_and_values(self.length)[0]}
+        differentiable["k"], differentiable["v"] = keys_and_values(self.length)
+        fixed: dict[str, Any] = {}
+        if mode == "carried":
+            cached = chunk_attention.KeyValueCache(*keys_and_values(self.chunk_size))
+            differentiable["cache"] = cached
+            positions = self.chunk_size // 2 + np.arange(self.length)
+            fixed["positions"] = jnp.asarray(
+                np.broadcast_to(positions, (self.rows, self.length)), jnp.int32
+            )
+        if mode == "packed":
+            fixed["segment_ids"], fixed["positions"] = _documents(rng, self.rows, self.length)
+        return Inputs(differentiable, fixed)
+
+    def apply(
+        self, differentiable: dict[str, Any], fixed: dict[str, Any], implementation: Any
+    ) -> dict[str, Any]:
+        out, cache = chunk_attention.chunk_attention(
+            **differentiable, **fixed, chunk_size=self.chunk_size, implementation=implementation
+        )
+        return {"out": out} if cache is None else {"out": out, "cache": cache}
+
+    def forward_flops(self, fixed: dict[str, Any]) -> int:
+        positions = fixed.get("positions")
+        if positions is None:
+            positions = np.broadcast_to(np.arange(self.length), (self.rows, self.length))
+        keys = np.sum(np.asarray(positions) % self.chunk_size + 1, dtype=np.int64)
+        return int(2 * keys * self.heads * (self.key_width + self.value_width))
+
+    def shortened(self) -> Self:
+        return dataclasses.replace(self, length=min(self.length, 2 * self.chunk_size))
+
+
+CASES: tuple[OpCase, ...] = (
+    CemaCase(1, 16_384, 4096),
+    CemaCase(8, 2048, 1024),
+    CemaCase(1, 131_072, 1024),
+    TimestepNormCase(1, 16_384, 4096, groups=64),
+    TimestepNormCase(8, 2048, 1024, groups=32),
+    TimestepNormCase(1, 131_072, 1024, groups=32),
+    ChunkAttentionCase(1, 16_384, heads=4, key_width=256, value_width=2048, chunk_size=4096),
+    ChunkAttentionCase(1, 16_384, heads=4, key_width=256, value_width=2048, chunk_size=2048),
+)
+SMALL_CASES: tuple[OpCase, ...] = (
+    CemaCase(2, 256, 128),
+    TimestepNormCase(2, 256, 128, groups=4),
+    ChunkAttentionCase(2, 256, heads=2, key_width=16, value_width=64, chunk_size=64),
+)
+
+
+def _normal(
+    rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = jnp.bfloat16, scale: float = 1.0
+) -> Array:
+    # Drawn on the device: numpy would take seconds.
+    key = jax.random.key(int(rng.integers(2**31)))
+    return scale * jax.random.normal(key, shape, dtype)
+
+
+def _documents(rng: np.random.Generator, rows: int, length: int) -> tuple[Array, Array]:
+    """(segment_ids, positions) of rows that documents of random lengths fill."""
+    starts = np.zeros((rows, length), bool)
+    for row in starts:
+        row[0] = True
+        row[1 + rng.permutation(length - 1)[: DOCUMENTS - 1]] = True
+    index = np.arange(length)
+    positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+    return jnp.asarray(np.cumsum(starts, axis=1), jnp.int32), jnp.asarray(positions, jnp.int32)
+
+
+def _cema_start(rng: np.random.Generator, D: int, N: int, memory: Memory) -> cema.CemaParams:
+    """What `megalodon_jax.modules.CEMA` starts from; that one needs Flax, this file must not."""
+    alpha, delta = rng.normal(0, 0.2, (2, D, N))
+    if memory == "long":
+        # |q| = 1 - sigmoid(alpha) sigmoid(delta)
+        p = 1 / (1 + np.exp(-alpha))
+        delta = _logit(10 ** rng.uniform(-3, -1, (D, N)) / p)
+    theta = _logit(np.exp(-math.log(D) / D * rng.permutation(np.arange(1, D + 1))))
+    gamma = np.stack([rng.normal(size=(D, N)), np.zeros((D, N))], -1)
+    omega = np.clip(rng.normal(0, 0.25, D), -1, 1)
+    parts = (alpha, delta, theta, gamma, omega)
+    return cema.CemaParams(*(jnp.asarray(part, jnp.float32) for part in parts))
+
+
+def _logit(probability: np.ndarray) -> np.ndarray:
+    return np.log(probability / (1 - probability))

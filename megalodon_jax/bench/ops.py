@@ -1,0 +1,335 @@
+"""Speed, memory and error of every operation's implementations, beside what the device can do.
+
+    megalodon bench ops --op cema --check
+    python -m megalodon_jax.bench.ops --small
+
+The forward pass, and forward and backward together (gradients of all inputs, parameters and
+states), of the shapes in `op_cases`. A rate counts the least work: for operations that memory
+limits, inputs read and results written once in each direction; for attention, the FLOPs of the
+pairs that attend, and twice as many backward. Its share is that of the same device's best, measured
+in the same run (`ceilings`); how time is taken is in `timing`.
+"""
+
+import argparse
+import dataclasses
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from megalodon_jax.bench.ceilings import Ceilings, measure_ceilings
+from megalodon_jax.bench.op_cases import CASES, SMALL_CASES, Inputs, Memory, Mode, OpCase
+from megalodon_jax.bench.timing import seconds_per_call
+
+Direction = Literal["forward", "forward+backward"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One row of the table.
+
+    Attributes:
+      op: operation.
+      shape: its sizes.
+      mode: see `OpCase.make_inputs`.
+      implementation: name.
+      direction: what was timed.
+      limit: "memory": rate counts bytes; "matmul": FLOPs.
+      seconds: of one call.
+      rate: least work per second.
+      share: rate over the device's ceiling.
+      extra_bytes: results and temporaries, at their peak, beside the inputs.
+      compile_seconds: tracing and compiling.
+      errors: with --check, relative L2 distance from the float64 reference, of every result
+        (forward) or gradient (forward+backward) of a short sequence by name.
+      reason: why there are no numbers; everything else is None then.
+    """
+
+    op: str
+    shape: str
+    mode: Mode
+    implementation: str
+    direction: Direction
+    limit: Literal["memory", "matmul"]
+    seconds: float | None = None
+    rate: float | None = None
+    share: float | None = None
+    extra_bytes: int | None = None
+    compile_seconds: float | None = None
+    errors: dict[str, float] | None = None
+    reason: str | None = None
+
+
+def pass_function(case: OpCase, implementation: str, direction: Direction) -> Callable[..., Any]:
+    """The function that is measured: (differentiable, fixed, cotangents) to results.
+
+    Forward, it gives the operation's results by name; with backward, (results, gradients).
+    """
+
+    def forward(differentiable: Any, fixed: Any, cotangents: Any) -> Any:
+        del cotangents
+        return case.apply(differentiable, fixed, implementation)
+
+    def forward_and_backward(differentiable: Any, fixed: Any, cotangents: Any) -> Any:
+        results, pull_back = jax.vjp(
+            lambda inputs: case.apply(inputs, fixed, implementation), differentiable
+        )
+        return results, pull_back(cotangents)[0]
+
+    return forward if direction == "forward" else forward_and_backward
+
+
+def make_cotangents(case: OpCase, inputs: Inputs, rng: np.random.Generator) -> dict[str, Any]:
+    """Random cotangents of the results that `case.apply` gives."""
+    shapes = jax.eval_shape(lambda: case.apply(*inputs, "reference"))
+    return jax.tree.map(
+        lambda a: jax.random.normal(jax.random.key(int(rng.integers(2**31))), a.shape, a.dtype),
+        shapes,
+    )
+
+
+def least_bytes(inputs: Inputs, cotangents: dict[str, Any], direction: Direction) -> int:
+    """Bytes to read every input and write every result once, and so for the backward pass."""
+    differentiable, fixed, results = map(_num_bytes, (*inputs, cotangents))
+    forward = differentiable + fixed + results
+    # Backward reads inputs and cotangents again, and writes gradients.
+    return forward if direction == "forward" else 2 * forward + differentiable
+
+
+def measure(
+    case: OpCase,
+    mode: Mode,
+    implementation: str,
+    ceilings: Ceilings,
+    *,
+    inputs: Inputs,
+    cotangents: dict[str, Any],
+    errors: dict[Direction, dict[str, float]] | None = None,
+) -> Iterator[Measurement]:
+    """Times one implementation in both directions; one that refuses gives its reason."""
+    for direction in get_args(Direction):
+        row = Measurement(case.op, str(case), mode, implementation, direction, case.limit)
+        start = time.perf_counter()
+        try:
+            function = jax.jit(pass_function(case, implementation, direction))
+            compiled = function.lower(*inputs, cotangents).compile()
+            compile_seconds = time.perf_counter() - start
+            seconds = seconds_per_call(compiled, *inputs, cotangents)
+        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+            yield dataclasses.replace(row, reason=_first_line(error))
+            continue
+        if case.limit == "memory":
+            work, ceiling = least_bytes(inputs, cotangents, direction), ceilings.bytes_per_second
+        else:
+            flops = case.forward_flops(inputs.fixed)
+            work = flops if direction == "forward" else 3 * flops
+            ceiling = ceilings.flops_per_second
+        memory = compiled.memory_analysis()
+        yield dataclasses.replace(
+            row,
+            seconds=seconds,
+            rate=work / seconds,
+            share=work / seconds / ceiling,
+            extra_bytes=None
+            if memory is None
+            else memory.output_size_in_bytes + memory.temp_size_in_bytes,
+            compile_seconds=compile_seconds,
+            errors=None if errors is None else errors.get(direction),
+        )
+
+
+class Checked(NamedTuple):
+    """A short case with its right answer.
+
+    Attributes:
+      case: the case.
+      inputs: its inputs.
+      cotangents: of its results.
+      expected: results and gradients of the float64 reference, as `pass_function` gives them.
+    """
+
+    case: OpCase
+    inputs: Inputs
+    cotangents: dict[str, Any]
+    expected: Any
+
+
+def make_checked(case: OpCase, mode: Mode, memory: Memory, rng: np.random.Generator) -> Checked:
+    """Computes the float64 reference of the shortened case."""
+    case = case.shortened()
+    inputs = case.make_inputs(rng, mode, memory)
+    cotangents = make_cotangents(case, inputs, rng)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(_widen, (*inputs, cotangents))
+        expected = jax.jit(pass_function(case, "reference", "forward+backward"))(*wide)
+        return Checked(case, inputs, cotangents, jax.tree.map(np.asarray, expected))
+
+
+def measure_errors(checked: Checked, implementation: str) -> dict[Direction, dict[str, float]]:
+    """Errors of the results and of the gradients by name; none if the implementation refuses."""
+    case, inputs, cotangents, expected = checked
+    function = jax.jit(pass_function(case, implementation, "forward+backward"))
+    try:
+        actual = function(*inputs, cotangents)
+    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        print(f"  not checked: {implementation} refuses {case}: {_first_line(error)}")
+        return {}
+    return {
+        direction: _named_errors(*pair)
+        for direction, *pair in zip(get_args(Direction), actual, expected, strict=True)
+    }
+
+
+def _named_errors(actual: Any, expected: Any) -> dict[str, float]:
+    def distance(got: Any, right: np.ndarray) -> float:
+        got = np.asarray(got).astype(right.dtype)
+        return float(np.linalg.norm(got - right) / np.linalg.norm(right))
+
+    errors = jax.tree_util.tree_leaves_with_path(jax.tree.map(distance, actual, expected))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): error for path, error in errors}
+
+
+def _widen(array: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(array):
+        return array.astype(jnp.complex128)
+    return array.astype(jnp.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+
+def _num_bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def run(options: argparse.Namespace) -> list[Measurement]:
+    """Measures what the options choose and prints every row as it comes."""
+    seed = secrets.randbits(32) if options.seed is None else options.seed
+    rng = np.random.default_rng(seed)
+    device = jax.devices()[0].device_kind
+    print(f"{device}, jax {jax.__version__}, bfloat16, seed {seed}", flush=True)
+    sizes = {"copied_bytes": 2**24, "matrix_size": 512} if options.small else {}
+    ceilings = measure_ceilings(**sizes)
+    print(
+        f"ceilings: copy {ceilings.bytes_per_second / 1e9:,.0f} GB/s read + written, "
+        f"matmul {ceilings.flops_per_second / 1e12:,.2f} TFLOP/s"
+    )
+    rows: list[Measurement] = []
+    try:
+        for row in measure_cases(options, ceilings, rng):
+            rows.append(row)
+            print(format_row(row), flush=True)
+    finally:
+        if options.json:
+            report = {
+                "device": device,
+                "jax": jax.__version__,
+                "seed": seed,
+                "memory": options.memory,
+                "ceilings": ceilings._asdict(),
+                "measurements": [dataclasses.asdict(row) for row in rows],
+            }
+            Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+    return rows
+
+
+def measure_cases(
+    options: argparse.Namespace, ceilings: Ceilings, rng: np.random.Generator
+) -> Iterator[Measurement]:
+    """Measures case after case; prints each one's name first."""
+    for case in SMALL_CASES if options.small else CASES:
+        chosen = _implementations(case, options)
+        if case.op not in options.op or not chosen:
+            continue
+        print(f"\n{case.op}  {case}\n{_HEADER}", flush=True)
+        for mode in options.mode:
+            inputs = case.make_inputs(rng, mode, options.memory)
+            cotangents = make_cotangents(case, inputs, rng)
+            checked = make_checked(case, mode, options.memory, rng) if options.check else None
+            for name in chosen:
+                errors = None if checked is None else measure_errors(checked, name)
+                yield from measure(
+                    case, mode, name, ceilings, inputs=inputs, cotangents=cotangents, errors=errors
+                )
+
+
+def _implementations(case: OpCase, options: argparse.Namespace) -> list[str]:
+    if options.implementation:
+        return [name for name in case.implementations if name in options.implementation]
+    # A token at a time, or all scores at once: at full size it takes minutes and all memory.
+    return [name for name in case.implementations if options.small or name != "reference"]
+
+
+_HEADER = (
+    f"{'mode':8} {'implementation':14} {'direction':16} {'ms':>9} {'rate':>14} {'of best':>7} "
+    f"{'extra MiB':>9}  relative errors"
+)
+
+
+def format_row(row: Measurement) -> str:
+    """A line of the table whose header is printed above every case."""
+    start = f"{row.mode:8} {row.implementation:14} {row.direction:16} "
+    if row.seconds is None or row.rate is None or row.share is None:
+        return f"{start}{row.reason}"
+    if row.limit == "memory":
+        rate = f"{row.rate / 1e9:,.1f} GB/s"
+    else:
+        rate = f"{row.rate / 1e12:,.3f} TFLOP/s"
+    extra = "-" if row.extra_bytes is None else f"{row.extra_bytes / 2**20:,.1f}"
+    errors = ", ".join(f"{name} {error:.1e}" for name, error in (row.errors or {}).items())
+    line = f"{start}{row.seconds * 1e3:9.3f} {rate:>14} {row.share:>7.1%} {extra:>9}  {errors}"
+    return line.rstrip()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="megalodon bench ops",
+        description="Measures the implementations of the operations under the model.",
+    )
+    operations = sorted({case.op for case in CASES})
+    known = sorted({name for case in CASES for name in case.implementations})
+    parser.add_argument("--op", nargs="+", choices=operations, default=operations)
+    parser.add_argument(
+        "--implementation", nargs="+", choices=known, help="default: all but the reference"
+    )
+    parser.add_argument("--mode", nargs="+", choices=get_args(Mode), default=get_args(Mode))
+    parser.add_argument(
+        "--memory",
+        choices=get_args(Memory),
+        default="start",
+        help="CEMA's decay: as at the start of training, or |q| up to 1 - 1e-3",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare a short sequence with the float64 reference"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="shapes for a CPU; all implementations"
+    )
+    parser.add_argument("--seed", type=int, help="of the inputs; new at every run if not given")
+    parser.add_argument("--json", metavar="FILE", help="write the measurements there too")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; argv without the program's name, None: that of the process."""
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    if not any(case.op in options.op and _implementations(case, options) for case in CASES):
+        parser.error(
+            f"no implementation {' or '.join(options.implementation)} of {', '.join(options.op)}"
+        )
+    run(options)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
