@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Complex, Float, Int32
 
 from pallas_kernels.cema import coefficients
@@ -23,11 +24,13 @@ from pallas_kernels.cema.mosaic_gpu_kernels import (
 from pallas_kernels.cema.mosaic_gpu_stream import CHANNELS, TILE
 from pallas_kernels.cema.types import CemaOutput, CemaParams
 from pallas_kernels.cema.xla import cema_xla
+from pallas_kernels.target import find_target, is_interpreted
 
 # Orders of one call: more do not fit in registers. Further orders are further calls, summed.
 LARGEST_ORDER = 16
-# Warpgroups that the splits of all rows and channels should make: one wave on an H200's 132 SMs.
-WARPGROUPS = 528
+# Warpgroups that the splits of all rows and channels should make: the two that an SM holds, on an
+# H200's 132 SMs. More make two waves of work, and more to hand on.
+WARPGROUPS = 264
 # Tokens of a split at least; the kernels start and end in some microseconds.
 SHORTEST_SPLIT = 128
 # The least p in units of which the state is kept; a smaller one changes h by 2^-40 of x.
@@ -77,7 +80,6 @@ def cema_mosaic_gpu(
     segment_ids: Int32[Array, "B L"] | None,
     *,
     split: int | None = None,
-    interpret: Any = None,
 ) -> CemaOutput:
     """The kernels on arrays of any length and width; api.cema has the contract.
 
@@ -87,8 +89,11 @@ def cema_mosaic_gpu(
       state: the state before the row.
       segment_ids: the documents.
       split: tokens worked on by one warpgroup, a multiple of 32; a measured choice if None.
-      interpret: `plgpu.InterpretGPUParams()` to run on CPU.
+
+    Raises:
+      ValueError: float64, a split that is no multiple of 32, or a device that is no Hopper GPU.
     """
+    check_target()
     if params.alpha.dtype != jnp.float32 or x.dtype == jnp.float64:
         raise ValueError(
             f"mosaic_gpu computes in float32, x is {x.dtype} and the parameters "
@@ -110,8 +115,19 @@ def cema_mosaic_gpu(
     )
     if state is not None:
         state = jnp.pad(state, ((0, 0), (0, narrow), (0, 0)))
+    interpret = plgpu.InterpretGPUParams() if is_interpreted() else None
     out = _cema(_Options(split, interpret), x, padded, state, segment_ids)
     return CemaOutput(out.y[:, :length, :width], out.state[:, :width])
+
+
+def check_target() -> None:
+    """Raises a ValueError where the kernels cannot run."""
+    target = find_target()
+    if not target.is_hopper and not is_interpreted():
+        raise ValueError(
+            f"mosaic_gpu needs an NVIDIA Hopper GPU, this is {target.platform} ({target.kind}); "
+            "use implementation 'xla', or None for the best one here"
+        )
 
 
 def choose_split(rows: int, length: int, width: int) -> int:
@@ -159,7 +175,8 @@ def _forward(options, x, params, state, segment_ids):
         # A row of padding alone keeps its state.
         before = jnp.zeros_like(last) if state is None else state
         last = jnp.where((documents.ends[:, :1] >= 0)[..., None], last, before)
-    return CemaOutput(sum(outputs[1:], outputs[0]).astype(x.dtype), last), kept
+    y = sum(outputs[1:], outputs[0])
+    return CemaOutput(jnp.asarray(y, x.dtype), last), kept
 
 
 def _forward_rule(options, *primals):
@@ -184,7 +201,7 @@ def _backward_rule(options, kept, cotangents):
         )
         for group, tables, entering in zip(groups, kept.tables, kept.entering, strict=True)
     ]
-    dx = sum((result.dx for result in results[1:]), results[0].dx).astype(x.dtype)
+    dx = jnp.asarray(sum((result.dx for result in results[1:]), results[0].dx), x.dtype)
     modes, to_parameters = jax.vjp(_find_modes, params)
     d_modes, d_state = _differentiate_modes(modes, state, documents, results)
     gradients = dx, *to_parameters(d_modes), d_state

@@ -1,6 +1,7 @@
 """What the tests of CEMA share: random cases, gradients of everything, relative errors."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,6 +11,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels.cema import CemaParams, cema
+from pallas_kernels.target import find_target, interpreted
+
+# Tokens x orders that a kernel's interpreter works through in a few seconds.
+INTERPRETED_WORK = 700
 
 
 class Case(NamedTuple):
@@ -85,6 +90,25 @@ def _outputs_and_gradients(
 def _relative_error(got: np.ndarray, want: np.ndarray) -> float:
     norm = np.linalg.norm(want)
     return float(np.linalg.norm(got.astype(want.dtype) - want) / (norm if norm else 1.0))
+
+
+@pytest.fixture(autouse=True)
+def runnable(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs a test of kernels where they run, else in their interpreter if it is small enough.
+
+    A test that says `rows`, `length` and `order` beside `implementation` is skipped if it is not.
+    """
+    arguments = getattr(getattr(request.node, "callspec", None), "params", {})
+    platforms = {"mosaic_gpu": "gpu", "pallas_tpu": "tpu"}
+    platform = platforms.get(arguments.get("implementation"))
+    if platform is None or platform == find_target().platform:
+        yield
+        return
+    work = math.prod(arguments.get(name, 1) for name in ("rows", "length", "order"))
+    if work > INTERPRETED_WORK:
+        pytest.skip(f"too long for an interpreter; needs a {platform}")
+    with interpreted():
+        yield
 
 
 @pytest.fixture
