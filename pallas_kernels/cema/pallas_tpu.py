@@ -1,0 +1,234 @@
+"""CEMA on TPU: one fused kernel forward, one backward, over blocks of 128 tokens on the MXU.
+
+x is read and y written once, in (B, L, D) layout; README.md has the algorithm and its cost.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Complex, Float, Int32
+
+from pallas_kernels.cema import coefficients
+from pallas_kernels.cema.pallas_tpu_backward import cema_backward
+from pallas_kernels.cema.pallas_tpu_forward import cema_forward
+from pallas_kernels.cema.pallas_tpu_layout import (
+    BLOCK,
+    CHANNELS,
+    Documents,
+    Plan,
+    from_lanes,
+    padded_order,
+    to_lanes,
+)
+from pallas_kernels.cema.pallas_tpu_tables import build_tables
+from pallas_kernels.cema.segments import Pieces, cut_into_pieces, find_row_ends
+from pallas_kernels.cema.tpu_block_sizes import tile_for
+from pallas_kernels.cema.types import CemaOutput, CemaParams
+
+# The kernels read whole registers of 8 rows, one row a block.
+_BLOCKS_MULTIPLE = 8
+
+
+def cema_pallas_tpu(
+    x: Float[Array, "B L D"],
+    params: CemaParams,
+    state: Complex[Array, "B D N"] | None,
+    segment_ids: Int32[Array, "B L"] | None,
+    *,
+    block_size: int | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> CemaOutput:
+    """`api.cema` by Pallas kernels for TPU; differentiable in reverse mode.
+
+    For bfloat16 x, products take x as it is and tables and states as two bfloat16 terms, which adds
+    1e-5 to outputs whose own rounding is 1.7e-3. For float32 x all products are float32.
+
+    Args:
+      x: bfloat16 or float32.
+      params: float32.
+      state: as in `api.cema`.
+      segment_ids: as in `api.cema`.
+      block_size: tokens of one grid step, a multiple of 1,024; that of `tpu_block_sizes` for the
+        device if None.
+      interpret: runs the kernels without a TPU, see `pallas_call`.
+
+    Raises:
+      ValueError: float64 inputs, a block size that is no multiple of 1,024, or an unknown TPU.
+    """
+    for name, value in {"x": x, **params._asdict()}.items():
+        if value.dtype == jnp.float64:
+            raise ValueError(
+                f"{name} is float64, which TPUs lack; use implementation 'xla' or 'reference'"
+            )
+    plans = _make_plans(x, params, block_size, interpret)
+    if segment_ids is None:
+        return _call(x, params, state, None, plans)
+    if state is None:
+        return _call(x, params, None, segment_ids, plans)
+    # A carried state enters at the row's first token, so leading padding goes to the end meanwhile.
+    lead = jnp.argmax(segment_ids != 0, axis=1).astype(jnp.int32)
+    rolled = _call(_roll(x, lead), params, state, _roll(segment_ids, lead), plans)
+    return CemaOutput(_roll(rolled.y, -lead), rolled.state)
+
+
+def _make_plans(
+    x: Array, params: CemaParams, block_size: int | None, interpret: bool | pltpu.InterpretParams
+) -> tuple[Plan, Plan]:
+    device = None if interpret else _device_kind()
+    tile = tile_for(device)
+    multiple = BLOCK * _BLOCKS_MULTIPLE
+    if block_size is not None and block_size % multiple:
+        raise ValueError(f"block_size is {block_size}; needs a multiple of {multiple} tokens")
+    largest = -(-x.shape[1] // multiple) * multiple
+    sizes = tile.tokens if block_size is None else (block_size, block_size)
+    forward, backward = (
+        Plan(
+            length=x.shape[1],
+            blocks=min(size, largest) // BLOCK,
+            order=padded_order(params.alpha.shape[1]),
+            exact=x.dtype == jnp.float32,
+            unroll=1 if interpret else unroll,
+            buffers=tile.buffers,
+            vmem_limit=tile.vmem_limit,
+            interpret=interpret,
+        )
+        for size, unroll in zip(sizes, tile.unroll, strict=True)
+    )
+    return forward, backward
+
+
+def _device_kind() -> str | None:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
+    return kind if kind.startswith("TPU") else None
+
+
+def _roll(a: Array, lead: Array) -> Array:
+    index = (jnp.arange(a.shape[1], dtype=jnp.int32) + lead[:, None]) % a.shape[1]
+    return jnp.take_along_axis(a, index.reshape(index.shape + (1,) * (a.ndim - 2)), axis=1)
+
+
+def _call(
+    x: Array,
+    params: CemaParams,
+    state: Array | None,
+    segment_ids: Array | None,
+    plans: tuple[Plan, Plan],
+) -> CemaOutput:
+    rows, length, channels = x.shape
+    params = _pad_channels(params, -channels % CHANNELS)
+    x = jnp.pad(x, ((0, 0), (0, max(plans[0].tile - length, 0)), (0, -channels % CHANNELS)))
+    shape = (rows, *params.alpha.shape)
+    if state is None:
+        state = jnp.zeros(shape, jnp.complex64)
+    else:
+        state = jnp.pad(state, ((0, 0), (0, shape[1] - channels), (0, 0)))
+    if segment_ids is None:
+        pieces, documents = None, None
+        picked_block = jnp.full(rows, (length - 1) // BLOCK, jnp.int32)
+    else:
+        blocks = plans[0].tiles * plans[0].blocks
+        padded = jnp.pad(segment_ids, ((0, 0), (0, blocks * BLOCK - length)))
+        pieces = cut_into_pieces(padded, BLOCK)
+        picked_block = find_row_ends(pieces).position // BLOCK
+        documents = _find_documents(pieces, plans)
+    order = plans[0].order
+    y, picked = _sequence(x, params, to_lanes(state, order), documents, picked_block, plans)
+    entering = from_lanes(picked, order, shape[2])
+    last = _last_state(x, params, state, entering, pieces, length)
+    return CemaOutput(y[:, :length, :channels], last[:, :channels])
+
+
+def _pad_channels(params: CemaParams, missing: int) -> CemaParams:
+    if not missing:
+        return params
+    return CemaParams(
+        *(jnp.pad(value, ((0, missing),) + ((0, 0),) * (value.ndim - 1)) for value in params)
+    )
+
+
+def _find_documents(pieces: Pieces, plans: tuple[Plan, Plan]) -> tuple[Documents, Documents]:
+    cuts = pieces.index[..., -1]
+    piece = jnp.where(pieces.is_token, pieces.index, -1)
+    from_end = jnp.where(pieces.is_token, cuts[..., None] - pieces.index, -1)
+
+    def by_tile(plan: Plan) -> Documents:
+        most = cuts.reshape(cuts.shape[0], -1, plan.blocks).max(axis=-1)
+        return Documents(piece, from_end, cuts, most)
+
+    return by_tile(plans[0]), by_tile(plans[1])
+
+
+def _last_state(
+    x: Array,
+    params: CemaParams,
+    state: Array,
+    entering: Array,
+    pieces: Pieces | None,
+    length: int,
+) -> Array:
+    """The state after each row's last token, from that entering the token's block."""
+    if pieces is None:
+        start = (length - 1) // BLOCK * BLOCK
+        count = length - start
+        decay = coefficients.powers(params, jnp.full(1, count, jnp.int32))[..., 0]
+        tail = jnp.pad(x[:, start:length], ((0, 0), (BLOCK - count, 0), (0, 0)))
+        return decay * entering + _add_up_tail(tail, params)
+    end = find_row_ends(pieces)
+    offset = jnp.arange(BLOCK, dtype=jnp.int32)
+    index = jnp.maximum(end.position[:, None] - (BLOCK - 1) + offset, 0)
+    tail = jnp.take_along_axis(x, index[..., None], axis=1)
+    tail = jnp.where((offset >= BLOCK - end.length[:, None])[..., None], tail, 0)
+    decay = jnp.moveaxis(coefficients.powers(params, end.length), -1, 0)
+    carried = jnp.where(end.sees_carry[:, None, None], decay * entering, 0)
+    has_tokens = pieces.is_token.any(axis=(1, 2))[:, None, None]
+    return jnp.where(has_tokens, carried + _add_up_tail(tail, params), state)
+
+
+@jax.checkpoint
+def _add_up_tail(tail: Float[Array, "B T D"], params: CemaParams) -> Complex[Array, "B D N"]:
+    order = padded_order(params.alpha.shape[1])
+    to_state = build_tables(params).to_state.reshape(-1, 2, CHANNELS // 2 // order, order, BLOCK)
+    grouped = tail.astype(jnp.float32).reshape(*tail.shape[:2], to_state.shape[0], -1)
+    sums = jnp.einsum("btgc,gkcnt->kbgcn", grouped, to_state, precision=lax.Precision.HIGHEST)
+    flat = sums.reshape(2, tail.shape[0], tail.shape[2], order)[..., : params.alpha.shape[1]]
+    return lax.complex(flat[0], flat[1])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _sequence(
+    x: Float[Array, "B L D"],
+    params: CemaParams,
+    initial: Float[Array, "B G 128"],
+    documents: tuple[Documents, Documents] | None,
+    picked_block: Int32[Array, " B"],
+    plans: tuple[Plan, Plan],
+) -> tuple[Float[Array, "B L D"], Float[Array, "B G 128"]]:
+    """y and, for every row, the state entering its block `picked_block`."""
+    first = documents[0] if documents else None
+    tables = build_tables(params)
+    result = cema_forward(x, tables, initial, first, picked_block, plans[0], save_states=False)
+    return result.y, result.picked
+
+
+def _sequence_forward(x, params, initial, documents, picked_block, plans):
+    first = documents[0] if documents else None
+    tables = build_tables(params)
+    result = cema_forward(x, tables, initial, first, picked_block, plans[0], save_states=True)
+    return (result.y, result.picked), (x, params, result.states, documents, picked_block)
+
+
+def _sequence_backward(plans, residuals, cotangents):
+    x, params, states, documents, picked_block = residuals
+    # Without the barrier the forward pass's tables would be kept until now instead of made again.
+    params, (dy, d_picked) = lax.optimization_barrier((params, cotangents))
+    tables, pull_back = jax.vjp(build_tables, params)
+    second = documents[1] if documents else None
+    grads = cema_backward(x, dy, d_picked, states, tables, second, picked_block, plans[1])
+    return grads.x, pull_back(grads.tables)[0], grads.initial, None, None
+
+
+_sequence.defvjp(_sequence_forward, _sequence_backward)

@@ -1,0 +1,53 @@
+"""Tiles of CEMA's TPU kernels by generation. README.md has the compiler's estimates behind them."""
+
+from typing import NamedTuple
+
+_MIB = 2**20
+
+
+class TpuTile(NamedTuple):
+    """How one TPU generation runs the kernels.
+
+    Attributes:
+      tokens: of one grid step, (forward, backward); multiples of 1,024, the second divides the
+        first.
+      unroll: groups of 4 channels in flight at once, (forward, backward).
+      buffers: copies of the tables in VMEM; 2 load the next channels' tables in the background.
+      vmem_limit: bytes that a kernel may use.
+    """
+
+    tokens: tuple[int, int]
+    unroll: tuple[int, int]
+    buffers: int
+    vmem_limit: int
+
+
+# By `device_kind`.
+TILES = {
+    "TPU v4": TpuTile((2048, 1024), (2, 1), 1, 16 * _MIB),
+    "TPU v5 lite": TpuTile((8192, 4096), (2, 1), 2, 100 * _MIB),
+    "TPU v5": TpuTile((8192, 4096), (2, 1), 2, 60 * _MIB),
+    "TPU v6 lite": TpuTile((8192, 4096), (2, 1), 2, 100 * _MIB),
+    "TPU7x": TpuTile((8192, 4096), (2, 1), 2, 60 * _MIB),
+}
+_ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
+
+
+def tile_for(device_kind: str | None) -> TpuTile:
+    """The tile of a TPU.
+
+    Args:
+      device_kind: as JAX names it; None if no TPU is known, which gets what every one can run.
+
+    Raises:
+      ValueError: a device without an entry.
+    """
+    if device_kind is None:
+        return TILES["TPU v4"]
+    kind = _ALIASES.get(device_kind, device_kind)
+    if kind not in TILES:
+        raise ValueError(
+            f"no tile of CEMA's kernels is known for {device_kind!r}; known are "
+            f"{', '.join(TILES)}: add an entry to tpu_block_sizes.TILES"
+        )
+    return TILES[kind]
