@@ -1,4 +1,4 @@
-"""CEMA's backward kernel for TPU: `pallas_tpu_forward` transposed, from a row's end to its start."""
+"""CEMA's backward kernel for TPU: the forward kernel transposed, from a row's end to its start."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.cema import pallas_tpu_layout as layout
-from pallas_kernels.cema.pallas_tpu_call import Frame
+from pallas_kernels.cema.pallas_tpu_call import Frame, Tile, run_tile
 from pallas_kernels.cema.pallas_tpu_layout import (
     BLOCK,
     BLOCK_STRIDE,
@@ -129,7 +129,7 @@ def _decay_gradient(products: Float[Array, "G 2 128"]) -> Float[Array, "G 128"]:
 
 def _kernel(refs: _Refs, plan: Plan) -> None:
     row, step = pl.program_id(1), pl.program_id(2)
-    tile = plan.tiles - 1 - step
+    number = plan.tiles - 1 - step
 
     @pl.when(step == 0)
     def _start_row() -> None:
@@ -140,21 +140,9 @@ def _kernel(refs: _Refs, plan: Plan) -> None:
         for ref in (refs.d_taps, refs.d_to_state, refs.d_from_state, refs.d_decay):
             ref[...] = jnp.zeros_like(ref)
 
-    layout.load_transposed(refs.x, refs.x_blocks, refs.piece, tile, plan)
-    layout.load_transposed(refs.dy, refs.dy_blocks, refs.piece, tile, plan)
-    if refs.most_cuts is None:
-        _compute_tile(refs, plan, None)
-    else:
-        most_cuts = refs.most_cuts[row, tile]
-
-        @pl.when(most_cuts == 0)
-        def _without_borders() -> None:
-            _compute_tile(refs, plan, None)
-
-        @pl.when(most_cuts > 0)
-        def _with_borders() -> None:
-            _compute_tile(refs, plan, most_cuts)
-
+    layout.load_transposed(refs.x, refs.x_blocks, refs.piece, number, plan)
+    layout.load_transposed(refs.dy, refs.dy_blocks, refs.piece, number, plan)
+    run_tile(_compute, refs, plan, row, number)
     layout.store_transposed(refs.dx_blocks, refs.dx, refs.piece, plan)
 
     @pl.when(step == plan.tiles - 1)
@@ -162,71 +150,37 @@ def _kernel(refs: _Refs, plan: Plan) -> None:
         refs.d_initial[0] = refs.d_state[...]
 
 
-def _compute_tile(refs: _Refs, plan: Plan, most_cuts: Array | None) -> None:
-    lax.fori_loop(
-        0,
-        plan.groups,
-        lambda group, _: _sum_up_blocks(refs, plan, most_cuts, group),
-        None,
-        unroll=plan.unroll,
-    )
-    _scan_blocks(refs, plan, most_cuts)
-    lax.fori_loop(
-        0,
-        plan.groups,
-        lambda group, _: _write_gradients(refs, plan, most_cuts, group),
-        None,
-        unroll=plan.unroll,
-    )
+def _compute(tile: Tile) -> None:
+    tile.for_groups(_sum_up_blocks)
+    _scan_blocks(tile)
+    tile.for_groups(_write_gradients)
 
 
-def _rows_of_group(ref: Any, plan: Plan, group: Array) -> list[Array]:
-    return [layout.channel_rows(ref, group * plan.group + i, plan) for i in range(plan.group)]
-
-
-def _stack(rows: list[Array], plan: Plan, kept: Array | None) -> tuple[Array, ...]:
-    if kept is not None:
-        rows = [jnp.where(kept, row, 0.0) for row in rows]
-    return layout.as_terms(jnp.concatenate(rows, axis=0), plan.exact)
-
-
-def _in_first(refs: _Refs, most_cuts: Array | None) -> Array | None:
-    return None if most_cuts is None else refs.piece[0] == 0
-
-
-def _in_last(refs: _Refs, most_cuts: Array | None) -> Array | None:
-    return None if most_cuts is None else refs.piece_from_end[0] == 0
-
-
-def _sum_up_blocks(refs: _Refs, plan: Plan, most_cuts: Array | None, group: Array) -> None:
-    dy = _stack(_rows_of_group(refs.dy_blocks, plan, group), plan, _in_first(refs, most_cuts))
+def _sum_up_blocks(tile: Tile, group: Array) -> None:
+    refs, plan = tile.refs, tile.plan
+    rows = layout.group_rows(refs.dy_blocks, group, plan)
+    dy = layout.stack([layout.keep(tile.in_first, row) for row in rows], plan)
     sums = multiply(dy, layout.table_of_group(refs.from_state, group), (1, 1), plan)
-    own = layout.own_channel(jnp.split(sums, plan.group, axis=0), plan)
-    refs.leaving[pl.ds(group, plan.blocks, stride=plan.state_stride), :] = own
+    refs.leaving[layout.group_states(group, plan), :] = layout.own_channel(sums, plan)
 
 
-def _scan_blocks(refs: _Refs, plan: Plan, most_cuts: Array | None) -> None:
-    row, step = pl.program_id(1), pl.program_id(2)
-    first_block = (plan.tiles - 1 - step) * plan.blocks
+def _scan_blocks(tile: Tile) -> None:
+    refs, plan = tile.refs, tile.plan
     same, swapped = refs.decay[:, 0, :], refs.decay[:, 1, :]
     d_picked = refs.d_picked[0]
+    picked = refs.picked_block[tile.row] - tile.number * plan.blocks
 
     def go_back(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         d_leaving, d_same, d_swapped = carry
         j = plan.blocks - 1 - i
-        where = pl.ds(j * plan.state_stride, plan.groups)
-        added = refs.leaving[where, :]
-        # The gradient of the state after a block takes the place of what the block adds to it.
+        where = layout.block_states(j, plan)
+        added = refs.leaving[where, :] + jnp.where(j == picked, d_picked, 0.0)
+        # The gradient of the state after a block takes the place of what the block adds.
         refs.leaving[where, :] = d_leaving
-        d_carried = d_leaving
-        if most_cuts is not None:
-            is_whole = refs.cuts[row, first_block + j] == 0
-            d_carried = jnp.where(is_whole, d_leaving, 0.0)
+        d_carried = layout.keep(tile.is_whole(j), d_leaving)
         rotated = layout.rotate_half(d_carried)
         state = refs.states[0, j]
-        is_picked = refs.picked_block[row] == first_block + j
         d_entering = d_carried * same - rotated * swapped + added
-        d_entering += jnp.where(is_picked, d_picked, 0.0)
         return d_entering, d_same + state * d_carried, d_swapped + state * rotated
 
     zero = jnp.zeros((plan.groups, LANES), jnp.float32)
@@ -236,63 +190,57 @@ def _scan_blocks(refs: _Refs, plan: Plan, most_cuts: Array | None) -> None:
     refs.d_decay[:, 1, :] += d_swapped
 
 
-def _write_gradients(refs: _Refs, plan: Plan, most_cuts: Array | None, group: Array) -> None:
-    x_rows = _rows_of_group(refs.x_blocks, plan, group)
-    dy_rows = _rows_of_group(refs.dy_blocks, plan, group)
-    d_leaving = refs.leaving[pl.ds(group, plan.blocks, stride=plan.state_stride), :]
+def _write_gradients(tile: Tile, group: Array) -> None:
+    refs, plan = tile.refs, tile.plan
+    x_rows = layout.group_rows(refs.x_blocks, group, plan)
+    dy_rows = layout.group_rows(refs.dy_blocks, group, plan)
+    d_leaving = refs.leaving[layout.group_states(group, plan), :]
     d_states = layout.split(layout.one_channel_a_row(d_leaving, plan), plan.exact)
     states = layout.one_channel_a_row(refs.states[0, :, group, :], plan)
-    in_last = _in_last(refs, most_cuts)
 
-    dy = _stack(dy_rows, plan, _in_first(refs, most_cuts))
+    dy = layout.stack([layout.keep(tile.in_first, row) for row in dy_rows], plan)
     refs.d_from_state[group] += multiply(layout.split(states, plan.exact), dy, (0, 0), plan)
-    x = _stack(x_rows, plan, in_last)
+    x = layout.stack([layout.keep(tile.in_last, row) for row in x_rows], plan)
     refs.d_to_state[group] += multiply(d_states, x, (0, 0), plan)
     carried = multiply(d_states, layout.table_of_group(refs.to_state, group), (1, 0), plan)
 
     mask = layout.toeplitz_mask(plan, keep_upper=False)
     for i, dx in enumerate(jnp.split(carried, plan.group, axis=0)):
         channel = group * plan.group + i
-        if in_last is not None:
-            dx = jnp.where(in_last, dx, 0.0)
         matrix = layout.toeplitz(refs.taps[channel], mask, plan)
-        dx += _leads(refs, plan, most_cuts, dy_rows[i], matrix)
-        refs.dx_blocks[pl.ds(channel, plan.blocks, stride=BLOCK_STRIDE), :] = dx
-        products = _products_of_tokens(refs, plan, most_cuts, x_rows[i], dy_rows[i])
+        leads = _leads(tile, dy_rows[i], matrix)
+        dx = layout.keep(tile.in_last, dx)
+        refs.dx_blocks[layout.channel_blocks(channel, plan), :] = dx + leads
+        products = _products_of_tokens(tile, x_rows[i], dy_rows[i])
         refs.d_taps[channel] += layout.fold_diagonals(products)
 
 
-def _leads(
-    refs: _Refs, plan: Plan, most_cuts: Array | None, dy: Array, matrix: tuple[Array, ...]
-) -> Array:
-    leads = multiply(layout.as_terms(dy, plan.exact), matrix, (1, 0), plan)
-    if most_cuts is None:
+def _leads(tile: Tile, dy: Array, matrix: tuple[Array, ...]) -> Array:
+    plan = tile.plan
+    leads = multiply(layout.stack([dy], plan), matrix, (1, 0), plan)
+    if tile.most_cuts is None:
         return leads
 
     def replace(number: Array, leads: Array) -> Array:
-        is_own = refs.piece_from_end[0] == number
-        own = layout.as_terms(jnp.where(is_own, dy, 0.0), plan.exact)
+        is_own = tile.refs.piece_from_end[0] == number
+        own = layout.stack([jnp.where(is_own, dy, 0.0)], plan)
         return jnp.where(is_own, multiply(own, matrix, (1, 0), plan), leads)
 
     # A token reaches later ones only, so the last piece needs no mask.
-    return lax.fori_loop(1, most_cuts + 1, replace, leads)
+    return lax.fori_loop(1, tile.most_cuts + 1, replace, leads)
 
 
-def _products_of_tokens(
-    refs: _Refs, plan: Plan, most_cuts: Array | None, x: Array, dy: Array
-) -> Array:
+def _products_of_tokens(tile: Tile, x: Array, dy: Array) -> Array:
     def products(kept: Array | None) -> Array:
-        return multiply(_stack([x], plan, kept), _stack([dy], plan, kept), (0, 0), plan)
+        left, right = (layout.stack([layout.keep(kept, rows)], tile.plan) for rows in (x, dy))
+        return multiply(left, right, (0, 0), tile.plan)
 
-    if most_cuts is None:
-        total = products(None)
-    else:
-        total = lax.fori_loop(
-            1,
-            most_cuts + 1,
-            lambda number, total: total + products(refs.piece[0] == number),
-            products(refs.piece[0] == 0),
-        )
-    shape = (BLOCK, BLOCK)
-    is_lag = lax.broadcasted_iota(jnp.int32, shape, 1) >= lax.broadcasted_iota(jnp.int32, shape, 0)
-    return jnp.where(is_lag, total, 0.0)
+    def add_piece(number: Array, total: Array) -> Array:
+        return total + products(tile.refs.piece[0] == number)
+
+    total = products(tile.in_first)
+    if tile.most_cuts is not None:
+        total = lax.fori_loop(1, tile.most_cuts + 1, add_piece, total)
+    row = lax.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), 0)
+    column = lax.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), 1)
+    return jnp.where(column >= row, total, 0.0)

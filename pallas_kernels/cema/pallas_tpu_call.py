@@ -1,10 +1,11 @@
 """The frame around CEMA's TPU kernels: grid, blocks of every operand, references by name."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
@@ -26,7 +27,7 @@ class Frame:
     def __init__(
         self,
         plan: Plan,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         picked_block: Int32[Array, " B"],
         documents: Documents | None,
         *,
@@ -145,3 +146,65 @@ class Frame:
             name=name,
         )(*arrays)
         return dict(zip(self.outputs, results, strict=True))
+
+
+class Tile(NamedTuple):
+    """A grid step as the parts of a kernel see it.
+
+    Attributes:
+      refs: references by name.
+      plan: what the kernel is specialised for.
+      row: the row's number.
+      number: the tile's number in the row.
+      most_cuts: the most borders in a block of the tile; None where there are none.
+    """
+
+    refs: Any
+    plan: Plan
+    row: Array
+    number: Array
+    most_cuts: Array | None
+
+    def for_groups(self, body: Callable[["Tile", Array], None]) -> None:
+        """Runs `body` on every group of channels."""
+        lax.fori_loop(
+            0,
+            self.plan.groups,
+            lambda group, _: body(self, group),
+            None,
+            unroll=self.plan.unroll,
+        )
+
+    def is_whole(self, block: Array) -> Array | None:
+        """Whether a block hands the state before it on; None: all do."""
+        if self.most_cuts is None:
+            return None
+        return self.refs.cuts[self.row, self.number * self.plan.blocks + block] == 0
+
+    @property
+    def in_first(self) -> Array | None:
+        """Tokens (J, T) that see the state before their block; None: all do."""
+        return None if self.most_cuts is None else self.refs.piece[0] == 0
+
+    @property
+    def in_last(self) -> Array | None:
+        """Tokens (J, T) that reach the state after their block; None: all do."""
+        return None if self.most_cuts is None else self.refs.piece_from_end[0] == 0
+
+
+def run_tile(
+    compute: Callable[[Tile], None], refs: Any, plan: Plan, row: Array, number: Array
+) -> None:
+    """Runs `compute` on a tile, without any masks where the tile has no border."""
+    if refs.most_cuts is None:
+        compute(Tile(refs, plan, row, number, None))
+        return
+    most_cuts = refs.most_cuts[row, number]
+
+    @pl.when(most_cuts == 0)
+    def _without_borders() -> None:
+        compute(Tile(refs, plan, row, number, None))
+
+    @pl.when(most_cuts > 0)
+    def _with_borders() -> None:
+        compute(Tile(refs, plan, row, number, most_cuts))

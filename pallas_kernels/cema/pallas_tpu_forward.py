@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.cema import pallas_tpu_layout as layout
-from pallas_kernels.cema.pallas_tpu_call import Frame
+from pallas_kernels.cema.pallas_tpu_call import Frame, Tile, run_tile
 from pallas_kernels.cema.pallas_tpu_layout import (
     BLOCK_STRIDE,
     CHANNELS,
@@ -114,102 +114,71 @@ def _kernel(refs: _Refs, plan: Plan) -> None:
         refs.state[...] = refs.initial[0]
 
     layout.load_transposed(refs.x, refs.x_blocks, refs.piece, step, plan)
-    if refs.most_cuts is None:
-        _compute_tile(refs, plan, None)
-    else:
-        most_cuts = refs.most_cuts[row, step]
-
-        @pl.when(most_cuts == 0)
-        def _without_borders() -> None:
-            _compute_tile(refs, plan, None)
-
-        @pl.when(most_cuts > 0)
-        def _with_borders() -> None:
-            _compute_tile(refs, plan, most_cuts)
-
+    run_tile(_compute, refs, plan, row, step)
     layout.store_transposed(refs.y_blocks, refs.y, refs.piece, plan)
 
 
-def _compute_tile(refs: _Refs, plan: Plan, most_cuts: Array | None) -> None:
-    lax.fori_loop(
-        0,
-        plan.groups,
-        lambda group, _: _sum_up_blocks(refs, plan, most_cuts, group),
-        None,
-        unroll=plan.unroll,
-    )
-    _scan_blocks(refs, plan, most_cuts)
-    lax.fori_loop(
-        0,
-        plan.groups,
-        lambda group, _: _write_outputs(refs, plan, most_cuts, group),
-        None,
-        unroll=plan.unroll,
-    )
+def _compute(tile: Tile) -> None:
+    tile.for_groups(_sum_up_blocks)
+    _scan_blocks(tile)
+    tile.for_groups(_write_outputs)
 
 
-def _sum_up_blocks(refs: _Refs, plan: Plan, most_cuts: Array | None, group: Array) -> None:
-    rows = [
-        layout.channel_rows(refs.x_blocks, group * plan.group + i, plan) for i in range(plan.group)
-    ]
-    if most_cuts is not None:
-        rows = [jnp.where(refs.piece_from_end[0] == 0, row, 0.0) for row in rows]
-    x = layout.as_terms(jnp.concatenate(rows, axis=0), plan.exact)
+def _sum_up_blocks(tile: Tile, group: Array) -> None:
+    refs, plan = tile.refs, tile.plan
+    rows = layout.group_rows(refs.x_blocks, group, plan)
+    x = layout.stack([layout.keep(tile.in_last, row) for row in rows], plan)
     sums = multiply(x, layout.table_of_group(refs.to_state, group), (1, 1), plan)
-    own = layout.own_channel(jnp.split(sums, plan.group, axis=0), plan)
-    refs.entering[pl.ds(group, plan.blocks, stride=plan.state_stride), :] = own
+    refs.entering[layout.group_states(group, plan), :] = layout.own_channel(sums, plan)
 
 
-def _scan_blocks(refs: _Refs, plan: Plan, most_cuts: Array | None) -> None:
-    row, step = pl.program_id(1), pl.program_id(2)
+def _scan_blocks(tile: Tile) -> None:
+    refs, plan = tile.refs, tile.plan
     same, swapped = refs.decay[:, 0, :], refs.decay[:, 1, :]
 
     def advance(j: Array, state: Array) -> Array:
-        where = pl.ds(j * plan.state_stride, plan.groups)
+        where = layout.block_states(j, plan)
         added = refs.entering[where, :]
         # A state takes the place of what its block adds.
         refs.entering[where, :] = state
         if refs.states is not None:
             refs.states[0, j] = state
         carried = state * same + layout.rotate_half(state) * swapped
-        if most_cuts is not None:
-            is_whole = refs.cuts[row, step * plan.blocks + j] == 0
-            carried = jnp.where(is_whole, carried, 0.0)
-        return carried + added
+        return layout.keep(tile.is_whole(j), carried) + added
 
     refs.state[...] = lax.fori_loop(0, plan.blocks, advance, refs.state[...])
-    picked = refs.picked_block[row]
+    picked = refs.picked_block[tile.row]
 
-    @pl.when(picked // plan.blocks == step)
+    @pl.when(picked // plan.blocks == tile.number)
     def _keep_picked() -> None:
-        where = pl.ds(picked % plan.blocks * plan.state_stride, plan.groups)
-        refs.picked[0] = refs.entering[where, :]
+        refs.picked[0] = refs.entering[layout.block_states(picked % plan.blocks, plan), :]
 
 
-def _write_outputs(refs: _Refs, plan: Plan, most_cuts: Array | None, group: Array) -> None:
+def _write_outputs(tile: Tile, group: Array) -> None:
+    refs, plan = tile.refs, tile.plan
     mask = layout.toeplitz_mask(plan, keep_upper=True)
-    entering = refs.entering[pl.ds(group, plan.blocks, stride=plan.state_stride), :]
+    entering = refs.entering[layout.group_states(group, plan), :]
     states = layout.split(layout.one_channel_a_row(entering, plan), plan.exact)
     carried = multiply(states, layout.table_of_group(refs.from_state, group), (1, 0), plan)
     for i, y in enumerate(jnp.split(carried, plan.group, axis=0)):
         channel = group * plan.group + i
-        x = layout.channel_rows(refs.x_blocks, channel, plan)
+        x = refs.x_blocks[layout.channel_blocks(channel, plan), :]
         matrix = layout.toeplitz(refs.taps[channel], mask, plan)
-        lags = multiply(layout.as_terms(x, plan.exact), matrix, (1, 0), plan)
-        if most_cuts is not None:
-            y = jnp.where(refs.piece[0] == 0, y, 0.0)
-            lags = _lags_of_later_pieces(refs, plan, most_cuts, x, matrix, lags)
-        where = pl.ds(channel, plan.blocks, stride=BLOCK_STRIDE)
-        refs.y_blocks[where, :] = y + lags
+        lags = _lags(tile, x, matrix)
+        y = layout.keep(tile.in_first, y)
+        refs.y_blocks[layout.channel_blocks(channel, plan), :] = y + lags
 
 
-def _lags_of_later_pieces(
-    refs: _Refs, plan: Plan, most_cuts: Array, x: Array, matrix: tuple[Array, ...], lags: Array
-) -> Array:
+def _lags(tile: Tile, x: Array, matrix: tuple[Array, ...]) -> Array:
+    plan = tile.plan
+    lags = multiply(layout.stack([x], plan), matrix, (1, 0), plan)
+    if tile.most_cuts is None:
+        return lags
+
     def replace(number: Array, lags: Array) -> Array:
-        is_own = refs.piece[0] == number
-        own = layout.as_terms(jnp.where(is_own, x, 0.0), plan.exact)
+        is_own = tile.refs.piece[0] == number
+        own = layout.stack([jnp.where(is_own, x, 0.0)], plan)
         return jnp.where(is_own, multiply(own, matrix, (1, 0), plan), lags)
 
     # Lags reach back only, so the first piece needs no mask.
-    return lax.fori_loop(1, most_cuts + 1, replace, lags)
+    return lax.fori_loop(1, tile.most_cuts + 1, replace, lags)

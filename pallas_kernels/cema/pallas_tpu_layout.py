@@ -6,7 +6,7 @@ register row: real parts of every channel's orders, then imaginary parts, so tha
 is a rotation by 64 lanes. README.md derives the block form.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -117,9 +117,10 @@ def split(a: Array, exact: bool) -> tuple[Array, ...]:
     return high, (a - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
-def as_terms(a: Array, exact: bool) -> tuple[Array, ...]:
-    """The one term of numbers that are bfloat16 already, or of float32 numbers if `exact`."""
-    return (a,) if exact else (a.astype(jnp.bfloat16),)
+def stack(rows: list[Float[Array, "J T"]], plan: Plan) -> tuple[Array, ...]:
+    """Rows of tokens, one under the other, as the one term that they are."""
+    stacked = jnp.concatenate(rows, axis=0)
+    return (stacked,) if plan.exact else (stacked.astype(jnp.bfloat16),)
 
 
 def multiply(
@@ -147,16 +148,37 @@ def multiply(
     return total
 
 
-def channel_rows(ref: Array, channel: Array, plan: Plan) -> Float[Array, "J T"]:
-    """One channel's tokens of all blocks, from transposed blocks."""
-    return ref[pl.ds(channel, plan.blocks, stride=BLOCK_STRIDE), :]
+def keep(kept: Array | None, a: Array) -> Array:
+    """Zero where not `kept`; None keeps all."""
+    return a if kept is None else jnp.where(kept, a, 0.0)
 
 
-def own_channel(rows: list[Array], plan: Plan) -> Array:
-    """From each channel's (J, lanes) rows the lanes of its own orders, merged to one (J, lanes)."""
-    merged = rows[0]
-    for i in range(1, plan.group):
-        merged = jnp.where(_channel_of_lane(plan) == i, rows[i], merged)
+def channel_blocks(channel: Array, plan: Plan) -> pl.Slice:
+    """Where one channel's (J, T) tokens are in transposed blocks."""
+    return pl.ds(channel, plan.blocks, stride=BLOCK_STRIDE)
+
+
+def group_rows(ref: Any, group: Array, plan: Plan) -> list[Float[Array, "J T"]]:
+    """The tokens of every channel of a group, from transposed blocks."""
+    first = group * plan.group
+    return [ref[channel_blocks(first + i, plan), :] for i in range(plan.group)]
+
+
+def group_states(group: Array, plan: Plan) -> pl.Slice:
+    """Where one group's (J, 128) states are in scratch."""
+    return pl.ds(group, plan.blocks, stride=plan.state_stride)
+
+
+def block_states(block: Array, plan: Plan) -> pl.Slice:
+    """Where one block's (groups, 128) states are in scratch."""
+    return pl.ds(block * plan.state_stride, plan.groups)
+
+
+def own_channel(rows: Float[Array, "I*J 128"], plan: Plan) -> Float[Array, "J 128"]:
+    """Merges the rows of a group's channels: of each the lanes of its own orders."""
+    merged, *others = jnp.split(rows, plan.group, axis=0)
+    for i, own in enumerate(others, 1):
+        merged = jnp.where(_channel_of_lane(plan) == i, own, merged)
     return merged
 
 

@@ -59,7 +59,7 @@ def _outer(coarse: Complex[Array, "D N A"], fine: Complex[Array, "D N F"]) -> Ar
 
 
 def _group(z: Complex[Array, "D N T"]) -> Float[Array, "G 128 T"]:
-    channels, order, _ = z.shape
+    order = z.shape[1]
     padded = jnp.pad(z, ((0, 0), (0, padded_order(order) - order), (0, 0)))
     grouped = padded.reshape(-1, HALF, BLOCK)
     return jnp.concatenate([grouped.real, grouped.imag], axis=1)
