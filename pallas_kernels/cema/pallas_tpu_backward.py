@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.cema import pallas_tpu_layout as layout
+from pallas_kernels.cema import pallas_tpu_products as products
 from pallas_kernels.cema.pallas_tpu_call import Frame, Tile, run_tile
 from pallas_kernels.cema.pallas_tpu_layout import (
     BLOCK,
@@ -159,9 +160,9 @@ def _compute(tile: Tile) -> None:
 def _sum_up_blocks(tile: Tile, group: Array) -> None:
     refs, plan = tile.refs, tile.plan
     rows = layout.group_rows(refs.dy_blocks, group, plan)
-    dy = layout.stack([layout.keep(tile.in_first, row) for row in rows], plan)
-    sums = multiply(dy, layout.table_of_group(refs.from_state, group), (1, 1), plan)
-    refs.leaving[layout.group_states(group, plan), :] = layout.own_channel(sums, plan)
+    rows = [layout.keep(tile.in_first, row) for row in rows]
+    added = products.sum_up(rows, refs.from_state, group, plan)
+    refs.leaving[layout.group_states(group, plan), :] = added
 
 
 def _scan_blocks(tile: Tile) -> None:
@@ -195,24 +196,22 @@ def _write_gradients(tile: Tile, group: Array) -> None:
     x_rows = layout.group_rows(refs.x_blocks, group, plan)
     dy_rows = layout.group_rows(refs.dy_blocks, group, plan)
     d_leaving = refs.leaving[layout.group_states(group, plan), :]
-    d_states = layout.split(layout.one_channel_a_row(d_leaving, plan), plan.exact)
-    states = layout.one_channel_a_row(refs.states[0, :, group, :], plan)
-
-    dy = layout.stack([layout.keep(tile.in_first, row) for row in dy_rows], plan)
-    refs.d_from_state[group] += multiply(layout.split(states, plan.exact), dy, (0, 0), plan)
-    x = layout.stack([layout.keep(tile.in_last, row) for row in x_rows], plan)
-    refs.d_to_state[group] += multiply(d_states, x, (0, 0), plan)
-    carried = multiply(d_states, layout.table_of_group(refs.to_state, group), (1, 0), plan)
+    states = refs.states[0, :, group, :]
+    dy_first = [layout.keep(tile.in_first, row) for row in dy_rows]
+    x_last = [layout.keep(tile.in_last, row) for row in x_rows]
+    refs.d_from_state[group] += products.table_gradient(states, dy_first, plan)
+    refs.d_to_state[group] += products.table_gradient(d_leaving, x_last, plan)
+    carried = products.read_out(d_leaving, refs.to_state, group, plan)
 
     mask = layout.toeplitz_mask(plan, keep_upper=False)
-    for i, dx in enumerate(jnp.split(carried, plan.group, axis=0)):
+    for i, dx in enumerate(carried):
         channel = group * plan.group + i
         matrix = layout.toeplitz(refs.taps[channel], mask, plan)
         leads = _leads(tile, dy_rows[i], matrix)
         dx = layout.keep(tile.in_last, dx)
         refs.dx_blocks[layout.channel_blocks(channel, plan), :] = dx + leads
-        products = _products_of_tokens(tile, x_rows[i], dy_rows[i])
-        refs.d_taps[channel] += layout.fold_diagonals(products)
+        by_pairs = _sum_over_pairs(tile, x_rows[i], dy_rows[i])
+        refs.d_taps[channel] += layout.fold_diagonals(by_pairs)
 
 
 def _leads(tile: Tile, dy: Array, matrix: tuple[Array, ...]) -> Array:
@@ -230,15 +229,15 @@ def _leads(tile: Tile, dy: Array, matrix: tuple[Array, ...]) -> Array:
     return lax.fori_loop(1, tile.most_cuts + 1, replace, leads)
 
 
-def _products_of_tokens(tile: Tile, x: Array, dy: Array) -> Array:
-    def products(kept: Array | None) -> Array:
+def _sum_over_pairs(tile: Tile, x: Array, dy: Array) -> Array:
+    def sum_over_blocks(kept: Array | None) -> Array:
         left, right = (layout.stack([layout.keep(kept, rows)], tile.plan) for rows in (x, dy))
         return multiply(left, right, (0, 0), tile.plan)
 
     def add_piece(number: Array, total: Array) -> Array:
-        return total + products(tile.refs.piece[0] == number)
+        return total + sum_over_blocks(tile.refs.piece[0] == number)
 
-    total = products(tile.in_first)
+    total = sum_over_blocks(tile.in_first)
     if tile.most_cuts is not None:
         total = lax.fori_loop(1, tile.most_cuts + 1, add_piece, total)
     row = lax.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), 0)

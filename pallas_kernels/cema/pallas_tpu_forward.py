@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.cema import pallas_tpu_layout as layout
+from pallas_kernels.cema import pallas_tpu_products as products
 from pallas_kernels.cema.pallas_tpu_call import Frame, Tile, run_tile
 from pallas_kernels.cema.pallas_tpu_layout import (
     BLOCK_STRIDE,
@@ -127,9 +128,9 @@ def _compute(tile: Tile) -> None:
 def _sum_up_blocks(tile: Tile, group: Array) -> None:
     refs, plan = tile.refs, tile.plan
     rows = layout.group_rows(refs.x_blocks, group, plan)
-    x = layout.stack([layout.keep(tile.in_last, row) for row in rows], plan)
-    sums = multiply(x, layout.table_of_group(refs.to_state, group), (1, 1), plan)
-    refs.entering[layout.group_states(group, plan), :] = layout.own_channel(sums, plan)
+    rows = [layout.keep(tile.in_last, row) for row in rows]
+    added = products.sum_up(rows, refs.to_state, group, plan)
+    refs.entering[layout.group_states(group, plan), :] = added
 
 
 def _scan_blocks(tile: Tile) -> None:
@@ -158,9 +159,8 @@ def _write_outputs(tile: Tile, group: Array) -> None:
     refs, plan = tile.refs, tile.plan
     mask = layout.toeplitz_mask(plan, keep_upper=True)
     entering = refs.entering[layout.group_states(group, plan), :]
-    states = layout.split(layout.one_channel_a_row(entering, plan), plan.exact)
-    carried = multiply(states, layout.table_of_group(refs.from_state, group), (1, 0), plan)
-    for i, y in enumerate(jnp.split(carried, plan.group, axis=0)):
+    carried = products.read_out(entering, refs.from_state, group, plan)
+    for i, y in enumerate(carried):
         channel = group * plan.group + i
         x = refs.x_blocks[layout.channel_blocks(channel, plan), :]
         matrix = layout.toeplitz(refs.taps[channel], mask, plan)

@@ -174,24 +174,6 @@ def block_states(block: Array, plan: Plan) -> pl.Slice:
     return pl.ds(block * plan.state_stride, plan.groups)
 
 
-def own_channel(rows: Float[Array, "I*J 128"], plan: Plan) -> Float[Array, "J 128"]:
-    """Merges the rows of a group's channels: of each the lanes of its own orders."""
-    merged, *others = jnp.split(rows, plan.group, axis=0)
-    for i, own in enumerate(others, 1):
-        merged = jnp.where(_channel_of_lane(plan) == i, own, merged)
-    return merged
-
-
-def one_channel_a_row(states: Float[Array, "J 128"], plan: Plan) -> Float[Array, "I*J 128"]:
-    """States of a group, repeated for each of its channels with the other channels' set to 0."""
-    lane = _channel_of_lane(plan)
-    return jnp.concatenate([jnp.where(lane == i, states, 0.0) for i in range(plan.group)], axis=0)
-
-
-def _channel_of_lane(plan: Plan) -> Array:
-    return lax.broadcasted_iota(jnp.int32, (1, LANES), 1) % HALF // plan.order
-
-
 def load_transposed(
     source: Array, target: Array, piece: Array | None, step: Array, plan: Plan
 ) -> None:
