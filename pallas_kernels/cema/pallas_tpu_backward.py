@@ -154,7 +154,9 @@ def _kernel(refs: _Refs, plan: Plan) -> None:
 def _compute(tile: Tile) -> None:
     tile.for_groups(_sum_up_blocks)
     _scan_blocks(tile)
-    tile.for_groups(_write_gradients)
+    tile.for_groups(_add_to_tables)
+    tile.for_groups(_write_dx)
+    tile.for_groups(_add_to_taps)
 
 
 def _sum_up_blocks(tile: Tile, group: Array) -> None:
@@ -191,27 +193,39 @@ def _scan_blocks(tile: Tile) -> None:
     refs.d_decay[:, 1, :] += d_swapped
 
 
-def _write_gradients(tile: Tile, group: Array) -> None:
+def _add_to_tables(tile: Tile, group: Array) -> None:
     refs, plan = tile.refs, tile.plan
-    x_rows = layout.group_rows(refs.x_blocks, group, plan)
-    dy_rows = layout.group_rows(refs.dy_blocks, group, plan)
-    d_leaving = refs.leaving[layout.group_states(group, plan), :]
-    states = refs.states[0, :, group, :]
-    dy_first = [layout.keep(tile.in_first, row) for row in dy_rows]
-    x_last = [layout.keep(tile.in_last, row) for row in x_rows]
-    refs.d_from_state[group] += products.table_gradient(states, dy_first, plan)
-    refs.d_to_state[group] += products.table_gradient(d_leaving, x_last, plan)
-    carried = products.read_out(d_leaving, refs.to_state, group, plan)
+    for gradient, states, tokens, kept in (
+        (refs.d_from_state, refs.states[0, :, group, :], refs.dy_blocks, tile.in_first),
+        (refs.d_to_state, _leaving(tile, group), refs.x_blocks, tile.in_last),
+    ):
+        rows = [layout.keep(kept, row) for row in layout.group_rows(tokens, group, plan)]
+        gradient[group] += products.table_gradient(states, rows, plan)
 
+
+def _write_dx(tile: Tile, group: Array) -> None:
+    refs, plan = tile.refs, tile.plan
     mask = layout.toeplitz_mask(plan, keep_upper=False)
+    carried = products.read_out(_leaving(tile, group), refs.to_state, group, plan)
     for i, dx in enumerate(carried):
         channel = group * plan.group + i
+        where = layout.channel_blocks(channel, plan)
         matrix = layout.toeplitz(refs.taps[channel], mask, plan)
-        leads = _leads(tile, dy_rows[i], matrix)
-        dx = layout.keep(tile.in_last, dx)
-        refs.dx_blocks[layout.channel_blocks(channel, plan), :] = dx + leads
-        by_pairs = _sum_over_pairs(tile, x_rows[i], dy_rows[i])
+        leads = _leads(tile, refs.dy_blocks[where, :], matrix)
+        refs.dx_blocks[where, :] = layout.keep(tile.in_last, dx) + leads
+
+
+def _add_to_taps(tile: Tile, group: Array) -> None:
+    refs, plan = tile.refs, tile.plan
+    for i in range(plan.group):
+        channel = group * plan.group + i
+        where = layout.channel_blocks(channel, plan)
+        by_pairs = _sum_over_pairs(tile, refs.x_blocks[where, :], refs.dy_blocks[where, :])
         refs.d_taps[channel] += layout.fold_diagonals(by_pairs)
+
+
+def _leaving(tile: Tile, group: Array) -> Array:
+    return tile.refs.leaving[layout.group_states(group, tile.plan), :]
 
 
 def _leads(tile: Tile, dy: Array, matrix: tuple[Array, ...]) -> Array:

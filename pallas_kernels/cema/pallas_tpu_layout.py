@@ -264,10 +264,14 @@ def _rotated_rows(row: Array, stride: int, count: int) -> Array:
 
 def fold_diagonals(products: Float[Array, "T T"]) -> Float[Array, "8 T"]:
     """Rotates row s left by s, up to the last 7 of it, and adds rows up; `unfold_taps` ends it."""
-    folded = products[:SUBLANES]
-    for first in range(SUBLANES, BLOCK, SUBLANES):
-        folded += pltpu.roll(products[first : first + SUBLANES], BLOCK - first, 1)
-    return folded
+    rows = [products[:SUBLANES]] + [
+        pltpu.roll(products[first : first + SUBLANES], BLOCK - first, 1)
+        for first in range(SUBLANES, BLOCK, SUBLANES)
+    ]
+    # In a tree, so that no sum waits for all rotations before it.
+    while len(rows) > 1:
+        rows = [a + b for a, b in zip(rows[::2], rows[1::2], strict=True)]
+    return rows[0]
 
 
 def unfold_taps(folded: Float[Array, "D 8 T"]) -> Float[Array, "D T"]:
