@@ -181,11 +181,11 @@ def _last_state(
     offset = jnp.arange(BLOCK, dtype=jnp.int32)
     index = jnp.maximum(end.position[:, None] - (BLOCK - 1) + offset, 0)
     tail = jnp.take_along_axis(x, index[..., None], axis=1)
-    tail = jnp.where((offset >= BLOCK - end.length[:, None])[..., None], tail, 0)
+    has_tokens = pieces.is_token.any(axis=(1, 2))[:, None]
+    tail = jnp.where(((offset >= BLOCK - end.length[:, None]) & has_tokens)[..., None], tail, 0)
     decay = jnp.moveaxis(coefficients.powers(params, end.length), -1, 0)
     carried = jnp.where(end.sees_carry[:, None, None], decay * entering, 0)
-    has_tokens = pieces.is_token.any(axis=(1, 2))[:, None, None]
-    return jnp.where(has_tokens, carried + _add_up_tail(tail, params), state)
+    return jnp.where(has_tokens[..., None], carried + _add_up_tail(tail, params), state)
 
 
 @jax.checkpoint
