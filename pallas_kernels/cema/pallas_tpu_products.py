@@ -62,9 +62,7 @@ def read_out(
     products = []
     for c in range(plan.group):
         row = _select([(slot, (c + s) % _SLOTS) for s, slot in enumerate(slots)], plan)
-        weights = _arrange(
-            terms, {(c + s) % _SLOTS: (s // 2, c) for s in range(_SLOTS)}, plan
-        )
+        weights = _arrange(terms, {(c + s) % _SLOTS: (s // 2, c) for s in range(_SLOTS)}, plan)
         products.append(multiply(stack([row], plan), (weights,), (1, 0), plan))
     return products
 

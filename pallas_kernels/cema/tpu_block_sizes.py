@@ -24,11 +24,11 @@ class TpuTile(NamedTuple):
 
 # By `device_kind`.
 TILES = {
-    "TPU v4": TpuTile((2048, 1024), (2, 1), 1, 16 * _MIB),
-    "TPU v5 lite": TpuTile((8192, 4096), (2, 1), 2, 100 * _MIB),
-    "TPU v5": TpuTile((8192, 4096), (2, 1), 2, 60 * _MIB),
-    "TPU v6 lite": TpuTile((8192, 4096), (2, 1), 2, 100 * _MIB),
-    "TPU7x": TpuTile((8192, 4096), (2, 1), 2, 60 * _MIB),
+    "TPU v4": TpuTile((1024, 1024), (4, 2), 1, 16 * _MIB),
+    "TPU v5 lite": TpuTile((16384, 16384), (4, 4), 2, 110 * _MIB),
+    "TPU v5": TpuTile((8192, 8192), (4, 4), 2, 60 * _MIB),
+    "TPU v6 lite": TpuTile((16384, 16384), (4, 4), 2, 110 * _MIB),
+    "TPU7x": TpuTile((8192, 8192), (4, 4), 2, 60 * _MIB),
 }
 _ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
 
