@@ -3,11 +3,11 @@
 x is read and y written once, in (B, L, D) layout; README.md has the algorithm and its cost.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Complex, Float, Int32
 
@@ -23,7 +23,7 @@ from pallas_kernels.cema.pallas_tpu_layout import (
     padded_order,
     to_lanes,
 )
-from pallas_kernels.cema.pallas_tpu_tables import build_tables
+from pallas_kernels.cema.pallas_tpu_tables import TableSeeds, table_seeds
 from pallas_kernels.cema.segments import Pieces, cut_into_pieces, find_row_ends
 from pallas_kernels.cema.tpu_block_sizes import tile_for
 from pallas_kernels.cema.types import CemaOutput, CemaParams
@@ -91,7 +91,6 @@ def _make_plans(
             order=padded_order(params.alpha.shape[1]),
             exact=x.dtype == jnp.float32,
             unroll=1 if interpret else unroll,
-            buffers=tile.buffers,
             vmem_limit=tile.vmem_limit,
             interpret=interpret,
         )
@@ -136,9 +135,15 @@ def _call(
         picked_block = find_row_ends(pieces).position // BLOCK
         documents = _find_documents(pieces, plans)
     order = plans[0].order
-    y, picked = _sequence(x, params, to_lanes(state, order), documents, picked_block, plans)
+    seeds = table_seeds(params)
+    y, picked = _sequence(x, seeds, to_lanes(state, order), documents, picked_block, plans)
     entering = from_lanes(picked, order, shape[2])
-    last = _last_state(x, params, state, entering, pieces, length)
+
+    def add_up(tail: Float[Array, "B T D"]) -> Complex[Array, "B D N"]:
+        added = _add_up_tail(tail, seeds, plans)
+        return from_lanes(added, order, shape[2])
+
+    last = _last_state(x, params, state, entering, pieces, length, add_up)
     return CemaOutput(y[:, :length, :channels], last[:, :channels])
 
 
@@ -169,6 +174,7 @@ def _last_state(
     entering: Array,
     pieces: Pieces | None,
     length: int,
+    add_up: Callable[[Array], Array],
 ) -> Array:
     """The state after each row's last token, from that entering the token's block."""
     if pieces is None:
@@ -176,7 +182,7 @@ def _last_state(
         count = length - start
         decay = coefficients.powers(params, jnp.full(1, count, jnp.int32))[..., 0]
         tail = jnp.pad(x[:, start:length], ((0, 0), (BLOCK - count, 0), (0, 0)))
-        return decay * entering + _add_up_tail(tail, params)
+        return decay * entering + add_up(tail)
     end = find_row_ends(pieces)
     offset = jnp.arange(BLOCK, dtype=jnp.int32)
     index = jnp.maximum(end.position[:, None] - (BLOCK - 1) + offset, 0)
@@ -185,23 +191,26 @@ def _last_state(
     tail = jnp.where(((offset >= BLOCK - end.length[:, None]) & has_tokens)[..., None], tail, 0)
     decay = jnp.moveaxis(coefficients.powers(params, end.length), -1, 0)
     carried = jnp.where(end.sees_carry[:, None, None], decay * entering, 0)
-    return jnp.where(has_tokens[..., None], carried + _add_up_tail(tail, params), state)
+    return jnp.where(has_tokens[..., None], carried + add_up(tail), state)
 
 
-@jax.checkpoint
-def _add_up_tail(tail: Float[Array, "B T D"], params: CemaParams) -> Complex[Array, "B D N"]:
-    order = padded_order(params.alpha.shape[1])
-    to_state = build_tables(params).to_state.reshape(-1, 2, CHANNELS // 2 // order, order, BLOCK)
-    grouped = tail.astype(jnp.float32).reshape(*tail.shape[:2], to_state.shape[0], -1)
-    sums = jnp.einsum("btgc,gkcnt->kbgcn", grouped, to_state, precision=lax.Precision.HIGHEST)
-    flat = sums.reshape(2, tail.shape[0], tail.shape[2], order)[..., : params.alpha.shape[1]]
-    return lax.complex(flat[0], flat[1])
+def _add_up_tail(
+    tail: Float[Array, "B T D"], seeds: TableSeeds, plans: tuple[Plan, Plan]
+) -> Float[Array, "B G 128"]:
+    """What a block of tokens adds to the state after it."""
+    length = BLOCK * _BLOCKS_MULTIPLE
+    forward, backward = (plan._replace(length=length, blocks=_BLOCKS_MULTIPLE) for plan in plans)
+    rows = tail.shape[0]
+    padded = jnp.pad(tail, ((0, 0), (0, length - BLOCK), (0, 0)))
+    zero = jnp.zeros((rows, *seeds.decay.shape), jnp.float32)
+    second_block = jnp.ones(rows, jnp.int32)
+    return _sequence(padded, seeds, zero, None, second_block, (forward, backward))[1]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _sequence(
     x: Float[Array, "B L D"],
-    params: CemaParams,
+    seeds: TableSeeds,
     initial: Float[Array, "B G 128"],
     documents: tuple[Documents, Documents] | None,
     picked_block: Int32[Array, " B"],
@@ -209,26 +218,22 @@ def _sequence(
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B G 128"]]:
     """y and, for every row, the state entering its block `picked_block`."""
     first = documents[0] if documents else None
-    tables = build_tables(params)
-    result = cema_forward(x, tables, initial, first, picked_block, plans[0], save_states=False)
+    result = cema_forward(x, seeds, initial, first, picked_block, plans[0], save_states=False)
     return result.y, result.picked
 
 
-def _sequence_forward(x, params, initial, documents, picked_block, plans):
+def _sequence_forward(x, seeds, initial, documents, picked_block, plans):
     first = documents[0] if documents else None
-    tables = build_tables(params)
-    result = cema_forward(x, tables, initial, first, picked_block, plans[0], save_states=True)
-    return (result.y, result.picked), (x, params, result.states, documents, picked_block)
+    result = cema_forward(x, seeds, initial, first, picked_block, plans[0], save_states=True)
+    return (result.y, result.picked), (x, seeds, result.states, documents, picked_block)
 
 
 def _sequence_backward(plans, residuals, cotangents):
-    x, params, states, documents, picked_block = residuals
-    # Without the barrier the forward pass's tables would be kept until now instead of made again.
-    params, (dy, d_picked) = lax.optimization_barrier((params, cotangents))
-    tables, pull_back = jax.vjp(build_tables, params)
+    x, seeds, states, documents, picked_block = residuals
+    dy, d_picked = cotangents
     second = documents[1] if documents else None
-    grads = cema_backward(x, dy, d_picked, states, tables, second, picked_block, plans[1])
-    return grads.x, pull_back(grads.tables)[0], grads.initial, None, None
+    grads = cema_backward(x, dy, d_picked, states, seeds, second, picked_block, plans[1])
+    return grads.x, grads.seeds, grads.initial, None, None
 
 
 _sequence.defvjp(_sequence_forward, _sequence_backward)

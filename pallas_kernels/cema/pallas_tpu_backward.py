@@ -16,20 +16,26 @@ from pallas_kernels.cema.pallas_tpu_layout import (
     BLOCK,
     BLOCK_STRIDE,
     CHANNELS,
-    HALF,
     LANES,
     Documents,
     Plan,
     multiply,
 )
-from pallas_kernels.cema.pallas_tpu_tables import TpuTables
+from pallas_kernels.cema.pallas_tpu_tables import (
+    MOMENTS,
+    TableSeeds,
+    make_tables,
+    seed_gradients,
+    sum_up_moments,
+    table_scratch,
+)
 
 
 class BackwardResult(NamedTuple):
     """Gradients of what `cema_forward` took."""
 
     x: Float[Array, "B L D"]
-    tables: TpuTables
+    seeds: TableSeeds
     initial: Float[Array, "B G 128"]
 
 
@@ -38,22 +44,26 @@ class _Refs(NamedTuple):
     x: Any
     dy: Any
     states: Any
-    taps: Any
-    to_state: Any
-    from_state: Any
+    factors: Any
+    starts: Any
+    omega: Any
     decay: Any
     d_picked: Any
     dx: Any
     d_initial: Any
-    d_taps: Any
-    d_to_state: Any
-    d_from_state: Any
+    moments: Any
     d_decay: Any
     x_blocks: Any
     dy_blocks: Any
     dx_blocks: Any
     leaving: Any
     d_state: Any
+    to_state: Any
+    from_state: Any
+    taps: Any
+    d_to_state: Any
+    d_from_state: Any
+    d_taps: Any
     cuts: Any = None
     most_cuts: Any = None
     piece: Any = None
@@ -65,7 +75,7 @@ def cema_backward(
     dy: Float[Array, "B L D"],
     d_picked: Float[Array, "B G 128"],
     states: Float[Array, "B J G 128"],
-    tables: TpuTables,
+    seeds: TableSeeds,
     documents: Documents | None,
     picked_block: Int32[Array, " B"],
     plan: Plan,
@@ -77,7 +87,7 @@ def cema_backward(
       dy: gradient of y, in its dtype.
       d_picked: gradient of `picked`.
       states: from the forward kernel, at least as many blocks as the plan has.
-      tables: as in the forward kernel.
+      seeds: as in the forward kernel.
       documents: as in the forward kernel.
       picked_block: as in the forward kernel.
       plan: what the kernel is specialised for.
@@ -89,18 +99,13 @@ def cema_backward(
         "states": frame.block_states(states),
         "d_picked": frame.row_state(d_picked),
     }
-    reversed_taps = jnp.roll(tables.taps[:, ::-1], 1, axis=1)
-    frame.add_tables(tables, reversed_taps)
+    frame.add_seeds(seeds)
     frame.add_outputs(
         dx=frame.sequence(jax.ShapeDtypeStruct(x.shape, x.dtype)),
         d_initial=frame.row_state(jax.ShapeDtypeStruct(d_picked.shape, jnp.float32)),
     )
-    frame.add_table_gradients(
-        d_taps=(tables.taps.shape[0], layout.SUBLANES, BLOCK),
-        d_to_state=tables.to_state.shape,
-        d_from_state=tables.from_state.shape,
-        d_decay=(tables.decay.shape[0], 2, LANES),
-    )
+    groups = seeds.decay.shape[0]
+    frame.add_sums(moments=(groups, MOMENTS, LANES), d_decay=(groups, 2, LANES))
     blocks = pltpu.VMEM((plan.blocks * BLOCK_STRIDE, CHANNELS), jnp.float32)
     scratch = {
         "x_blocks": blocks,
@@ -108,24 +113,16 @@ def cema_backward(
         "dx_blocks": blocks,
         "leaving": pltpu.VMEM((plan.blocks * plan.state_stride, LANES), jnp.float32),
         "d_state": pltpu.VMEM((plan.groups, LANES), jnp.float32),
+        **table_scratch(plan),
+        "d_to_state": pltpu.VMEM((plan.groups, LANES, BLOCK), jnp.float32),
+        "d_from_state": pltpu.VMEM((plan.groups, LANES, BLOCK), jnp.float32),
+        "d_taps": pltpu.VMEM((CHANNELS, layout.SUBLANES, BLOCK), jnp.float32),
     }
     results = frame.call(
         lambda refs: _kernel(refs, plan), _Refs, scratch, name="cema_backward", products=6
     )
-    d_tables = TpuTables(
-        taps=layout.unfold_taps(results["d_taps"]),
-        to_state=results["d_to_state"],
-        from_state=results["d_from_state"],
-        decay=_decay_gradient(results["d_decay"]),
-    )
-    return BackwardResult(results["dx"], d_tables, results["d_initial"])
-
-
-def _decay_gradient(products: Float[Array, "G 2 128"]) -> Float[Array, "G 128"]:
-    same, swapped = products[:, 0], products[:, 1]
-    re = same[:, :HALF] + same[:, HALF:]
-    im = swapped[:, :HALF] - swapped[:, HALF:]
-    return jnp.concatenate([re, im], axis=-1)
+    d_seeds = seed_gradients(results["moments"], results["d_decay"], seeds, plan)
+    return BackwardResult(results["dx"], d_seeds, results["d_initial"])
 
 
 def _kernel(refs: _Refs, plan: Plan) -> None:
@@ -140,6 +137,9 @@ def _kernel(refs: _Refs, plan: Plan) -> None:
     def _start_channels() -> None:
         for ref in (refs.d_taps, refs.d_to_state, refs.d_from_state, refs.d_decay):
             ref[...] = jnp.zeros_like(ref)
+        Tile(refs, plan, row, step, None).for_groups(
+            lambda _, group: make_tables(refs, group, plan, reversed_taps=True)
+        )
 
     layout.load_transposed(refs.x, refs.x_blocks, refs.piece, number, plan)
     layout.load_transposed(refs.dy, refs.dy_blocks, refs.piece, number, plan)
@@ -149,6 +149,12 @@ def _kernel(refs: _Refs, plan: Plan) -> None:
     @pl.when(step == plan.tiles - 1)
     def _finish_row() -> None:
         refs.d_initial[0] = refs.d_state[...]
+
+    @pl.when((step == plan.tiles - 1) & (row == pl.num_programs(1) - 1))
+    def _finish_channels() -> None:
+        Tile(refs, plan, row, step, None).for_groups(
+            lambda _, group: sum_up_moments(refs, group, plan)
+        )
 
 
 def _compute(tile: Tile) -> None:

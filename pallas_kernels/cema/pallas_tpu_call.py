@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
-from pallas_kernels.cema import pallas_tpu_layout as layout
-from pallas_kernels.cema.pallas_tpu_layout import BLOCK, CHANNELS, HALF, LANES, Documents, Plan
-from pallas_kernels.cema.pallas_tpu_tables import TpuTables
+from pallas_kernels.cema.pallas_tpu_layout import BLOCK, CHANNELS, LANES, Documents, Plan
+from pallas_kernels.cema.pallas_tpu_tables import TableSeeds, kernel_inputs
 
 Operand = tuple[Array | jax.ShapeDtypeStruct, pl.BlockSpec]
 
@@ -20,8 +19,8 @@ Operand = tuple[Array | jax.ShapeDtypeStruct, pl.BlockSpec]
 class Frame:
     """Collects a kernel's operands by name and calls it.
 
-    The grid is (channels / 128, rows, tiles): the tables of 128 channels stay in VMEM for all rows
-    and tiles, and tables' gradients add up there.
+    The grid is (channels / 128, rows, tiles): the tables of 128 channels are made once and stay in
+    VMEM for all rows and tiles, and the tables' gradients add up there.
     """
 
     def __init__(
@@ -57,25 +56,15 @@ class Frame:
     def _tile(self, k: Any) -> Any:
         return self.plan.tiles - 1 - k if self.backward else k
 
-    def add_tables(self, tables: TpuTables, taps: Float[Array, "D T"]) -> None:
-        """Adds `tables`, with `taps` in place of its own."""
-        exact = self.plan.exact
-        re, im = tables.decay[:, :HALF], tables.decay[:, HALF:]
-        factors = [jnp.concatenate(pair, axis=-1) for pair in ((re, re), (-im, im))]
-        values = {
-            "taps": layout.pack_taps(taps, exact),
-            "to_state": layout.table_terms(tables.to_state, exact),
-            "from_state": layout.table_terms(tables.from_state, exact),
-            "decay": jnp.stack(factors, axis=1),
-        }
-        for name, value in values.items():
+    def add_seeds(self, seeds: TableSeeds) -> None:
+        """Adds what tables are made from."""
+        for name, value in kernel_inputs(seeds, self.plan).items():
             self.inputs[name] = (value, self._channels_spec(value.shape))
 
     def _channels_spec(self, shape: tuple[int, ...]) -> pl.BlockSpec:
         block = (shape[0] * CHANNELS // self.shape[2], *shape[1:])
         zeros = (0,) * (len(shape) - 1)
-        mode = pl.Buffered(1) if self.plan.buffers == 1 else None
-        return pl.BlockSpec(block, lambda d, b, k, *_: (d, *zeros), pipeline_mode=mode)
+        return pl.BlockSpec(block, lambda d, b, k, *_: (d, *zeros))
 
     def sequence(self, value: Array | jax.ShapeDtypeStruct) -> Operand:
         """(B, L, D)."""
@@ -95,8 +84,8 @@ class Frame:
         """Adds outputs made by the methods above."""
         self.outputs |= outputs
 
-    def add_table_gradients(self, **shapes: tuple[int, ...]) -> None:
-        """Adds float32 outputs that a step of 128 channels adds up over rows and tiles."""
+    def add_sums(self, **shapes: tuple[int, ...]) -> None:
+        """Adds float32 outputs of 128 channels, the same block for all rows and tiles."""
         for name, shape in shapes.items():
             value = jax.ShapeDtypeStruct(shape, jnp.float32)
             self.outputs[name] = (value, self._channels_spec(shape))

@@ -25,7 +25,7 @@ from pallas_kernels.cema.pallas_tpu_layout import (
     Plan,
     multiply,
 )
-from pallas_kernels.cema.pallas_tpu_tables import TpuTables
+from pallas_kernels.cema.pallas_tpu_tables import TableSeeds, make_tables, table_scratch
 
 
 class ForwardResult(NamedTuple):
@@ -45,9 +45,9 @@ class ForwardResult(NamedTuple):
 class _Refs(NamedTuple):
     picked_block: Any
     x: Any
-    taps: Any
-    to_state: Any
-    from_state: Any
+    factors: Any
+    starts: Any
+    omega: Any
     decay: Any
     initial: Any
     y: Any
@@ -56,6 +56,9 @@ class _Refs(NamedTuple):
     y_blocks: Any
     entering: Any
     state: Any
+    to_state: Any
+    from_state: Any
+    taps: Any
     states: Any = None
     cuts: Any = None
     most_cuts: Any = None
@@ -65,7 +68,7 @@ class _Refs(NamedTuple):
 
 def cema_forward(
     x: Float[Array, "B L D"],
-    tables: TpuTables,
+    seeds: TableSeeds,
     initial: Float[Array, "B G 128"],
     documents: Documents | None,
     picked_block: Int32[Array, " B"],
@@ -77,7 +80,7 @@ def cema_forward(
 
     Args:
       x: bfloat16, or float32 if the plan is exact; D a multiple of 128, L at least one tile.
-      tables: from `build_tables`.
+      seeds: from `table_seeds`.
       initial: the state before every row.
       documents: where documents begin and end, or None.
       picked_block: the block of every row whose entering state is wanted.
@@ -86,7 +89,7 @@ def cema_forward(
     """
     frame = Frame(plan, x.shape, picked_block, documents, backward=False)
     frame.inputs |= {"x": frame.sequence(x), "initial": frame.row_state(initial)}
-    frame.add_tables(tables, tables.taps)
+    frame.add_seeds(seeds)
     frame.add_outputs(
         y=frame.sequence(jax.ShapeDtypeStruct(x.shape, x.dtype)),
         picked=frame.row_state(jax.ShapeDtypeStruct(initial.shape, jnp.float32)),
@@ -100,6 +103,7 @@ def cema_forward(
         "y_blocks": blocks,
         "entering": pltpu.VMEM((plan.blocks * plan.state_stride, LANES), jnp.float32),
         "state": pltpu.VMEM((plan.groups, LANES), jnp.float32),
+        **table_scratch(plan),
     }
     results = frame.call(
         lambda refs: _kernel(refs, plan), _Refs, scratch, name="cema_forward", products=3
@@ -110,8 +114,14 @@ def cema_forward(
 def _kernel(refs: _Refs, plan: Plan) -> None:
     row, step = pl.program_id(1), pl.program_id(2)
 
+    @pl.when((row == 0) & (step == 0))
+    def _start_channels() -> None:
+        Tile(refs, plan, row, step, None).for_groups(
+            lambda _, group: make_tables(refs, group, plan, reversed_taps=False)
+        )
+
     @pl.when(step == 0)
-    def _start() -> None:
+    def _start_row() -> None:
         refs.state[...] = refs.initial[0]
 
     layout.load_transposed(refs.x, refs.x_blocks, refs.piece, step, plan)

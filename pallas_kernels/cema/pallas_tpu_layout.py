@@ -34,8 +34,7 @@ class Plan(NamedTuple):
       order: N rounded up to 16 or 32.
       exact: float32 products; otherwise bfloat16 ones, with tables and states in two terms.
       unroll: groups of channels in flight at once.
-      buffers: copies of the tables in VMEM.
-      vmem_limit: bytes of VMEM that a kernel may use.
+          vmem_limit: bytes of VMEM that a kernel may use.
       interpret: as in `pallas_call`.
     """
 
@@ -44,7 +43,6 @@ class Plan(NamedTuple):
     order: int
     exact: bool
     unroll: int
-    buffers: int
     vmem_limit: int
     interpret: bool | pltpu.InterpretParams
 
@@ -197,29 +195,20 @@ def store_transposed(source: Array, target: Array, piece: Array | None, plan: Pl
         target[0, pl.ds(j * BLOCK, BLOCK), :] = block.T.astype(target.dtype)
 
 
-def pack_taps(taps: Float[Array, "D T"], exact: bool) -> Array:
-    """Taps as `toeplitz` reads them: float32, or int32 pairs of bfloat16, high terms then low ones.
+def pack_taps(taps: Float[Array, "8 T"], plan: Plan) -> list[Array]:
+    """Terms of taps as `toeplitz` reads them: float32, or int32 pairs of bfloat16.
 
     A pair holds what two successive rows of the matrix have in one column, which is how the TPU
     stores two rows of bfloat16: the matrix needs no conversion.
     """
-    if exact:
-        return taps[:, None]
-    high, low = split_rounded(taps)
-    terms = jnp.stack([high, low], axis=1)
-    pairs = jnp.stack([terms, jnp.roll(terms, 1, axis=-1)], axis=-1)
-    return lax.bitcast_convert_type(pairs, jnp.int32)
-
-
-def split_rounded(a: Array) -> tuple[Array, Array]:
-    """`split` outside a kernel, where the compiler may drop a conversion there and back."""
-    high = lax.reduce_precision(a, exponent_bits=8, mantissa_bits=7)
-    return high.astype(jnp.bfloat16), (a - high).astype(jnp.bfloat16)
-
-
-def table_terms(table: Float[Array, "G 128 T"], exact: bool) -> Array:
-    """A table as the kernels read it: (G, terms, 128, T)."""
-    return jnp.stack((table,) if exact else split_rounded(table), axis=1)
+    if plan.exact:
+        return [taps]
+    pairs = []
+    for term in split(taps, plan.exact):
+        # A bfloat16 is the upper half of a float32.
+        bits = lax.bitcast_convert_type(term.astype(jnp.float32), jnp.int32)
+        pairs.append(lax.shift_right_logical(bits, 16) | (pltpu.roll(bits, 1, 1) & -0x10000))
+    return pairs
 
 
 def toeplitz_mask(plan: Plan, keep_upper: bool) -> Array:
@@ -263,7 +252,7 @@ def _rotated_rows(row: Array, stride: int, count: int) -> Array:
 
 
 def fold_diagonals(products: Float[Array, "T T"]) -> Float[Array, "8 T"]:
-    """Rotates row s left by s, up to the last 7 of it, and adds rows up; `unfold_taps` ends it."""
+    """Rotates row s left by s but for s % 8, and adds rows up; see `unfold_diagonals`."""
     rows = [products[:SUBLANES]] + [
         pltpu.roll(products[first : first + SUBLANES], BLOCK - first, 1)
         for first in range(SUBLANES, BLOCK, SUBLANES)
@@ -274,9 +263,12 @@ def fold_diagonals(products: Float[Array, "T T"]) -> Float[Array, "8 T"]:
     return rows[0]
 
 
-def unfold_taps(folded: Float[Array, "D 8 T"]) -> Float[Array, "D T"]:
+def unfold_diagonals(folded: Float[Array, "8 T"]) -> Float[Array, "1 T"]:
     """Sums along the diagonals s + τ = t of products that `fold_diagonals` folded."""
-    return sum((jnp.roll(folded[:, s], -s, axis=-1) for s in range(SUBLANES)), jnp.float32(0))
+    sublane = lax.broadcasted_iota(jnp.int32, folded.shape, 0)
+    for bit in (1, 2, 4):
+        folded = jnp.where(sublane & bit, pltpu.roll(folded, BLOCK - bit, 1), folded)
+    return folded.sum(axis=0, keepdims=True)
 
 
 def rotate_half(a: Array) -> Array:
@@ -285,5 +277,5 @@ def rotate_half(a: Array) -> Array:
 
 
 def table_of_group(table: Array, group: Array) -> tuple[Array, ...]:
-    """The terms of one group of `table_terms`."""
+    """The terms of one group's table in scratch."""
     return tuple(table[group, term] for term in range(table.shape[1]))

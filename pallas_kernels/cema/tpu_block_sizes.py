@@ -12,23 +12,21 @@ class TpuTile(NamedTuple):
       tokens: of one grid step, (forward, backward); multiples of 1,024, the second divides the
         first.
       unroll: groups of 4 channels in flight at once, (forward, backward).
-      buffers: copies of the tables in VMEM; 2 load the next channels' tables in the background.
       vmem_limit: bytes that a kernel may use.
     """
 
     tokens: tuple[int, int]
     unroll: tuple[int, int]
-    buffers: int
     vmem_limit: int
 
 
 # By `device_kind`.
 TILES = {
-    "TPU v4": TpuTile((1024, 1024), (4, 2), 1, 16 * _MIB),
-    "TPU v5 lite": TpuTile((16384, 16384), (4, 4), 2, 110 * _MIB),
-    "TPU v5": TpuTile((8192, 8192), (4, 4), 2, 60 * _MIB),
-    "TPU v6 lite": TpuTile((16384, 16384), (4, 4), 2, 110 * _MIB),
-    "TPU7x": TpuTile((8192, 8192), (4, 4), 2, 60 * _MIB),
+    "TPU v4": TpuTile((1024, 1024), (4, 2), 16 * _MIB),
+    "TPU v5 lite": TpuTile((16384, 16384), (4, 4), 110 * _MIB),
+    "TPU v5": TpuTile((8192, 8192), (4, 4), 60 * _MIB),
+    "TPU v6 lite": TpuTile((16384, 16384), (4, 4), 110 * _MIB),
+    "TPU7x": TpuTile((8192, 8192), (4, 4), 60 * _MIB),
 }
 _ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
 
