@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,12 @@ TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6
 # GHz of a core and GB/s of its memory, from Google Cloud's pages on each generation.
 CLOCKS = {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75}
 BANDWIDTHS = {"v4": 1200, "v5e": 819, "v5p": 2765, "v6e": 1640}
-# Bytes of a token's channel that must move, forward and backward: x, y; x, dy, dx, all bfloat16; and
-# one of states, which the kernels keep for the backward pass, in each.
+# Bytes of a token's channel that must move, forward and backward: x, y; x, dy, dx, all bfloat16;
+# and one of states, which the kernels keep for the backward pass, in each.
 FLOOR_BYTES = (5, 7)
+KERNELS = ("cema_forward", "cema_backward")
+# Loops that make tables before all others, and that add up their gradients after them.
+TABLE_LOOPS = ((1, 0), (1, 1))
 ORDER = 16
 # A branch takes effect after so many more bundles.
 _BRANCH_DELAY = 4
@@ -66,10 +69,11 @@ class Schedule(NamedTuple):
     straight: int
     loops: tuple[Loop, ...]
 
-    @property
-    def cycles(self) -> int:
-        """Of a grid step without borders of documents; loops of unknown length count once."""
-        return self.straight + sum(loop.bundles * (loop.trips or 1) for loop in self.loops)
+    def cycles(self, *, first: int, last: int) -> tuple[int, int]:
+        """Of every grid step, and of the first and last loops, which run once for 128 channels."""
+        each = [loop.bundles * (loop.trips or 1) for loop in self.loops]
+        once = sum(each[:first]) + sum(each[len(each) - last :])
+        return self.straight + sum(each) - once, once
 
 
 def read_schedule(text: str) -> Schedule:
@@ -135,7 +139,7 @@ class Estimate(NamedTuple):
 
     Attributes:
       kernel: of the Pallas kernels.
-      around: of what surrounds them: tables and their gradients.
+      around: of what surrounds them.
       xla: of plain JAX doing the same.
       floor: of moving what must be moved.
     """
@@ -163,13 +167,14 @@ def estimate(chip: str, length: int, channels: int, dumps: Path) -> dict[str, Es
     xla = [count_xla_cycles(text) for text in _compile_passes(_cema_xla, device, length, channels)]
     tile = tile_for(device.device_kind)
     cycles = []
-    for name, tokens in zip(("cema_forward", "cema_backward"), tile.tokens, strict=True):
+    for name, tokens, loops in zip(KERNELS, tile.tokens, TABLE_LOOPS, strict=True):
         # The forward kernel is there twice: with and without states for the backward one.
         paths = sorted(dumps.glob(f"*{name}*-final_bundles.txt"))
         path = next(path for path in paths if "schedule-analysis" not in path.name)
-        schedule = read_schedule(path.read_text())
-        print(f"{chip} {name}: {schedule.cycles} cycles for {tokens} tokens, {schedule}")
-        cycles.append(schedule.cycles / tokens * channels / CHANNELS)
+        step, once = read_schedule(path.read_text()).cycles(first=loops[0], last=loops[1])
+        tiles = -(-length // tokens)
+        print(f"{chip} {name}: {step} cycles for {tokens} tokens of 128 channels, once {once}")
+        cycles.append((step * tiles + once) / length * channels / CHANNELS)
     kernels = [cycles[0], cycles[0] + cycles[1]]
     clock, bandwidth = CLOCKS[chip], BANDWIDTHS[chip]
     floors = [sum(FLOOR_BYTES[:n]) * channels / bandwidth for n in (1, 2)]
@@ -191,34 +196,34 @@ def _cema_xla(x: Array, params: CemaParams, state: None, segment_ids: None) -> C
 def _compile_passes(
     implementation: Callable[..., CemaOutput], device: Any, length: int, channels: int
 ) -> tuple[str, str]:
-    """Optimized modules of the forward pass and of the forward and backward pass."""
+    """Optimized modules of the forward pass, and of the forward and the backward pass."""
     sharding = NamedSharding(Mesh(np.array([device]), ("device",)), PartitionSpec())
 
     def shaped(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    def forward(x: Array, params: CemaParams) -> Array:
+    def forward(x: Any, params: CemaParams) -> Any:
         return implementation(x, params, None, None).y
 
-    def both(x: Array, params: CemaParams, cotangent: Array) -> tuple:
+    def both(x: Any, params: CemaParams, cotangent: Any) -> Any:
         y, pull_back = jax.vjp(forward, x, params)
         return y, pull_back(cotangent)
 
     matrix = shaped(channels, ORDER)
     vector = shaped(channels)
-    params = CemaParams(matrix, matrix, vector, shaped(channels, ORDER, 2), vector)
+    gamma = shaped(channels, ORDER, 2)
+    params: Any = CemaParams(*cast(Any, (matrix, matrix, vector, gamma, vector)))
     x = shaped(1, length, channels, dtype=jnp.bfloat16)
     # Without the mesh, Pallas asks the process's own backend what to compile for.
     with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
-        return (
-            jax.jit(forward).lower(x, params).compile().as_text(),
-            jax.jit(both).lower(x, params, x).compile().as_text(),
-        )
+        lowered = (jax.jit(forward).lower(x, params), jax.jit(both).lower(x, params, x))
+    first, second = (each.compile().as_text() or "" for each in lowered)
+    return first, second
 
 
 def main() -> None:
     """Prints a table for every chip asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Cycles of CEMA by the TPU compiler's estimates.")
     parser.add_argument("chips", nargs="*", default=["v5e", "v6e"], help=", ".join(TOPOLOGIES))
     parser.add_argument("--length", type=int, default=16_384)
     parser.add_argument("--channels", type=int, default=4_096)

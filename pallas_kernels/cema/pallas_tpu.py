@@ -25,11 +25,8 @@ from pallas_kernels.cema.pallas_tpu_layout import (
 )
 from pallas_kernels.cema.pallas_tpu_tables import TableSeeds, table_seeds
 from pallas_kernels.cema.segments import Pieces, cut_into_pieces, find_row_ends
-from pallas_kernels.cema.tpu_block_sizes import tile_for
+from pallas_kernels.cema.tpu_block_sizes import SMALLEST_TILE, tile_for
 from pallas_kernels.cema.types import CemaOutput, CemaParams
-
-# The kernels read whole registers of 8 rows, one row a block.
-_BLOCKS_MULTIPLE = 8
 
 
 def cema_pallas_tpu(
@@ -56,7 +53,8 @@ def cema_pallas_tpu(
       interpret: runs the kernels without a TPU, see `pallas_call`.
 
     Raises:
-      ValueError: float64 inputs, a block size that is no multiple of 1,024, or an unknown TPU.
+      ValueError: float64 inputs, a block size that is no multiple of 1,024, an unknown TPU, or N
+        above 16 on TPU v4.
     """
     for name, value in {"x": x, **params._asdict()}.items():
         if value.dtype == jnp.float64:
@@ -79,17 +77,24 @@ def _make_plans(
 ) -> tuple[Plan, Plan]:
     device = None if interpret else _device_kind()
     tile = tile_for(device)
-    multiple = BLOCK * _BLOCKS_MULTIPLE
-    if block_size is not None and block_size % multiple:
-        raise ValueError(f"block_size is {block_size}; needs a multiple of {multiple} tokens")
-    largest = -(-x.shape[1] // multiple) * multiple
-    sizes = tile.tokens if block_size is None else (block_size, block_size)
+    if block_size is not None and (block_size < 1 or block_size % SMALLEST_TILE):
+        raise ValueError(f"block_size is {block_size}; needs a multiple of {SMALLEST_TILE} tokens")
+    exact, order = x.dtype == jnp.float32, padded_order(params.alpha.shape[1])
+    largest = -(-x.shape[1] // SMALLEST_TILE) * SMALLEST_TILE
+    sizes = tile.tokens_for(float32=exact, large_order=order > 16)
+    if device is not None and order > tile.largest_order:
+        raise ValueError(
+            f"the kernels' tables for N = {params.alpha.shape[1]} do not fit into the memory of "
+            f"{device}; N can be up to {tile.largest_order}, or use implementation 'xla'"
+        )
+    if block_size is not None:
+        sizes = (block_size, block_size)
     forward, backward = (
         Plan(
             length=x.shape[1],
             blocks=min(size, largest) // BLOCK,
-            order=padded_order(params.alpha.shape[1]),
-            exact=x.dtype == jnp.float32,
+            order=order,
+            exact=exact,
             unroll=1 if interpret else unroll,
             vmem_limit=tile.vmem_limit,
             interpret=interpret,
@@ -198,8 +203,8 @@ def _add_up_tail(
     tail: Float[Array, "B T D"], seeds: TableSeeds, plans: tuple[Plan, Plan]
 ) -> Float[Array, "B G 128"]:
     """What a block of tokens adds to the state after it."""
-    length = BLOCK * _BLOCKS_MULTIPLE
-    forward, backward = (plan._replace(length=length, blocks=_BLOCKS_MULTIPLE) for plan in plans)
+    length = SMALLEST_TILE
+    forward, backward = (plan._replace(length=length, blocks=length // BLOCK) for plan in plans)
     rows = tail.shape[0]
     padded = jnp.pad(tail, ((0, 0), (0, length - BLOCK), (0, 0)))
     zero = jnp.zeros((rows, *seeds.decay.shape), jnp.float32)

@@ -112,7 +112,7 @@ def test_bfloat16_is_as_good_as_its_output(make_case, outputs_and_gradients, rel
 @pytest.mark.parametrize("kept_document", [5, 6])
 def test_not_a_bit_crosses_a_border(kept_document, make_case):
     case = make_case(3, 1100, 128, 16, with_state=True, segment_ids=PACKED)
-    kept = (PACKED == kept_document)[..., None]
+    kept = (kept_document == PACKED)[..., None]
     # The cotangent of other documents is zero, so parameter gradients must not change either. The
     # state's reaches the last document alone.
     keeps_state = (np.arange(3) == 0) & (kept_document == PACKED[0].max())

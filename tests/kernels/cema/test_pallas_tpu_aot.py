@@ -55,3 +55,8 @@ def test_compiles(chip):
 @pytest.mark.slow
 def test_float32_and_large_orders_compile():
     assert "cema_backward" in compile_gradient("v6e", jnp.float32, 24, packed=False).as_text()
+
+
+def test_tables_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="N can be up to 16"):
+        compile_gradient("v4", jnp.bfloat16, 17, packed=False)
