@@ -140,7 +140,7 @@ def _call(
         picked_block = find_row_ends(pieces).position // BLOCK
         documents = _find_documents(pieces, plans)
     order = plans[0].order
-    seeds = table_seeds(params)
+    seeds = table_seeds(params, (plans[0].tile, plans[1].tile))
     y, picked = _sequence(x, seeds, to_lanes(state, order), documents, picked_block, plans)
     entering = from_lanes(picked, order, shape[2])
 
@@ -203,6 +203,7 @@ def _add_up_tail(
     tail: Float[Array, "B T D"], seeds: TableSeeds, plans: tuple[Plan, Plan]
 ) -> Float[Array, "B G 128"]:
     """What a block of tokens adds to the state after it."""
+    # The row starts from zero and only its first block counts, so decays over a tile play no part.
     length = SMALLEST_TILE
     forward, backward = (plan._replace(length=length, blocks=length // BLOCK) for plan in plans)
     rows = tail.shape[0]

@@ -179,22 +179,30 @@ def _scan_blocks(tile: Tile) -> None:
     d_picked = refs.d_picked[0]
     picked = refs.picked_block[tile.row] - tile.number * plan.blocks
 
-    def go_back(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        d_leaving, d_same, d_swapped = carry
+    def decay(d_leaving: Array) -> Array:
+        return d_leaving * same - layout.rotate_half(d_leaving) * swapped
+
+    def go_back(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        d_leaving, d_same, d_swapped, *alone = carry
         j = plan.blocks - 1 - i
         where = layout.block_states(j, plan)
         added = refs.leaving[where, :] + jnp.where(j == picked, d_picked, 0.0)
         # The gradient of the state after a block takes the place of what the block adds.
         refs.leaving[where, :] = d_leaving
         d_carried = layout.keep(tile.is_whole(j), d_leaving)
-        rotated = layout.rotate_half(d_carried)
         state = refs.states[0, j]
-        d_entering = d_carried * same - rotated * swapped + added
-        return d_entering, d_same + state * d_carried, d_swapped + state * rotated
+        d_same += state * d_carried
+        d_swapped += state * layout.rotate_half(d_carried)
+        return (decay(d_carried) + added, d_same, d_swapped, *map(decay, alone))
 
     zero = jnp.zeros((plan.groups, LANES), jnp.float32)
-    start = (refs.d_state[...], zero, zero)
-    refs.d_state[...], d_same, d_swapped = lax.fori_loop(0, plan.blocks, go_back, start)
+    last = refs.d_state[...]
+    carry = (last, zero, zero, last) if tile.corrects_decay else (last, zero, zero)
+    first, d_same, d_swapped, *alone = lax.fori_loop(0, plan.blocks, go_back, carry)
+    if alone:
+        tile_decay = last * refs.decay[:, 2, :] - layout.rotate_half(last) * refs.decay[:, 3, :]
+        first += tile_decay - alone[0]
+    refs.d_state[...] = first
     refs.d_decay[:, 0, :] += d_same
     refs.d_decay[:, 1, :] += d_swapped
 

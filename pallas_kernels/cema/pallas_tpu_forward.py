@@ -147,17 +147,27 @@ def _scan_blocks(tile: Tile) -> None:
     refs, plan = tile.refs, tile.plan
     same, swapped = refs.decay[:, 0, :], refs.decay[:, 1, :]
 
-    def advance(j: Array, state: Array) -> Array:
+    def decay(state: Array) -> Array:
+        return state * same + layout.rotate_half(state) * swapped
+
+    def advance(j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        state, *alone = carry
         where = layout.block_states(j, plan)
         added = refs.entering[where, :]
         # A state takes the place of what its block adds.
         refs.entering[where, :] = state
         if refs.states is not None:
             refs.states[0, j] = state
-        carried = state * same + layout.rotate_half(state) * swapped
-        return layout.keep(tile.is_whole(j), carried) + added
+        carried = layout.keep(tile.is_whole(j), decay(state))
+        return (carried + added, *map(decay, alone))
 
-    refs.state[...] = lax.fori_loop(0, plan.blocks, advance, refs.state[...])
+    start = refs.state[...]
+    carry = (start, start) if tile.corrects_decay else (start,)
+    end, *alone = lax.fori_loop(0, plan.blocks, advance, carry)
+    if alone:
+        tile_decay = start * refs.decay[:, 2, :] + layout.rotate_half(start) * refs.decay[:, 3, :]
+        end += tile_decay - alone[0]
+    refs.state[...] = end
     picked = refs.picked_block[tile.row]
 
     @pl.when(picked // plan.blocks == tile.number)

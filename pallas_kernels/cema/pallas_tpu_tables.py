@@ -36,6 +36,7 @@ class TableSeeds(NamedTuple):
       omega: added to the tap of lag 0.
       decay: q^T.
       factors: q, q^2, q^4, ... q^64 and a row of 0; the derivative in them goes to `q`.
+      tile_decays: q to the tokens of a forward and of a backward tile; no derivative.
     """
 
     to_state: Float[Array, "G 128"]
@@ -45,13 +46,14 @@ class TableSeeds(NamedTuple):
     omega: Float[Array, " D"]
     decay: Float[Array, "G 128"]
     factors: Float[Array, "G 8 128"]
+    tile_decays: Float[Array, "2 G 128"]
 
 
-def table_seeds(params: CemaParams) -> TableSeeds:
-    """Seeds of all channels; D is a multiple of 128."""
+def table_seeds(params: CemaParams, tiles: tuple[int, int]) -> TableSeeds:
+    """Seeds of all channels; D is a multiple of 128, `tiles` are tokens, forward and backward."""
     order = layout.padded_order(params.alpha.shape[1])
-    exponents = jnp.asarray([2**bit for bit in range(_BITS + 1)], jnp.int32)
-    powers = coefficients.powers(params, exponents)
+    exponents = [*(2**bit for bit in range(_BITS + 1)), *tiles]
+    powers = coefficients.powers(params, jnp.asarray(exponents, jnp.int32))
     q = powers[..., 0]
     p = coefficients.input_weight(params)
     gamma = coefficients.output_weight(params)
@@ -63,23 +65,27 @@ def table_seeds(params: CemaParams) -> TableSeeds:
         taps=layout.to_lanes(gamma * p, order),
         q=layout.to_lanes(q, order),
         omega=params.omega,
-        decay=layout.to_lanes(powers[..., -1], order),
+        decay=layout.to_lanes(powers[..., _BITS], order),
         factors=factors,
+        tile_decays=lax.stop_gradient(
+            jnp.stack([layout.to_lanes(powers[..., i], order) for i in (-2, -1)])
+        ),
     )
 
 
-def kernel_inputs(seeds: TableSeeds, plan: Plan) -> dict[str, Array]:
-    """Seeds as inputs of a kernel, by name."""
+def kernel_inputs(seeds: TableSeeds, plan: Plan, *, backward: bool) -> dict[str, Array]:
+    """Seeds as inputs of a kernel, by name; decays of a block and of a tile."""
     starts = [seeds.to_state, seeds.from_state, seeds.taps]
     omega = seeds.omega.reshape(-1, plan.group, 1)
-    re, im = seeds.decay[:, :HALF], seeds.decay[:, HALF:]
+    factors = []
+    for decay in (seeds.decay, seeds.tile_decays[int(backward)]):
+        re, im = decay[:, :HALF], decay[:, HALF:]
+        factors += [jnp.concatenate(pair, axis=-1) for pair in ((re, re), (-im, im))]
     return {
         "factors": seeds.factors,
         "starts": _pad_rows(jnp.stack(starts, axis=1)),
         "omega": jnp.pad(omega, ((0, 0), (0, SUBLANES - plan.group), (0, BLOCK - 1))),
-        "decay": jnp.stack(
-            [jnp.concatenate([re, re], axis=-1), jnp.concatenate([-im, im], axis=-1)], axis=1
-        ),
+        "decay": jnp.stack(factors, axis=1),
     }
 
 
@@ -218,6 +224,7 @@ def seed_gradients(
         omega=moments[:, 10 : 10 + plan.group, 0].reshape(-1),
         decay=_conjugate_product(decay[:, 0], decay[:, 1]),
         factors=jnp.zeros_like(seeds.factors),
+        tile_decays=jnp.zeros_like(seeds.tile_decays),
     )
 
 
