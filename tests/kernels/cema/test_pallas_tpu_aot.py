@@ -22,7 +22,7 @@ TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6
 def compile_gradient(chip: str, dtype: Any, order: int, *, packed: bool) -> Any:
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
     sharding = NamedSharding(Mesh(np.array([device]), ("device",)), PartitionSpec())
-    rows, length, channels = 2, 16_000, 256
+    rows, length, channels = 2, 4_000 if packed else 16_000, 256
 
     def shaped(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
