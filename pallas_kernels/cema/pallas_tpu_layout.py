@@ -34,7 +34,7 @@ class Plan(NamedTuple):
       order: N rounded up to 16 or 32.
       exact: float32 products; otherwise bfloat16 ones, with tables and states in two terms.
       unroll: groups of channels in flight at once.
-          vmem_limit: bytes of VMEM that a kernel may use.
+      vmem_limit: bytes of VMEM that a kernel may use.
       interpret: as in `pallas_call`.
     """
 
