@@ -1,0 +1,43 @@
+"""Cycles are read right from what the TPU compiler writes."""
+
+from megalodon_jax.bench.tpu_estimates import Loop, count_xla_cycles, read_schedule
+
+# Two bundles of the grid's loop, a loop of 5 + 4 bundles that runs 32 / 4 times, the grid's end.
+SCHEDULE = """
+     0   :  { %1 = vsyncpa [#allocation9], 0 }
+  0x18 LB: > { %s2 = sphi %s1, %s9 }
+  0x19   : > { %s3 = smov 0 }
+  0x1a LB: >> { %s10_s1 = sphi %s3, %s11_s1 }
+  0x1b   : >> { %s11_s1 = sadd.s32 4, %s10_s1 }
+  0x1c   : >> { %p5 = scmp.ge.s32.totalorder %s11_s1, 32 /* loop exit test */ }
+  0x1d   :  {}
+  0x1e   : >> { %12 = sbr.rel (!%p5) target = $region4 }
+  0x1f   : >> { }
+  0x20   : >> { }
+  0x21   : >> { }
+  0x22   : >> { %v7 = vadd.f32 %v6, %v5 }
+  0x23   : > { %s9_s2 = sadd.s32 1, %s2 }
+  0x24   : > { %p8 = scmp.ge.s32.totalorder %s9_s2, 18 /* loop exit test */ }
+  0x25   : > { %13 = sbr.rel (!%p8) target = $region1 }
+"""
+MODULE = """
+%body (p: (s32[])) -> (s32[]) {
+  %a = f32[] add(%x, %y), backend_config={"estimated_cycles":"10"}
+}
+ENTRY %main (x: f32[]) -> f32[] {
+  %w = (s32[]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"8"}}
+  %k = f32[] custom-call(%x), backend_config={"estimated_cycles":"1000"}
+  ROOT %f = f32[] fusion(%x), kind=kLoop, backend_config={"estimated_cycles":"7"}
+}
+"""
+
+
+def test_loops_count_with_their_trips():
+    schedule = read_schedule(SCHEDULE)
+    assert schedule.loops == (Loop(bundles=9, trips=8),)
+    assert schedule.cycles(first=0, last=0) == (schedule.straight + 72, 0)
+    assert schedule.cycles(first=1, last=0) == (schedule.straight, 72)
+
+
+def test_plain_operations_count_without_kernels():
+    assert count_xla_cycles(MODULE) == 8 * 10 + 7
