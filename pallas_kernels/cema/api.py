@@ -7,12 +7,14 @@ from jaxtyping import Array, Complex, Float, Int32
 
 from pallas_kernels.cema.block_sizes import SHORTEST_KERNEL_LENGTH
 from pallas_kernels.cema.mosaic_gpu import cema_mosaic_gpu
+from pallas_kernels.cema.pallas_tpu import cema_pallas_tpu
 from pallas_kernels.cema.reference import cema_reference
+from pallas_kernels.cema.tpu_block_sizes import TPUS_FASTER_THAN_XLA
 from pallas_kernels.cema.types import CemaOutput, CemaParams
 from pallas_kernels.cema.xla import cema_xla
 from pallas_kernels.target import find_target
 
-Implementation = Literal["reference", "xla", "mosaic_gpu"]
+Implementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
 LARGEST_ORDER = 32
 
 
@@ -40,9 +42,10 @@ def cema(
         alone. A document's tokens stand together. Every document but the row's first starts from
         zero, the first from `state`. None: one document, no padding.
       implementation: "reference", the recurrence; "xla", for every platform; "mosaic_gpu", kernels
-        for NVIDIA Hopper; or None for the fastest known on the platform.
-      block_size: tokens of a block in "xla", of what one warpgroup works on in "mosaic_gpu", there
-        a multiple of 32; a measured choice if None.
+        for NVIDIA Hopper; "pallas_tpu", kernels for TPU; or None for the fastest known here.
+      block_size: tokens of a block in "xla"; of what a warpgroup works on in "mosaic_gpu", a
+        multiple of 32; of a step of the grid in "pallas_tpu", a multiple of 1,024; if None a
+        measured choice (README.md).
 
     Returns:
       y in x's dtype; the state after each row's last token that is not padding.
@@ -64,6 +67,8 @@ def cema(
         implementation = _choose_implementation(x, params)
     if implementation == "mosaic_gpu":
         return cema_mosaic_gpu(x, params, state, segment_ids, split=block_size)
+    if implementation == "pallas_tpu":
+        return cema_pallas_tpu(x, params, state, segment_ids, block_size=block_size)
     if implementation == "reference":
         if block_size is not None:
             raise ValueError("implementation 'reference' has no blocks; leave block_size out")
@@ -72,10 +77,17 @@ def cema(
 
 
 def _choose_implementation(x: Array, params: CemaParams) -> Implementation:
-    """What was measured to be the fastest; for float32 x on a GPU the more exact one, `xla`."""
-    target, length = find_target(), x.shape[1]
-    if target.is_hopper and x.dtype == jnp.bfloat16 and params.alpha.dtype == jnp.float32:
-        return "mosaic_gpu" if length >= SHORTEST_KERNEL_LENGTH else "xla"
+    """The fastest by measurement (GPU) or by the compiler's estimate (TPU); README.md has both.
+
+    For float32 x on a GPU the more exact one: `xla` keeps the last bits of a long memory.
+    """
+    target = find_target()
+    if x.shape[1] < SHORTEST_KERNEL_LENGTH or params.alpha.dtype == jnp.float64:
+        return "xla"
+    if target.is_hopper and x.dtype == jnp.bfloat16:
+        return "mosaic_gpu"
+    if target.platform == "tpu" and target.kind in TPUS_FASTER_THAN_XLA:
+        return "pallas_tpu"
     return "xla"
 
 

@@ -6,5 +6,5 @@ XLA_BLOCK_SIZE = 32
 SCAN_FAN_IN = 8
 # Calls of at most this many tokens step through the recurrence; decoding is one token.
 STEPPED_LENGTH = 4
-# Calls of fewer tokens take `xla` on a GPU even where there is a kernel.
-SHORTEST_KERNEL_LENGTH = 64
+# Calls of fewer tokens take `xla` even where there is a kernel: kernels work on whole tiles.
+SHORTEST_KERNEL_LENGTH = 128

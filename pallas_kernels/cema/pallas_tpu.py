@@ -27,6 +27,7 @@ from pallas_kernels.cema.pallas_tpu_tables import TableSeeds, table_seeds
 from pallas_kernels.cema.segments import Pieces, cut_into_pieces, find_row_ends
 from pallas_kernels.cema.tpu_block_sizes import SMALLEST_TILE, tile_for
 from pallas_kernels.cema.types import CemaOutput, CemaParams
+from pallas_kernels.target import find_target, is_interpreted
 
 
 def cema_pallas_tpu(
@@ -36,7 +37,7 @@ def cema_pallas_tpu(
     segment_ids: Int32[Array, "B L"] | None,
     *,
     block_size: int | None = None,
-    interpret: bool | pltpu.InterpretParams = False,
+    interpret: bool | pltpu.InterpretParams | None = None,
 ) -> CemaOutput:
     """`api.cema` by Pallas kernels for TPU; differentiable in reverse mode.
 
@@ -50,17 +51,19 @@ def cema_pallas_tpu(
       segment_ids: as in `api.cema`.
       block_size: tokens of one grid step, a multiple of 1,024; that of `tpu_block_sizes` for the
         device if None.
-      interpret: runs the kernels without a TPU, see `pallas_call`.
+      interpret: runs the kernels without a TPU, see `pallas_call`; by default inside
+        `target.interpreted`.
 
     Raises:
-      ValueError: float64 inputs, a block size that is no multiple of 1,024, an unknown TPU, or N
-        above 16 on TPU v4.
+      ValueError: float64 inputs, a block size that is no multiple of 1,024, no TPU or an unknown
+        one, or N above 16 on TPU v4.
     """
     for name, value in {"x": x, **params._asdict()}.items():
         if value.dtype == jnp.float64:
             raise ValueError(
                 f"{name} is float64, which TPUs lack; use implementation 'xla' or 'reference'"
             )
+    interpret = is_interpreted() if interpret is None else interpret
     plans = _make_plans(x, params, block_size, interpret)
     if segment_ids is None:
         return _call(x, params, state, None, plans)
@@ -104,10 +107,14 @@ def _make_plans(
     return forward, backward
 
 
-def _device_kind() -> str | None:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
-    return kind if kind.startswith("TPU") else None
+def _device_kind() -> str:
+    target = find_target()
+    if target.platform != "tpu":
+        raise ValueError(
+            f"pallas_tpu needs a TPU, this is {target.platform} ({target.kind}); use "
+            "implementation 'xla', or None for the best one here"
+        )
+    return target.kind
 
 
 def _roll(a: Array, lead: Array) -> Array:

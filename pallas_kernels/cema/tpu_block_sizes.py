@@ -38,6 +38,8 @@ TILES = {
     "TPU v6 lite": TpuTile((16384, 16384), (4, 4), 110 * _MIB),
     "TPU7x": TpuTile((8192, 8192), (4, 4), 60 * _MIB),
 }
+# Where the compiler's estimate is well below that of `xla`: not on v4, nor where nothing is known.
+TPUS_FASTER_THAN_XLA = ("TPU v5 lite", "TPU v5", "TPU v6 lite")
 _ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
 
 

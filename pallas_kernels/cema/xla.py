@@ -105,12 +105,13 @@ def _packed(
     offset = jnp.arange(block_size, dtype=jnp.int32)
     index = jnp.maximum(end.position[:, None] - (block_size - 1) + offset, 0)
     tail = jnp.take_along_axis(x, index[..., None], axis=1).astype(tables.taps.dtype)
-    tail = jnp.where((offset >= block_size - end.length[:, None])[..., None], tail, 0)
+    has_tokens = pieces.is_token.any(axis=(1, 2))[:, None]
+    is_in_piece = (offset >= block_size - end.length[:, None]) & has_tokens
+    tail = jnp.where(is_in_piece[..., None], tail, 0)
     decay = jnp.moveaxis(powers[..., end.length], -1, 0)
     carried = jnp.where(end.sees_carry[:, None, None], decay * _rows_first(entering), 0)
-    has_tokens = pieces.is_token.any(axis=(1, 2))[:, None, None]
     final = carried + _add_up_tail(tail, tables.to_state)
-    return CemaOutput(y, jnp.where(has_tokens, final, state))
+    return CemaOutput(y, jnp.where(has_tokens[..., None], final, state))
 
 
 def _add_up_tail(tail: Array, to_state: Array) -> Array:
