@@ -107,7 +107,8 @@ def runnable(request: pytest.FixtureRequest) -> Iterator[None]:
     # Kernels work on whole tiles.
     sizes = {**arguments, "length": max(arguments.get("length", 1), 64)}
     work = math.prod(sizes.get(name, 1) for name in ("rows", "length", "order"))
-    if work > INTERPRETED_WORK:
+    device_only = request.node.get_closest_marker("device_only") is not None
+    if work > INTERPRETED_WORK or device_only:
         pytest.skip(f"too long for an interpreter; needs a {platform}")
     with interpreted():
         yield

@@ -12,6 +12,9 @@ from pallas_kernels.cema import CemaParams, cema
 EXACT = ["reference", "xla"]
 KERNELS = ["mosaic_gpu", "pallas_tpu"]
 IMPLEMENTATIONS = EXACT + KERNELS
+# The TPU's interpreter takes half a minute for some of these; test_pallas_tpu.py shares one
+# compiled function between its own tests of the same.
+COSTLY = [*EXACT, "mosaic_gpu", pytest.param("pallas_tpu", marks=pytest.mark.device_only)]
 # Largest relative error of outputs and of gradients, float32.
 TOLERANCES = {"xla": (5e-7, 3e-6), "mosaic_gpu": (3e-6, 1e-5), "pallas_tpu": (5e-7, 3e-6)}
 
@@ -105,7 +108,7 @@ def test_recurrence_written_out_in_numpy(
     assert relative_error(got["state"], h) <= 1e-13
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", COSTLY)
 def test_pieces_with_carried_state_equal_one_call(implementation, make_case, relative_error):
     case = make_case(2, 140, 3, 4, with_state=True)
     params = CemaParams(*(jnp.asarray(value, jnp.float32) for value in case.params))
@@ -123,7 +126,7 @@ def test_pieces_with_carried_state_equal_one_call(implementation, make_case, rel
     assert relative_error(np.asarray(state), np.asarray(whole.state)) <= 1e-6
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", COSTLY)
 def test_packed_documents_equal_documents_alone(
     implementation, make_case, outputs_and_gradients, relative_error
 ):
@@ -173,7 +176,7 @@ def test_nothing_crosses_a_border(implementation, make_case, outputs_and_gradien
     assert not quiet_out["dstate"].any()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", COSTLY)
 def test_padding_leaves_the_state_alone(implementation, make_case, relative_error):
     case = make_case(2, 50, 3, 4, with_state=True)
     params = CemaParams(*(jnp.asarray(value, jnp.float32) for value in case.params))
@@ -190,7 +193,7 @@ def test_padding_leaves_the_state_alone(implementation, make_case, relative_erro
     assert not np.asarray(out.y[0, :7]).any()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", COSTLY)
 def test_padding_gives_no_gradient_whatever_it_holds(
     implementation, make_case, outputs_and_gradients
 ):
@@ -220,7 +223,9 @@ def test_bfloat16_input_is_computed_in_float32(implementation, make_case, relati
     full = call(x.astype(jnp.float32), params)
     assert low.y.dtype == jnp.bfloat16
     assert low.state.dtype == jnp.complex64
-    assert relative_error(np.asarray(low.state), np.asarray(full.state)) <= 1e-6
+    # On TPU, tables in two bfloat16 terms.
+    allowed = 5e-6 if implementation == "pallas_tpu" else 1e-6
+    assert relative_error(np.asarray(low.state), np.asarray(full.state)) <= allowed
     rounded = np.asarray(full.y.astype(jnp.bfloat16), np.float32)
     assert relative_error(np.asarray(low.y, np.float32), rounded) <= 1e-4
 

@@ -93,3 +93,41 @@ def test_angles_differentiate_like_the_plain_formula():
     )
     for slope, want in zip(got, jax.jacobian(plain)(theta), strict=True):
         np.testing.assert_allclose(slope, want, rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.device_only
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "pallas_tpu"])
+@pytest.mark.parametrize("distance", [None, 1e-3])
+@pytest.mark.parametrize("signal", ["noise", "constant"])
+def test_bfloat16_kernels_add_little_to_the_rounding_of_their_output(
+    implementation, distance, signal
+):
+    rng = np.random.default_rng()
+    params = parameters(distance, rng)
+    noise = rng.normal(size=(LENGTH, CHANNELS))
+    x = jnp.asarray(noise if signal == "noise" else np.ones_like(noise), jnp.bfloat16)
+    want = recurrence(np.asarray(x, np.float64), params)
+    rounded = np.asarray(jnp.asarray(want, jnp.bfloat16), np.float64)
+    cotangent = jnp.asarray(rng.normal(size=x.shape), jnp.bfloat16)
+
+    def run(name, dtype):
+        def y(x, params):
+            return cema(x[None].astype(dtype), params, implementation=name).y[0]
+
+        arguments = x, CemaParams(*(jnp.asarray(value) for value in params))
+        out, pull_back = jax.jit(lambda *a: jax.vjp(y, *a))(*arguments)
+        return np.asarray(out, np.float64), jax.jit(pull_back)(cotangent.astype(dtype))[1]
+
+    got, gradients = run(implementation, jnp.bfloat16)
+    error = np.sqrt(((got - want) ** 2).mean(0) / (want**2).mean(0))
+    allowed = 1.15 * np.sqrt(((rounded - want) ** 2).mean(0) / (want**2).mean(0))
+    print(f"error over rounding: {(1.15 * error / allowed).max():.4f}")
+    # A constant output may round to itself in a channel: then its neighbours say how much is much.
+    assert np.median(error / allowed) <= 1
+    assert np.sqrt((error**2).mean()) <= np.sqrt((allowed**2).mean())
+    _, exact = run("xla", jnp.float32)
+    for name, value in gradients._asdict().items():
+        right = np.asarray(getattr(exact, name))
+        error = np.linalg.norm(np.asarray(value) - right) / np.linalg.norm(right)
+        print(f"gradient of {name}: {error:.1e}")
+        assert error <= 1e-4, name
