@@ -70,7 +70,7 @@ class _Kept(NamedTuple):
     segment_ids: Array | None
     documents: Documents | None
     tables: list[Tables]
-    entering: list[Array]
+    entering: list[Array | None]
 
 
 def cema_mosaic_gpu(
@@ -146,10 +146,10 @@ def _cema(
     state: Array | None,
     segment_ids: Array | None,
 ) -> CemaOutput:
-    return _forward(options, x, params, state, segment_ids)[0]
+    return _forward(options, x, params, state, segment_ids, with_entering=False)[0]
 
 
-def _forward(options, x, params, state, segment_ids):
+def _forward(options, x, params, state, segment_ids, *, with_entering):
     documents = None if segment_ids is None else _find_documents(segment_ids, options.split)
     unit = jnp.maximum(coefficients.input_weight(params), _SMALLEST_WEIGHT)
     groups = _order_groups(params.alpha.shape[1])
@@ -164,6 +164,7 @@ def _forward(options, x, params, state, segment_ids):
             documents,
             _geometry(options, x, group),
             out_dtype=x.dtype if len(groups) == 1 else jnp.float32,
+            with_entering=with_entering,
             interpret=options.interpret,
         )
         outputs.append(y)
@@ -180,7 +181,7 @@ def _forward(options, x, params, state, segment_ids):
 
 
 def _forward_rule(options, *primals):
-    return _forward(options, *custom_vjp_primal_tree_values(primals))
+    return _forward(options, *custom_vjp_primal_tree_values(primals), with_entering=True)
 
 
 def _backward_rule(options, kept, cotangents):

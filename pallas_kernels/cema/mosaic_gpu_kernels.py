@@ -225,7 +225,8 @@ def _output_kernel(split, stage, x, operands, results, *, geometry: Geometry):
     if operands.initial is not None:
         h = recurrence.load_complex(operands.initial.at[place.row], order, channels)
     h = _fold(h, operands, place, geometry, backward=False)
-    recurrence.store_complex(entering.at[place.row, split], channels, h)
+    if entering is not None:
+        recurrence.store_complex(entering.at[place.row, split], channels, h)
     load_system = partial(recurrence.load_system, tables, order, channels)
     system = load_system()
     readers = recurrence.load_readers(tables, system, order, channels)
@@ -316,12 +317,14 @@ def run_forward(
     geometry: Geometry,
     *,
     out_dtype: Any,
+    with_entering: bool,
     interpret: Any,
-) -> tuple[Float[Array, "B L D"], Float[Array, "B 2 N D"], Float[Array, "B S 2 N D"]]:
+) -> tuple[Float[Array, "B L D"], Float[Array, "B 2 N D"], Float[Array, "B S 2 N D"] | None]:
     """y, the last state of every row and the state entering every split, states in units of p.
 
     The last state of a packed row without tokens is undefined.
     """
+    entering = _per_channel(geometry, geometry.splits, 2, geometry.order)
     operands = _Operands(tables, documents, initial)
     summaries = _summarize(x, operands, geometry, interpret, backward=False)
     return streams.launch(
@@ -330,7 +333,7 @@ def run_forward(
         (
             jax.ShapeDtypeStruct(x.shape, out_dtype),
             _per_channel(geometry, 2, geometry.order),
-            _per_channel(geometry, geometry.splits, 2, geometry.order),
+            entering if with_entering else None,
         ),
         name="cema_outputs",
         grid=(geometry.blocks, geometry.splits, geometry.rows),

@@ -19,8 +19,9 @@ CHANNELS = 128
 TILE = 32
 # Tiles of every streamed array in shared memory.
 BUFFERS = 2
-# Tokens that are loaded ahead together.
+# Tokens that are loaded ahead together (8 were no faster), and tokens of a group with a border.
 UNROLL = 4
+GROUP = 4
 _LANES = plgpu.Layout.WG_STRIDED((CHANNELS,), vec_size=1)
 
 Lanes = Any  # float32 (CHANNELS,) in registers, one number per thread
@@ -65,9 +66,9 @@ class Borders(NamedTuple):
         return (self.starts == 0) & (self.dead == 0) & (self.event < 0)
 
     def is_plain_from(self, lowest: Any) -> Any:
-        """The same of the UNROLL tokens from `lowest` on."""
-        bits = lax.shift_right_logical(self.starts | self.dead, lowest) & (2**UNROLL - 1)
-        return (bits == 0) & ((self.event < lowest) | (self.event >= lowest + UNROLL))
+        """The same of the GROUP tokens from `lowest` on."""
+        bits = lax.shift_right_logical(self.starts | self.dead, lowest) & (2**GROUP - 1)
+        return (bits == 0) & ((self.event < lowest) | (self.event >= lowest + GROUP))
 
 
 def load(ref: Any, *index: Any) -> Lanes:
@@ -248,15 +249,15 @@ class Walk(NamedTuple):
         """Index in the tile of the walk's i-th token."""
         return TILE - 1 - i if self.backward else i
 
-    def load_group(self, first: Any) -> list[list[Lanes]]:
-        """UNROLL tokens of every tile read."""
-        group = range(UNROLL)
+    def load_group(self, first: Any, count: int) -> list[list[Lanes]]:
+        """Some tokens of every tile read."""
+        group = range(count)
         return [[load(ref, self.position(first + u)) for u in group] for ref in self.read]
 
     def advance_group(self, first: Any, carry: Any, group: list[list[Lanes]]) -> Any:
         """Takes the steps through a loaded group."""
         group = [[token.astype(jnp.float32) for token in tokens] for tokens in group]
-        for u in range(0, UNROLL, self.tokens):
+        for u in range(0, len(group[0]), self.tokens):
             carry, results = self.step(carry, [tokens[u : u + self.tokens] for tokens in group])
             for ref, values in zip(self.written, results, strict=True):
                 for v, value in enumerate(values):
@@ -270,10 +271,10 @@ class Walk(NamedTuple):
             carry, group = state
             first = i * UNROLL
             # The next tokens are on their way while these are worked on.
-            after = self.load_group(lax.min(first + UNROLL, TILE - UNROLL))
+            after = self.load_group(lax.min(first + UNROLL, TILE - UNROLL), UNROLL)
             return self.advance_group(first, carry, group), after
 
-        state = carry, self.load_group(jnp.int32(0))
+        state = carry, self.load_group(jnp.int32(0), UNROLL)
         return lax.fori_loop(0, TILE // UNROLL, body, state)[0]
 
     def through_borders(
@@ -310,15 +311,15 @@ class Walk(NamedTuple):
             return restarted(carry) if self.backward else carry
 
         def body(i, carry):
-            first = i * UNROLL
-            lowest = self.position(first + UNROLL - 1) if self.backward else first
+            first = i * GROUP
+            lowest = self.position(first + GROUP - 1) if self.backward else first
 
             def plain(carry):
-                return self.advance_group(first, carry, self.load_group(first))
+                return self.advance_group(first, carry, self.load_group(first, GROUP))
 
             def bordered(carry):
-                return lax.fori_loop(first, first + UNROLL, take_token, carry)
+                return lax.fori_loop(first, first + GROUP, take_token, carry)
 
             return lax.cond(borders.is_plain_from(lowest), plain, bordered, carry)
 
-        return lax.fori_loop(0, TILE // UNROLL, body, carry)
+        return lax.fori_loop(0, TILE // GROUP, body, carry)

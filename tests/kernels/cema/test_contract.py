@@ -10,11 +10,10 @@ import pytest
 from pallas_kernels.cema import CemaParams, cema
 
 EXACT = ["reference", "xla"]
-KERNELS = ["mosaic_gpu", "pallas_tpu"]
-IMPLEMENTATIONS = EXACT + KERNELS
-# The TPU's interpreter takes half a minute for some of these; test_pallas_tpu.py shares one
-# compiled function between its own tests of the same.
-COSTLY = [*EXACT, "mosaic_gpu", pytest.param("pallas_tpu", marks=pytest.mark.device_only)]
+# The TPU's interpreter takes half a minute for some of these: on a CPU, test_pallas_tpu.py asks the
+# same of functions compiled once.
+KERNELS = ["mosaic_gpu", pytest.param("pallas_tpu", marks=pytest.mark.device_only)]
+IMPLEMENTATIONS = [*EXACT, *KERNELS]
 # Largest relative error of outputs and of gradients, float32.
 TOLERANCES = {"xla": (5e-7, 3e-6), "mosaic_gpu": (3e-6, 1e-5), "pallas_tpu": (5e-7, 3e-6)}
 
@@ -108,7 +107,7 @@ def test_recurrence_written_out_in_numpy(
     assert relative_error(got["state"], h) <= 1e-13
 
 
-@pytest.mark.parametrize("implementation", COSTLY)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_pieces_with_carried_state_equal_one_call(implementation, make_case, relative_error):
     case = make_case(2, 140, 3, 4, with_state=True)
     params = CemaParams(*(jnp.asarray(value, jnp.float32) for value in case.params))
@@ -126,7 +125,7 @@ def test_pieces_with_carried_state_equal_one_call(implementation, make_case, rel
     assert relative_error(np.asarray(state), np.asarray(whole.state)) <= 1e-6
 
 
-@pytest.mark.parametrize("implementation", COSTLY)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_packed_documents_equal_documents_alone(
     implementation, make_case, outputs_and_gradients, relative_error
 ):
@@ -176,7 +175,7 @@ def test_nothing_crosses_a_border(implementation, make_case, outputs_and_gradien
     assert not quiet_out["dstate"].any()
 
 
-@pytest.mark.parametrize("implementation", COSTLY)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_padding_leaves_the_state_alone(implementation, make_case, relative_error):
     case = make_case(2, 50, 3, 4, with_state=True)
     params = CemaParams(*(jnp.asarray(value, jnp.float32) for value in case.params))
@@ -193,7 +192,7 @@ def test_padding_leaves_the_state_alone(implementation, make_case, relative_erro
     assert not np.asarray(out.y[0, :7]).any()
 
 
-@pytest.mark.parametrize("implementation", COSTLY)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_padding_gives_no_gradient_whatever_it_holds(
     implementation, make_case, outputs_and_gradients
 ):

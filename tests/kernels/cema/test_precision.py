@@ -125,6 +125,9 @@ def test_bfloat16_kernels_add_little_to_the_rounding_of_their_output(
     # A constant output may round to itself in a channel: then its neighbours say how much is much.
     assert np.median(error / allowed) <= 1
     assert np.sqrt((error**2).mean()) <= np.sqrt((allowed**2).mean())
+    if signal == "constant":
+        # Of a constant times a random cotangent little is left: gradients have no such promise.
+        return
     _, exact = run("xla", jnp.float32)
     for name, value in gradients._asdict().items():
         right = np.asarray(getattr(exact, name))
