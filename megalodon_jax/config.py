@@ -17,6 +17,7 @@ DType = Literal["float32", "bfloat16"]
 InitMode = Literal["he", "xavier", "bert", "gaussian"]
 Remat = Literal["none", "block", "dots"]
 Implementation = Literal["reference", "xla"]
+CemaImplementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
 
 
 class ConfigError(ValueError):
@@ -87,7 +88,7 @@ class ModelConfig:
     """Type in which weights are kept. CEMA's parameters stay float32."""
     remat: Remat = "none"
     """Recompute in the backward pass: nothing, whole blocks, or all but matrix products."""
-    cema_implementation: Implementation | None = None
+    cema_implementation: CemaImplementation | None = None
     """Implementation of CEMA; the fastest known for the platform if not set."""
     timestep_norm_implementation: Implementation | None = None
     """Implementation of TimestepNorm; the fastest known for the platform if not set."""

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from megalodon_jax.config import Implementation, ModelConfig
+from megalodon_jax.config import CemaImplementation, ModelConfig
 from megalodon_jax.modules.parameters import parameter, truncated_normal
 from megalodon_jax.typing import Array, Complex64, Float, Int32
 from pallas_kernels.cema import CemaOutput, CemaParams, cema
@@ -23,7 +23,7 @@ class CEMA(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, N = config.model_dim, config.cema_ndim
-        self.implementation: Implementation | None = config.cema_implementation
+        self.implementation: CemaImplementation | None = config.cema_implementation
         self.alpha = parameter(0.2 * jax.random.normal(rngs.params(), (D, N)), "embed", None)
         self.delta = parameter(0.2 * jax.random.normal(rngs.params(), (D, N)), "embed", None)
         self.theta = parameter(_theta_start(rngs.params(), D), "embed")

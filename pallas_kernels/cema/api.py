@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Int32
 
-from pallas_kernels.cema.block_sizes import SHORTEST_KERNEL_LENGTH
+from pallas_kernels.cema.block_sizes import SHORTEST_GPU_LENGTH, SHORTEST_TPU_LENGTH
 from pallas_kernels.cema.mosaic_gpu import cema_mosaic_gpu
 from pallas_kernels.cema.pallas_tpu import cema_pallas_tpu
 from pallas_kernels.cema.reference import cema_reference
@@ -81,12 +81,12 @@ def _choose_implementation(x: Array, params: CemaParams) -> Implementation:
 
     For float32 x on a GPU the more exact one: `xla` keeps the last bits of a long memory.
     """
-    target = find_target()
-    if x.shape[1] < SHORTEST_KERNEL_LENGTH or params.alpha.dtype == jnp.float64:
+    target, length = find_target(), x.shape[1]
+    if params.alpha.dtype == jnp.float64:
         return "xla"
-    if target.is_hopper and x.dtype == jnp.bfloat16:
+    if target.is_hopper and x.dtype == jnp.bfloat16 and length >= SHORTEST_GPU_LENGTH:
         return "mosaic_gpu"
-    if target.platform == "tpu" and target.kind in TPUS_FASTER_THAN_XLA:
+    if target.kind in TPUS_FASTER_THAN_XLA and length >= SHORTEST_TPU_LENGTH:
         return "pallas_tpu"
     return "xla"
 

@@ -1,9 +1,12 @@
 """Which implementation of CEMA is taken where nobody asks for one."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from megalodon_jax.config import CemaImplementation
 from pallas_kernels.cema import CemaParams, api
 from pallas_kernels.cema.mosaic_gpu import WARPGROUPS, choose_split
 from pallas_kernels.target import Target, find_target
@@ -29,7 +32,8 @@ def make_params(channels: int, dtype=jnp.float32) -> CemaParams:
         (A100, 4096, jnp.bfloat16, "xla"),
         (V5E, 4096, jnp.bfloat16, "pallas_tpu"),
         (V5E, 4096, jnp.float32, "pallas_tpu"),
-        (V5E, 4, jnp.bfloat16, "xla"),
+        (H200, 100, jnp.bfloat16, "mosaic_gpu"),
+        (V5E, 100, jnp.bfloat16, "xla"),
         (V4, 4096, jnp.bfloat16, "xla"),
         (Target("cpu", "cpu"), 4096, jnp.bfloat16, "xla"),
     ],
@@ -66,3 +70,7 @@ def test_short_rows_are_not_split_into_crumbs():
     assert choose_split(1, 256, 128) == 128
     assert choose_split(1, 64, 128) == 64
     assert choose_split(512, 4096, 1024) == 4096
+
+
+def test_the_model_can_be_configured_with_every_implementation():
+    assert get_args(CemaImplementation) == get_args(api.Implementation)
