@@ -24,7 +24,13 @@ from pallas_kernels.cema.pallas_tpu_layout import (
     to_lanes,
 )
 from pallas_kernels.cema.pallas_tpu_tables import TableSeeds, table_seeds
-from pallas_kernels.cema.segments import Pieces, cut_into_pieces, find_row_ends
+from pallas_kernels.cema.segments import (
+    Pieces,
+    count_leading_padding,
+    cut_into_pieces,
+    find_row_ends,
+    rotate_rows,
+)
 from pallas_kernels.cema.tpu_block_sizes import SMALLEST_TILE, tile_for
 from pallas_kernels.cema.types import CemaOutput, CemaParams
 from pallas_kernels.target import find_target, is_interpreted
@@ -70,9 +76,9 @@ def cema_pallas_tpu(
     if state is None:
         return _call(x, params, None, segment_ids, plans)
     # A carried state enters at the row's first token, so leading padding goes to the end meanwhile.
-    lead = jnp.argmax(segment_ids != 0, axis=1).astype(jnp.int32)
-    rolled = _call(_roll(x, lead), params, state, _roll(segment_ids, lead), plans)
-    return CemaOutput(_roll(rolled.y, -lead), rolled.state)
+    lead = count_leading_padding(segment_ids)
+    rolled = _call(rotate_rows(x, lead), params, state, rotate_rows(segment_ids, lead), plans)
+    return CemaOutput(rotate_rows(rolled.y, -lead), rolled.state)
 
 
 def _make_plans(
@@ -115,11 +121,6 @@ def _device_kind() -> str:
             "implementation 'xla', or None for the best one here"
         )
     return target.kind
-
-
-def _roll(a: Array, lead: Array) -> Array:
-    index = (jnp.arange(a.shape[1], dtype=jnp.int32) + lead[:, None]) % a.shape[1]
-    return jnp.take_along_axis(a, index.reshape(index.shape + (1,) * (a.ndim - 2)), axis=1)
 
 
 def _call(

@@ -70,6 +70,17 @@ def cut_into_pieces(segment_ids: Int32[Array, "B L"], block_size: int) -> Pieces
     )
 
 
+def count_leading_padding(segment_ids: Int32[Array, "B L"]) -> Int32[Array, " B"]:
+    """Padding tokens before each row's first token; 0 for a row of padding."""
+    return jnp.argmax(segment_ids != 0, axis=1).astype(jnp.int32)
+
+
+def rotate_rows(a: Array, lead: Int32[Array, " B"]) -> Array:
+    """Moves the first `lead` tokens of every row to its end; back again with -lead."""
+    index = (jnp.arange(a.shape[1], dtype=jnp.int32) + lead[:, None]) % a.shape[1]
+    return jnp.take_along_axis(a, index.reshape(index.shape + (1,) * (a.ndim - 2)), axis=1)
+
+
 def find_row_ends(pieces: Pieces) -> RowEnd:
     """The last token of every row."""
     rows = pieces.index.shape[0]

@@ -13,7 +13,13 @@ from pallas_kernels.cema import coefficients
 from pallas_kernels.cema.block_scan import level_exponents, scan_blocks
 from pallas_kernels.cema.block_sizes import STEPPED_LENGTH, XLA_BLOCK_SIZE
 from pallas_kernels.cema.coefficients import BlockTables, pack, unpack
-from pallas_kernels.cema.segments import Pieces, cut_into_pieces, find_row_ends
+from pallas_kernels.cema.segments import (
+    Pieces,
+    count_leading_padding,
+    cut_into_pieces,
+    find_row_ends,
+    rotate_rows,
+)
 from pallas_kernels.cema.types import CemaOutput, CemaParams
 
 
@@ -33,20 +39,17 @@ def cema_xla(
     if state is None:
         return _packed(x, params, _zero_state(x, params), segment_ids, block_size)
     # A carried state enters at the row's first token, so leading padding goes to the end meanwhile.
-    lead = jnp.argmax(segment_ids != 0, axis=1).astype(jnp.int32)
-    rolled = _packed(_roll(x, lead), params, state, _roll(segment_ids, lead), block_size)
-    return CemaOutput(_roll(rolled.y, -lead), rolled.state)
+    lead = count_leading_padding(segment_ids)
+    rolled = _packed(
+        rotate_rows(x, lead), params, state, rotate_rows(segment_ids, lead), block_size
+    )
+    return CemaOutput(rotate_rows(rolled.y, -lead), rolled.state)
 
 
 def _zero_state(x: Array, params: CemaParams) -> Array:
     return jnp.zeros(
         (x.shape[0], *params.alpha.shape), jnp.result_type(params.alpha, jnp.complex64)
     )
-
-
-def _roll(a: Array, lead: Array) -> Array:
-    index = (jnp.arange(a.shape[1], dtype=jnp.int32) + lead[:, None]) % a.shape[1]
-    return jnp.take_along_axis(a, index.reshape(index.shape + (1,) * (a.ndim - 2)), axis=1)
 
 
 def _step_through(
