@@ -18,6 +18,7 @@ InitMode = Literal["he", "xavier", "bert", "gaussian"]
 Remat = Literal["none", "block", "dots"]
 Implementation = Literal["reference", "xla"]
 CemaImplementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
+AttentionImplementation = Literal["reference", "xla", "mosaic_gpu"]
 
 
 class ConfigError(ValueError):
@@ -92,7 +93,7 @@ class ModelConfig:
     """Implementation of CEMA; the fastest known for the platform if not set."""
     timestep_norm_implementation: Implementation | None = None
     """Implementation of TimestepNorm; the fastest known for the platform if not set."""
-    attention_implementation: Implementation | None = None
+    attention_implementation: AttentionImplementation | None = None
     """Implementation of chunk attention; the fastest known for the platform if not set."""
 
     def __post_init__(self) -> None:

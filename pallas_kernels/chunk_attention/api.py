@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.chunk_attention import reference, xla
+from pallas_kernels.chunk_attention import mosaic_gpu, reference, xla
 from pallas_kernels.chunk_attention.interface import (
     AttentionDropout,
     ChunkAttentionOutput,
@@ -12,9 +12,13 @@ from pallas_kernels.chunk_attention.interface import (
     KeyValueCache,
 )
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "mosaic_gpu"]
 
-_IMPLEMENTATIONS = {"reference": reference.chunk_attention, "xla": xla.chunk_attention}
+_IMPLEMENTATIONS = {
+    "reference": reference.chunk_attention,
+    "xla": xla.chunk_attention,
+    "mosaic_gpu": mosaic_gpu.chunk_attention,
+}
 
 
 def chunk_attention(
@@ -48,15 +52,16 @@ def chunk_attention(
       cache: tokens of the current chunk before the row's first token, whose position is
         positions[:, 0]. It counts for the row's first document only.
       dropout: drops attention at random; None does not.
-      implementation: "reference" (dense, L x (C + L) scores), "xla" (blocks, any platform), or
-        None: "xla".
+      implementation: "reference" (dense, L x (C + L) scores), "xla" (blocks, any platform),
+        "mosaic_gpu" (kernels for NVIDIA Hopper, bfloat16, no dropout; not yet timed), or None:
+        "xla".
 
     Returns:
       The outputs, and the next cache if one came in. A row of padding alone keeps its cache.
 
     Raises:
       ValueError: shapes or dtypes do not fit together, positions are missing, or the implementation
-        does not exist.
+        does not exist or cannot run here.
     """
     _check_operands(q, k, v, chunk_size)
     _check_rows(q, positions, segment_ids, cache is not None)

@@ -395,8 +395,10 @@ def test_bfloat16(implementation):
 
 def test_errors_say_what_to_do():
     qkv, _ = draw(8, 2, 5)
-    with pytest.raises(ValueError, match=r"no implementation 'mosaic_gpu'.*'reference', 'xla'"):
-        chunk_attention(*qkv, chunk_size=4, implementation="mosaic_gpu")  # type: ignore
+    with pytest.raises(
+        ValueError, match=r"no implementation 'cuda'.*'reference', 'xla', 'mosaic_gpu'"
+    ):
+        chunk_attention(*qkv, chunk_size=4, implementation="cuda")  # type: ignore
     with pytest.raises(ValueError, match="positions are None"):
         chunk_attention(*qkv, chunk_size=4, segment_ids=jnp.ones((2, 5), jnp.int32))
     with pytest.raises(ValueError, match=r"positions has shape \(5,\)"):

@@ -1,0 +1,184 @@
+"""Chunk attention on Hopper GPUs: what surrounds the kernels of `mosaic_gpu_kernels`."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.chunk_attention.interface import (
+    AttentionDropout,
+    ChunkAttentionOutput,
+    KeyValueCache,
+)
+from pallas_kernels.chunk_attention.intervals import align_right, interval_starts, next_cache
+from pallas_kernels.chunk_attention.mosaic_gpu_kernels import (
+    TILE,
+    Band,
+    Geometry,
+    band_product,
+    band_transpose_product,
+    make_weights,
+    score_gradient,
+)
+from pallas_kernels.target import find_target, is_interpreted
+
+# Widths of heads that the kernels' tiles are made for: multiples of the first, above the second
+# multiples of the second. Others are padded in a copy.
+_NARROW, _WIDE = 64, 256
+
+
+class _Options(NamedTuple):
+    width: int
+    left: int
+    interpret: Any
+
+
+def chunk_attention(
+    q: Float[Array, "B L H Dk"],
+    k: Float[Array, "B L H Dk"],
+    v: Float[Array, "B L H Dv"],
+    chunk_size: int,
+    positions: Int32[Array, "B L"] | None,
+    segment_ids: Int32[Array, "B L"] | None,
+    cache: KeyValueCache | None,
+    dropout: AttentionDropout | None,
+) -> ChunkAttentionOutput:
+    """The kernels; arguments as in `api.chunk_attention`.
+
+    Raises:
+      ValueError: operands that are not bfloat16, dropout, or a device that is no Hopper GPU.
+    """
+    _check(q, v, dropout)
+    B, L = q.shape[:2]
+    index = jnp.arange(L, dtype=jnp.int32)
+    if positions is None:
+        starts = jnp.broadcast_to(index - index % chunk_size, (B, L))
+        out = attend(q, k, v, starts, left=0, chunk_size=chunk_size)
+        return ChunkAttentionOutput(out, None)
+    left = 0 if cache is None else chunk_size
+    held = jnp.zeros((B, 1), jnp.int32) if cache is None else positions[:, :1] % chunk_size
+    starts = interval_starts(positions, segment_ids, chunk_size, left, held)
+    if segment_ids is not None:
+        # A weight of zero does not undo what padding may hold, a NaN for instance.
+        is_token = (segment_ids != 0)[:, :, None, None]
+        q, k, v = (jnp.where(is_token, a, 0) for a in (q, k, v))
+    k_row, v_row = k, v
+    if cache is not None:
+        k_row = jnp.concatenate([align_right(cache.key, held), k], axis=1)
+        v_row = jnp.concatenate([align_right(cache.value, held), v], axis=1)
+    out = attend(q, k_row, v_row, starts, left=left, chunk_size=chunk_size)
+    if segment_ids is not None:
+        out = jnp.where(is_token, out, 0)
+    if cache is not None:
+        cache = next_cache(k_row, v_row, chunk_size, positions, segment_ids, cache)
+    return ChunkAttentionOutput(out, cache)
+
+
+def _check(q: Array, v: Array, dropout: AttentionDropout | None) -> None:
+    target = find_target()
+    if not target.is_hopper and not is_interpreted():
+        raise ValueError(
+            f"mosaic_gpu needs an NVIDIA Hopper GPU, this is {target.platform} ({target.kind}); "
+            "use implementation 'xla', or None for the best one here"
+        )
+    if q.dtype != jnp.bfloat16 or v.dtype != jnp.bfloat16:
+        raise ValueError(
+            f"mosaic_gpu multiplies bfloat16, q is {q.dtype} and v {v.dtype}; cast them, or use "
+            "implementation 'xla'"
+        )
+    if dropout is not None and dropout.rate > 0:
+        raise ValueError("mosaic_gpu has no attention dropout; use implementation 'xla'")
+
+
+def _pad_width(a: Array) -> Array:
+    width = a.shape[-1]
+    missing = -width % (_NARROW if width <= _WIDE else _WIDE)
+    return jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else a
+
+
+def attend(
+    q: Float[Array, "B L H Dk"],
+    k: Float[Array, "B M H Dk"],
+    v: Float[Array, "B M H Dv"],
+    starts: Int32[Array, "B L"],
+    *,
+    left: int,
+    chunk_size: int,
+) -> Float[Array, "B L H Dv"]:
+    """softmax(q kᵀ) v of every query t over keys starts[t] .. left + t, M = left + L.
+
+    Args:
+      q: queries, bfloat16.
+      k: keys, `left` of them before the first query's own.
+      v: values.
+      starts: first key of every query, never less than that of a query before; beyond left + t
+        for a query that sees nothing and gives 0.
+      left: keys before the first query's own.
+      chunk_size: no query sees more keys.
+    """
+    length, value_width, extra = q.shape[1], v.shape[3], -left % TILE
+    q, k, v = (_pad_width(a) for a in (q, k, v))
+    missing = -length % TILE
+    k, v = (jnp.pad(a, ((0, 0), (extra, missing), (0, 0), (0, 0))) for a in (k, v))
+    q = jnp.pad(q, ((0, 0), (0, missing), (0, 0), (0, 0)))
+    starts = jnp.pad(starts + extra, ((0, 0), (0, missing)), constant_values=k.shape[1])
+    tiles = -(-(chunk_size - 1) // TILE) + 1
+    width = min(tiles, k.shape[1] // TILE)
+    interpret = plgpu.InterpretGPUParams() if is_interpreted() else None
+    options = _Options(width, left + extra, interpret)
+    return _attend(options, q, k, v, starts)[:, :length, :, :value_width]
+
+
+def _find_band(starts: Int32[Array, "B L"], geometry: Geometry) -> Band:
+    rows = starts.shape[0]
+    query_tile = jnp.arange(geometry.query_tiles, dtype=jnp.int32)
+    own = query_tile + geometry.offset
+    index = jnp.arange(starts.shape[1], dtype=jnp.int32) + geometry.offset * TILE
+    live = starts <= index
+    by_tile = (rows, geometry.query_tiles, TILE)
+    least = jnp.where(live, starts, jnp.iinfo(jnp.int32).max).reshape(by_tile).min(-1) // TILE
+    # A tile that sees nothing looks at its own keys; later tiles never look at earlier keys.
+    first = lax.cummax(jnp.minimum(least, own), axis=1)
+    most = jnp.where(live, starts, jnp.iinfo(jnp.int32).max - TILE).reshape(by_tile).max(-1)
+    key_tile = jnp.arange(geometry.offset + geometry.query_tiles, dtype=jnp.int32)
+    sees = first[:, :, None] <= key_tile
+    last = jnp.where(sees, query_tile[:, None], -1).max(axis=1)
+    return Band(starts, first, (most + TILE - 1) // TILE, last.astype(jnp.int32))
+
+
+def _geometry(options: _Options, q: Array) -> Geometry:
+    rows, length, heads, _ = q.shape
+    return Geometry(rows, heads, length // TILE, options.left // TILE, options.width)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(options: _Options, q: Array, k: Array, v: Array, starts: Array) -> Array:
+    return _attend_forward(options, q, k, v, starts)[0]
+
+
+def _attend_forward(options, q, k, v, starts):
+    geometry = _geometry(options, q)
+    band = _find_band(starts, geometry)
+    weights, lse = make_weights(band, q, k, None, geometry, options.interpret)
+    out = band_product(band, weights, v, geometry, options.interpret)
+    return out, (q, k, v, out, lse, band)
+
+
+def _attend_backward(options, kept, do):
+    q, k, v, out, lse, band = kept
+    geometry = _geometry(options, q)
+    arguments = geometry, options.interpret
+    weights, _ = make_weights(band, q, k, lse, *arguments)
+    dv = band_transpose_product(band, weights, do, *arguments)
+    delta = jnp.sum(do.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    ds = score_gradient(band, weights, do, v, jnp.swapaxes(delta, 1, 2), *arguments)
+    dq = band_product(band, ds, k, *arguments)
+    dk = band_transpose_product(band, ds, q, *arguments)
+    return dq, dk, dv, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
