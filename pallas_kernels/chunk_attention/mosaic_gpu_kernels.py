@@ -83,13 +83,19 @@ class _Pipeline(NamedTuple):
     def fill(self, steps: Any, copy: Callable[[Any, Any, Any], None]) -> None:
         """Runs `copy(step, slot, barrier)` ahead of the others."""
 
+        def wait(step, _):
+            plgpu.barrier_wait(self.free.at[lax.rem(step, self.count)])
+            return ()
+
         def body(step, _):
             slot = lax.rem(step, self.count)
-            pl.when(step >= self.count)(lambda: plgpu.barrier_wait(self.free.at[slot]))
+            pl.when(step >= self.count)(partial(plgpu.barrier_wait, self.free.at[slot]))
             copy(step, slot, self.full.at[slot])
             return ()
 
         lax.fori_loop(0, steps, body, ())
+        # Barriers end with every arrival seen.
+        lax.fori_loop(jnp.maximum(steps - self.count, 0), steps, wait, ())
 
     def multiply(self, first: Any, steps: Any, add: Callable[[Any, Any], None]) -> None:
         """Runs `add(step, slot)`, one wgmma each, over slots as they fill."""
