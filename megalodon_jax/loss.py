@@ -1,5 +1,6 @@
 """Next-token cross-entropy that never holds the scores of the whole batch."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -35,11 +36,12 @@ def cross_entropy(
 ) -> LossOutput:
     """Sums of -log softmax(hidden @ output_matrix)[target], a slice of the sequence at a time.
 
-    At most about `chunk_size` tokens' scores exist at once, forward and backward: each slice's
-    scores are computed again in the backward pass.
+    At most about `chunk_size` tokens' scores exist at once, forward and backward: where gradients
+    are asked for, the forward pass makes them from each slice's scores while it has them, and the
+    backward pass scales them. Scores are products of hidden's type, summed in float32.
 
     Args:
-      hidden: features after the final norm, any float type; products are summed in float32.
+      hidden: features after the final norm, any float type.
       output_matrix: the model's `output_matrix()`.
       targets: token ids in [0, V).
       weights: weight of each token, 0.0 to leave it out.
@@ -55,27 +57,115 @@ def cross_entropy(
         x = jnp.pad(x, padding).reshape(B, slices, length, *x.shape[2:])
         return jnp.moveaxis(x, 1, 0)
 
-    @jax.checkpoint
-    def add_slice(sums: LossOutput, x: tuple[Array, Array, Array]) -> tuple[LossOutput, None]:
-        new = _slice_sums(x[0], output_matrix, x[1], x[2], z_loss)
-        return jax.tree.map(jnp.add, sums, new), None
-
-    zeros = LossOutput(*[jnp.zeros((), jnp.float32)] * 4)
-    xs = (sliced(hidden), sliced(targets), sliced(weights.astype(jnp.float32)))
-    return jax.lax.scan(add_slice, zeros, xs)[0]
+    xs = sliced(hidden), sliced(targets), sliced(weights.astype(jnp.float32))
+    return _sum_slices(z_loss, xs[0], output_matrix, *xs[1:])
 
 
-def _slice_sums(
-    hidden: Array, output_matrix: Array, targets: Array, weights: Array, z_loss: float
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_slices(
+    z_loss: float,
+    hidden: Float[Array, "S B l D"],
+    matrix: Float[Array, "D V"],
+    targets: Int32[Array, "S B l"],
+    weights: Float32[Array, "S B l"],
 ) -> LossOutput:
-    logits = jnp.matmul(hidden, output_matrix, preferred_element_type=jnp.float32)
+    matrix = matrix.astype(hidden.dtype)
+
+    def add_slice(sums: LossOutput, x: tuple[Array, Array, Array]) -> tuple[LossOutput, None]:
+        return jax.tree.map(jnp.add, sums, _measure(z_loss, matrix, *x).sums), None
+
+    return jax.lax.scan(add_slice, _zero_sums(), (hidden, targets, weights))[0]
+
+
+class _Slice(NamedTuple):
+    """What is known of a slice: its sums, and of every token the scores, log Z and -log p."""
+
+    sums: LossOutput
+    logits: Float32[Array, "B l V"]
+    log_z: Float32[Array, "B l"]
+    token_loss: Float32[Array, "B l"]
+
+
+def _measure(z_loss: float, matrix: Array, hidden: Array, targets: Array, weights: Array) -> _Slice:
+    logits = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     # A weight of 0 must silence its token even if the score is not finite (padding past L).
     counted = weights != 0
-    return LossOutput(
-        loss_sum=jnp.sum(jnp.where(counted, (log_z - chosen) * weights, 0.0)),
+    token_loss = jnp.where(counted, log_z - chosen, 0.0)
+    sums = LossOutput(
+        loss_sum=jnp.sum(token_loss * weights),
         weight_sum=jnp.sum(weights),
         z_loss_sum=z_loss * jnp.sum(jnp.where(counted, jnp.square(log_z) * weights, 0.0)),
         correct_sum=jnp.sum(weights * (jnp.argmax(logits, axis=-1) == targets)),
     )
+    return _Slice(sums, logits, log_z, token_loss)
+
+
+def _zero_sums() -> LossOutput:
+    return LossOutput(*[jnp.zeros((), jnp.float32)] * 4)
+
+
+class _Gradients(NamedTuple):
+    """Of one of the sums, per slice and of the matrix."""
+
+    hidden: Float[Array, "S B l D"]
+    matrix: Float32[Array, "D V"]
+
+
+def _sum_slices_forward(z_loss, hidden, matrix, targets, weights):
+    has_z_loss, matrix_dtype = z_loss != 0, matrix.dtype
+    matrix = matrix.astype(hidden.dtype)
+
+    def of_scores(x: Array, d_logits: Array) -> tuple[Array, Array]:
+        # Rounded to bfloat16, the scores' gradients would take bfloat16 training farther from
+        # float32 than the released code is (tests/golden); float32 is TF32 on a GPU.
+        d_hidden = jnp.einsum("blv,dv->bld", d_logits, matrix.astype(jnp.float32))
+        of_matrix = jnp.einsum("bld,blv->dv", x.astype(jnp.float32), d_logits)
+        return d_hidden.astype(x.dtype), of_matrix
+
+    def add_slice(carry, xs):
+        sums, of_matrix = carry
+        x, target, weight = xs
+        one = _measure(z_loss, matrix, *xs)
+        silent = (weight == 0)[..., None]
+        shares = jnp.exp(one.logits - one.log_z[..., None]) * weight[..., None]
+        hit = jax.nn.one_hot(target, matrix.shape[1], dtype=jnp.float32) * weight[..., None]
+        d_logits = [jnp.where(silent, 0.0, shares - hit)]
+        if has_z_loss:
+            factor = 2 * z_loss * one.log_z[..., None]
+            d_logits.append(jnp.where(silent, 0.0, factor * shares))
+        counted_x = jnp.where(silent, 0, x)
+        new = [of_scores(counted_x, d) for d in d_logits]
+        of_matrix = [total + more for total, (_, more) in zip(of_matrix, new, strict=True)]
+        sums = jax.tree.map(jnp.add, sums, one.sums)
+        correct = jnp.argmax(one.logits, axis=-1) == target
+        of_weight = one.token_loss, jnp.square(one.log_z), correct
+        return (sums, of_matrix), ([d_hidden for d_hidden, _ in new], of_weight)
+
+    start = [jnp.zeros(matrix.shape, jnp.float32)] * (2 if has_z_loss else 1)
+    (sums, of_matrix), (of_hidden, of_weight) = jax.lax.scan(
+        add_slice, (_zero_sums(), start), (hidden, targets, weights)
+    )
+    gradients = [_Gradients(*pair) for pair in zip(of_hidden, of_matrix, strict=True)]
+    return sums, (gradients, of_weight, weights, jnp.zeros((), matrix_dtype))
+
+
+def _sum_slices_backward(z_loss, kept, cotangents):
+    gradients, (token_loss, log_z_squared, correct), weights, like_matrix = kept
+    factors = cotangents.loss_sum, cotangents.z_loss_sum
+
+    def scaled(parts: list[Array], dtype: jnp.dtype) -> Array:
+        total = sum(f * part.astype(jnp.float32) for f, part in zip(factors, parts, strict=False))
+        return jnp.asarray(total, dtype)
+
+    d_hidden = scaled([each.hidden for each in gradients], gradients[0].hidden.dtype)
+    d_matrix = scaled([each.matrix for each in gradients], like_matrix.dtype)
+
+    d_weights = cotangents.loss_sum * token_loss + cotangents.weight_sum
+    d_weights += cotangents.correct_sum * correct
+    d_weights += jnp.where(weights != 0, cotangents.z_loss_sum * z_loss * log_z_squared, 0.0)
+    return d_hidden, d_matrix, None, d_weights
+
+
+_sum_slices.defvjp(_sum_slices_forward, _sum_slices_backward)

@@ -45,6 +45,46 @@ def test_sums_and_gradients(chunk_size: int):
         assert relative_error(mine, expected) <= 1e-6
 
 
+@pytest.mark.parametrize("field", ["loss_sum", "z_loss_sum", "weight_sum"])
+def test_every_sum_has_its_own_gradients(field):
+    rng = np.random.default_rng(1)
+    targets = rng.integers(0, V, (B, L)).astype(np.int32)
+    arrays = rng.normal(size=(B, L, D)), rng.normal(size=(D, V)), rng.uniform(1, 2, (B, L))
+
+    def by_hand(hidden, matrix, weights):
+        log_z = jax.nn.logsumexp(hidden @ matrix, -1)
+        chosen = jnp.take_along_axis(hidden @ matrix, targets[..., None], -1)[..., 0]
+        terms = {"loss_sum": log_z - chosen, "z_loss_sum": 0.1 * log_z**2, "weight_sum": 1.0}
+        return jnp.sum(weights * terms[field])
+
+    def sliced(hidden, matrix, weights):
+        return getattr(
+            cross_entropy(hidden, matrix, targets, weights, z_loss=0.1, chunk_size=20), field
+        )
+
+    with jax.enable_x64(True):
+        due = jax.tree.map(np.asarray, jax.grad(by_hand, (0, 1, 2))(*map(jnp.asarray, arrays)))
+    mine = jax.grad(sliced, (0, 1, 2))(*(jnp.asarray(a, jnp.float32) for a in arrays))
+    for got, expected in zip(mine, due, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_bfloat16_products_keep_gradients_to_bfloat16():
+    rng = np.random.default_rng(2)
+    targets = rng.integers(0, V, (B, L)).astype(np.int32)
+    arrays = [jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((B, L, D), (D, V))]
+    weights = jnp.ones((B, L))
+
+    def total(hidden, matrix):
+        return cross_entropy(hidden, matrix, targets, weights, chunk_size=20).loss_sum
+
+    low = jax.grad(total, (0, 1))(*arrays)
+    full = jax.grad(total, (0, 1))(*(a.astype(jnp.float32) for a in arrays))
+    for got, expected in zip(low, full, strict=True):
+        assert got.dtype == jnp.bfloat16
+        assert relative_error(np.asarray(got, np.float32), expected) <= 4e-3
+
+
 def test_scores_of_the_whole_batch_never_exist():
     shapes = (jnp.zeros((2, 512, 16)), jnp.zeros((16, 4096)))
     targets, weights = jnp.zeros((2, 512), jnp.int32), jnp.ones((2, 512))
@@ -63,3 +103,11 @@ def test_weight_zero_silences_a_token_that_is_not_finite():
     weights = jnp.array([[1.0, 0.0, 1.0, 1.0]])
     sums = cross_entropy(hidden, jnp.ones((D, V)), jnp.zeros((1, 4), jnp.int32), weights)
     assert abs(float(sums.loss_sum) - 3 * np.log(V)) <= 1e-5
+    gradients = jax.grad(
+        lambda h: (
+            cross_entropy(
+                h, jnp.ones((D, V)), jnp.zeros((1, 4), jnp.int32), weights, z_loss=0.1
+            ).loss_sum
+        )
+    )(hidden)
+    assert jnp.isfinite(gradients).all()
