@@ -15,8 +15,13 @@ from pallas_kernels.chunk_attention.interface import (
     KeyValueCache,
     accumulation_dtype,
     dropout_masks,
-    last_token,
     matmul_precision,
+)
+from pallas_kernels.chunk_attention.intervals import (
+    align_right,
+    interval_starts,
+    next_cache,
+    pad_length,
 )
 
 
@@ -45,7 +50,7 @@ def _attend_aligned(
 ) -> Array:
     L = q.shape[1]
     plan = BlockPlan.make(q.shape, chunk_size, left=0)
-    q, k, v = (_pad_length(x, plan.length) for x in (q, k, v))
+    q, k, v = (pad_length(x, plan.length) for x in (q, k, v))
     return attend_blocks(plan, q, k, v, None, dropout)[:, :L]
 
 
@@ -64,76 +69,26 @@ def _attend_intervals(
     plan = BlockPlan.make(q.shape, chunk_size, left=left)
     # Index of the row's first usable key: cached tokens end where the row's tokens begin.
     held = positions[:, :1] % chunk_size if cache is not None else jnp.zeros((B, 1), jnp.int32)
-    start = _interval_starts(positions, segment_ids, chunk_size, left, held)
+    start = interval_starts(positions, segment_ids, chunk_size, left, held)
     k_row, v_row = k, v
     if cache is not None:
-        k_row = jnp.concatenate([_align_right(cache.key, held), k], axis=1)
-        v_row = jnp.concatenate([_align_right(cache.value, held), v], axis=1)
+        k_row = jnp.concatenate([align_right(cache.key, held), k], axis=1)
+        v_row = jnp.concatenate([align_right(cache.value, held), v], axis=1)
     elif left:
         k_row, v_row = (jnp.pad(x, ((0, 0), (left, 0), (0, 0), (0, 0))) for x in (k, v))
 
     padding = plan.length - L
     out = attend_blocks(
         plan,
-        _pad_length(q, plan.length),
-        _pad_length(k_row, left + plan.length),
-        _pad_length(v_row, left + plan.length),
+        pad_length(q, plan.length),
+        pad_length(k_row, left + plan.length),
+        pad_length(v_row, left + plan.length),
         jnp.pad(start, ((0, 0), (0, padding)), constant_values=left + plan.length),
         dropout,
     )[:, :L]
     if cache is not None:
-        cache = _next_cache(k_row, v_row, chunk_size, positions, segment_ids, cache)
+        cache = next_cache(k_row, v_row, chunk_size, positions, segment_ids, cache)
     return ChunkAttentionOutput(out, cache)
-
-
-def _interval_starts(
-    positions: Int32[Array, "B L"],
-    segment_ids: Int32[Array, "B L"] | None,
-    chunk_size: int,
-    left: int,
-    held: Int32[Array, "B 1"],
-) -> Int32[Array, "B L"]:
-    B, L = positions.shape
-    index = left + jnp.arange(L, dtype=jnp.int32)
-    start = index - positions % chunk_size
-    if segment_ids is None:
-        return jnp.maximum(start, left - held)
-    border = segment_ids[:, 1:] != segment_ids[:, :-1]
-    border = jnp.concatenate([jnp.zeros((B, 1), bool), border], axis=1)
-    document = jax.lax.cummax(jnp.where(border, index, left - held), axis=1)
-    # An interval that starts after its query is empty.
-    return jnp.where(segment_ids != 0, jnp.maximum(start, document), index + 1)
-
-
-def _align_right(
-    slots: Float[Array, "B C H D"], held: Int32[Array, "B 1"]
-) -> Float[Array, "B C H D"]:
-    """Moves the `held` first slots of each row to its end and zeroes the others."""
-    C = slots.shape[1]
-    slot = jnp.arange(C, dtype=jnp.int32)
-    rolled = jnp.take_along_axis(slots, ((slot + held) % C)[:, :, None, None], axis=1)
-    return jnp.where((slot >= C - held)[:, :, None, None], rolled, 0)
-
-
-def _next_cache(
-    k_row: Float[Array, "B C+L H Dk"],
-    v_row: Float[Array, "B C+L H Dv"],
-    chunk_size: int,
-    positions: Int32[Array, "B L"],
-    segment_ids: Int32[Array, "B L"] | None,
-    cache: KeyValueCache,
-) -> KeyValueCache:
-    last, position = last_token(positions, segment_ids)
-    last, filled = last[:, None], (position[:, None] + 1) % chunk_size
-    slot = jnp.arange(chunk_size, dtype=jnp.int32)
-    source = jnp.minimum(chunk_size + last + 1 - filled + slot, k_row.shape[1] - 1)
-    filled_slot = (slot < filled)[:, :, None, None]
-
-    def take(row: Array, old: Array) -> Array:
-        chunk = jnp.take_along_axis(row, source[:, :, None, None], axis=1)
-        return jnp.where((last < 0)[:, :, None, None], old, jnp.where(filled_slot, chunk, 0))
-
-    return KeyValueCache(take(k_row, cache.key), take(v_row, cache.value))
 
 
 def _decode(
@@ -186,8 +141,3 @@ def _decode(
         preferred_element_type=wide,
     )
     return ChunkAttentionOutput(out.astype(v.dtype)[:, None], KeyValueCache(key, value))
-
-
-def _pad_length(x: Array, length: int) -> Array:
-    missing = length - x.shape[1]
-    return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
