@@ -14,6 +14,15 @@ def interval_starts(
     left: int,
     held: Int32[Array, "B 1"],
 ) -> Int32[Array, "B L"]:
+    """The first key that every query sees, after its own if it sees none.
+
+    Args:
+      positions: of tokens in their documents.
+      segment_ids: documents of the row.
+      chunk_size: tokens in a chunk.
+      left: keys before the row's first token.
+      held: of those, how many a cache filled; they are the last ones.
+    """
     B, L = positions.shape
     index = left + jnp.arange(L, dtype=jnp.int32)
     start = index - positions % chunk_size
@@ -44,6 +53,7 @@ def next_cache(
     segment_ids: Int32[Array, "B L"] | None,
     cache: KeyValueCache,
 ) -> KeyValueCache:
+    """The cache after the row's last token, from keys and values of cache and tokens."""
     last, position = last_token(positions, segment_ids)
     last, filled = last[:, None], (position[:, None] + 1) % chunk_size
     slot = jnp.arange(chunk_size, dtype=jnp.int32)
@@ -58,5 +68,6 @@ def next_cache(
 
 
 def pad_length(x: Array, length: int) -> Array:
+    """Adds zeros after the row."""
     missing = length - x.shape[1]
     return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x

@@ -155,7 +155,7 @@ def attend_forward(
     )(first_blocks(start, plan, queries, keys), q, k, v, start[:, None])
 
 
-def _own_block(plan: Plan, number: Array | int) -> Array:
+def _own_block(plan: Plan, number: Array) -> Array:
     """The last block of keys that a forward block of queries sees: that of its last token."""
     ratio = plan.blocks.queries // plan.blocks.keys
     return plan.left // plan.blocks.keys + (number + 1) * ratio - 1

@@ -33,7 +33,7 @@ BLOCKS = {
     "TPU v4": TpuBlocks(256, 256, 256, 16 * _MIB),
     "TPU v5 lite": TpuBlocks(512, 512, 512, 110 * _MIB),
     "TPU v5": TpuBlocks(512, 512, 512, 60 * _MIB),
-    "TPU v6 lite": TpuBlocks(1024, 512, 512, 110 * _MIB),
+    "TPU v6 lite": TpuBlocks(512, 512, 512, 110 * _MIB),
 }
 # Where the compiler's estimate is below that of `xla`.
 TPUS_FASTER_THAN_XLA = ("TPU v5 lite", "TPU v5", "TPU v6 lite")
