@@ -12,7 +12,6 @@ from pallas_kernels.chunk_attention.interface import (
     DropoutMode,
     KeyValueCache,
 )
-
 from pallas_kernels.chunk_attention.tpu_block_sizes import SHORTEST_LENGTH, TPUS_FASTER_THAN_XLA
 from pallas_kernels.target import find_target
 
