@@ -18,7 +18,7 @@ InitMode = Literal["he", "xavier", "bert", "gaussian"]
 Remat = Literal["none", "block", "dots"]
 Implementation = Literal["reference", "xla"]
 CemaImplementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
-AttentionImplementation = Literal["reference", "xla", "mosaic_gpu"]
+AttentionImplementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
 
 
 class ConfigError(ValueError):

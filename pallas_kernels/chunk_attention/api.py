@@ -2,22 +2,26 @@
 
 from typing import Literal, get_args
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.chunk_attention import mosaic_gpu, reference, xla
+from pallas_kernels.chunk_attention import mosaic_gpu, pallas_tpu, reference, xla
 from pallas_kernels.chunk_attention.interface import (
     AttentionDropout,
     ChunkAttentionOutput,
     DropoutMode,
     KeyValueCache,
 )
+from pallas_kernels.chunk_attention.tpu_block_sizes import SHORTEST_LENGTH, TPUS_FASTER_THAN_XLA
+from pallas_kernels.target import find_target
 
-Implementation = Literal["reference", "xla", "mosaic_gpu"]
+Implementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
 
 _IMPLEMENTATIONS = {
     "reference": reference.chunk_attention,
     "xla": xla.chunk_attention,
     "mosaic_gpu": mosaic_gpu.chunk_attention,
+    "pallas_tpu": pallas_tpu.chunk_attention,
 }
 
 
@@ -53,15 +57,15 @@ def chunk_attention(
         positions[:, 0]. It counts for the row's first document only.
       dropout: drops attention at random; None does not.
       implementation: "reference" (dense, L x (C + L) scores), "xla" (blocks, any platform),
-        "mosaic_gpu" (kernels for NVIDIA Hopper, bfloat16, no dropout; not yet timed), or None:
-        "xla".
+        "mosaic_gpu" (kernels for NVIDIA Hopper; bfloat16, no dropout, not yet timed), "pallas_tpu"
+        (kernels for TPU; no dropout), or None for the fastest known here.
 
     Returns:
       The outputs, and the next cache if one came in. A row of padding alone keeps its cache.
 
     Raises:
       ValueError: shapes or dtypes do not fit together, positions are missing, or the implementation
-        does not exist or cannot run here.
+        does not exist or cannot run this here.
     """
     _check_operands(q, k, v, chunk_size)
     _check_rows(q, positions, segment_ids, cache is not None)
@@ -69,13 +73,29 @@ def chunk_attention(
         _check_cache(cache, k, v, chunk_size)
     if dropout is not None:
         _check_dropout(dropout)
-    name = "xla" if implementation is None else implementation
+    name = _choose(q, v, chunk_size, dropout) if implementation is None else implementation
     if name not in _IMPLEMENTATIONS:
         raise ValueError(
             f"chunk attention has no implementation {implementation!r}; "
             f"use one of {', '.join(map(repr, _IMPLEMENTATIONS))} or None"
         )
     return _IMPLEMENTATIONS[name](q, k, v, chunk_size, positions, segment_ids, cache, dropout)
+
+
+def _choose(
+    q: Array, v: Array, chunk_size: int, dropout: AttentionDropout | None
+) -> Implementation:
+    """The faster by the TPU compiler's estimate, which README.md has."""
+    dtypes, target = {q.dtype, v.dtype}, find_target()
+    if (
+        target.kind in TPUS_FASTER_THAN_XLA
+        and q.shape[1] >= SHORTEST_LENGTH
+        and jnp.dtype(jnp.float64) not in dtypes
+        and (dropout is None or dropout.rate == 0)
+        and pallas_tpu.can_run(q, v, chunk_size, target.kind)
+    ):
+        return "pallas_tpu"
+    return "xla"
 
 
 def _check_operands(q: Array, k: Array, v: Array, chunk_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Every query t attends to one interval [start[t], t] of (cache, tokens) laid end to end."""
+"""Rows of cache and tokens laid end to end, and the interval of keys that every query sees."""
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,14 @@ def interval_starts(
     left: int,
     held: Int32[Array, "B 1"],
 ) -> Int32[Array, "B L"]:
-    """First key of every query, `left` keys being before the row's; past its own if it sees none.
+    """The first key that every query sees, after its own if it sees none.
 
     Args:
-      positions: of the tokens in their documents.
-      segment_ids: documents, 0 for padding, or None.
-      chunk_size: C.
+      positions: of tokens in their documents.
+      segment_ids: documents of the row.
+      chunk_size: tokens in a chunk.
       left: keys before the row's first token.
-      held: how many of them are tokens, right before the row's first.
+      held: of those, how many a cache filled; they are the last ones.
     """
     B, L = positions.shape
     index = left + jnp.arange(L, dtype=jnp.int32)
@@ -53,7 +53,7 @@ def next_cache(
     segment_ids: Int32[Array, "B L"] | None,
     cache: KeyValueCache,
 ) -> KeyValueCache:
-    """The chunk after each row's last token, from keys and values with the cache's before them."""
+    """The cache after the row's last token, from keys and values of cache and tokens."""
     last, position = last_token(positions, segment_ids)
     last, filled = last[:, None], (position[:, None] + 1) % chunk_size
     slot = jnp.arange(chunk_size, dtype=jnp.int32)
@@ -65,3 +65,9 @@ def next_cache(
         return jnp.where((last < 0)[:, :, None, None], old, jnp.where(filled_slot, chunk, 0))
 
     return KeyValueCache(take(k_row, cache.key), take(v_row, cache.value))
+
+
+def pad_length(x: Array, length: int) -> Array:
+    """Adds zeros after the row."""
+    missing = length - x.shape[1]
+    return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x

@@ -17,7 +17,12 @@ from pallas_kernels.chunk_attention.interface import (
     dropout_masks,
     matmul_precision,
 )
-from pallas_kernels.chunk_attention.intervals import align_right, interval_starts, next_cache
+from pallas_kernels.chunk_attention.intervals import (
+    align_right,
+    interval_starts,
+    next_cache,
+    pad_length,
+)
 
 
 def chunk_attention(
@@ -45,7 +50,7 @@ def _attend_aligned(
 ) -> Array:
     L = q.shape[1]
     plan = BlockPlan.make(q.shape, chunk_size, left=0)
-    q, k, v = (_pad_length(x, plan.length) for x in (q, k, v))
+    q, k, v = (pad_length(x, plan.length) for x in (q, k, v))
     return attend_blocks(plan, q, k, v, None, dropout)[:, :L]
 
 
@@ -75,9 +80,9 @@ def _attend_intervals(
     padding = plan.length - L
     out = attend_blocks(
         plan,
-        _pad_length(q, plan.length),
-        _pad_length(k_row, left + plan.length),
-        _pad_length(v_row, left + plan.length),
+        pad_length(q, plan.length),
+        pad_length(k_row, left + plan.length),
+        pad_length(v_row, left + plan.length),
         jnp.pad(start, ((0, 0), (0, padding)), constant_values=left + plan.length),
         dropout,
     )[:, :L]
@@ -136,8 +141,3 @@ def _decode(
         preferred_element_type=wide,
     )
     return ChunkAttentionOutput(out.astype(v.dtype)[:, None], KeyValueCache(key, value))
-
-
-def _pad_length(x: Array, length: int) -> Array:
-    missing = length - x.shape[1]
-    return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
