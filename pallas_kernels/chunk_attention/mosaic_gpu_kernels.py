@@ -13,7 +13,6 @@ Every kernel has two warpgroups that multiply and one that copies ahead of them.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,16 +23,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Int32
 
+from pallas_kernels.chunk_attention.mosaic_gpu_pipeline import (
+    by_warpgroup,
+    launch,
+    staged,
+    store,
+)
+
 TILE = 128
 _ROWS = TILE // 2
 _DEPTH = 64
 _WIDTH = 256
 _STAGES = 3
-# Type checkers see neither class as complete, nor the accumulator as public.
-_TRANSFORMS: Any = (
-    plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
-    plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
-)
+# Public, but type checkers do not see it.
 _Accumulator = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 _ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 _LOG2_E = math.log2(math.e)
@@ -71,119 +73,6 @@ class Geometry(NamedTuple):
     query_tiles: int
     offset: int
     width: int
-
-
-class _Pipeline(NamedTuple):
-    """Slots of shared memory between the copying warpgroup and the multiplying ones."""
-
-    full: Any
-    free: Any
-    count: int
-
-    def fill(self, steps: Any, copy: Callable[[Any, Any, Any], None]) -> None:
-        """Runs `copy(step, slot, barrier)` ahead of the others."""
-
-        def wait(step, _):
-            plgpu.barrier_wait(self.free.at[lax.rem(step, self.count)])
-            return ()
-
-        def body(step, _):
-            slot = lax.rem(step, self.count)
-            pl.when(step >= self.count)(partial(plgpu.barrier_wait, self.free.at[slot]))
-            copy(step, slot, self.full.at[slot])
-            return ()
-
-        lax.fori_loop(0, steps, body, ())
-        # Barriers end with every arrival seen.
-        lax.fori_loop(jnp.maximum(steps - self.count, 0), steps, wait, ())
-
-    def multiply(self, first: Any, steps: Any, add: Callable[[Any, Any], None]) -> None:
-        """Runs `add(step, slot)`, one wgmma each, over slots as they fill."""
-
-        def body(i, _):
-            step = first + i
-            slot = lax.rem(step, self.count)
-            plgpu.barrier_wait(self.full.at[slot])
-            add(step, slot)
-            # The product before this one is done with its slot.
-            plgpu.wgmma_wait(1)
-            before = lax.rem(step + self.count - 1, self.count)
-            pl.when(i > 0)(lambda: plgpu.barrier_arrive(self.free.at[before]))
-            return ()
-
-        lax.fori_loop(0, steps, body, ())
-        plgpu.wgmma_wait(0)
-        final = lax.rem(first + steps - 1, self.count)
-        pl.when(steps > 0)(lambda: plgpu.barrier_arrive(self.free.at[final]))
-
-
-def _staged(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
-    return plgpu.SMEM(shape, dtype, transforms=_TRANSFORMS)
-
-
-def _launch(
-    kernel: Callable[..., None],
-    operands: tuple,
-    out_type: Any,
-    *,
-    name: str,
-    grid: dict[str, int],
-    scratch: list[Any],
-    stages: int,
-    copies: int,
-    interpret: Any,
-) -> Any:
-    arrays, structure = jax.tree.flatten(operands)
-    outs, out_structure = jax.tree.flatten(out_type)
-
-    def body(*refs):
-        inputs = jax.tree.unflatten(structure, refs[: len(arrays)])
-        results = jax.tree.unflatten(out_structure, refs[len(arrays) : len(arrays) + len(outs)])
-        *buffers, full, free = refs[len(arrays) + len(outs) :]
-        kernel(_Pipeline(full, free, stages), *inputs, results, *buffers)
-
-    body.__name__ = name
-    results = plgpu.kernel(
-        body,
-        out_type=outs,
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        num_threads=3,
-        thread_name="warpgroup",
-        scratch_types=[
-            *scratch,
-            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        ],
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True,
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
-        interpret=interpret,
-    )(*arrays)
-    return jax.tree.unflatten(out_structure, results)
-
-
-def _by_warpgroup(copy: Callable[[], None], compute: Callable[[Any], None]) -> None:
-    warpgroup = lax.axis_index("warpgroup")
-
-    @pl.when(warpgroup < 2)
-    def _():
-        plgpu.set_max_registers(232, action="increase")
-        compute(warpgroup)
-
-    @pl.when(warpgroup == 2)
-    def _():
-        plgpu.set_max_registers(40, action="decrease")
-        copy()
-
-
-def _store(staged: Any, target: Any, value: Any) -> None:
-    staged[...] = value.astype(staged.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staged, target)
-    plgpu.wait_smem_to_gmem(0)
 
 
 def _count(band: Band, geometry: Geometry, row: Any, tile: Any) -> Any:
@@ -282,7 +171,7 @@ def _scores_kernel(pipe, band, q, k, lse, results, q_s, k_s, p_s, q_full, *, geo
         lax.fori_loop(0, count, write, ())
         plgpu.wait_smem_to_gmem(0)
 
-    _by_warpgroup(copy, compute)
+    by_warpgroup(copy, compute)
 
 
 def _band_shape(geometry: Geometry) -> jax.ShapeDtypeStruct:
@@ -308,16 +197,16 @@ def make_weights(
         shape = jax.ShapeDtypeStruct(
             (geometry.rows, geometry.heads, geometry.query_tiles * TILE), jnp.float32
         )
-    weights, new_lse = _launch(
+    weights, new_lse = launch(
         partial(_scores_kernel, geometry=geometry),
         (band, q, k, lse),
         (_band_shape(geometry), shape),
         name="chunk_attention_weights",
         grid={"i": geometry.query_tiles, "h": geometry.heads, "b": geometry.rows},
         scratch=[
-            _staged(TILE, depth),
-            _staged(2, TILE, depth),
-            _staged(2, _ROWS, TILE),
+            staged(TILE, depth),
+            staged(2, TILE, depth),
+            staged(2, _ROWS, TILE),
             plgpu.Barrier(num_arrivals=1),
         ],
         stages=2,
@@ -354,9 +243,9 @@ def _band_product_kernel(pipe, band, weights, x, out, a_s, x_s, out_s, *, geomet
 
         total = pl.run_scoped(multiply, _Accumulator((_ROWS, width), jnp.float32))
         tokens = pl.ds(tile * TILE + warpgroup * _ROWS, _ROWS)
-        _store(out_s.at[warpgroup], out.at[row, tokens, head, columns], total)
+        store(out_s.at[warpgroup], out.at[row, tokens, head, columns], total)
 
-    _by_warpgroup(copy, compute)
+    by_warpgroup(copy, compute)
 
 
 def band_product(
@@ -370,7 +259,7 @@ def band_product(
     width = min(_WIDTH, x.shape[3])
     length = geometry.query_tiles * TILE
     shape = (geometry.rows, length, geometry.heads, x.shape[3])
-    return _launch(
+    return launch(
         partial(_band_product_kernel, geometry=geometry, width=width),
         (band, weights, x),
         jax.ShapeDtypeStruct(shape, x.dtype),
@@ -382,9 +271,9 @@ def band_product(
             "b": geometry.rows,
         },
         scratch=[
-            _staged(_STAGES, TILE, _DEPTH),
-            _staged(_STAGES, _DEPTH, width),
-            _staged(2, _ROWS, width),
+            staged(_STAGES, TILE, _DEPTH),
+            staged(_STAGES, _DEPTH, width),
+            staged(2, _ROWS, width),
         ],
         stages=_STAGES,
         copies=2,
@@ -423,9 +312,9 @@ def _transpose_product_kernel(pipe, band, weights, y, out, a_s, y_s, out_s, *, g
 
         total = pl.run_scoped(multiply, _Accumulator((_ROWS, width), jnp.float32))
         tokens = pl.ds(tile * TILE + warpgroup * _ROWS, _ROWS)
-        _store(out_s.at[warpgroup], out.at[row, tokens, head, columns], total)
+        store(out_s.at[warpgroup], out.at[row, tokens, head, columns], total)
 
-    _by_warpgroup(copy, compute)
+    by_warpgroup(copy, compute)
 
 
 def band_transpose_product(
@@ -439,7 +328,7 @@ def band_transpose_product(
     width = min(_WIDTH, y.shape[3])
     key_tiles = band.last.shape[1]
     shape = (geometry.rows, key_tiles * TILE, geometry.heads, y.shape[3])
-    return _launch(
+    return launch(
         partial(_transpose_product_kernel, geometry=geometry, width=width),
         (band, weights, y),
         jax.ShapeDtypeStruct(shape, y.dtype),
@@ -451,9 +340,9 @@ def band_transpose_product(
             "b": geometry.rows,
         },
         scratch=[
-            _staged(_STAGES, _DEPTH, TILE),
-            _staged(_STAGES, _DEPTH, width),
-            _staged(2, _ROWS, width),
+            staged(_STAGES, _DEPTH, TILE),
+            staged(_STAGES, _DEPTH, width),
+            staged(2, _ROWS, width),
         ],
         stages=_STAGES,
         copies=2,
@@ -505,9 +394,9 @@ def _score_gradient_kernel(
             values = values.astype(jnp.float32)
             # Not even an infinite gradient counts where the weight is zero.
             gradient = jnp.where(values == 0, 0.0, values * gradient)
-            _store(own, out.at[place], gradient)
+            store(own, out.at[place], gradient)
 
-    _by_warpgroup(copy, compute)
+    by_warpgroup(copy, compute)
 
 
 def score_gradient(
@@ -520,7 +409,7 @@ def score_gradient(
     interpret: Any,
 ) -> BFloat16[Array, "B H I 128 W"]:
     """weights * (do vᵀ - delta) in the band."""
-    return _launch(
+    return launch(
         partial(_score_gradient_kernel, geometry=geometry),
         (band, weights, do, v, delta),
         _band_shape(geometry),
@@ -532,9 +421,9 @@ def score_gradient(
             "b": geometry.rows,
         },
         scratch=[
-            _staged(_STAGES, TILE, _DEPTH),
-            _staged(_STAGES, TILE, _DEPTH),
-            _staged(2, _ROWS, TILE),
+            staged(_STAGES, TILE, _DEPTH),
+            staged(_STAGES, TILE, _DEPTH),
+            staged(2, _ROWS, TILE),
             plgpu.Barrier(num_arrivals=1, num_barriers=2),
         ],
         stages=_STAGES,
