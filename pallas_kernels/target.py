@@ -46,6 +46,28 @@ def find_target() -> Target:
     return _describe(device.platform, device.device_kind)
 
 
+def check_hopper(implementation: str) -> None:
+    """Raises a ValueError where Mosaic GPU kernels neither run nor are interpreted."""
+    target = find_target()
+    if not target.is_hopper and not is_interpreted():
+        raise _wrong_device(implementation, "an NVIDIA Hopper GPU", target)
+
+
+def check_tpu(implementation: str) -> str:
+    """The kind of TPU; raises a ValueError where there is none."""
+    target = find_target()
+    if target.platform != "tpu":
+        raise _wrong_device(implementation, "a TPU", target)
+    return target.kind
+
+
+def _wrong_device(implementation: str, needed: str, target: Target) -> ValueError:
+    return ValueError(
+        f"{implementation} needs {needed}, this is {target.platform} ({target.kind}); use "
+        "implementation 'xla', or None for the best one here"
+    )
+
+
 def _describe(platform: str, kind: str) -> Target:
     return Target("gpu" if platform in ("cuda", "rocm") else platform, kind)
 

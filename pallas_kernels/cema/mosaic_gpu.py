@@ -24,7 +24,7 @@ from pallas_kernels.cema.mosaic_gpu_kernels import (
 from pallas_kernels.cema.mosaic_gpu_stream import CHANNELS, TILE
 from pallas_kernels.cema.types import CemaOutput, CemaParams
 from pallas_kernels.cema.xla import cema_xla
-from pallas_kernels.target import find_target, is_interpreted
+from pallas_kernels.target import check_hopper, is_interpreted
 
 # Orders of one call: more do not fit in registers. Further orders are further calls, summed.
 LARGEST_ORDER = 16
@@ -93,7 +93,7 @@ def cema_mosaic_gpu(
     Raises:
       ValueError: float64, a split that is no multiple of 32, or a device that is no Hopper GPU.
     """
-    check_target()
+    check_hopper("mosaic_gpu")
     if params.alpha.dtype != jnp.float32 or x.dtype == jnp.float64:
         raise ValueError(
             f"mosaic_gpu computes in float32, x is {x.dtype} and the parameters "
@@ -120,16 +120,6 @@ def cema_mosaic_gpu(
     return CemaOutput(out.y[:, :length, :width], out.state[:, :width])
 
 
-def check_target() -> None:
-    """Raises a ValueError where the kernels cannot run."""
-    target = find_target()
-    if not target.is_hopper and not is_interpreted():
-        raise ValueError(
-            f"mosaic_gpu needs an NVIDIA Hopper GPU, this is {target.platform} ({target.kind}); "
-            "use implementation 'xla', or None for the best one here"
-        )
-
-
 def choose_split(rows: int, length: int, width: int) -> int:
     """Tokens of a split such that all splits fill the GPU once."""
     tiles = -(-length // TILE)
@@ -151,7 +141,7 @@ def _cema(
 
 def _forward(options, x, params, state, segment_ids, *, with_entering):
     documents = None if segment_ids is None else _find_documents(segment_ids, options.split)
-    unit = jnp.maximum(coefficients.input_weight(params), _SMALLEST_WEIGHT)
+    unit = _find_unit(params)
     groups = _order_groups(params.alpha.shape[1])
     initial = None if state is None else _to_rows(state / unit)
     outputs, lasts = [], []
@@ -261,17 +251,21 @@ def _add_last_state(gradients, x, params, state, segment_ids, d_last):
     return jax.tree.map(jnp.add, gradients, more)
 
 
+def _find_unit(params: CemaParams) -> Float[Array, "D N"]:
+    """p, in units of which the kernels keep the state."""
+    return jnp.maximum(coefficients.input_weight(params), _SMALLEST_WEIGHT)
+
+
 def _find_modes(params: CemaParams) -> _Modes:
     q = coefficients.powers(params, jnp.ones(1, jnp.int32))[..., 0]
     gamma = coefficients.output_weight(params)
-    p = jnp.maximum(coefficients.input_weight(params), _SMALLEST_WEIGHT)
+    p = _find_unit(params)
     return _Modes(q.real, q.imag, gamma.real, gamma.imag, p, params.omega)
 
 
 def _make_tables(params: CemaParams, groups: list[slice], split: int) -> list[Tables]:
     q = coefficients.powers(params, jnp.asarray([1, split], jnp.int32))
-    p = jnp.maximum(coefficients.input_weight(params), _SMALLEST_WEIGHT)
-    c = p * coefficients.output_weight(params)
+    c = _find_unit(params) * coefficients.output_weight(params)
     # Stacked before they are transposed: one small kernel instead of six.
     parts = [c for z in (q[..., 0], c, q[..., 1]) for c in (z.real, z.imag)]
     rows = jnp.swapaxes(jnp.stack(parts), 1, 2)

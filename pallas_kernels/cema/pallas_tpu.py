@@ -33,7 +33,7 @@ from pallas_kernels.cema.segments import (
 )
 from pallas_kernels.cema.tpu_block_sizes import SMALLEST_TILE, tile_for
 from pallas_kernels.cema.types import CemaOutput, CemaParams
-from pallas_kernels.target import find_target, is_interpreted
+from pallas_kernels.target import check_tpu, is_interpreted
 
 
 def cema_pallas_tpu(
@@ -84,7 +84,7 @@ def cema_pallas_tpu(
 def _make_plans(
     x: Array, params: CemaParams, block_size: int | None, interpret: bool | pltpu.InterpretParams
 ) -> tuple[Plan, Plan]:
-    device = None if interpret else _device_kind()
+    device = None if interpret else check_tpu("pallas_tpu")
     tile = tile_for(device)
     if block_size is not None and (block_size < 1 or block_size % SMALLEST_TILE):
         raise ValueError(f"block_size is {block_size}; needs a multiple of {SMALLEST_TILE} tokens")
@@ -111,16 +111,6 @@ def _make_plans(
         for size, unroll in zip(sizes, tile.unroll, strict=True)
     )
     return forward, backward
-
-
-def _device_kind() -> str:
-    target = find_target()
-    if target.platform != "tpu":
-        raise ValueError(
-            f"pallas_tpu needs a TPU, this is {target.platform} ({target.kind}); use "
-            "implementation 'xla', or None for the best one here"
-        )
-    return target.kind
 
 
 def _call(

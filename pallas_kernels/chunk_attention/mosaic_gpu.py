@@ -24,7 +24,7 @@ from pallas_kernels.chunk_attention.mosaic_gpu_kernels import (
     make_weights,
     score_gradient,
 )
-from pallas_kernels.target import find_target, is_interpreted
+from pallas_kernels.target import check_hopper, is_interpreted
 
 # Widths of heads that the kernels' tiles are made for: multiples of the first, above the second
 # multiples of the second. Others are padded in a copy.
@@ -79,12 +79,7 @@ def chunk_attention(
 
 
 def _check(q: Array, v: Array, dropout: AttentionDropout | None) -> None:
-    target = find_target()
-    if not target.is_hopper and not is_interpreted():
-        raise ValueError(
-            f"mosaic_gpu needs an NVIDIA Hopper GPU, this is {target.platform} ({target.kind}); "
-            "use implementation 'xla', or None for the best one here"
-        )
+    check_hopper("mosaic_gpu")
     if q.dtype != jnp.bfloat16 or v.dtype != jnp.bfloat16:
         raise ValueError(
             f"mosaic_gpu multiplies bfloat16, q is {q.dtype} and v {v.dtype}; cast them, or use "

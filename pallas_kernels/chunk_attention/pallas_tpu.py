@@ -23,7 +23,7 @@ from pallas_kernels.chunk_attention.tpu_block_sizes import (
     TpuBlocks,
     blocks_for,
 )
-from pallas_kernels.target import find_target, is_interpreted
+from pallas_kernels.target import check_tpu, is_interpreted
 
 _LANES = 128
 
@@ -107,18 +107,13 @@ def _make_plan(q: Array, v: Array, chunk_size: int, *, aligned: bool, cached: bo
     if interpret:
         blocks = blocks_for(None)
     else:
-        target = find_target()
-        if target.platform != "tpu":
-            raise ValueError(
-                f"pallas_tpu needs a TPU, this is {target.platform} ({target.kind}); use "
-                "implementation 'xla', or None for the best one here"
-            )
-        table = blocks_for(target.kind)
+        kind = check_tpu("pallas_tpu")
+        table = blocks_for(kind)
         blocks = _fit(table, widths, chunk_size, q.dtype.itemsize, v.dtype.itemsize)
         if blocks is None:
             raise ValueError(
                 f"heads of {q.shape[3]} and {v.shape[3]} channels ({q.dtype}, {v.dtype}) in chunks "
-                f"of {chunk_size} tokens do not fit into the memory of {target.kind}; use "
+                f"of {chunk_size} tokens do not fit into the memory of {kind}; use "
                 "implementation 'xla'"
             )
     # A short row or chunk needs no block that is mostly empty.
