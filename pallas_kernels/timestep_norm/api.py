@@ -5,16 +5,16 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.timestep_norm import reference, xla
+from pallas_kernels.timestep_norm import mosaic_gpu, reference, xla
 from pallas_kernels.timestep_norm.interface import (
     TimestepNormOutput,
     TimestepNormState,
     moments_dtype,
 )
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "mosaic_gpu"]
 
-_IMPLEMENTATIONS = {"reference": reference.timestep_norm, "xla": xla.timestep_norm}
+_IMPLEMENTATIONS = {"reference": reference.timestep_norm, "xla": xla.timestep_norm, "mosaic_gpu": mosaic_gpu.timestep_norm}
 
 
 def timestep_norm(

@@ -1,0 +1,415 @@
+"""TimestepNorm on Hopper: four kernels, each of which reads a split of a row once.
+
+    tsn_moments   count, mean and squares of what a split hands on to the next one
+    tsn_outputs   y, and per token pivot k, offset a = m - k and r = (v + eps)^(-1/2)
+    tsn_slopes    what a split hands on to the one before it
+    tsn_gradients dx, and by block the gradients of scale, bias and of what documents start from
+
+A tile takes three steps: sums over the features of each token, the running sums over its tokens,
+and the results. Between them the numbers of a token move from four threads to one and back.
+
+Backward, with u and s as in README.md and q_t = u_t - 2 a_t s_t, the two running sums
+
+    S_i = Σ_{t≥i} s_t        T_i = Σ_{t≥i} q_t        dx_i = g_i r_i + (T_i + 2 (x_i - k) S_i) / F
+
+are README's, taken around the pivot. Read around another one, T changes by 2 (k' - k) S.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Float, Int32
+
+from pallas_kernels.timestep_norm import mosaic_gpu_tiles as tiles
+from pallas_kernels.timestep_norm.mosaic_gpu_tiles import (
+    BUFFERS,
+    HALF,
+    LANES,
+    ROWS,
+    TOKENS,
+    Array,
+    Geometry,
+    Place,
+    Stage,
+)
+
+HALVES = TOKENS // HALF
+# Flags of a token. A document is the row's first one or a later one.
+VALID, STARTS, LATER, TAIL, HEAD = 1, 2, 4, 8, 16
+
+
+class Documents(NamedTuple):
+    """What packed rows are.
+
+    Attributes:
+      tokens: for every tile and token: count after it, tokens since its document's first, tokens
+        to its document's last, and flags: VALID if it is not padding; STARTS at a document's first
+        token; LATER in all documents but the row's first; TAIL if no document of its split starts
+        after it; HEAD if its document started before its split.
+      initial: mean and count times variance that the row's first document starts from, then those
+        of later ones.
+      has_initial: whether there are such, 0 or 1.
+    """
+
+    tokens: Int32[jax.Array, "B tiles 4 128"]
+    initial: Float[jax.Array, "B G 4"]
+    has_initial: Int32[jax.Array, "B 2"]
+
+
+class Inputs(NamedTuple):
+    """What kernels read; None what a call has not.
+
+    Attributes:
+      x: the sequence, with groups of `width`.
+      scale: scale.
+      documents: of packed rows.
+      count: tokens before the row, of rows that are not packed.
+      bias: bias.
+      entering: of every split: pivot, sum around it, squares; backward the sums S, T that enter.
+      dy: cotangent of y.
+      kept: for every tile and token a, r, and k if packed.
+      pivots: k of every split if not packed.
+    """
+
+    x: Any
+    documents: Documents | None
+    count: Any
+    scale: Any = None
+    bias: Any = None
+    entering: Any = None
+    dy: Any = None
+    kept: Any = None
+    pivots: Any = None
+
+
+class Memory(NamedTuple):
+    """Shared memory; `tokens` and `stats` have a number of each token for every group."""
+
+    stage: Stage
+    sums: Any
+    stats: Any
+    tokens: Any
+
+
+def make_memory(geometry: Geometry, read: list[Any], written: list[Any], copies: int, sums: int):
+    return Memory(
+        Stage(read, written, plgpu.Barrier(num_arrivals=copies, num_barriers=BUFFERS)),
+        tiles.sums_memory(sums) if sums else None,
+        plgpu.SMEM((geometry.together, 4, TOKENS), jnp.float32),
+        plgpu.SMEM((geometry.together, 4, TOKENS), jnp.float32),
+    )
+
+
+def documents_memory(documents: Documents | None) -> list[Any]:
+    return [] if documents is None else [plgpu.SMEM((BUFFERS, 1, 4, TOKENS), jnp.int32)]
+
+
+def spread(scalar: Any) -> Array:
+    return plgpu.layout_cast(jnp.broadcast_to(jnp.float32(scalar), (TOKENS,)), LANES)
+
+
+def has(flags: Any, flag: int) -> Any:
+    return (flags & flag) != 0
+
+
+def _group_moments(v: Array, geometry: Geometry) -> tuple[Array, Array, Array]:
+    """Mean of a token's numbers, what its rounding lost, and their variance."""
+    each = 1 / geometry.features
+    mean = v.sum(axis=1) * each
+    deviation = v - tiles.over_columns(mean, geometry.width)
+    if geometry.features < geometry.width:
+        shape = (HALF, geometry.width)
+        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+        deviation = jnp.where(column < geometry.features, deviation, jnp.zeros_like(deviation))
+    rest = deviation.sum(axis=1) * each
+    var = (deviation * deviation).sum(axis=1) * each - rest * rest
+    return mean, rest, jnp.maximum(var, 0.0)
+
+
+def find_sources(inputs: Inputs, place: Place, *arrays: Any):
+    """What is copied for a tile: tiles of the arrays, then `kept`, then of documents."""
+
+    def find(tile):
+        groups = range(len(place.groups))
+        parts = [[place.window(array, i, tile) for i in groups] for array in arrays]
+        if inputs.kept is not None:
+            parts.append([inputs.kept.at[place.row, group, tile] for group in place.groups])
+        if inputs.documents is not None:
+            parts.append([inputs.documents.tokens.at[place.row, tile]])
+        return parts
+
+    return find
+
+
+def no_targets(tile):
+    return []
+
+
+class _RowMoments(NamedTuple):
+    """Moments of every 128th token: pivot, offset of the mean from it, squares around the mean."""
+
+    pivot: Array
+    offset: Array
+    squares: Array
+
+
+def _add_token(
+    moments: _RowMoments, count: Array, token: tuple, keep: Array | None
+) -> _RowMoments:
+    mean, rest, var = token
+    after = count + 1.0
+    pivot = jnp.where(count > 0.0, moments.pivot, mean)
+    delta = ((mean - pivot) + rest) - moments.offset
+    new = _RowMoments(
+        pivot,
+        moments.offset + delta / after,
+        moments.squares + var + delta * delta * (count / after),
+    )
+    if keep is None:
+        return new
+    return _RowMoments(*(jnp.where(keep, a, b) for a, b in zip(new, moments, strict=True)))
+
+
+def moments_kernel(inputs: Inputs, results, memory: Memory, *, geometry: Geometry):
+    place = tiles.find_place(geometry)
+    zero = tiles.fill((HALF,), ROWS)
+    start = [[_RowMoments(zero, zero, zero)] * HALVES] * geometry.together
+
+    def run_tile(tile, read, written, carry):
+        counts, moments = carry
+        new_counts, new_moments = [], [[] for _ in moments]
+        for half in range(HALVES):
+            keep = None
+            if inputs.documents is not None:
+                flags = tiles.load_rows(read[1].at[0, 3], half)
+                keep = has(flags, VALID) & has(flags, TAIL)
+            for i in range(geometry.together):
+                token = _group_moments(tiles.load_half(read[0].at[i], half), geometry)
+                added = _add_token(moments[i][half], counts[half], token, keep)
+                new_moments[i].append(added)
+            after = counts[half] + 1.0
+            new_counts.append(after if keep is None else jnp.where(keep, after, counts[half]))
+        return new_counts, new_moments
+
+    # Backward, so that the next kernel finds where it begins in the L2 cache.
+    counts, moments = tiles.stream(
+        place,
+        memory.stage,
+        find_sources(inputs, place, inputs.x),
+        no_targets,
+        ([zero] * HALVES, start),
+        run_tile,
+        backward=True,
+    )
+    for i, group in enumerate(place.groups):
+        for half in range(HALVES):
+            for j, value in enumerate((counts[half], *moments[i][half])):
+                memory.stats[i, j, pl.ds(half * HALF, HALF)] = value
+    plgpu.commit_smem()
+    for i, group in enumerate(place.groups):
+        count, pivot, offset, squares = (tiles.load_lanes(memory.stats.at[i, j]) for j in range(4))
+        total = count.sum()
+        each = 1.0 / jnp.maximum(total, 1.0)
+        middle = (count * (pivot + offset)).sum() * each
+        away = (pivot - spread(middle)) + offset
+        mean = (count * away).sum() * each
+        away = away - spread(mean)
+        squares = (squares + count * (away * away)).sum()
+        for j, value in enumerate((total, middle, mean, squares)):
+            results[place.row, place.split, group, j] = value
+
+
+class _Carry(NamedTuple):
+    """What a tile hands on, forward: pivot, sum around it, squares. Scalars."""
+
+    pivot: Any
+    total: Any
+    squares: Any
+
+
+class _Tokens(NamedTuple):
+    """What a tile's tokens are; None what a row without documents has not."""
+
+    count: Array
+    left: Array | None
+    right: Array | None
+    flags: Array | None
+
+
+def find_tokens(inputs: Inputs, place: Place, tile: Any, read: list[Any]) -> _Tokens:
+    if inputs.documents is None:
+        index = tiles.lane_index() + (inputs.count[place.row] + tile * TOKENS + 1)
+        return _Tokens(index.astype(jnp.float32), None, None, None)
+    count, left, right, flags = (tiles.load_lanes(read[-1].at[0, j]) for j in range(4))
+    return _Tokens(jnp.maximum(count.astype(jnp.float32), 1.0), left, right, flags)
+
+
+def _start_documents(
+    documents: Documents, place: Place, i: int, tokens: _Tokens, mean: Array, sums: Any
+) -> tuple[Array, Array]:
+    """Pivot and squares that the documents that start in this tile start from."""
+    later = has(tokens.flags, LATER)
+    parts = [spread(documents.initial[place.row, place.groups[i], j]) for j in range(4)]
+    exists = [
+        spread(documents.has_initial[place.row, j].astype(jnp.float32)) > 0.5 for j in range(2)
+    ]
+    at_start = jnp.where(has(tokens.flags, STARTS), mean, jnp.zeros_like(mean))
+    (own,) = tiles.running_sums(sums, [at_start], tokens.left, backward=False)
+    pivot = jnp.where(
+        later, jnp.where(exists[1], parts[2], own), jnp.where(exists[0], parts[0], own)
+    )
+    return pivot, jnp.where(later, parts[3], parts[1])
+
+
+def _advance(
+    inputs: Inputs,
+    place: Place,
+    i: int,
+    tokens: _Tokens,
+    memory: Memory,
+    carry: _Carry,
+    eps: float,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """k, a and r of every token of a tile, and the sums that are handed on."""
+    mean, rest, var = (tiles.load_lanes(memory.stats.at[i, j]) for j in range(3))
+    count = tokens.count
+    total, squares = spread(carry.total), spread(carry.squares)
+    pivot = spread(carry.pivot)
+    if inputs.documents is not None:
+        goes_on = tokens.left > tiles.lane_index()
+        own_pivot, own_squares = _start_documents(
+            inputs.documents, place, i, tokens, mean, memory.sums
+        )
+        zero = jnp.zeros_like(mean)
+        pivot = jnp.where(goes_on, pivot, own_pivot)
+        total = jnp.where(goes_on, total, zero)
+        squares = jnp.where(goes_on, squares, own_squares)
+    difference = (mean - pivot) + rest
+    if tokens.flags is not None:
+        valid = has(tokens.flags, VALID)
+        difference = jnp.where(valid, difference, zero)
+    (added,) = tiles.running_sums(memory.sums, [difference], tokens.left, backward=False)
+    total = total + added
+    before = count - 1.0
+    offset = total / count
+    moved = difference - (total - difference) / jnp.maximum(before, 1.0)
+    summand = var + moved * moved * (before / count)
+    if tokens.flags is not None:
+        summand = jnp.where(valid, summand, zero)
+    (added,) = tiles.running_sums(memory.sums, [summand], tokens.left, backward=False)
+    squares = squares + added
+    return pivot, offset, jax.lax.rsqrt(squares / count + eps), total, squares
+
+
+class Outputs(NamedTuple):
+    """Results of `tsn_outputs`, or their shapes; None what was not asked for.
+
+    Attributes:
+      y: normalized.
+      last: mean and variance after each token of the row's last tile.
+      kept: for the backward pass; see `Inputs`.
+      pivots: likewise.
+    """
+
+    y: Any
+    last: Any  # (B G 2 128)
+    kept: Any
+    pivots: Any
+
+
+def outputs_kernel(
+    inputs: Inputs, results: Outputs, memory: Memory, *, geometry: Geometry, eps: float
+):
+    place = tiles.find_place(geometry)
+    width, groups = geometry.width, range(geometry.together)
+    packed = inputs.documents is not None
+    tiles.clear(memory.sums)
+    scales = [tiles.load_columns(inputs.scale, place.columns(i)) for i in groups]
+    biases = [tiles.load_columns(inputs.bias, place.columns(i)) for i in groups]
+
+    def find_pivot(carry, i, tile):
+        if packed:
+            return carry
+        # The row's first token is the pivot where there is no state.
+        is_first = (inputs.count[place.row] == 0) & (tile == 0)
+        pivot = jnp.where(is_first, memory.stats[i, 0, 0], carry.pivot)
+        if results.pivots is not None:
+            results.pivots[place.row, place.split, place.groups[i]] = pivot
+        return carry._replace(pivot=pivot)
+
+    def store_tokens(i, tile, tokens, k, a, r, total, squares):
+        for j, value in enumerate((k, a, r)):
+            memory.tokens[i, j, pl.ds(0, TOKENS)] = value
+        # Read back as scalars, the last token's.
+        memory.stats[i, 0, pl.ds(0, TOKENS)] = total
+        memory.stats[i, 1, pl.ds(0, TOKENS)] = squares
+        if packed:
+            valid = jnp.where(has(tokens.flags, VALID), jnp.ones_like(k), jnp.zeros_like(k))
+            memory.tokens[i, 3, pl.ds(0, TOKENS)] = valid
+        group = place.groups[i]
+        if results.kept is not None:
+            for j, value in enumerate((a, r, k)[: 3 if packed else 2]):
+                results.kept[place.row, group, tile, j, pl.ds(0, TOKENS)] = value
+
+        @pl.when(tile == geometry.tiles - 1)
+        def _():
+            results.last[place.row, group, 0, pl.ds(0, TOKENS)] = k + a
+            results.last[place.row, group, 1, pl.ds(0, TOKENS)] = squares / tokens.count
+
+    def run_tile(tile, read, written, carries):
+        for half in range(HALVES):
+            rows = pl.ds(half * HALF, HALF)
+            for i in groups:
+                moments = _group_moments(tiles.load_half(read[0].at[i], half), geometry)
+                for j, value in enumerate(moments):
+                    memory.stats[i, j, rows] = value
+        tokens = find_tokens(inputs, place, tile, read)
+        plgpu.commit_smem()
+        carries = [find_pivot(carry, i, tile) for i, carry in enumerate(carries)]
+        found = [
+            _advance(inputs, place, i, tokens, memory, carries[i], eps) for i in groups
+        ]
+        for i in groups:
+            store_tokens(i, tile, tokens, *found[i])
+        plgpu.commit_smem()
+        for half in range(HALVES):
+            rows = pl.ds(half * HALF, HALF)
+            for i in groups:
+                v = tiles.load_half(read[0].at[i], half)
+                k, a, r = (
+                    tiles.over_columns(tiles.load_rows(memory.tokens.at[i, j], half), width)
+                    for j in range(3)
+                )
+                y = ((v - k) - a) * r * tiles.over_rows(scales[i])
+                y = y + tiles.over_rows(biases[i])
+                if packed:
+                    valid = tiles.over_columns(
+                        tiles.load_rows(memory.tokens.at[i, 3], half), width
+                    )
+                    y = jnp.where(valid > 0.5, y, jnp.zeros_like(y))
+                written[0].at[i][rows] = y.astype(written[0].dtype)
+        last = TOKENS - 1
+        return [
+            _Carry(memory.tokens[i, 0, last], memory.stats[i, 0, last], memory.stats[i, 1, last])
+            for i in groups
+        ]
+
+    def targets(tile):
+        return [[place.window(results.y, i, tile) for i in groups]]
+
+    start = [
+        _Carry(*(inputs.entering[place.row, place.split, group, j] for j in range(3)))
+        for group in place.groups
+    ]
+    tiles.stream(
+        place,
+        memory.stage,
+        find_sources(inputs, place, inputs.x),
+        targets,
+        start,
+        run_tile,
+        backward=False,
+    )
