@@ -387,7 +387,7 @@ def _launch(options: _Options, kernel, inputs, out_type, *, name, splits, read, 
         channels = 2 if inputs.documents is None else 3
         kept = plgpu.SMEM((tiles.BUFFERS, geometry.together, channels, TOKENS), jnp.float32)
         memory.insert(len(read), kept)
-    copies = geometry.together * (len(read) + (inputs.kept is not None))
+    copies = len(read) + (inputs.kept is not None) * geometry.together
     copies += inputs.documents is not None
     return tiles.launch(
         kernel,

@@ -33,14 +33,14 @@ from pallas_kernels.timestep_norm.mosaic_gpu_tiles import (
 
 
 class _Half(NamedTuple):
-    """64 tokens of a group.
+    """64 tokens.
 
     Attributes:
       relative: x - k.
       centered: x minus the mean.
       dy: cotangent of y, 0 at padding.
-      rstd: r of every token.
-      valid: whether it is not padding, at every feature; None if all are.
+      rstd: r.
+      valid: whether it is not padding; None if nothing is.
     """
 
     relative: Array
@@ -50,29 +50,37 @@ class _Half(NamedTuple):
     valid: Array | None
 
 
-def _load_half(inputs: Inputs, place: Place, i: int, read: list[Any], half: int) -> _Half:
-    x, dy, kept = (part.at[i] for part in read[:3])
-    width = place.width
+def _load_half(
+    inputs: Inputs, place: Place, geometry: Geometry, read: list[Any], half: int
+) -> _Half:
+    x, dy, kept = read[:3]
+    groups, width = range(geometry.together), geometry.width
+
+    def at_features(j):
+        return tiles.over_columns([tiles.load_rows(kept.at[i, j], half) for i in groups], width)
+
     v, dy = tiles.load_half(x, half), tiles.load_half(dy, half)
-    offset, rstd = (tiles.load_rows(kept.at[j], half) for j in range(2))
     if inputs.documents is None:
-        relative = v - inputs.pivots[place.row, place.split, place.groups[i]]
+        scalars = (inputs.pivots[place.row, place.split, group] for group in place.groups)
+        pivot = tiles.over_columns([spread(k, (HALF,), ROWS) for k in scalars], width)
     else:
-        relative = v - tiles.over_columns(tiles.load_rows(kept.at[2], half), width)
-    centered = relative - tiles.over_columns(offset, width)
+        pivot = at_features(2)
+    relative = v - pivot
+    centered = relative - at_features(0)
     if inputs.documents is None:
-        return _Half(relative, centered, dy, rstd, None)
-    flags = tiles.over_columns(tiles.load_rows(read[3].at[0, 3], half), width)
+        return _Half(relative, centered, dy, at_features(1), None)
+    flags = tiles.over_columns([tiles.load_rows(read[3].at[0, 3], half)], geometry.block_width)
     valid = has(flags, VALID)
     zero = jnp.zeros_like(v)
     dy, centered = jnp.where(valid, dy, zero), jnp.where(valid, centered, zero)
-    return _Half(relative, centered, dy, rstd, valid)
+    return _Half(relative, centered, dy, at_features(1), valid)
 
 
-def _group_sums(part: _Half, scale: Array) -> tuple[Array, Array]:
-    """Σ g and Σ g (x - mean) over a token's features."""
+def _group_sums(part: _Half, scale: Array, width: int) -> list[tuple[Array, Array]]:
+    """Σ g and Σ g (x - mean) over a token's features, for every group."""
     g = part.dy * tiles.over_rows(scale)
-    return g.sum(axis=1), (g * part.centered).sum(axis=1)
+    sums = tiles.sum_groups(g, width), tiles.sum_groups(g * part.centered, width)
+    return list(zip(*sums, strict=True))
 
 
 def _slopes(
@@ -86,7 +94,7 @@ def _slopes(
 def slopes_kernel(inputs: Inputs, results: Any, memory: Memory, *, geometry: Geometry):
     """Writes S and T of what every split but the first hands on."""
     place = tiles.find_place(geometry, first_split=1)
-    scales = [tiles.load_columns(inputs.scale, place.columns(i)) for i in range(geometry.together)]
+    scale = tiles.load_columns(inputs.scale, place.columns)
     zero = tiles.fill((HALF,), ROWS)
 
     def run_tile(tile, read, written, carry):
@@ -101,12 +109,12 @@ def slopes_kernel(inputs: Inputs, results: Any, memory: Memory, *, geometry: Geo
                 count, flags = (tiles.load_rows(read[3].at[0, j], half) for j in (0, 3))
                 count = jnp.maximum(count.astype(jnp.float32), 1.0)
                 keep = has(flags, VALID) & has(flags, HEAD)
-            for i in range(geometry.together):
-                part = _load_half(inputs, place, i, read, half)
-                offset = tiles.load_rows(read[2].at[i, 0], half)
-                found = _slopes(_group_sums(part, scales[i]), count, offset, part.rstd)
+            part = _load_half(inputs, place, geometry, read, half)
+            for i, sums in enumerate(_group_sums(part, scale, geometry.width)):
+                offset, rstd = (tiles.load_rows(read[2].at[i, j], half) for j in range(2))
                 added = []
-                for total, value in zip(carry[i][half], found, strict=True):
+                values = _slopes(sums, count, offset, rstd)
+                for total, value in zip(carry[i][half], values, strict=True):
                     if keep is not None:
                         value = jnp.where(keep, value, jnp.zeros_like(value))
                     added.append(total + value)
@@ -153,14 +161,14 @@ class _Carry(NamedTuple):
     """What a tile hands on, backward: S and T of the tokens after it, as scalars, and sums.
 
     Attributes:
-      sums: S, T.
-      affine: sums of dy (x - m) r and of dy, by feature and every 64th token.
+      sums: S, T of every group.
       initial: of each token of a tile; see `Gradients`. None if not packed.
+      affine: sums of dy (x - m) r and of dy, by feature and every 64th token.
     """
 
-    sums: tuple[Any, Any]
+    sums: list[tuple[Any, Any]]
+    initial: list[tuple[Array, ...] | None]
     affine: tuple[Array, Array]
-    initial: tuple[Array, ...] | None
 
 
 def gradients_kernel(inputs: Inputs, results: Gradients, memory: Memory, *, geometry: Geometry):
@@ -170,25 +178,24 @@ def gradients_kernel(inputs: Inputs, results: Gradients, memory: Memory, *, geom
     each = 1 / geometry.features
     packed = inputs.documents is not None
     tiles.clear(memory.sums)
-    scales = [tiles.load_columns(inputs.scale, place.columns(i)) for i in groups]
+    scale = tiles.load_columns(inputs.scale, place.columns)
 
-    def sum_features(read, carries):
-        affine = [carry.affine for carry in carries]
+    def sum_features(read, affine):
         for half in range(HALVES):
             rows = pl.ds(half * HALF, HALF)
-            for i in groups:
-                part = _load_half(inputs, place, i, read, half)
-                for j, value in enumerate(_group_sums(part, scales[i])):
+            part = _load_half(inputs, place, geometry, read, half)
+            for i, sums in enumerate(_group_sums(part, scale, width)):
+                for j, value in enumerate(sums):
                     memory.stats[i, j, rows] = value
-                of_scale = part.dy * (part.centered * tiles.over_columns(part.rstd, width))
-                affine[i] = affine[i][0] + of_scale, affine[i][1] + part.dy
+            of_scale = part.dy * (part.centered * part.rstd)
+            affine = affine[0] + of_scale, affine[1] + part.dy
         return affine
 
-    def sum_tokens(i, tokens, read, carry):
+    def sum_tokens(i, tokens, read, entering):
         offset, rstd = (tiles.load_lanes(read[2].at[i, j]) for j in range(2))
         found = tuple(tiles.load_lanes(memory.stats.at[i, j]) for j in range(2))
         s, q = _slopes(found, tokens.count, offset, rstd)
-        before = [spread(value) for value in carry.sums]
+        before = [spread(value) for value in entering]
         if packed:
             zero = jnp.zeros_like(s)
             valid = has(tokens.flags, VALID)
@@ -212,54 +219,52 @@ def gradients_kernel(inputs: Inputs, results: Gradients, memory: Memory, *, geom
         others = [jnp.where(later, value, zero) for value in at_start]
         return tuple(a + b for a, b in zip(initial, first + others, strict=True))
 
-    def run_tile(tile, read, written, carries):
-        affine = sum_features(read, carries)
+    def run_tile(tile, read, written, carry):
+        affine = sum_features(read, carry.affine)
         tokens = find_tokens(inputs, place, tile, read)
         plgpu.commit_smem()
-        sums = [sum_tokens(i, tokens, read, carries[i]) for i in groups]
-        initial = [store_tokens(i, tokens, sums[i], carries[i].initial) for i in groups]
+        sums = [sum_tokens(i, tokens, read, carry.sums[i]) for i in groups]
+        initial = [store_tokens(i, tokens, sums[i], carry.initial[i]) for i in groups]
         plgpu.commit_smem()
         for half in range(HALVES):
-            rows = pl.ds(half * HALF, HALF)
-            for i in groups:
-                part = _load_half(inputs, place, i, read, half)
-                slope, constant = (
-                    tiles.over_columns(tiles.load_rows(memory.tokens.at[i, j], half), width)
-                    for j in (2, 3)
+            part = _load_half(inputs, place, geometry, read, half)
+            slope, constant = (
+                tiles.over_columns(
+                    [tiles.load_rows(memory.tokens.at[i, j], half) for i in groups], width
                 )
-                g = part.dy * tiles.over_rows(scales[i])
-                dx = g * tiles.over_columns(part.rstd, width)
-                dx = dx + (constant + part.relative * slope)
-                if part.valid is not None:
-                    dx = jnp.where(part.valid, dx, jnp.zeros_like(dx))
-                written[0].at[i][rows] = dx.astype(written[0].dtype)
-        return [
-            _Carry((memory.tokens[i, 0, 0], memory.tokens[i, 1, 0]), affine[i], initial[i])
-            for i in groups
-        ]
+                for j in (2, 3)
+            )
+            dx = part.dy * tiles.over_rows(scale) * part.rstd
+            dx = dx + (constant + part.relative * slope)
+            if part.valid is not None:
+                dx = jnp.where(part.valid, dx, jnp.zeros_like(dx))
+            written[0][0, pl.ds(half * HALF, HALF)] = dx.astype(written[0].dtype)
+        handed_on = [(memory.tokens[i, 0, 0], memory.tokens[i, 1, 0]) for i in groups]
+        return _Carry(handed_on, initial, affine)
 
-    zeros = tiles.fill((HALF, width), plgpu.Layout.WGMMA)
+    zeros = tiles.fill((HALF, geometry.block_width), plgpu.Layout.WGMMA)
     none = tiles.fill((TOKENS,), LANES)
-    start = [
-        _Carry(
-            tuple(inputs.entering[place.row, place.split, group, j] for j in range(2)),
-            (zeros, zeros),
-            (none,) * 4 if packed else None,
-        )
-        for group in place.groups
-    ]
-    carries = tiles.stream(
+    start = _Carry(
+        [
+            tuple(inputs.entering[place.row, place.split, group, j] for j in range(2))
+            for group in place.groups
+        ],
+        [(none,) * 4 if packed else None for _ in groups],
+        (zeros, zeros),
+    )
+    carry = tiles.stream(
         place,
         memory.stage,
         find_sources(inputs, place, inputs.x, inputs.dy),
-        lambda tile: [[place.window(results.dx, i, tile) for i in groups]],
+        lambda tile: [[place.window(results.dx, tile)]],
         start,
         run_tile,
         backward=True,
     )
-    for i, (group, carry) in enumerate(zip(place.groups, carries, strict=True)):
-        for j, value in enumerate(carry.affine):
-            results.affine[place.row, place.split, j, place.columns(i)] = value.sum(axis=0)
-        initial = carry.sums if carry.initial is None else [v.sum() for v in carry.initial]
-        for j, value in enumerate(initial):
+    for j, value in enumerate(carry.affine):
+        results.affine[place.row, place.split, j, place.columns] = value.sum(axis=0)
+    for i, group in enumerate(place.groups):
+        sums = carry.initial[i]
+        values = carry.sums[i] if sums is None else [value.sum() for value in sums]
+        for j, value in enumerate(values):
             results.initial[place.row, place.split, group, j] = value

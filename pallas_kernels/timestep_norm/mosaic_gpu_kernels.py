@@ -107,34 +107,40 @@ def documents_memory(documents: Documents | None) -> list[Any]:
     return [] if documents is None else [plgpu.SMEM((BUFFERS, 1, 4, TOKENS), jnp.int32)]
 
 
-def spread(scalar: Any) -> Array:
-    return plgpu.layout_cast(jnp.broadcast_to(jnp.float32(scalar), (TOKENS,)), LANES)
+def spread(scalar: Any, shape: tuple[int, ...] = (TOKENS,), layout: Any = LANES) -> Array:
+    """The same number for all tokens."""
+    return plgpu.layout_cast(jnp.broadcast_to(jnp.float32(scalar), shape), layout)
 
 
 def has(flags: Any, flag: int) -> Any:
     return (flags & flag) != 0
 
 
-def _group_moments(v: Array, geometry: Geometry) -> tuple[Array, Array, Array]:
-    """Mean of a token's numbers, what its rounding lost, and their variance."""
-    each = 1 / geometry.features
-    mean = v.sum(axis=1) * each
-    deviation = v - tiles.over_columns(mean, geometry.width)
-    if geometry.features < geometry.width:
-        shape = (HALF, geometry.width)
-        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-        deviation = jnp.where(column < geometry.features, deviation, jnp.zeros_like(deviation))
-    rest = deviation.sum(axis=1) * each
-    var = (deviation * deviation).sum(axis=1) * each - rest * rest
-    return mean, rest, jnp.maximum(var, 0.0)
+def _group_moments(v: Array, geometry: Geometry) -> list[tuple[Array, Array, Array]]:
+    """Mean of a token's numbers, what its rounding lost, and their variance, for every group."""
+    each, width = 1 / geometry.features, geometry.width
+
+    def average(values):
+        return [total * each for total in tiles.sum_groups(values, width)]
+
+    means = average(v)
+    deviation = v - tiles.over_columns(means, width)
+    if geometry.features < width:
+        column = plgpu.broadcasted_iota(jnp.int32, v.shape, 1, layout=plgpu.Layout.WGMMA)
+        is_real = jax.lax.rem(column, width) < geometry.features
+        deviation = jnp.where(is_real, deviation, jnp.zeros_like(deviation))
+    rests, squares = average(deviation), average(deviation * deviation)
+    return [
+        (mean, rest, jnp.maximum(square - rest * rest, 0.0))
+        for mean, rest, square in zip(means, rests, squares, strict=True)
+    ]
 
 
 def find_sources(inputs: Inputs, place: Place, *arrays: Any):
     """What is copied for a tile: tiles of the arrays, then `kept`, then of documents."""
 
     def find(tile):
-        groups = range(len(place.groups))
-        parts = [[place.window(array, i, tile) for i in groups] for array in arrays]
+        parts = [[place.window(array, tile)] for array in arrays]
         if inputs.kept is not None:
             parts.append([inputs.kept.at[place.row, group, tile] for group in place.groups])
         if inputs.documents is not None:
@@ -186,10 +192,9 @@ def moments_kernel(inputs: Inputs, results, memory: Memory, *, geometry: Geometr
             if inputs.documents is not None:
                 flags = tiles.load_rows(read[1].at[0, 3], half)
                 keep = has(flags, VALID) & has(flags, TAIL)
-            for i in range(geometry.together):
-                token = _group_moments(tiles.load_half(read[0].at[i], half), geometry)
-                added = _add_token(moments[i][half], counts[half], token, keep)
-                new_moments[i].append(added)
+            found = _group_moments(tiles.load_half(read[0], half), geometry)
+            for i, token in enumerate(found):
+                new_moments[i].append(_add_token(moments[i][half], counts[half], token, keep))
             after = counts[half] + 1.0
             new_counts.append(after if keep is None else jnp.where(keep, after, counts[half]))
         return new_counts, new_moments
@@ -327,8 +332,7 @@ def outputs_kernel(
     width, groups = geometry.width, range(geometry.together)
     packed = inputs.documents is not None
     tiles.clear(memory.sums)
-    scales = [tiles.load_columns(inputs.scale, place.columns(i)) for i in groups]
-    biases = [tiles.load_columns(inputs.bias, place.columns(i)) for i in groups]
+    scale, bias = (tiles.load_columns(a, place.columns) for a in (inputs.scale, inputs.bias))
 
     def find_pivot(carry, i, tile):
         if packed:
@@ -339,6 +343,11 @@ def outputs_kernel(
         if results.pivots is not None:
             results.pivots[place.row, place.split, place.groups[i]] = pivot
         return carry._replace(pivot=pivot)
+
+    def at_features(j, half):
+        """A number of each token, as `store_tokens` left it."""
+        parts = [tiles.load_rows(memory.tokens.at[i, j], half) for i in groups]
+        return tiles.over_columns(parts, width)
 
     def store_tokens(i, tile, tokens, k, a, r, total, squares):
         for j, value in enumerate((k, a, r)):
@@ -362,8 +371,7 @@ def outputs_kernel(
     def run_tile(tile, read, written, carries):
         for half in range(HALVES):
             rows = pl.ds(half * HALF, HALF)
-            for i in groups:
-                moments = _group_moments(tiles.load_half(read[0].at[i], half), geometry)
+            for i, moments in enumerate(_group_moments(tiles.load_half(read[0], half), geometry)):
                 for j, value in enumerate(moments):
                     memory.stats[i, j, rows] = value
         tokens = find_tokens(inputs, place, tile, read)
@@ -376,29 +384,18 @@ def outputs_kernel(
             store_tokens(i, tile, tokens, *found[i])
         plgpu.commit_smem()
         for half in range(HALVES):
+            v = tiles.load_half(read[0], half)
+            k, a, r = (at_features(j, half) for j in range(3))
+            y = ((v - k) - a) * r * tiles.over_rows(scale) + tiles.over_rows(bias)
+            if packed:
+                y = jnp.where(at_features(3, half) > 0.5, y, jnp.zeros_like(y))
             rows = pl.ds(half * HALF, HALF)
-            for i in groups:
-                v = tiles.load_half(read[0].at[i], half)
-                k, a, r = (
-                    tiles.over_columns(tiles.load_rows(memory.tokens.at[i, j], half), width)
-                    for j in range(3)
-                )
-                y = ((v - k) - a) * r * tiles.over_rows(scales[i])
-                y = y + tiles.over_rows(biases[i])
-                if packed:
-                    valid = tiles.over_columns(
-                        tiles.load_rows(memory.tokens.at[i, 3], half), width
-                    )
-                    y = jnp.where(valid > 0.5, y, jnp.zeros_like(y))
-                written[0].at[i][rows] = y.astype(written[0].dtype)
+            written[0][0, rows] = y.astype(written[0].dtype)
         last = TOKENS - 1
         return [
             _Carry(memory.tokens[i, 0, last], memory.stats[i, 0, last], memory.stats[i, 1, last])
             for i in groups
         ]
-
-    def targets(tile):
-        return [[place.window(results.y, i, tile) for i in groups]]
 
     start = [
         _Carry(*(inputs.entering[place.row, place.split, group, j] for j in range(3)))
@@ -408,7 +405,7 @@ def outputs_kernel(
         place,
         memory.stage,
         find_sources(inputs, place, inputs.x),
-        targets,
+        lambda tile: [[place.window(results.y, tile)]],
         start,
         run_tile,
         backward=False,

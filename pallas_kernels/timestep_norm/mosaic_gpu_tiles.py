@@ -1,4 +1,4 @@
-"""How the Hopper kernels hold and move a tile: 128 tokens of one group, a warpgroup of 128 threads.
+"""How the Hopper kernels hold and move a tile: 128 tokens of a group or some, in a warpgroup.
 
 Numbers of a token and a feature stand in the layout of wgmma, where four threads share a row. What
 there is one of per token stands in `LANES`, one token a thread. Both meet in shared memory.
@@ -55,6 +55,11 @@ class Geometry(NamedTuple):
         """Splits of a row."""
         return -(-self.tiles // self.tiles_per_split)
 
+    @property
+    def block_width(self) -> int:
+        """Features of a block."""
+        return self.together * self.width
+
 
 class Place(NamedTuple):
     """What a warpgroup works on.
@@ -65,7 +70,7 @@ class Place(NamedTuple):
       groups: the groups.
       first: first tile.
       count: number of tiles.
-      width: features of a group.
+      columns: the groups' features.
     """
 
     row: Any
@@ -73,46 +78,43 @@ class Place(NamedTuple):
     groups: list[Any]
     first: Any
     count: Any
-    width: int
+    columns: Any
 
-    def columns(self, index: int) -> Any:
-        """Features of a group."""
-        return pl.ds(self.groups[index] * self.width, self.width)
-
-    def window(self, array: Any, index: int, tile: Any) -> Any:
+    def window(self, array: Any, tile: Any) -> Any:
         """A tile of (B, L, D)."""
-        return array.at[self.row, pl.ds(tile * TOKENS, TOKENS), self.columns(index)]
+        return array.at[self.row, pl.ds(tile * TOKENS, TOKENS), self.columns]
 
 
 def find_place(geometry: Geometry, first_split: int = 0) -> Place:
     """The place that the grid ("g", "s", "b") says; the grid's splits begin at `first_split`."""
     split = lax.axis_index("s") + first_split
     first = split * geometry.tiles_per_split
+    block = lax.axis_index("g")
     return Place(
         row=lax.axis_index("b"),
         split=split,
-        groups=[lax.axis_index("g") * geometry.together + i for i in range(geometry.together)],
+        groups=[block * geometry.together + i for i in range(geometry.together)],
         first=first,
         count=jnp.minimum(geometry.tiles_per_split, geometry.tiles - first),
-        width=geometry.width,
+        columns=pl.ds(block * geometry.block_width, geometry.block_width),
     )
 
 
 def staged(geometry: Geometry, dtype: Any) -> Any:
     """Shared memory for tiles of (B, L, D), in which threads meet no two in a bank."""
     size = jnp.dtype(dtype).itemsize
-    swizzle = next(s for s in (128, 64, 32) if geometry.width * size % s == 0)
+    swizzle = next(s for s in (128, 64, 32) if geometry.block_width * size % s == 0)
     transforms: Any = (
         plgpu.TilingTransform((8, swizzle // size)),  # pyright: ignore[reportAbstractUsage]
         plgpu.SwizzleTransform(swizzle),  # pyright: ignore[reportAbstractUsage]
     )
-    shape = BUFFERS, geometry.together, TOKENS, geometry.width
+    shape = BUFFERS, 1, TOKENS, geometry.block_width
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def load_half(ref: Any, half: int) -> Array:
     """64 tokens of a tile as float32."""
-    rows = ref.at[pl.ds(half * HALF, HALF)]
+    rows = ref.at[0, pl.ds(half * HALF, HALF)]
     return plgpu.load(rows, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
 
 
@@ -131,14 +133,21 @@ def load_columns(ref: Any, columns: Any) -> Array:
     return plgpu.load(ref.at[columns], layout=COLUMNS, optimized=False)
 
 
-def over_columns(rows: Array, width: int) -> Array:
-    """A number of each token, at all its features."""
-    return lax.broadcast_in_dim(rows, (HALF, width), [0])
+def over_columns(groups: list[Array], width: int) -> Array:
+    """A number of each token and group, at all the group's features."""
+    parts = [lax.broadcast_in_dim(rows, (HALF, width), [0]) for rows in groups]
+    return parts[0] if len(parts) == 1 else lax.concatenate(parts, 1)
+
+
+def sum_groups(v: Array, width: int) -> list[Array]:
+    """Sums over the features of each group."""
+    starts = range(0, v.shape[1], width)
+    return [lax.slice(v, (0, start), (HALF, start + width)).sum(axis=1) for start in starts]
 
 
 def over_rows(columns: Array) -> Array:
     """A number of each feature, at all tokens."""
-    return lax.broadcast_in_dim(columns, (HALF, columns.shape[0]), [1])
+    return lax.broadcast_in_dim(columns, (HALF, *columns.shape), [1])
 
 
 def fill(shape: tuple[int, ...], layout: Any) -> Array:
@@ -294,8 +303,7 @@ def launch(
     """
     arrays, structure = jax.tree.flatten(operands)
     outs, out_structure = jax.tree.flatten(out_type)
-    is_memory = lambda node: not isinstance(node, (tuple, list, dict)) and node is not None  # noqa: E731
-    memories, memory_structure = jax.tree.flatten(scratch, is_leaf=is_memory)
+    memories, memory_structure = jax.tree.flatten(scratch)
 
     def body(*refs):
         inputs = jax.tree.unflatten(structure, refs[: len(arrays)])
