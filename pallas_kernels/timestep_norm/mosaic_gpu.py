@@ -177,7 +177,7 @@ def _choose_geometry(
     width = features + -features % _MULTIPLE
     count = length // TOKENS
     if together is None:
-        together = 1
+        together = _choose_together(rows, groups, width)
     blocks = rows * groups // together
     if split is None:
         wanted = max(1, WARPGROUPS // blocks)
@@ -185,6 +185,13 @@ def _choose_geometry(
     else:
         each = min(split // TOKENS, count)
     return Geometry(rows, count, each, groups, together, features, width)
+
+
+def _choose_together(rows: int, groups: int, width: int) -> int:
+    """Groups of a block: as many as fill lines of the cache, or fewer if then no row is split."""
+    choices = [n for n in (4, 2, 1) if n * width <= LARGEST_GROUP and groups % n == 0]
+    unsplit = (n for n in choices if 4 * rows * (groups // n) >= 3 * WARPGROUPS)
+    return next(unsplit, choices[0])
 
 
 def _find_rows(
@@ -251,7 +258,8 @@ def _forward(options, x, scale, bias, state, prior, rows: _Rows, *, with_kept):
             for part in (mean, counts[:, j : j + 1].astype(mean.dtype) * var)
         ]
         has_initial = (counts > 0).astype(jnp.int32)
-        documents = Documents(rows.tokens, jnp.stack(parts, axis=-1), has_initial)
+        starts = (rows.tokens[:, :, 3] & STARTS).max(axis=-1)
+        documents = Documents(rows.tokens, starts, jnp.stack(parts, axis=-1), has_initial)
     inputs = Inputs(x, documents, rows.state_count, scale, bias)
     summaries = _run_moments(options, inputs) if geometry.splits > 1 else None
     entering = _enter(summaries, state, prior, rows, geometry)
@@ -437,7 +445,7 @@ def _run_outputs(options: _Options, inputs: Inputs, *, with_kept: bool) -> Outpu
         splits=geometry.splits,
         read=[staged(geometry, x.dtype)],
         written=[staged(geometry, x.dtype)],
-        sums=1,
+        sums=geometry.together,
     )
 
 
@@ -475,5 +483,5 @@ def _run_gradients(options: _Options, inputs: Inputs) -> Gradients:
         splits=geometry.splits,
         read=[staged(geometry, x.dtype), staged(geometry, inputs.dy.dtype)],
         written=[staged(geometry, x.dtype)],
-        sums=2,
+        sums=2 * geometry.together,
     )

@@ -87,8 +87,9 @@ def _slopes(
     sums: tuple[Array, Array], count: Array, offset: Array, rstd: Array
 ) -> tuple[Array, Array]:
     """s and q of every token."""
-    s = -0.5 * (rstd * rstd * rstd) * sums[1] / count
-    return s, -(rstd * sums[0]) / count - 2.0 * (offset * s)
+    each = rstd / count
+    s = -0.5 * (rstd * rstd) * (sums[1] * each)
+    return s, -(each * sums[0]) - 2.0 * (offset * s)
 
 
 def slopes_kernel(inputs: Inputs, results: Any, memory: Memory, *, geometry: Geometry):
@@ -191,19 +192,22 @@ def gradients_kernel(inputs: Inputs, results: Gradients, memory: Memory, *, geom
             affine = affine[0] + of_scale, affine[1] + part.dy
         return affine
 
-    def sum_tokens(i, tokens, read, entering):
-        offset, rstd = (tiles.load_lanes(read[2].at[i, j]) for j in range(2))
-        found = tuple(tiles.load_lanes(memory.stats.at[i, j]) for j in range(2))
-        s, q = _slopes(found, tokens.count, offset, rstd)
-        before = [spread(value) for value in entering]
+    def sum_tokens(tokens, read, entering):
+        values, before = [], []
+        for i in groups:
+            offset, rstd = (tiles.load_lanes(read[2].at[i, j]) for j in range(2))
+            found = tuple(tiles.load_lanes(memory.stats.at[i, j]) for j in range(2))
+            values += _slopes(found, tokens.count, offset, rstd)
+            before += [spread(value) for value in entering[i]]
         if packed:
-            zero = jnp.zeros_like(s)
+            zero = jnp.zeros_like(values[0])
             valid = has(tokens.flags, VALID)
-            s, q = jnp.where(valid, s, zero), jnp.where(valid, q, zero)
+            values = [jnp.where(valid, value, zero) for value in values]
             goes_on = tokens.right > (TOKENS - 1) - tiles.lane_index()
             before = [jnp.where(goes_on, value, zero) for value in before]
-        added = tiles.running_sums(memory.sums, [s, q], tokens.right, backward=True)
-        return [value + more for value, more in zip(before, added, strict=True)]
+        added = tiles.running_sums(memory.sums, values, tokens.right, backward=True)
+        sums = [value + more for value, more in zip(before, added, strict=True)]
+        return [sums[2 * i : 2 * i + 2] for i in groups]
 
     def store_tokens(i, tokens, sums, initial):
         memory.tokens[i, 0, pl.ds(0, TOKENS)] = sums[0]
@@ -223,7 +227,7 @@ def gradients_kernel(inputs: Inputs, results: Gradients, memory: Memory, *, geom
         affine = sum_features(read, carry.affine)
         tokens = find_tokens(inputs, place, tile, read)
         plgpu.commit_smem()
-        sums = [sum_tokens(i, tokens, read, carry.sums[i]) for i in groups]
+        sums = sum_tokens(tokens, read, carry.sums)
         initial = [store_tokens(i, tokens, sums[i], carry.initial[i]) for i in groups]
         plgpu.commit_smem()
         for half in range(HALVES):

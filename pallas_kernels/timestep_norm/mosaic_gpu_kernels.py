@@ -49,12 +49,14 @@ class Documents(NamedTuple):
         to its document's last, and flags: VALID if it is not padding; STARTS at a document's first
         token; LATER in all documents but the row's first; TAIL if no document of its split starts
         after it; HEAD if its document started before its split.
+      starts: whether a document starts in a tile, 0 or 1.
       initial: mean and count times variance that the row's first document starts from, then those
         of later ones.
       has_initial: whether there are such, 0 or 1.
     """
 
     tokens: Int32[jax.Array, "B tiles 4 128"]
+    starts: Int32[jax.Array, "B tiles"]
     initial: Float[jax.Array, "B G 4"]
     has_initial: Int32[jax.Array, "B 2"]
 
@@ -253,60 +255,92 @@ def find_tokens(inputs: Inputs, place: Place, tile: Any, read: list[Any]) -> _To
 
 
 def _start_documents(
-    documents: Documents, place: Place, i: int, tokens: _Tokens, mean: Array, sums: Any
-) -> tuple[Array, Array]:
-    """Pivot and squares that the documents that start in this tile start from."""
+    documents: Documents, place: Place, tile: Any, tokens: _Tokens, means: list[Array], sums: Any
+) -> list[tuple[Array, Array]]:
+    """Pivot and squares that the documents that start in this tile start from, for every group."""
     later = has(tokens.flags, LATER)
-    parts = [spread(documents.initial[place.row, place.groups[i], j]) for j in range(4)]
     exists = [
         spread(documents.has_initial[place.row, j].astype(jnp.float32)) > 0.5 for j in range(2)
     ]
-    at_start = jnp.where(has(tokens.flags, STARTS), mean, jnp.zeros_like(mean))
-    (own,) = tiles.running_sums(sums, [at_start], tokens.left, backward=False)
-    pivot = jnp.where(
-        later, jnp.where(exists[1], parts[2], own), jnp.where(exists[0], parts[0], own)
-    )
-    return pivot, jnp.where(later, parts[3], parts[1])
+    zero = tiles.fill((TOKENS,), LANES)
+
+    def find_first():
+        at_start = [jnp.where(has(tokens.flags, STARTS), mean, zero) for mean in means]
+        return tiles.running_sums(sums, at_start, tokens.left, backward=False)
+
+    some = documents.starts[place.row, tile] != 0
+    firsts = jax.lax.cond(some, find_first, lambda: [zero for _ in means])
+    found = []
+    for group, first in zip(place.groups, firsts, strict=True):
+        parts = [spread(documents.initial[place.row, group, j]) for j in range(4)]
+        pivot = jnp.where(
+            later, jnp.where(exists[1], parts[2], first), jnp.where(exists[0], parts[0], first)
+        )
+        found.append((pivot, jnp.where(later, parts[3], parts[1])))
+    return found
+
+
+class _Advanced(NamedTuple):
+    """Of every token of a tile: k, a, r, and the sums that are handed on."""
+
+    pivot: Array
+    offset: Array
+    rstd: Array
+    total: Array
+    squares: Array
 
 
 def _advance(
     inputs: Inputs,
     place: Place,
-    i: int,
+    tile: Any,
     tokens: _Tokens,
     memory: Memory,
-    carry: _Carry,
+    carries: list[_Carry],
     eps: float,
-) -> tuple[Array, Array, Array, Array, Array]:
-    """k, a and r of every token of a tile, and the sums that are handed on."""
-    mean, rest, var = (tiles.load_lanes(memory.stats.at[i, j]) for j in range(3))
-    count = tokens.count
-    total, squares = spread(carry.total), spread(carry.squares)
-    pivot = spread(carry.pivot)
+) -> list[_Advanced]:
+    """The running moments of every group."""
+    means, rests, variances = (
+        [tiles.load_lanes(memory.stats.at[i, j]) for i in range(len(carries))] for j in range(3)
+    )
+    each = 1.0 / tokens.count
+    before = tokens.count - 1.0
+    each_before, share = 1.0 / jnp.maximum(before, 1.0), before * each
+    starts = [_Carry(*(spread(value) for value in carry)) for carry in carries]
+    valid = zero = None
     if inputs.documents is not None:
         goes_on = tokens.left > tiles.lane_index()
-        own_pivot, own_squares = _start_documents(
-            inputs.documents, place, i, tokens, mean, memory.sums
-        )
-        zero = jnp.zeros_like(mean)
-        pivot = jnp.where(goes_on, pivot, own_pivot)
-        total = jnp.where(goes_on, total, zero)
-        squares = jnp.where(goes_on, squares, own_squares)
-    difference = (mean - pivot) + rest
-    if tokens.flags is not None:
-        valid = has(tokens.flags, VALID)
-        difference = jnp.where(valid, difference, zero)
-    (added,) = tiles.running_sums(memory.sums, [difference], tokens.left, backward=False)
-    total = total + added
-    before = count - 1.0
-    offset = total / count
-    moved = difference - (total - difference) / jnp.maximum(before, 1.0)
-    summand = var + moved * moved * (before / count)
-    if tokens.flags is not None:
-        summand = jnp.where(valid, summand, zero)
-    (added,) = tiles.running_sums(memory.sums, [summand], tokens.left, backward=False)
-    squares = squares + added
-    return pivot, offset, jax.lax.rsqrt(squares / count + eps), total, squares
+        valid, zero = has(tokens.flags, VALID), jnp.zeros_like(means[0])
+        own = _start_documents(inputs.documents, place, tile, tokens, means, memory.sums)
+        starts = [
+            _Carry(
+                jnp.where(goes_on, carry.pivot, pivot),
+                jnp.where(goes_on, carry.total, zero),
+                jnp.where(goes_on, carry.squares, squares),
+            )
+            for carry, (pivot, squares) in zip(starts, own, strict=True)
+        ]
+
+    def add_up(values):
+        if valid is not None:
+            values = [jnp.where(valid, value, zero) for value in values]
+        return values, tiles.running_sums(memory.sums, values, tokens.left, backward=False)
+
+    differences, added = add_up(
+        [(mean - c.pivot) + rest for mean, rest, c in zip(means, rests, starts, strict=True)]
+    )
+    totals = [c.total + more for c, more in zip(starts, added, strict=True)]
+    summands = []
+    for difference, total, var in zip(differences, totals, variances, strict=True):
+        moved = difference - (total - difference) * each_before
+        summands.append(var + moved * moved * share)
+    _, added = add_up(summands)
+    found = []
+    for start, total, more in zip(starts, totals, added, strict=True):
+        squares = start.squares + more
+        rstd = jax.lax.rsqrt(squares * each + eps)
+        found.append(_Advanced(start.pivot, total * each, rstd, total, squares))
+    return found
 
 
 class Outputs(NamedTuple):
@@ -349,24 +383,27 @@ def outputs_kernel(
         parts = [tiles.load_rows(memory.tokens.at[i, j], half) for i in groups]
         return tiles.over_columns(parts, width)
 
-    def store_tokens(i, tile, tokens, k, a, r, total, squares):
-        for j, value in enumerate((k, a, r)):
+    def store_tokens(i, tile, tokens, found):
+        for j, value in enumerate(found[:3]):
             memory.tokens[i, j, pl.ds(0, TOKENS)] = value
         # Read back as scalars, the last token's.
-        memory.stats[i, 0, pl.ds(0, TOKENS)] = total
-        memory.stats[i, 1, pl.ds(0, TOKENS)] = squares
+        memory.stats[i, 0, pl.ds(0, TOKENS)] = found.total
+        memory.stats[i, 1, pl.ds(0, TOKENS)] = found.squares
         if packed:
-            valid = jnp.where(has(tokens.flags, VALID), jnp.ones_like(k), jnp.zeros_like(k))
+            one = jnp.ones_like(found.rstd)
+            valid = jnp.where(has(tokens.flags, VALID), one, jnp.zeros_like(one))
             memory.tokens[i, 3, pl.ds(0, TOKENS)] = valid
         group = place.groups[i]
         if results.kept is not None:
-            for j, value in enumerate((a, r, k)[: 3 if packed else 2]):
+            kept = (found.offset, found.rstd, found.pivot)[: 3 if packed else 2]
+            for j, value in enumerate(kept):
                 results.kept[place.row, group, tile, j, pl.ds(0, TOKENS)] = value
 
         @pl.when(tile == geometry.tiles - 1)
         def _():
-            results.last[place.row, group, 0, pl.ds(0, TOKENS)] = k + a
-            results.last[place.row, group, 1, pl.ds(0, TOKENS)] = squares / tokens.count
+            mean, var = found.pivot + found.offset, found.squares / tokens.count
+            results.last[place.row, group, 0, pl.ds(0, TOKENS)] = mean
+            results.last[place.row, group, 1, pl.ds(0, TOKENS)] = var
 
     def run_tile(tile, read, written, carries):
         for half in range(HALVES):
@@ -377,11 +414,9 @@ def outputs_kernel(
         tokens = find_tokens(inputs, place, tile, read)
         plgpu.commit_smem()
         carries = [find_pivot(carry, i, tile) for i, carry in enumerate(carries)]
-        found = [
-            _advance(inputs, place, i, tokens, memory, carries[i], eps) for i in groups
-        ]
+        found = _advance(inputs, place, tile, tokens, memory, carries, eps)
         for i in groups:
-            store_tokens(i, tile, tokens, *found[i])
+            store_tokens(i, tile, tokens, found[i])
         plgpu.commit_smem()
         for half in range(HALVES):
             v = tiles.load_half(read[0], half)
