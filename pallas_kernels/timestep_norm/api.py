@@ -5,6 +5,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.target import find_target
 from pallas_kernels.timestep_norm import mosaic_gpu, reference, xla
 from pallas_kernels.timestep_norm.interface import (
     TimestepNormOutput,
@@ -14,7 +15,11 @@ from pallas_kernels.timestep_norm.interface import (
 
 Implementation = Literal["reference", "xla", "mosaic_gpu"]
 
-_IMPLEMENTATIONS = {"reference": reference.timestep_norm, "xla": xla.timestep_norm, "mosaic_gpu": mosaic_gpu.timestep_norm}
+_IMPLEMENTATIONS = {
+    "reference": reference.timestep_norm,
+    "xla": xla.timestep_norm,
+    "mosaic_gpu": mosaic_gpu.timestep_norm,
+}
 
 
 def timestep_norm(
@@ -46,14 +51,14 @@ def timestep_norm(
       prior: count (), mean and var (G,): what every document starts from. None: from nothing.
       segment_ids: documents of a row numbered 1, 2, ... in order; 0 is padding, between documents
         or inside one: its y is 0, and the state waits. None: one document, no padding.
-      implementation: "reference" (token by token), "xla" (parallel over tokens, any platform), or
-        None: "xla".
+      implementation: "reference" (token by token), "xla" (parallel over tokens, any platform),
+        "mosaic_gpu" (kernels for NVIDIA Hopper), or None for the fastest known here.
 
     Returns:
       y, and the moments after each row's last token. A row of padding alone keeps its state.
 
     Raises:
-      ValueError: shapes do not fit together, or the implementation does not exist.
+      ValueError: shapes do not fit together, or the implementation does not exist or cannot do it.
     """
     _check_shapes(x, scale, bias, num_groups, segment_ids)
     B = x.shape[0]
@@ -61,7 +66,7 @@ def timestep_norm(
         _check_state("state", state, (B,), num_groups)
     if prior is not None:
         _check_state("prior", prior, (), num_groups)
-    name = "xla" if implementation is None else implementation
+    name = _choose_implementation(x, num_groups) if implementation is None else implementation
     if name not in _IMPLEMENTATIONS:
         raise ValueError(
             f"TimestepNorm has no implementation {implementation!r}; "
@@ -78,6 +83,13 @@ def timestep_norm(
     else:
         state = _as_moments(state, dtype)
     return _IMPLEMENTATIONS[name](x, scale, bias, num_groups, eps, state, prior, segment_ids)
+
+
+def _choose_implementation(x: Array, num_groups: int) -> Implementation:
+    """The fastest by measurement; README.md has the numbers."""
+    if find_target().is_hopper and mosaic_gpu.is_faster(x, num_groups):
+        return "mosaic_gpu"
+    return "xla"
 
 
 def _empty_prior(num_groups: int) -> TimestepNormState:

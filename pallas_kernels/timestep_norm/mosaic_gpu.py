@@ -154,13 +154,8 @@ def timestep_norm(
     if segment_ids is not None:
         segment_ids = jnp.pad(segment_ids, ((0, 0), (0, missing)))
 
-    def widen(a: Array) -> Array:
-        if not narrow:
-            return a
-        groups = a.reshape(*a.shape[:-1], num_groups, features)
-        return jnp.pad(groups, ((0, 0),) * a.ndim + ((0, narrow),)).reshape(*a.shape[:-1], -1)
-
-    wide = widen(jnp.pad(x, ((0, 0), (0, missing), (0, 0))) if missing else x)
+    widen = partial(_widen, num_groups=num_groups, narrow=narrow)
+    wide = widen(jnp.pad(x, ((0, 0), (0, missing), (0, 0))))
     rows = _find_rows(geometry, state.count, prior.count, segment_ids, L)
     options = _Options(eps, geometry, plgpu.InterpretGPUParams() if is_interpreted() else None)
     float_scale, float_bias = (widen(a.astype(jnp.float32)) for a in (scale, bias))
@@ -169,6 +164,21 @@ def timestep_norm(
     if narrow:
         y = y.reshape(B, -1, num_groups, features + narrow)[..., :features].reshape(B, -1, D)
     return TimestepNormOutput(y[:, :L], TimestepNormState(rows.last_count, mean, var))
+
+
+def _widen(a: Float[Array, "*B D"], num_groups: int, narrow: int) -> Array:
+    """The same with `narrow` features added to every group."""
+    if not narrow:
+        return a
+    groups = a.reshape(*a.shape[:-1], num_groups, -1)
+    return jnp.pad(groups, ((0, 0),) * a.ndim + ((0, narrow),)).reshape(*a.shape[:-1], -1)
+
+
+def is_faster(x: Float[Array, "B L D"], num_groups: int) -> bool:
+    """Whether the kernels beat `xla` on a Hopper GPU; not measured for fewer tokens or float32."""
+    features = x.shape[2] // num_groups
+    is_whole = features <= LARGEST_GROUP and features % _MULTIPLE == 0
+    return x.dtype == jnp.bfloat16 and is_whole and x.shape[1] >= TOKENS
 
 
 def _choose_geometry(

@@ -1,4 +1,4 @@
-"""The two kernels of TimestepNorm's backward pass on Hopper; `mosaic_gpu_kernels` says what they do."""
+"""TimestepNorm on Hopper, backward: two of the four kernels that `mosaic_gpu_kernels` describes."""
 
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from pallas_kernels.timestep_norm.mosaic_gpu_kernels import (
     VALID,
     Inputs,
     Memory,
+    Tokens,
     find_sources,
     find_tokens,
     has,
@@ -136,7 +137,7 @@ def slopes_kernel(inputs: Inputs, results: Any, memory: Memory, *, geometry: Geo
         for half in range(HALVES):
             for j, value in enumerate(carry[i][half]):
                 memory.stats[i, j, pl.ds(half * HALF, HALF)] = value
-    plgpu.commit_smem()
+    tiles.meet()
     for i, group in enumerate(place.groups):
         for j in range(2):
             total = tiles.load_lanes(memory.stats.at[i, j]).sum()
@@ -172,49 +173,72 @@ class _Carry(NamedTuple):
     affine: tuple[Array, Array]
 
 
-def gradients_kernel(inputs: Inputs, results: Gradients, memory: Memory, *, geometry: Geometry):
-    """Writes dx and sums for the gradients of all else."""
-    place = tiles.find_place(geometry)
-    width, groups = geometry.width, range(geometry.together)
-    each = 1 / geometry.features
-    packed = inputs.documents is not None
-    tiles.clear(memory.sums)
-    scale = tiles.load_columns(inputs.scale, place.columns)
+class _GradientsBlock(NamedTuple):
+    """A warpgroup of `tsn_gradients`."""
 
-    def sum_features(read, affine):
+    inputs: Inputs
+    memory: Memory
+    geometry: Geometry
+    place: Place
+    scale: Array
+
+    @property
+    def packed(self) -> bool:
+        return self.inputs.documents is not None
+
+    @property
+    def groups(self) -> range:
+        return range(self.geometry.together)
+
+    def run_tile(self, tile, read, written, carry: _Carry) -> _Carry:
+        memory = self.memory
+        affine = self.sum_features(read, carry.affine)
+        tokens = find_tokens(self.inputs, self.place, tile, read)
+        tiles.meet()
+        sums = self.sum_tokens(tokens, read, carry.sums)
+        initial = [self.store_tokens(i, tokens, sums[i], carry.initial[i]) for i in self.groups]
+        tiles.meet()
         for half in range(HALVES):
-            rows = pl.ds(half * HALF, HALF)
-            part = _load_half(inputs, place, geometry, read, half)
-            for i, sums in enumerate(_group_sums(part, scale, width)):
+            dx = self.differentiate(read, half)
+            written[0][0, pl.ds(half * HALF, HALF)] = dx.astype(written[0].dtype)
+        handed_on = [(memory.tokens[i, 0, 0], memory.tokens[i, 1, 0]) for i in self.groups]
+        return _Carry(handed_on, initial, affine)
+
+    def sum_features(self, read, affine):
+        for half in range(HALVES):
+            part = _load_half(self.inputs, self.place, self.geometry, read, half)
+            sums_of_groups = _group_sums(part, self.scale, self.geometry.width)
+            for i, sums in enumerate(sums_of_groups):
                 for j, value in enumerate(sums):
-                    memory.stats[i, j, rows] = value
+                    self.memory.stats[i, j, pl.ds(half * HALF, HALF)] = value
             of_scale = part.dy * (part.centered * part.rstd)
             affine = affine[0] + of_scale, affine[1] + part.dy
         return affine
 
-    def sum_tokens(tokens, read, entering):
+    def sum_tokens(self, tokens: Tokens, read, entering):
+        """S and T of every token, for every group."""
         values, before = [], []
-        for i in groups:
+        for i in self.groups:
             offset, rstd = (tiles.load_lanes(read[2].at[i, j]) for j in range(2))
-            found = tuple(tiles.load_lanes(memory.stats.at[i, j]) for j in range(2))
-            values += _slopes(found, tokens.count, offset, rstd)
+            g, gc = (tiles.load_lanes(self.memory.stats.at[i, j]) for j in range(2))
+            values += _slopes((g, gc), tokens.count, offset, rstd)
             before += [spread(value) for value in entering[i]]
-        if packed:
+        if self.packed:
             zero = jnp.zeros_like(values[0])
             valid = has(tokens.flags, VALID)
             values = [jnp.where(valid, value, zero) for value in values]
             goes_on = tokens.right > (TOKENS - 1) - tiles.lane_index()
             before = [jnp.where(goes_on, value, zero) for value in before]
-        added = tiles.running_sums(memory.sums, values, tokens.right, backward=True)
+        added = tiles.running_sums(self.memory.sums, values, tokens.right, backward=True)
         sums = [value + more for value, more in zip(before, added, strict=True)]
-        return [sums[2 * i : 2 * i + 2] for i in groups]
+        return [sums[2 * i : 2 * i + 2] for i in self.groups]
 
-    def store_tokens(i, tokens, sums, initial):
-        memory.tokens[i, 0, pl.ds(0, TOKENS)] = sums[0]
-        memory.tokens[i, 1, pl.ds(0, TOKENS)] = sums[1]
-        memory.tokens[i, 2, pl.ds(0, TOKENS)] = sums[0] * (2 * each)
-        memory.tokens[i, 3, pl.ds(0, TOKENS)] = sums[1] * each
-        if not packed:
+    def store_tokens(self, i: int, tokens: Tokens, sums, initial):
+        """Returns `initial` with the tokens that start documents added."""
+        each = 1 / self.geometry.features
+        for j, value in enumerate((*sums, sums[0] * (2 * each), sums[1] * each)):
+            self.memory.tokens[i, j, pl.ds(0, TOKENS)] = value
+        if not self.packed:
             return None
         starts, later = has(tokens.flags, STARTS), has(tokens.flags, LATER)
         zero = jnp.zeros_like(sums[0])
@@ -223,46 +247,40 @@ def gradients_kernel(inputs: Inputs, results: Gradients, memory: Memory, *, geom
         others = [jnp.where(later, value, zero) for value in at_start]
         return tuple(a + b for a, b in zip(initial, first + others, strict=True))
 
-    def run_tile(tile, read, written, carry):
-        affine = sum_features(read, carry.affine)
-        tokens = find_tokens(inputs, place, tile, read)
-        plgpu.commit_smem()
-        sums = sum_tokens(tokens, read, carry.sums)
-        initial = [store_tokens(i, tokens, sums[i], carry.initial[i]) for i in groups]
-        plgpu.commit_smem()
-        for half in range(HALVES):
-            part = _load_half(inputs, place, geometry, read, half)
-            slope, constant = (
-                tiles.over_columns(
-                    [tiles.load_rows(memory.tokens.at[i, j], half) for i in groups], width
-                )
-                for j in (2, 3)
+    def differentiate(self, read, half: int) -> Array:
+        part = _load_half(self.inputs, self.place, self.geometry, read, half)
+        slope, constant = (
+            tiles.over_columns(
+                [tiles.load_rows(self.memory.tokens.at[i, j], half) for i in self.groups],
+                self.geometry.width,
             )
-            dx = part.dy * tiles.over_rows(scale) * part.rstd
-            dx = dx + (constant + part.relative * slope)
-            if part.valid is not None:
-                dx = jnp.where(part.valid, dx, jnp.zeros_like(dx))
-            written[0][0, pl.ds(half * HALF, HALF)] = dx.astype(written[0].dtype)
-        handed_on = [(memory.tokens[i, 0, 0], memory.tokens[i, 1, 0]) for i in groups]
-        return _Carry(handed_on, initial, affine)
+            for j in (2, 3)
+        )
+        dx = part.dy * tiles.over_rows(self.scale) * part.rstd
+        dx = dx + (constant + part.relative * slope)
+        return dx if part.valid is None else jnp.where(part.valid, dx, jnp.zeros_like(dx))
 
+
+def gradients_kernel(inputs: Inputs, results: Gradients, memory: Memory, *, geometry: Geometry):
+    """Writes dx and sums for the gradients of all else."""
+    place = tiles.find_place(geometry)
+    tiles.clear(memory.sums)
+    scale = tiles.load_columns(inputs.scale, place.columns)
+    block = _GradientsBlock(inputs, memory, geometry, place, scale)
     zeros = tiles.fill((HALF, geometry.block_width), plgpu.Layout.WGMMA)
     none = tiles.fill((TOKENS,), LANES)
-    start = _Carry(
-        [
-            tuple(inputs.entering[place.row, place.split, group, j] for j in range(2))
-            for group in place.groups
-        ],
-        [(none,) * 4 if packed else None for _ in groups],
-        (zeros, zeros),
-    )
+    entering = [
+        tuple(inputs.entering[place.row, place.split, group, j] for j in range(2))
+        for group in place.groups
+    ]
+    initial = [(none,) * 4 if block.packed else None for _ in place.groups]
     carry = tiles.stream(
         place,
         memory.stage,
         find_sources(inputs, place, inputs.x, inputs.dy),
         lambda tile: [[place.window(results.dx, tile)]],
-        start,
-        run_tile,
+        _Carry(entering, initial, (zeros, zeros)),
+        block.run_tile,
         backward=True,
     )
     for j, value in enumerate(carry.affine):

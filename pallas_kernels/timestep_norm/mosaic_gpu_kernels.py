@@ -164,9 +164,7 @@ class _RowMoments(NamedTuple):
     squares: Array
 
 
-def _add_token(
-    moments: _RowMoments, count: Array, token: tuple, keep: Array | None
-) -> _RowMoments:
+def _add_token(moments: _RowMoments, count: Array, token: tuple, keep: Array | None) -> _RowMoments:
     mean, rest, var = token
     after = count + 1.0
     pivot = jnp.where(count > 0.0, moments.pivot, mean)
@@ -181,7 +179,8 @@ def _add_token(
     return _RowMoments(*(jnp.where(keep, a, b) for a, b in zip(new, moments, strict=True)))
 
 
-def moments_kernel(inputs: Inputs, results, memory: Memory, *, geometry: Geometry):
+def moments_kernel(inputs: Inputs, results: Any, memory: Memory, *, geometry: Geometry):
+    """Writes what every split but the last hands on: count, pivot, offset of the mean, squares."""
     place = tiles.find_place(geometry)
     zero = tiles.fill((HALF,), ROWS)
     start = [[_RowMoments(zero, zero, zero)] * HALVES] * geometry.together
@@ -211,11 +210,11 @@ def moments_kernel(inputs: Inputs, results, memory: Memory, *, geometry: Geometr
         run_tile,
         backward=True,
     )
-    for i, group in enumerate(place.groups):
+    for i in range(geometry.together):
         for half in range(HALVES):
             for j, value in enumerate((counts[half], *moments[i][half])):
                 memory.stats[i, j, pl.ds(half * HALF, HALF)] = value
-    plgpu.commit_smem()
+    tiles.meet()
     for i, group in enumerate(place.groups):
         count, pivot, offset, squares = (tiles.load_lanes(memory.stats.at[i, j]) for j in range(4))
         total = count.sum()
@@ -237,7 +236,7 @@ class _Carry(NamedTuple):
     squares: Any
 
 
-class _Tokens(NamedTuple):
+class Tokens(NamedTuple):
     """What a tile's tokens are; None what a row without documents has not."""
 
     count: Array
@@ -246,16 +245,16 @@ class _Tokens(NamedTuple):
     flags: Array | None
 
 
-def find_tokens(inputs: Inputs, place: Place, tile: Any, read: list[Any]) -> _Tokens:
+def find_tokens(inputs: Inputs, place: Place, tile: Any, read: list[Any]) -> Tokens:
     if inputs.documents is None:
         index = tiles.lane_index() + (inputs.count[place.row] + tile * TOKENS + 1)
-        return _Tokens(index.astype(jnp.float32), None, None, None)
+        return Tokens(index.astype(jnp.float32), None, None, None)
     count, left, right, flags = (tiles.load_lanes(read[-1].at[0, j]) for j in range(4))
-    return _Tokens(jnp.maximum(count.astype(jnp.float32), 1.0), left, right, flags)
+    return Tokens(jnp.maximum(count.astype(jnp.float32), 1.0), left, right, flags)
 
 
 def _start_documents(
-    documents: Documents, place: Place, tile: Any, tokens: _Tokens, means: list[Array], sums: Any
+    documents: Documents, place: Place, tile: Any, tokens: Tokens, means: list[Array], sums: Any
 ) -> list[tuple[Array, Array]]:
     """Pivot and squares that the documents that start in this tile start from, for every group."""
     later = has(tokens.flags, LATER)
@@ -294,7 +293,7 @@ def _advance(
     inputs: Inputs,
     place: Place,
     tile: Any,
-    tokens: _Tokens,
+    tokens: Tokens,
     memory: Memory,
     carries: list[_Carry],
     eps: float,
@@ -307,10 +306,10 @@ def _advance(
     before = tokens.count - 1.0
     each_before, share = 1.0 / jnp.maximum(before, 1.0), before * each
     starts = [_Carry(*(spread(value) for value in carry)) for carry in carries]
-    valid = zero = None
+    valid, zero = None, jnp.zeros_like(means[0])
     if inputs.documents is not None:
         goes_on = tokens.left > tiles.lane_index()
-        valid, zero = has(tokens.flags, VALID), jnp.zeros_like(means[0])
+        valid = has(tokens.flags, VALID)
         own = _start_documents(inputs.documents, place, tile, tokens, means, memory.sums)
         starts = [
             _Carry(
@@ -359,79 +358,101 @@ class Outputs(NamedTuple):
     pivots: Any
 
 
-def outputs_kernel(
-    inputs: Inputs, results: Outputs, memory: Memory, *, geometry: Geometry, eps: float
-):
-    place = tiles.find_place(geometry)
-    width, groups = geometry.width, range(geometry.together)
-    packed = inputs.documents is not None
-    tiles.clear(memory.sums)
-    scale, bias = (tiles.load_columns(a, place.columns) for a in (inputs.scale, inputs.bias))
+class _OutputsBlock(NamedTuple):
+    """A warpgroup of `tsn_outputs`."""
 
-    def find_pivot(carry, i, tile):
-        if packed:
-            return carry
-        # The row's first token is the pivot where there is no state.
-        is_first = (inputs.count[place.row] == 0) & (tile == 0)
-        pivot = jnp.where(is_first, memory.stats[i, 0, 0], carry.pivot)
-        if results.pivots is not None:
-            results.pivots[place.row, place.split, place.groups[i]] = pivot
-        return carry._replace(pivot=pivot)
+    inputs: Inputs
+    results: Outputs
+    memory: Memory
+    geometry: Geometry
+    eps: float
+    place: Place
+    scale: Array
+    bias: Array
 
-    def at_features(j, half):
-        """A number of each token, as `store_tokens` left it."""
-        parts = [tiles.load_rows(memory.tokens.at[i, j], half) for i in groups]
-        return tiles.over_columns(parts, width)
+    @property
+    def packed(self) -> bool:
+        return self.inputs.documents is not None
 
-    def store_tokens(i, tile, tokens, found):
-        for j, value in enumerate(found[:3]):
-            memory.tokens[i, j, pl.ds(0, TOKENS)] = value
-        # Read back as scalars, the last token's.
-        memory.stats[i, 0, pl.ds(0, TOKENS)] = found.total
-        memory.stats[i, 1, pl.ds(0, TOKENS)] = found.squares
-        if packed:
-            one = jnp.ones_like(found.rstd)
-            valid = jnp.where(has(tokens.flags, VALID), one, jnp.zeros_like(one))
-            memory.tokens[i, 3, pl.ds(0, TOKENS)] = valid
-        group = place.groups[i]
-        if results.kept is not None:
-            kept = (found.offset, found.rstd, found.pivot)[: 3 if packed else 2]
-            for j, value in enumerate(kept):
-                results.kept[place.row, group, tile, j, pl.ds(0, TOKENS)] = value
-
-        @pl.when(tile == geometry.tiles - 1)
-        def _():
-            mean, var = found.pivot + found.offset, found.squares / tokens.count
-            results.last[place.row, group, 0, pl.ds(0, TOKENS)] = mean
-            results.last[place.row, group, 1, pl.ds(0, TOKENS)] = var
-
-    def run_tile(tile, read, written, carries):
+    def run_tile(self, tile, read, written, carries: list[_Carry]) -> list[_Carry]:
+        memory, groups = self.memory, range(self.geometry.together)
         for half in range(HALVES):
             rows = pl.ds(half * HALF, HALF)
-            for i, moments in enumerate(_group_moments(tiles.load_half(read[0], half), geometry)):
-                for j, value in enumerate(moments):
+            moments = _group_moments(tiles.load_half(read[0], half), self.geometry)
+            for i, values in enumerate(moments):
+                for j, value in enumerate(values):
                     memory.stats[i, j, rows] = value
-        tokens = find_tokens(inputs, place, tile, read)
-        plgpu.commit_smem()
-        carries = [find_pivot(carry, i, tile) for i, carry in enumerate(carries)]
-        found = _advance(inputs, place, tile, tokens, memory, carries, eps)
+        tokens = find_tokens(self.inputs, self.place, tile, read)
+        tiles.meet()
+        if not self.packed:
+            carries = [self.find_pivot(carries[i], i, tile) for i in groups]
+        found = _advance(self.inputs, self.place, tile, tokens, memory, carries, self.eps)
         for i in groups:
-            store_tokens(i, tile, tokens, found[i])
-        plgpu.commit_smem()
+            self.store_tokens(i, tile, tokens, found[i])
+        tiles.meet()
         for half in range(HALVES):
-            v = tiles.load_half(read[0], half)
-            k, a, r = (at_features(j, half) for j in range(3))
-            y = ((v - k) - a) * r * tiles.over_rows(scale) + tiles.over_rows(bias)
-            if packed:
-                y = jnp.where(at_features(3, half) > 0.5, y, jnp.zeros_like(y))
-            rows = pl.ds(half * HALF, HALF)
-            written[0][0, rows] = y.astype(written[0].dtype)
+            y = self.normalize(tiles.load_half(read[0], half), half)
+            written[0][0, pl.ds(half * HALF, HALF)] = y.astype(written[0].dtype)
         last = TOKENS - 1
         return [
             _Carry(memory.tokens[i, 0, last], memory.stats[i, 0, last], memory.stats[i, 1, last])
             for i in groups
         ]
 
+    def find_pivot(self, carry: _Carry, i: int, tile: Any) -> _Carry:
+        """The row's first token is the pivot where there is no state."""
+        place = self.place
+        is_first = (self.inputs.count[place.row] == 0) & (tile == 0)
+        pivot = jnp.where(is_first, self.memory.stats[i, 0, 0], carry.pivot)
+        if self.results.pivots is not None:
+            self.results.pivots[place.row, place.split, place.groups[i]] = pivot
+        return carry._replace(pivot=pivot)
+
+    def store_tokens(self, i: int, tile: Any, tokens: Tokens, found: _Advanced) -> None:
+        results, everyone = self.results, pl.ds(0, TOKENS)
+        row, group = self.place.row, self.place.groups[i]
+        for j, value in enumerate(found[:3]):
+            self.memory.tokens[i, j, everyone] = value
+        # Read back as scalars, the last token's.
+        self.memory.stats[i, 0, everyone] = found.total
+        self.memory.stats[i, 1, everyone] = found.squares
+        if self.packed:
+            one = jnp.ones_like(found.rstd)
+            valid = jnp.where(has(tokens.flags, VALID), one, jnp.zeros_like(one))
+            self.memory.tokens[i, 3, everyone] = valid
+        if results.kept is not None:
+            kept = (found.offset, found.rstd, found.pivot)[: 3 if self.packed else 2]
+            for j, value in enumerate(kept):
+                results.kept[row, group, tile, j, everyone] = value
+
+        @pl.when(tile == self.geometry.tiles - 1)
+        def _():
+            results.last[row, group, 0, everyone] = found.pivot + found.offset
+            results.last[row, group, 1, everyone] = found.squares / tokens.count
+
+    def normalize(self, v: Array, half: int) -> Array:
+        k, a, r, *valid = (
+            tiles.over_columns(
+                [
+                    tiles.load_rows(self.memory.tokens.at[i, j], half)
+                    for i in range(self.geometry.together)
+                ],
+                self.geometry.width,
+            )
+            for j in range(4 if self.packed else 3)
+        )
+        y = ((v - k) - a) * r * tiles.over_rows(self.scale) + tiles.over_rows(self.bias)
+        return jnp.where(valid[0] > 0.5, y, jnp.zeros_like(y)) if valid else y
+
+
+def outputs_kernel(
+    inputs: Inputs, results: Outputs, memory: Memory, *, geometry: Geometry, eps: float
+):
+    """Writes y and what the backward pass needs."""
+    place = tiles.find_place(geometry)
+    tiles.clear(memory.sums)
+    scale, bias = (tiles.load_columns(a, place.columns) for a in (inputs.scale, inputs.bias))
+    block = _OutputsBlock(inputs, results, memory, geometry, eps, place, scale, bias)
     start = [
         _Carry(*(inputs.entering[place.row, place.split, group, j] for j in range(3)))
         for group in place.groups
@@ -442,6 +463,6 @@ def outputs_kernel(
         find_sources(inputs, place, inputs.x),
         lambda tile: [[place.window(results.y, tile)]],
         start,
-        run_tile,
+        block.run_tile,
         backward=False,
     )

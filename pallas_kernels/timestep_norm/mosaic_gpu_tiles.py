@@ -160,13 +160,18 @@ def lane_index() -> Array:
     return plgpu.broadcasted_iota(jnp.int32, (TOKENS,), 0, layout=LANES)
 
 
+def meet() -> None:
+    """All threads see what each has stored to shared memory."""
+    plgpu.commit_smem()
+
+
 def clear(sums: Any) -> None:
     """Zeros around what `running_sums` writes; they are never written again."""
     for buffer in range(sums.shape[0]):
         for i in range(sums.shape[1]):
             for start in range(0, sums.shape[2], TOKENS):
                 sums[buffer, i, pl.ds(start, TOKENS)] = fill((TOKENS,), LANES)
-    plgpu.commit_smem()
+    meet()
 
 
 def sums_memory(count: int) -> Any:
@@ -191,7 +196,7 @@ def running_sums(
         buffer = memory.at[step % 2]
         for i, value in enumerate(values):
             buffer[i, pl.ds(_PAD, TOKENS)] = value
-        plgpu.commit_smem()
+        meet()
         sums = []
         for i, value in enumerate(values):
             for shift in shifts:
