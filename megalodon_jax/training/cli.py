@@ -254,7 +254,11 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench": _bench,
 }
 # Modules with a `main` that takes the arguments.
-BENCHMARKS = {"ops": "megalodon_jax.bench.ops", "train": "megalodon_jax.bench.train"}
+BENCHMARKS = {
+    "ops": "megalodon_jax.bench.ops",
+    "reference": "megalodon_jax.bench.reference",
+    "train": "megalodon_jax.bench.train",
+}
 
 
 def _usage() -> str:
