@@ -13,7 +13,7 @@ from jax.profiler import ProfileData
 _KINDS = {
     "chunk attention": r"chunk_attention",
     "CEMA": r"cema",
-    "TimestepNorm": r"timestep_norm",
+    "TimestepNorm": r"timestep_norm|tsn_",
     "norms and gates": r"rowwise",
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas",
     "copies": r"memcpy|memset|dynamic_update_slice|dynamic_slice",

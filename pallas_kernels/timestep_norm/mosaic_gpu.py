@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.residuals import keep
 from pallas_kernels.target import check_hopper, is_interpreted
 from pallas_kernels.timestep_norm import mosaic_gpu_tiles as tiles
 from pallas_kernels.timestep_norm.interface import (
@@ -274,6 +275,7 @@ def _forward(options, x, scale, bias, state, prior, rows: _Rows, *, with_kept):
     summaries = _run_moments(options, inputs) if geometry.splits > 1 else None
     entering = _enter(summaries, state, prior, rows, geometry)
     out = _run_outputs(options, inputs._replace(entering=entering), with_kept=with_kept)
+    entering, out = keep((entering, out), "timestep_norm")
     mean, var = out.last[:, :, 0, -1], out.last[:, :, 1, -1]
     kept = _Kept(x, scale, bias, rows, documents, entering, mean, out.kept, out.pivots)
     if rows.some is not None:
