@@ -84,7 +84,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... in"]) -> Float32[Array, "... out"]:
         """Maps the last axis of x."""
-        return self.add_bias(keep(self.product(x), PRODUCT))
+        return self.add_bias(self.kept_product(x))
+
+    def kept_product(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        """X W with the name PRODUCT."""
+        return keep(self.product(x), PRODUCT)
 
     def product(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         """X W, rounded to `config.dtype`."""
@@ -93,4 +97,9 @@ class Linear(nnx.Module):
     def add_bias(self, product: Float[Array, "... out"]) -> Float32[Array, "... out"]:
         """A product and the bias, in float32."""
         y = product.astype(jnp.float32)
-        return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
+        return y if self.offset is None else y + self.offset
+
+    @property
+    def offset(self) -> Float32[Array, " out"] | None:
+        """b in float32."""
+        return None if self.bias is None else self.bias[...].astype(jnp.float32)
