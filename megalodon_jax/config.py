@@ -19,6 +19,7 @@ Remat = Literal["none", "inputs", "dots", "block"]
 Implementation = Literal["reference", "xla", "mosaic_gpu"]
 CemaImplementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
 AttentionImplementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
+RowwiseImplementation = Literal["xla", "mosaic_gpu"]
 
 
 class ConfigError(ValueError):
@@ -100,6 +101,9 @@ class ModelConfig:
     """Implementation of TimestepNorm; the fastest known for the platform if not set."""
     attention_implementation: AttentionImplementation | None = None
     """Implementation of chunk attention; the fastest known for the platform if not set."""
+    rowwise_implementation: RowwiseImplementation | None = None
+    """Implementation of RMSNorm, LayerNorm and gates; the fastest known for the platform if not
+    set."""
 
     def __post_init__(self) -> None:
         for name in (

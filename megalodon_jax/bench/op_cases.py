@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_kernels import cema, chunk_attention, timestep_norm
+from pallas_kernels import cema, chunk_attention, rowwise, timestep_norm
 from pallas_kernels.chunk_attention.api import Implementation as AttentionImplementation
 from pallas_kernels.timestep_norm.api import Implementation as NormImplementation
 
@@ -48,6 +48,8 @@ class OpCase(abc.ABC):
     implementations: ClassVar[tuple[str, ...]]
     limit: ClassVar[Literal["memory", "matmul"]]
     """Which ceiling the least work of the operation meets first."""
+    modes: ClassVar[tuple[Mode, ...]] = get_args(Mode)
+    """Modes in which the operation differs."""
 
     rows: int
     length: int
@@ -229,6 +231,49 @@ class ChunkAttentionCase(OpCase):
         return dataclasses.replace(self, length=min(self.length, 2 * self.chunk_size))
 
 
+@dataclasses.dataclass(frozen=True)
+class RowwiseCase(OpCase):
+    """A norm or a gate of rows, which know of no documents; plain JAX is its own reference."""
+
+    op = "rowwise"
+    implementations = ("reference", *get_args(rowwise.Implementation))
+    limit = "memory"
+    modes = ("plain",)
+
+    channels: int
+    function: Literal["rms_norm", "layer_norm", "silu", "silu_gate"]
+
+    def __str__(self) -> str:
+        return f"{self.function} B {self.rows} L {self.length} D {self.channels}"
+
+    def make_inputs(self, rng: np.random.Generator, mode: Mode, memory: Memory) -> Inputs:
+        del mode, memory
+        rows, vectors = {
+            "rms_norm": (("x",), ("scale",)),
+            "layer_norm": (("x", "added"), ("scale", "bias", "offset")),
+            "silu": (("x",), ("bias",)),
+            "silu_gate": (("x", "y"), ("bias",)),
+        }[self.function]
+        shape = (self.rows, self.length, self.channels)
+        differentiable = {name: _normal(rng, shape) for name in rows}
+        for name in vectors:
+            differentiable[name] = _normal(rng, (self.channels,), jnp.float32)
+        return Inputs(differentiable, {})
+
+    def apply(
+        self, differentiable: dict[str, Any], fixed: dict[str, Any], implementation: Any
+    ) -> dict[str, Any]:
+        options: dict[str, Any] = {"eps": 1e-5} if self.function.endswith("norm") else {}
+        y = getattr(rowwise, self.function)(
+            **differentiable,
+            **fixed,
+            **options,
+            dtype=differentiable["x"].dtype,
+            implementation="xla" if implementation == "reference" else implementation,
+        )
+        return {"y": y}
+
+
 CASES: tuple[OpCase, ...] = (
     CemaCase(1, 16_384, 4096),
     CemaCase(8, 2048, 1024),
@@ -238,11 +283,20 @@ CASES: tuple[OpCase, ...] = (
     TimestepNormCase(1, 131_072, 1024, groups=32),
     ChunkAttentionCase(1, 16_384, heads=4, key_width=256, value_width=2048, chunk_size=4096),
     ChunkAttentionCase(1, 16_384, heads=4, key_width=256, value_width=2048, chunk_size=2048),
+    RowwiseCase(8, 2048, 1024, "rms_norm"),
+    RowwiseCase(8, 2048, 1024, "layer_norm"),
+    RowwiseCase(8, 2048, 2048, "layer_norm"),
+    RowwiseCase(4, 2048, 4096, "layer_norm"),
+    RowwiseCase(8, 2048, 2048, "silu"),
+    RowwiseCase(8, 2048, 1024, "silu_gate"),
+    RowwiseCase(8, 2048, 2048, "silu_gate"),
 )
 SMALL_CASES: tuple[OpCase, ...] = (
     CemaCase(2, 256, 128),
     TimestepNormCase(2, 256, 128, groups=4),
     ChunkAttentionCase(2, 256, heads=2, key_width=16, value_width=64, chunk_size=64),
+    RowwiseCase(2, 256, 128, "layer_norm"),
+    RowwiseCase(2, 256, 128, "silu_gate"),
 )
 
 

@@ -247,10 +247,11 @@ def measure_cases(
     """Measures case after case; prints each one's name first."""
     for case in SMALL_CASES if options.small else CASES:
         chosen = _implementations(case, options)
-        if case.op not in options.op or not chosen:
+        modes = [mode for mode in case.modes if mode in options.mode]
+        if case.op not in options.op or not chosen or not modes:
             continue
         print(f"\n{case.op}  {case}\n{_HEADER}", flush=True)
-        for mode in options.mode:
+        for mode in modes:
             inputs = case.make_inputs(rng, mode, options.memory)
             cotangents = make_cotangents(case, inputs, rng)
             checked = make_checked(case, mode, options.memory, rng) if options.check else None

@@ -3,7 +3,6 @@
 import math
 from typing import NamedTuple
 
-import jax
 from flax import nnx
 from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -11,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from megalodon_jax.cache import LayerCache
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.modules.cema import CEMA
-from megalodon_jax.modules.dropout import dropout, split_key
+from megalodon_jax.modules.dropout import dropout, gate_dtype, split_key
 from megalodon_jax.modules.linear import PRODUCT, PROJECTION, Linear
 from megalodon_jax.modules.norms import RMSNorm, rms_normalize
 from megalodon_jax.modules.parameters import parameter
@@ -19,6 +18,7 @@ from megalodon_jax.modules.rotary import Rotation, rotate
 from megalodon_jax.modules.timestep_norm import TimestepNorm
 from megalodon_jax.typing import Array, Float, Int32, PRNGKey
 from pallas_kernels.chunk_attention import AttentionDropout, chunk_attention
+from pallas_kernels.rowwise import silu, silu_gate
 
 
 class TokenPlaces(NamedTuple):
@@ -36,7 +36,7 @@ class TokenPlaces(NamedTuple):
 
 
 class AttentionOutput(NamedTuple):
-    """Float32 output, before the residual is added, and the layer's new streaming state."""
+    """The output, before the residual is added, and the layer's new streaming state."""
 
     out: Float[Array, "B L D"]
     cache: LayerCache | None
@@ -72,9 +72,23 @@ class MegaAttention(nnx.Module):
         cache: LayerCache | None = None,
         dropout_key: PRNGKey | None = None,
     ) -> AttentionOutput:
-        """Attends within chunks; with `cache`, continues it and returns the new one."""
+        """Attends within chunks, in float32; with `cache`, continues it and returns the new one."""
+        output_key = split_key(dropout_key, 4)[3]
+        product, cache = self.product(x, places, cache=cache, dropout_key=dropout_key)
+        out = self.wh1.add_bias(product)
+        return AttentionOutput(dropout(out, self.config.dropout, output_key), cache)
+
+    def product(
+        self,
+        x: Float[Array, "B L D"],
+        places: TokenPlaces,
+        *,
+        cache: LayerCache | None = None,
+        dropout_key: PRNGKey | None = None,
+    ) -> AttentionOutput:
+        """The output in `config.dtype` before the bias of wh1, and before dropout on it."""
         config = self.config
-        hidden_key, attention_key, gate_key, output_key = split_key(dropout_key, 4)
+        hidden_key, attention_key, gate_key, _ = split_key(dropout_key, 4)
         u, norm_state = self.timenorm(
             x, segment_ids=places.segment_ids, state=None if cache is None else cache.norm
         )
@@ -83,7 +97,12 @@ class MegaAttention(nnx.Module):
         )
         m = dropout(self.rmsnorm(averaged), config.hidden_dropout, hidden_key)
         query, key = self._queries_and_keys(m, places.rotation)
-        value = jax.nn.silu(self.wv(u, name=PROJECTION)).astype(config.dtype)
+        value = silu(
+            self.wv.product(u, name=PROJECTION),
+            self.wv.offset,
+            dtype=config.dtype,
+            implementation=config.rowwise_implementation,
+        )
         value = value.reshape(*u.shape[:2], config.num_heads, config.value_head_dim)
         attended, keys_and_values = chunk_attention(
             query,
@@ -96,14 +115,19 @@ class MegaAttention(nnx.Module):
             dropout=self._attention_dropout(attention_key),
             implementation=config.attention_implementation,
         )
-        gated = attended.reshape(*u.shape[:2], -1) * jax.nn.silu(self.wr(m, name=PROJECTION))
+        gated = silu_gate(
+            self.wr.product(m, name=PROJECTION),
+            self.wr.offset,
+            attended.reshape(*u.shape[:2], -1),
+            dtype=gate_dtype(config.dtype, config.hidden_dropout, gate_key),
+            implementation=config.rowwise_implementation,
+        )
         gated = dropout(gated, config.hidden_dropout, gate_key)
-        out = checkpoint_name(self.wh1.product(m) + self.wh2.product(gated), PRODUCT)
-        out = self.wh1.add_bias(out)
+        product = checkpoint_name(self.wh1.product(m) + self.wh2.product(gated), PRODUCT)
         new_cache = None
         if cache is not None and keys_and_values is not None:
             new_cache = LayerCache(keys_and_values, norm_state, cema_state)
-        return AttentionOutput(dropout(out, config.dropout, output_key), new_cache)
+        return AttentionOutput(product, new_cache)
 
     def _queries_and_keys(self, m: Float[Array, "B L D"], by: Rotation) -> tuple[Array, Array]:
         config = self.config

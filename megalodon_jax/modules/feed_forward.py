@@ -1,15 +1,15 @@
 """The normalized feed-forward network, the second hop of a block."""
 
-import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from megalodon_jax.config import ModelConfig
-from megalodon_jax.modules.dropout import dropout, split_key
-from megalodon_jax.modules.linear import Linear
+from megalodon_jax.config import DType, ModelConfig, RowwiseImplementation
+from megalodon_jax.modules.dropout import dropout, gate_dtype, split_key
+from megalodon_jax.modules.linear import PRODUCT, Linear
 from megalodon_jax.modules.norms import LayerNorm
 from megalodon_jax.modules.parameters import parameter
 from megalodon_jax.typing import Array, Float, PRNGKey
+from pallas_kernels.rowwise import silu, silu_gate
 
 
 class FeedForward(nnx.Module):
@@ -23,6 +23,8 @@ class FeedForward(nnx.Module):
         D, F = config.model_dim, config.ffn_hidden_dim
         self.hidden_dropout = config.hidden_dropout
         self.output_dropout = config.dropout
+        self.dtype: DType = config.dtype
+        self.implementation: RowwiseImplementation | None = config.rowwise_implementation
         self.norm = LayerNorm(config)
         self.fc1 = Linear(config, D, F, ("embed", "ffn"), use_bias=False, rngs=rngs)
         self.fc2 = Linear(config, F, D, ("ffn", "embed"), use_bias=False, rngs=rngs)
@@ -38,14 +40,25 @@ class FeedForward(nnx.Module):
         )
 
     def __call__(
-        self, y: Float[Array, "B L D"], *, dropout_key: PRNGKey | None = None
+        self,
+        y: Float[Array, "B L D"],
+        *,
+        added: Float[Array, "B L D"] | None = None,
+        offset: Float[Array, " D"] | None = None,
+        dropout_key: PRNGKey | None = None,
     ) -> Float[Array, "B L D"]:
-        """The network's output in float32, before the residual is added."""
+        """The network's output for y + added + offset, in float32, before the residual is added."""
         hidden_key, output_key = split_key(dropout_key, 2)
-        normed = self.norm(y)
-        hidden = jax.nn.silu(self.fc1(normed))
-        if self.fc3 is not None:
-            hidden = hidden * self.fc3(normed)
+        normed = self.norm(y, added=added, offset=offset)
+        product = self.fc1.product(normed, name=PRODUCT)
+        options = {
+            "dtype": gate_dtype(self.dtype, self.hidden_dropout, hidden_key),
+            "implementation": self.implementation,
+        }
+        if self.fc3 is None:
+            hidden = silu(product, None, **options)
+        else:
+            hidden = silu_gate(product, None, self.fc3.product(normed, name=PRODUCT), **options)
         out = self.fc2(dropout(hidden, self.hidden_dropout, hidden_key))
         out = dropout(out, self.output_dropout, output_key)
         return out if self.alpha is None else out * self.alpha[...].astype(out.dtype)

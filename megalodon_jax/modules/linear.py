@@ -88,13 +88,21 @@ class Linear(nnx.Module):
         self, x: Float[Array, "... in"], *, name: str = PRODUCT
     ) -> Float32[Array, "... out"]:
         """Maps the last axis of x."""
-        return self.add_bias(checkpoint_name(self.product(x), name))
+        return self.add_bias(self.product(x, name=name))
 
-    def product(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
-        """X W, rounded to `config.dtype`."""
-        return mixed_matmul(x, self.kernel[...], self.dtype)
+    def product(
+        self, x: Float[Array, "... in"], *, name: str | None = None
+    ) -> Float[Array, "... out"]:
+        """X W, rounded to `config.dtype`, under a name for policies if there is one."""
+        y = mixed_matmul(x, self.kernel[...], self.dtype)
+        return y if name is None else checkpoint_name(y, name)
 
     def add_bias(self, product: Float[Array, "... out"]) -> Float32[Array, "... out"]:
         """A product and the bias, in float32."""
         y = product.astype(jnp.float32)
-        return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
+        return y if self.offset is None else y + self.offset
+
+    @property
+    def offset(self) -> Float32[Array, " out"] | None:
+        """b in float32."""
+        return None if self.bias is None else self.bias[...].astype(jnp.float32)

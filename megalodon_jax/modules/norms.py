@@ -4,9 +4,10 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from megalodon_jax.config import ModelConfig
+from megalodon_jax.config import ModelConfig, RowwiseImplementation
 from megalodon_jax.modules.parameters import parameter
 from megalodon_jax.typing import Array, Float
+from pallas_kernels.rowwise import layer_norm, rms_norm
 
 
 def rms_normalize(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
@@ -21,30 +22,52 @@ class RMSNorm(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.eps = config.norm_eps
         self.dtype = config.dtype
+        self.implementation: RowwiseImplementation | None = config.rowwise_implementation
         zeros = jnp.zeros(config.model_dim, config.param_dtype)
         self.weight = parameter(zeros, "embed") if config.norm_affine else None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        y = rms_normalize(x, self.eps)
-        if self.weight is not None:
-            y = y * (1.0 + self.weight[...].astype(y.dtype))
-        return y.astype(self.dtype)
+        return rms_norm(
+            x,
+            _scale(self.weight, x),
+            eps=self.eps,
+            dtype=self.dtype,
+            implementation=self.implementation,
+        )
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean) / sqrt(var + eps) * (1 + weight) + bias, in float32; returns `config.dtype`."""
+    """(z - mean) / sqrt(var + eps) * (1 + weight) + bias, in float32; returns `config.dtype`."""
 
     def __init__(self, config: ModelConfig):
         self.eps = config.norm_eps
         self.dtype = config.dtype
+        self.implementation: RowwiseImplementation | None = config.rowwise_implementation
         zeros = jnp.zeros(config.model_dim, config.param_dtype)
         self.weight = parameter(zeros, "embed") if config.norm_affine else None
         self.bias = parameter(zeros, "embed") if config.norm_affine else None
 
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        if self.weight is not None and self.bias is not None:
-            y = y * (1.0 + self.weight[...].astype(y.dtype)) + self.bias[...].astype(y.dtype)
-        return y.astype(self.dtype)
+    def __call__(
+        self,
+        x: Float[Array, "... D"],
+        *,
+        added: Float[Array, "... D"] | None = None,
+        offset: Float[Array, " D"] | None = None,
+    ) -> Float[Array, "... D"]:
+        """Normalizes z = x + added + offset."""
+        return layer_norm(
+            x,
+            _scale(self.weight, x),
+            None if self.bias is None else self.bias[...],
+            added=added,
+            offset=offset,
+            eps=self.eps,
+            dtype=self.dtype,
+            implementation=self.implementation,
+        )
+
+
+def _scale(weight: nnx.Param | None, x: Array) -> Float[Array, " D"] | None:
+    if weight is None:
+        return None
+    return 1.0 + weight[...].astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -31,6 +31,7 @@ _COMPUTE_FIELDS = frozenset(
         "cema_implementation",
         "timestep_norm_implementation",
         "attention_implementation",
+        "rowwise_implementation",
     }
 )
 

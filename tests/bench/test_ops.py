@@ -21,6 +21,7 @@ from megalodon_jax.bench.op_cases import (
     CemaCase,
     ChunkAttentionCase,
     Mode,
+    RowwiseCase,
     TimestepNormCase,
 )
 from megalodon_jax.bench.timing import seconds_per_call
@@ -32,6 +33,7 @@ TINY = {
     "cema": CemaCase(2, 24, channels=4, order=2),
     "timestep_norm": TimestepNormCase(2, 24, channels=4, groups=2),
     "chunk_attention": ChunkAttentionCase(2, 24, heads=2, key_width=4, value_width=6, chunk_size=5),
+    "rowwise": RowwiseCase(2, 24, channels=4, function="layer_norm"),
 }
 
 
@@ -71,8 +73,7 @@ def test_ceilings_are_rates_of_this_machine():
     assert 1e5 < ceilings.flops_per_second < 1e16
 
 
-@pytest.mark.parametrize("mode", get_args(Mode))
-@pytest.mark.parametrize("op", TINY)
+@pytest.mark.parametrize(("op", "mode"), [(op, mode) for op in TINY for mode in TINY[op].modes])
 def test_errors_of_every_result_and_gradient(op, mode):
     checked = ops.make_checked(TINY[op], mode, "start", seeded())
     errors = ops.measure_errors(checked, "xla")
@@ -81,6 +82,7 @@ def test_errors_of_every_result_and_gradient(op, mode):
         "cema": ["x", "alpha", "delta", "theta", "gamma", "omega"],
         "timestep_norm": ["x", "scale", "bias"],
         "chunk_attention": ["q", "k", "v"],
+        "rowwise": ["x", "added", "scale", "bias", "offset"],
     }[op]
     if mode == "carried":
         expected += {
@@ -89,9 +91,9 @@ def test_errors_of_every_result_and_gradient(op, mode):
             "chunk_attention": ["cache.key", "cache.value"],
         }[op]
     assert {name.removeprefix("params.") for name in gradients} == set(expected)
-    assert len(results) == 1 + len(expected) - {"cema": 6}.get(op, 3)
+    assert len(results) == 1 + len(expected) - {"cema": 6, "rowwise": 5}.get(op, 3)
     for name, error in (results | gradients).items():
-        rounded = name in ("x", "y", "out") or op == "chunk_attention"
+        rounded = name in ("x", "added", "y", "out") or op == "chunk_attention"
         # bfloat16 rounds by up to 2^-9; attention rounds its weights too.
         assert error < (1e-2 if rounded else 1e-5), name
         assert error > 1e-4 or not rounded, name

@@ -1,0 +1,85 @@
+"""Which implementation of the row operations is taken, and what is refused."""
+
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from megalodon_jax.config import RowwiseImplementation
+from pallas_kernels import rowwise
+from pallas_kernels.rowwise import api, mosaic_gpu
+from pallas_kernels.target import Target, find_target, interpreted
+
+H200, A100 = Target("gpu", "NVIDIA H200"), Target("gpu", "NVIDIA A100-SXM4-80GB")
+BF16 = jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("target", "shape", "dtype", "choice"),
+    [
+        (H200, (8, 2048, 1024), BF16, "mosaic_gpu"),
+        (H200, (4, 4096, 2048), BF16, "mosaic_gpu"),
+        (H200, (8, 2048, 1024), jnp.float32, "xla"),
+        (H200, (8, 1, 1024), BF16, "xla"),
+        (H200, (8, 2048, 768), BF16, "xla"),
+        (H200, (8, 2048, 1000), BF16, "xla"),
+        (A100, (8, 2048, 1024), BF16, "xla"),
+        (Target("cpu", "cpu"), (8, 2048, 1024), BF16, "xla"),
+        (Target("tpu", "TPU v5p"), (8, 2048, 1024), BF16, "xla"),
+    ],
+)
+def test_choice_by_device_size_and_dtype(target, shape, dtype, choice, monkeypatch):
+    monkeypatch.setattr(api, "find_target", lambda: target)
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    vector = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
+    norm, gate = mosaic_gpu.LayerNorm(shape[-1], 1e-5), mosaic_gpu.SiluGate()
+    assert api._choose(norm, None, (x, None), (None, vector, vector)) == choice
+    assert api._choose(gate, None, (x, x), (vector,)) == choice
+    # Without sums over rows XLA does as well.
+    assert api._choose(gate, None, (x, x), (None,)) == "xla"
+
+
+def test_rows_too_wide_for_registers_are_for_xla(monkeypatch):
+    monkeypatch.setattr(api, "find_target", lambda: H200)
+    x = jax.ShapeDtypeStruct((1024, 8192), BF16)
+    vector = jax.ShapeDtypeStruct((8192,), jnp.float32)
+    assert api._choose(mosaic_gpu.RmsNorm(8192, 1e-5), None, (x,), (vector,)) == "xla"
+    assert api._choose(mosaic_gpu.Silu(), None, (x,), (vector,)) == "mosaic_gpu"
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((2, 128), jnp.float32, "rms_norm: mosaic_gpu takes bfloat16 rows, these are float32"),
+        ((2, 100), BF16, "needs a width that is a multiple of 128"),
+        ((0, 128), BF16, "and one row"),
+        ((2, 8192), BF16, "rows of up to 4096 numbers in registers, these have 8192"),
+    ],
+)
+def test_what_kernels_cannot_take_is_refused_by_name(shape, dtype, message):
+    with interpreted(), pytest.raises(ValueError, match=message):
+        rowwise.rms_norm(
+            jnp.zeros(shape, dtype), None, eps=1e-5, dtype=BF16, implementation="mosaic_gpu"
+        )
+
+
+def test_kernels_are_refused_elsewhere():
+    if find_target().is_hopper:
+        pytest.skip("says what happens on another device")
+    with pytest.raises(ValueError, match="needs an NVIDIA Hopper GPU, this is"):
+        rowwise.silu(jnp.zeros((2, 128), BF16), None, dtype=BF16, implementation="mosaic_gpu")
+
+
+def test_mistakes():
+    x = jnp.zeros((2, 128))
+    with pytest.raises(ValueError, match="silu has no implementation 'cuda'; use one of xla, mos"):
+        rowwise.silu(x, None, dtype=BF16, implementation="cuda")  # pyright: ignore
+    with pytest.raises(ValueError, match=r"rows have shapes \(2, 128\) and \(128,\)"):
+        rowwise.silu_gate(x, None, x[0], dtype=BF16)
+    with pytest.raises(ValueError, match=r"a vector has shape \(3,\)"):
+        rowwise.rms_norm(x, jnp.zeros(3), eps=1e-5, dtype=BF16)
+
+
+def test_the_model_can_be_configured_with_every_implementation():
+    assert get_args(RowwiseImplementation) == get_args(rowwise.Implementation)

@@ -1,0 +1,80 @@
+"""The CUDA compiler accepts the row kernels for an H200 without spilling; no GPU is needed."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from megalodon_jax.config import ModelConfig
+from megalodon_jax.modules import TokenPlaces
+from megalodon_jax.modules.block import Block
+from megalodon_jax.modules.rotary import rotation
+from pallas_kernels.rowwise import mosaic_gpu
+from pallas_kernels.rowwise.block_sizes import GATES, NORMS
+from tests.topologies import compile_for, h200_device, ptxas_usage
+
+REGISTERS = 65_536
+# Blocks come and go where there are more than a multiprocessor can hold.
+MOST_BLOCKS = 16
+
+
+def operands(name: str, width: int):
+    rows = jax.ShapeDtypeStruct((16_384, width), jnp.bfloat16)
+    vector = jax.ShapeDtypeStruct((width,), jnp.float32)
+    return {
+        "rms_norm": (mosaic_gpu.RmsNorm(width, 1e-5), (rows,), (vector,)),
+        "layer_norm": (mosaic_gpu.LayerNorm(width, 1e-5), (rows, rows), (vector,) * 3),
+        "silu": (mosaic_gpu.Silu(), (rows,), (vector,)),
+        "silu_gate": (mosaic_gpu.SiluGate(), (rows, rows), (vector,)),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        *((name, width) for name in ("rms_norm", "layer_norm") for width in (1024, 2048, 4096)),
+        ("silu", 2048),
+        ("silu_gate", 2048),
+    ],
+)
+def test_kernels_fit_into_registers(name, width):
+    operation, rows, vectors = operands(name, width)
+
+    def run(rows, vectors, dy):
+        y, pull_back = jax.vjp(
+            lambda rows, vectors: mosaic_gpu.apply(operation, rows, vectors, dtype=jnp.bfloat16),
+            rows,
+            vectors,
+        )
+        return y, pull_back(dy)
+
+    compiled = compile_for(h200_device(), run, rows, vectors, rows[0])
+    usage = {kernel.name: kernel for kernel in ptxas_usage(compiled)}
+    choices = NORMS[name][width] if name in NORMS else GATES
+    for direction, choice in zip(("forward", "backward"), choices, strict=True):
+        kernel = usage.pop(f"{name}_{direction}")
+        print(f"{kernel.name} at {width}: {kernel.registers} registers")
+        assert kernel.spill_bytes == 0
+        assert choice.blocks > MOST_BLOCKS or kernel.registers * 128 * choice.blocks <= REGISTERS
+    assert not usage
+
+
+def test_a_block_uses_them(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "check_hopper", lambda name: None)
+    config = ModelConfig(
+        model_dim=128, z_dim=32, value_dim=256, ffn_hidden_dim=128, cema_ndim=2, chunk_size=16,
+        norm_num_groups=2, dtype="bfloat16", rowwise_implementation="mosaic_gpu",
+    )  # fmt: skip
+    graphdef, state = nnx.split(Block(config, 0.0, rngs=nnx.Rngs(0)))
+    places = TokenPlaces(rotation(jnp.arange(16)[None], 32, 10_000.0), None, None)
+
+    def loss(state, x):
+        y = nnx.merge(graphdef, state)(x, places).x
+        return jnp.square(y.astype(jnp.float32)).sum()
+
+    x = jax.ShapeDtypeStruct((2, 16, 128), jnp.bfloat16)
+    gradient = jax.jit(jax.grad(jax.checkpoint(loss), argnums=(0, 1)))
+    program = gradient.trace(state, x).lower(lowering_platforms=("cuda",)).as_text()
+    for kernel in ("rms_norm", "layer_norm", "silu", "silu_gate"):
+        assert f"{kernel}_forward_mosaic_gpu" in program
+        assert f"{kernel}_backward_mosaic_gpu" in program
