@@ -5,16 +5,20 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.timestep_norm import reference, xla
+from pallas_kernels.timestep_norm import pallas_tpu, reference, xla
 from pallas_kernels.timestep_norm.interface import (
     TimestepNormOutput,
     TimestepNormState,
     moments_dtype,
 )
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "pallas_tpu"]
 
-_IMPLEMENTATIONS = {"reference": reference.timestep_norm, "xla": xla.timestep_norm}
+_IMPLEMENTATIONS = {
+    "reference": reference.timestep_norm,
+    "xla": xla.timestep_norm,
+    "pallas_tpu": pallas_tpu.timestep_norm,
+}
 
 
 def timestep_norm(

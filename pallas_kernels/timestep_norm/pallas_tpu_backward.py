@@ -1,0 +1,234 @@
+"""The backward kernel of TimestepNorm on TPU. README.md derives what it computes."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.timestep_norm.pallas_tpu_forward import Statistics
+from pallas_kernels.timestep_norm.pallas_tpu_layout import (
+    FINAL,
+    LATER,
+    START,
+    VALID,
+    Frame,
+    Plan,
+    Tile,
+    fill_lanes,
+    repeat_lanes,
+    turn_row,
+)
+from pallas_kernels.timestep_norm.tpu_block_sizes import LANES
+
+
+class Gradients(NamedTuple):
+    """Results of `differentiate`.
+
+    Attributes:
+      x: gradient of x.
+      scale: of scale, by row.
+      bias: of bias, by row.
+      before: of the mean and var of a row's state and of the prior, to be summed over lanes.
+    """
+
+    x: Float[Array, "B L D"]
+    scale: Float[Array, "B 1 D"]
+    bias: Float[Array, "B 1 D"]
+    before: Float[Array, "B bands 4 R 128"]
+
+
+class _Refs(NamedTuple):
+    x: Any
+    dy: Any
+    places: Any
+    d_last: Any
+    scale: Any
+    pivot: Any
+    offset: Any
+    rstd: Any
+    dx: Any
+    d_scale: Any
+    d_bias: Any
+    d_before: Any
+    centered: Any
+    g: Any
+    turned_scale: Any
+    scale_sums: Any
+    bias_sums: Any
+    g_sums: Any
+    product_sums: Any
+    centered_means: Any
+    shift: Any
+    slope: Any
+    carry: Any
+
+
+# Rows of `carry`.
+_MEAN_SUM, _VAR_SUM, _DRIFT_SUM = range(3)
+
+
+def differentiate(
+    plan: Plan,
+    x: Float[Array, "B L D"],
+    dy: Float[Array, "B L D"],
+    d_last: Float[Array, "B bands 2 R 128"],
+    scale: Float[Array, "1 D"],
+    statistics: Statistics,
+    places: Int32[Array, "B 8 L"],
+) -> Gradients:
+    """Runs the backward kernel.
+
+    Args:
+      plan: static sizes.
+      x: as it went in.
+      dy: cotangent of y.
+      d_last: cotangents of the mean and var after the row's last token.
+      scale: as it went in.
+      statistics: of the forward kernel.
+      places: of `find_places`.
+    """
+    batch = x.shape[0]
+    frame = Frame(plan, batch, backward=True)
+    rows, tokens, channels = plan.rows, plan.blocks.tokens, plan.blocks.channels
+    per_row = jax.ShapeDtypeStruct((batch, 1, x.shape[2]), jnp.float32)
+    before = jax.ShapeDtypeStruct((batch, plan.bands, 4, rows, LANES), jnp.float32)
+    turned = pltpu.VMEM((channels, tokens), jnp.float32)
+    per_channel = pltpu.VMEM((channels, LANES), jnp.float32)
+    per_group = pltpu.VMEM((rows, tokens), jnp.float32)
+    results = frame.call(
+        lambda refs: _kernel(plan, refs),
+        _Refs,
+        inputs={
+            "x": frame.sequence(x),
+            "dy": frame.sequence(dy),
+            "places": frame.places(places),
+            "d_last": frame.moments(d_last),
+            "scale": frame.channels(scale),
+            "pivot": (statistics.pivot, frame.pivots(statistics.offset.shape)[1]),
+            "offset": frame.statistics(statistics.offset),
+            "rstd": frame.statistics(statistics.rstd),
+        },
+        outputs={
+            "dx": frame.sequence(jax.ShapeDtypeStruct(x.shape, x.dtype)),
+            "d_scale": frame.row_channels(per_row),
+            "d_bias": frame.row_channels(per_row),
+            "d_before": frame.moments(before),
+        },
+        scratch={
+            "centered": turned,
+            "g": turned,
+            "turned_scale": per_channel,
+            "scale_sums": per_channel,
+            "bias_sums": per_channel,
+            "g_sums": per_group,
+            "product_sums": per_group,
+            "centered_means": per_group,
+            "shift": per_group,
+            "slope": per_group,
+            "carry": pltpu.VMEM((3, rows, LANES), jnp.float32),
+        },
+        name="timestep_norm_backward",
+    )
+    return Gradients(*results.values())
+
+
+def _kernel(plan: Plan, refs: _Refs) -> None:
+    step = pl.program_id(2)
+
+    @pl.when(step == 0)
+    def _start() -> None:
+        refs.turned_scale[...] = turn_row(refs.scale[...])
+        for ref in (
+            refs.scale_sums, refs.bias_sums, refs.carry, refs.d_before,
+            refs.g_sums, refs.product_sums, refs.centered_means,
+        ):  # fmt: skip
+            ref[...] = jnp.zeros_like(ref)
+
+    plan.for_lanes(lambda lanes: _sum_over_groups(plan, refs, lanes))
+    _sum_over_tokens(plan, refs, plan.tiles - 1 - step)
+    plan.for_lanes(lambda lanes: _write_gradients(plan, refs, lanes))
+
+    @pl.when(step == plan.tiles - 1)
+    def _end() -> None:
+        for band in plan.channel_slices:
+            for sums, out in ((refs.scale_sums, refs.d_scale), (refs.bias_sums, refs.d_bias)):
+                out[:, band] = sums[band].T.sum(axis=0, keepdims=True)
+
+
+def _sum_over_groups(plan: Plan, refs: _Refs, lanes: Any) -> None:
+    for band in plan.channel_slices:
+        refs.centered[band, lanes] = refs.x[lanes, band].astype(jnp.float32).T
+        refs.g[band, lanes] = refs.dy[lanes, band].astype(jnp.float32).T
+    for group in range(plan.blocks.groups):
+        row = slice(group, group + 1)
+        pivot = refs.pivot[row, lanes if plan.packed else slice(None)]
+        offset, rstd = refs.offset[row, lanes], refs.rstd[row, lanes]
+        sums = [jnp.zeros((1, LANES), jnp.float32)] * 3
+        for part in plan.parts(group):
+            centered = (refs.centered[part, lanes] - pivot) - offset
+            centered = plan.without_padding(centered, group, part)
+            dy = refs.g[part, lanes]
+            centered = plan.where_valid(refs.places, lanes, centered)
+            dy = plan.where_valid(refs.places, lanes, dy)
+            refs.scale_sums[part] += dy * (centered * rstd)
+            refs.bias_sums[part] += dy
+            g = dy * refs.turned_scale[part]
+            refs.centered[part, lanes], refs.g[part, lanes] = centered, g
+            sums = [
+                total + values.sum(axis=0, keepdims=True)
+                for total, values in zip(sums, (g, g * centered, centered), strict=True)
+            ]
+        refs.g_sums[row, lanes], refs.product_sums[row, lanes] = sums[:2]
+        refs.centered_means[row, lanes] = sums[2] / plan.features
+
+
+def _sum_over_tokens(plan: Plan, refs: _Refs, number: Array) -> None:
+    """How much of a token's gradient comes from the moments of all later ones."""
+    tokens = plan.blocks.tokens
+    tile = Tile.read(plan, refs.places, number)
+    valid, start, later, final = (tile.has(flag) for flag in (VALID, START, LATER, FINAL))
+    carried = [repeat_lanes(refs.carry[i], tokens) for i in range(3)]
+    d_last = [repeat_lanes(refs.d_last[i], tokens) for i in range(2)]
+    rstd = refs.rstd[...]
+
+    def sum_later(values: Array, i: int) -> Array:
+        within = tile.running_sums(jnp.where(valid, values, 0), reverse=True)
+        return within + jnp.where(tile.goes_on, carried[i], 0)
+
+    d_mean = -rstd * refs.g_sums[...] + jnp.where(final, d_last[0], 0)
+    d_var = -0.5 * rstd * rstd * rstd * refs.product_sums[...] + jnp.where(final, d_last[1], 0)
+    mean_sum = sum_later(d_mean / tile.count, _MEAN_SUM)
+    var_sum = sum_later(d_var / tile.count, _VAR_SUM)
+    # How far this token moved the mean: none moved it from nothing.
+    before = tile.count - 1
+    moved = jnp.where(before > 0, refs.centered_means[...] / jnp.maximum(before, 1), 0)
+    drift_sum = sum_later(moved * var_sum, _DRIFT_SUM)
+    drift_after = pltpu.roll(drift_sum, tokens - 1, 1)
+    drift_after = jnp.where(tile.lane == tokens - 1, carried[_DRIFT_SUM], drift_after)
+    ends = (tile.to_end == 0) & ~tile.goes_on
+    drift_after = jnp.where(ends, 0, drift_after)
+    refs.shift[...] = (mean_sum - 2 * drift_after) / plan.features
+    refs.slope[...] = 2 * var_sum / plan.features
+
+    for i, values in enumerate((mean_sum, var_sum, drift_sum)):
+        refs.carry[i] = fill_lanes(values, 0)
+    d_initial = (tile.initial_count * (mean_sum - 2 * drift_sum), tile.initial_count * var_sum)
+    for i, values in enumerate(d_initial):
+        at_start = jnp.where(start, values, 0)
+        refs.d_before[i] += plan.add_lanes(jnp.where(later, 0, at_start))
+        if plan.packed:
+            refs.d_before[2 + i] += plan.add_lanes(jnp.where(later, at_start, 0))
+
+
+def _write_gradients(plan: Plan, refs: _Refs, lanes: Any) -> None:
+    for group in range(plan.blocks.groups):
+        row = slice(group, group + 1)
+        rstd, shift, slope = (ref[row, lanes] for ref in (refs.rstd, refs.shift, refs.slope))
+        for part in plan.parts(group):
+            dx = refs.g[part, lanes] * rstd + refs.centered[part, lanes] * slope + shift
+            refs.g[part, lanes] = plan.where_valid(refs.places, lanes, dx) if plan.packed else dx
+    for band in plan.channel_slices:
+        refs.dx[lanes, band] = refs.g[band, lanes].T.astype(refs.dx.dtype)
