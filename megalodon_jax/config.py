@@ -88,7 +88,11 @@ class ModelConfig:
     param_dtype: DType = "float32"
     """Type in which weights are kept. CEMA's parameters stay float32."""
     remat: Remat = "none"
-    """Recompute in the backward pass: nothing, whole blocks, or all but matrix products."""
+    """What the backward pass computes again: pointwise work only ("none"), kernels too ("dots"), or
+    whole blocks with their matrix products ("block")."""
+    scan_layers: bool = True
+    """Run the blocks in one loop, so that compile time does not grow with depth. False writes them
+    out one after another, which compiles longer and saves the loop's copies of activations."""
     cema_implementation: CemaImplementation | None = None
     """Implementation of CEMA; the fastest known for the platform if not set."""
     timestep_norm_implementation: Implementation | None = None

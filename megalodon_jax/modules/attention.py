@@ -11,13 +11,14 @@ from megalodon_jax.cache import LayerCache
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.modules.cema import CEMA
 from megalodon_jax.modules.dropout import dropout, split_key
-from megalodon_jax.modules.linear import Linear
+from megalodon_jax.modules.linear import PRODUCT, Linear
 from megalodon_jax.modules.norms import RMSNorm, rms_normalize
 from megalodon_jax.modules.parameters import parameter
 from megalodon_jax.modules.rotary import Rotation, rotate
 from megalodon_jax.modules.timestep_norm import TimestepNorm
 from megalodon_jax.typing import Array, Float, Int32, PRNGKey
 from pallas_kernels.chunk_attention import AttentionDropout, chunk_attention
+from pallas_kernels.residuals import keep
 
 
 class TokenPlaces(NamedTuple):
@@ -96,7 +97,8 @@ class MegaAttention(nnx.Module):
             implementation=config.attention_implementation,
         )
         gated = attended.reshape(*u.shape[:2], -1) * jax.nn.silu(self.wr(m))
-        out = self.wh1(m) + self.wh2(dropout(gated, config.hidden_dropout, gate_key))
+        gated = dropout(gated, config.hidden_dropout, gate_key)
+        out = self.wh1.add_bias(keep(self.wh1.product(m) + self.wh2.product(gated), PRODUCT))
         new_cache = None
         if cache is not None and keys_and_values is not None:
             new_cache = LayerCache(keys_and_values, norm_state, cema_state)

@@ -25,6 +25,7 @@ from pallas_kernels.cema.mosaic_gpu_stream import CHANNELS, TILE
 from pallas_kernels.cema.types import CemaOutput, CemaParams
 from pallas_kernels.cema.xla import cema_xla
 from pallas_kernels.target import check_hopper, is_interpreted
+from pallas_kernels.residuals import keep
 
 # Orders of one call: more do not fit in registers. Further orders are further calls, summed.
 LARGEST_ORDER = 16
@@ -157,6 +158,7 @@ def _forward(options, x, params, state, segment_ids, *, with_entering):
             with_entering=with_entering,
             interpret=options.interpret,
         )
+        y, last, entering = keep((y, last, entering))
         outputs.append(y)
         lasts.append(last)
         kept.tables.append(tables)

@@ -25,6 +25,7 @@ from pallas_kernels.chunk_attention.mosaic_gpu_kernels import (
     score_gradient,
 )
 from pallas_kernels.target import check_hopper, is_interpreted
+from pallas_kernels.residuals import keep
 
 # Widths of heads that the kernels' tiles are made for: multiples of the first, above the second
 # multiples of the second. Others are padded in a copy.
@@ -159,7 +160,7 @@ def _attend_forward(options, q, k, v, starts):
     geometry = _geometry(options, q)
     band = _find_band(starts, geometry)
     weights, lse = make_weights(band, q, k, None, geometry, options.interpret)
-    out = band_product(band, weights, v, geometry, options.interpret)
+    out, lse = keep((band_product(band, weights, v, geometry, options.interpret), lse))
     return out, (q, k, v, out, lse, band)
 
 

@@ -24,6 +24,7 @@ from pallas_kernels.chunk_attention.tpu_block_sizes import (
     blocks_for,
 )
 from pallas_kernels.target import check_tpu, is_interpreted
+from pallas_kernels.residuals import keep
 
 _LANES = 128
 
@@ -179,7 +180,7 @@ def _attend(plan: Plan, q, k, v, start):
 
 
 def _attend_forward(plan: Plan, q, k, v, start):
-    out, lse = attend_forward(plan, q, k, v, start)
+    out, lse = keep(attend_forward(plan, q, k, v, start))
     return out, (q, k, v, start, out, lse)
 
 
