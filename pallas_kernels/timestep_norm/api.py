@@ -5,12 +5,14 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.target import find_target
 from pallas_kernels.timestep_norm import pallas_tpu, reference, xla
 from pallas_kernels.timestep_norm.interface import (
     TimestepNormOutput,
     TimestepNormState,
     moments_dtype,
 )
+from pallas_kernels.timestep_norm.tpu_block_sizes import SHORTEST_LENGTH, TPUS_FASTER_THAN_XLA
 
 Implementation = Literal["reference", "xla", "pallas_tpu"]
 
@@ -50,14 +52,15 @@ def timestep_norm(
       prior: count (), mean and var (G,): what every document starts from. None: from nothing.
       segment_ids: documents of a row numbered 1, 2, ... in order; 0 is padding, between documents
         or inside one: its y is 0, and the state waits. None: one document, no padding.
-      implementation: "reference" (token by token), "xla" (parallel over tokens, any platform), or
-        None: "xla".
+      implementation: "reference" (token by token), "xla" (parallel over tokens, any platform),
+        "pallas_tpu" (kernels for TPU), or None for the fastest known here.
 
     Returns:
       y, and the moments after each row's last token. A row of padding alone keeps its state.
 
     Raises:
-      ValueError: shapes do not fit together, or the implementation does not exist.
+      ValueError: shapes do not fit together, or the implementation does not exist or cannot run
+        this here.
     """
     _check_shapes(x, scale, bias, num_groups, segment_ids)
     B = x.shape[0]
@@ -65,7 +68,7 @@ def timestep_norm(
         _check_state("state", state, (B,), num_groups)
     if prior is not None:
         _check_state("prior", prior, (), num_groups)
-    name = "xla" if implementation is None else implementation
+    name = _choose(x, num_groups) if implementation is None else implementation
     if name not in _IMPLEMENTATIONS:
         raise ValueError(
             f"TimestepNorm has no implementation {implementation!r}; "
@@ -82,6 +85,17 @@ def timestep_norm(
     else:
         state = _as_moments(state, dtype)
     return _IMPLEMENTATIONS[name](x, scale, bias, num_groups, eps, state, prior, segment_ids)
+
+
+def _choose(x: Array, num_groups: int) -> Implementation:
+    """The faster by the TPU compiler's estimate, which README.md has."""
+    if (
+        find_target().kind in TPUS_FASTER_THAN_XLA
+        and x.shape[1] >= SHORTEST_LENGTH
+        and pallas_tpu.fits_well(x, num_groups)
+    ):
+        return "pallas_tpu"
+    return "xla"
 
 
 def _empty_prior(num_groups: int) -> TimestepNormState:

@@ -17,6 +17,8 @@ from pallas_kernels.timestep_norm.pallas_tpu_forward import normalize
 from pallas_kernels.timestep_norm.pallas_tpu_layout import COUNT, Plan, find_places
 from pallas_kernels.timestep_norm.tpu_block_sizes import LANES, choose_blocks
 
+_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
+
 
 def timestep_norm(
     x: Float[Array, "B L D"],
@@ -32,16 +34,15 @@ def timestep_norm(
 ) -> TimestepNormOutput:
     """Kernels for TPU. Arguments as in the API, state and prior filled in.
 
-    Args:
-      interpret: runs the kernels without a TPU, see `pallas_call`; by default inside
-        `target.interpreted`.
+    `interpret` runs the kernels without a TPU, see `pallas_call`; None: inside
+    `target.interpreted`.
 
     Raises:
       ValueError: x is neither bfloat16 nor float32, groups so wide that 128 tokens of one do not
         fit into a core's memory, or no TPU.
     """
     plan = _make_plan(x, num_groups, eps, segment_ids is not None, interpret)
-    rows, length, channels = x.shape
+    rows, length, _ = x.shape
     places = find_places(plan, rows, state.count, prior.count, segment_ids)
     padded = jnp.pad(x, ((0, 0), (0, max(plan.blocks.tokens - length, 0)), (0, 0)))
     parts = [
@@ -64,6 +65,15 @@ def timestep_norm(
     return TimestepNormOutput(y, TimestepNormState(places[:, COUNT, -1], mean, var))
 
 
+def fits_well(x: Float[Array, "B L D"], num_groups: int) -> bool:
+    """Whether the kernels take x, and do not work on more padding than channels."""
+    if x.dtype not in _DTYPES:
+        return False
+    channels = x.shape[2]
+    blocks = choose_blocks(x.shape[1], num_groups, channels // num_groups, x.dtype.itemsize)
+    return blocks is not None and blocks.padded_groups * blocks.features <= 2 * channels
+
+
 def _make_plan(
     x: Array,
     num_groups: int,
@@ -71,7 +81,7 @@ def _make_plan(
     packed: bool,
     interpret: bool | pltpu.InterpretParams | None,
 ) -> Plan:
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
+    if x.dtype not in _DTYPES:
         raise ValueError(
             f"x is {x.dtype}; pallas_tpu takes bfloat16 and float32, 'xla' and 'reference' the rest"
         )
@@ -108,17 +118,17 @@ def _cut_groups(plan: Plan, x: Float[Array, "*B D"], num_groups: int) -> Array:
     return x.reshape(*x.shape[:-2], num_groups * plan.features)
 
 
-def _spread(plan: Plan, values: Float[Array, "B G"]) -> Float[Array, "B bands R 128"]:
+def _spread(plan: Plan, values: Float[Array, "B G"]) -> Float[Array, "B S R 128"]:
     """A number for every group as the kernels read it: in all lanes of a row."""
     rows, num_groups = values.shape
     groups = plan.blocks.groups
     values = jnp.pad(values, ((0, 0), (0, plan.blocks.padded_groups - num_groups)))
-    values = values.reshape(rows, plan.bands, groups)
+    values = values.reshape(rows, plan.steps, groups)
     values = jnp.pad(values, ((0, 0), (0, 0), (0, plan.rows - groups)))
     return jnp.broadcast_to(values[..., None], (*values.shape, LANES))
 
 
-def _gather(plan: Plan, values: Float[Array, "B bands R"], num_groups: int) -> Array:
+def _gather(plan: Plan, values: Float[Array, "B S R"], num_groups: int) -> Array:
     """(B, G): the reverse of `_spread`, from one lane."""
     flat = values[..., : plan.blocks.groups].reshape(values.shape[0], -1)
     return flat[:, :num_groups]

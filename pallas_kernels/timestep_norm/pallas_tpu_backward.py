@@ -15,6 +15,7 @@ from pallas_kernels.timestep_norm.pallas_tpu_layout import (
     START,
     VALID,
     Frame,
+    GroupSums,
     Plan,
     Tile,
     fill_lanes,
@@ -37,7 +38,7 @@ class Gradients(NamedTuple):
     x: Float[Array, "B L D"]
     scale: Float[Array, "B 1 D"]
     bias: Float[Array, "B 1 D"]
-    before: Float[Array, "B bands 4 R 128"]
+    before: Float[Array, "B S 4 R 128"]
 
 
 class _Refs(NamedTuple):
@@ -74,7 +75,7 @@ def differentiate(
     plan: Plan,
     x: Float[Array, "B L D"],
     dy: Float[Array, "B L D"],
-    d_last: Float[Array, "B bands 2 R 128"],
+    d_last: Float[Array, "B S 2 R 128"],
     scale: Float[Array, "1 D"],
     statistics: Statistics,
     places: Int32[Array, "B 8 L"],
@@ -94,7 +95,7 @@ def differentiate(
     frame = Frame(plan, batch, backward=True)
     rows, tokens, channels = plan.rows, plan.blocks.tokens, plan.blocks.channels
     per_row = jax.ShapeDtypeStruct((batch, 1, x.shape[2]), jnp.float32)
-    before = jax.ShapeDtypeStruct((batch, plan.bands, 4, rows, LANES), jnp.float32)
+    before = jax.ShapeDtypeStruct((batch, plan.steps, 4, rows, LANES), jnp.float32)
     turned = pltpu.VMEM((channels, tokens), jnp.float32)
     per_channel = pltpu.VMEM((channels, LANES), jnp.float32)
     per_group = pltpu.VMEM((rows, tokens), jnp.float32)
@@ -153,36 +154,36 @@ def _kernel(plan: Plan, refs: _Refs) -> None:
 
     @pl.when(step == plan.tiles - 1)
     def _end() -> None:
-        for band in plan.channel_slices:
+        for band in plan.bands:
             for sums, out in ((refs.scale_sums, refs.d_scale), (refs.bias_sums, refs.d_bias)):
-                out[:, band] = sums[band].T.sum(axis=0, keepdims=True)
+                out[:, band.channels] = sums[band.channels].T.sum(axis=0, keepdims=True)
 
 
 def _sum_over_groups(plan: Plan, refs: _Refs, lanes: Any) -> None:
-    for band in plan.channel_slices:
-        refs.centered[band, lanes] = refs.x[lanes, band].astype(jnp.float32).T
-        refs.g[band, lanes] = refs.dy[lanes, band].astype(jnp.float32).T
-    for group in range(plan.blocks.groups):
-        row = slice(group, group + 1)
-        pivot = refs.pivot[row, lanes if plan.packed else slice(None)]
-        offset, rstd = refs.offset[row, lanes], refs.rstd[row, lanes]
-        sums = [jnp.zeros((1, LANES), jnp.float32)] * 3
-        for part in plan.parts(group):
-            centered = (refs.centered[part, lanes] - pivot) - offset
-            centered = plan.without_padding(centered, group, part)
-            dy = refs.g[part, lanes]
-            centered = plan.where_valid(refs.places, lanes, centered)
-            dy = plan.where_valid(refs.places, lanes, dy)
-            refs.scale_sums[part] += dy * (centered * rstd)
-            refs.bias_sums[part] += dy
-            g = dy * refs.turned_scale[part]
-            refs.centered[part, lanes], refs.g[part, lanes] = centered, g
-            sums = [
-                total + values.sum(axis=0, keepdims=True)
-                for total, values in zip(sums, (g, g * centered, centered), strict=True)
-            ]
-        refs.g_sums[row, lanes], refs.product_sums[row, lanes] = sums[:2]
-        refs.centered_means[row, lanes] = sums[2] / plan.features
+    pivot_lanes = lanes if plan.packed else slice(None)
+    for bands in plan.closed_bands:
+        g_sums, product_sums, centered_sums = GroupSums(), GroupSums(), GroupSums()
+        for band in bands:
+            refs.centered[band.channels, lanes] = refs.x[lanes, band.channels].astype(jnp.float32).T
+            refs.g[band.channels, lanes] = refs.dy[lanes, band.channels].astype(jnp.float32).T
+            for part in band.parts:
+                channels, row = part.channels, part.row
+                pivot, offset = refs.pivot[row, pivot_lanes], refs.offset[row, lanes]
+                centered = (refs.centered[channels, lanes] - pivot) - offset
+                centered = plan.without_padding(centered, part)
+                centered = plan.where_valid(refs.places, lanes, centered)
+                dy = plan.where_valid(refs.places, lanes, refs.g[channels, lanes])
+                refs.scale_sums[channels] += dy * (centered * refs.rstd[row, lanes])
+                refs.bias_sums[channels] += dy
+                g = dy * refs.turned_scale[channels]
+                refs.centered[channels, lanes], refs.g[channels, lanes] = centered, g
+                g_sums.add(part.group, g)
+                product_sums.add(part.group, g * centered)
+                centered_sums.add(part.group, centered)
+        for group, total in g_sums.items():
+            row = slice(group, group + 1)
+            refs.g_sums[row, lanes], refs.product_sums[row, lanes] = total, product_sums[group]
+            refs.centered_means[row, lanes] = centered_sums[group] / plan.features
 
 
 def _sum_over_tokens(plan: Plan, refs: _Refs, number: Array) -> None:
@@ -224,11 +225,14 @@ def _sum_over_tokens(plan: Plan, refs: _Refs, number: Array) -> None:
 
 
 def _write_gradients(plan: Plan, refs: _Refs, lanes: Any) -> None:
-    for group in range(plan.blocks.groups):
-        row = slice(group, group + 1)
-        rstd, shift, slope = (ref[row, lanes] for ref in (refs.rstd, refs.shift, refs.slope))
-        for part in plan.parts(group):
-            dx = refs.g[part, lanes] * rstd + refs.centered[part, lanes] * slope + shift
-            refs.g[part, lanes] = plan.where_valid(refs.places, lanes, dx) if plan.packed else dx
-    for band in plan.channel_slices:
-        refs.dx[lanes, band] = refs.g[band, lanes].T.astype(refs.dx.dtype)
+    for band in plan.bands:
+        parts = []
+        for part in band.parts:
+            channels, row = part.channels, part.row
+            by_moments = refs.centered[channels, lanes] * refs.slope[row, lanes]
+            by_moments += refs.shift[row, lanes]
+            parts.append(refs.g[channels, lanes] * refs.rstd[row, lanes] + by_moments)
+        dx = jnp.concatenate(parts, axis=0)
+        # What lies beyond a row's end is not written.
+        dx = plan.where_valid(refs.places, lanes, dx) if plan.packed else dx
+        refs.dx[lanes, band.channels] = dx.T.astype(refs.dx.dtype)

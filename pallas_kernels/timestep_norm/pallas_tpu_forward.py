@@ -14,6 +14,7 @@ from pallas_kernels.timestep_norm.pallas_tpu_layout import (
     START,
     VALID,
     Frame,
+    GroupSums,
     Plan,
     Tile,
     fill_lanes,
@@ -29,9 +30,9 @@ class Statistics(NamedTuple):
     Without documents a row has one pivot, in all of 128 lanes.
     """
 
-    pivot: Float[Array, "B bands R #L"]
-    offset: Float[Array, "B bands R L"]
-    rstd: Float[Array, "B bands R L"]
+    pivot: Float[Array, "B S R #L"]
+    offset: Float[Array, "B S R L"]
+    rstd: Float[Array, "B S R L"]
 
 
 class ForwardResult(NamedTuple):
@@ -44,7 +45,7 @@ class ForwardResult(NamedTuple):
     """
 
     y: Float[Array, "B L D"]
-    last: Float[Array, "B bands 2 R 128"]
+    last: Float[Array, "B S 2 R 128"]
     statistics: Statistics | None
 
 
@@ -78,7 +79,7 @@ def normalize(
     x: Float[Array, "B L D"],
     scale: Float[Array, "1 D"],
     bias: Float[Array, "1 D"],
-    before: Float[Array, "B bands 4 R 128"],
+    before: Float[Array, "B S 4 R 128"],
     places: Int32[Array, "B 8 L"],
     *,
     save_statistics: bool,
@@ -87,7 +88,7 @@ def normalize(
 
     Args:
       plan: static sizes.
-      x: D padded to whole bands of groups.
+      x: D padded to whole grid steps.
       scale: of x's channels.
       bias: of x's channels.
       before: mean and var of a row's state and of the prior.
@@ -96,7 +97,7 @@ def normalize(
     """
     frame = Frame(plan, x.shape[0], backward=False)
     rows, tokens, channels = plan.rows, plan.blocks.tokens, plan.blocks.channels
-    shape = (x.shape[0], plan.bands, rows, plan.padded_length)
+    shape = (x.shape[0], plan.steps, rows, plan.padded_length)
     last = jax.ShapeDtypeStruct((*shape[:2], 2, rows, LANES), jnp.float32)
     outputs = {"y": frame.sequence(jax.ShapeDtypeStruct(x.shape, x.dtype))}
     outputs["last"] = frame.moments(last)
@@ -155,20 +156,26 @@ def _kernel(plan: Plan, refs: _Refs) -> None:
 
 def _find_own_moments(plan: Plan, refs: _Refs, lanes: Any) -> None:
     """Mean and variance of every token's own numbers."""
-    for band in plan.channel_slices:
-        refs.turned[band, lanes] = refs.x[lanes, band].astype(jnp.float32).T
-    for group in range(plan.blocks.groups):
-        parts = plan.parts(group)
-        row = slice(group, group + 1)
-        mean = plan.mean(refs.turned[part, lanes] for part in parts)
+    for bands in plan.closed_bands:
+        sums = GroupSums()
+        for band in bands:
+            turned = refs.x[lanes, band.channels].astype(jnp.float32).T
+            refs.turned[band.channels, lanes] = turned
+            for part in band.parts:
+                sums.add(part.group, refs.turned[part.channels, lanes])
+        means = {group: total / plan.features for group, total in sums.items()}
         # A float32 mean of numbers far from 0 is rounded; `rest` is what the rounding lost.
-        deviations = [
-            plan.without_padding(refs.turned[part, lanes] - mean, group, part) for part in parts
-        ]
-        rest = plan.mean(deviations)
-        refs.mean[row, lanes], refs.rest[row, lanes] = mean, rest
-        square = plan.mean(jnp.square(deviation) for deviation in deviations)
-        refs.var[row, lanes] = jnp.maximum(square - jnp.square(rest), 0)
+        rests, squares = GroupSums(), GroupSums()
+        for part in (part for band in bands for part in band.parts):
+            deviation = refs.turned[part.channels, lanes] - means[part.group]
+            deviation = plan.without_padding(deviation, part)
+            rests.add(part.group, deviation)
+            squares.add(part.group, jnp.square(deviation))
+        for group, mean in means.items():
+            row, rest = slice(group, group + 1), rests[group] / plan.features
+            refs.mean[row, lanes], refs.rest[row, lanes] = mean, rest
+            var = squares[group] / plan.features - jnp.square(rest)
+            refs.var[row, lanes] = jnp.maximum(var, 0)
 
 
 def _find_running_moments(plan: Plan, refs: _Refs, number: Array) -> None:
@@ -211,16 +218,15 @@ def _find_running_moments(plan: Plan, refs: _Refs, number: Array) -> None:
 
 
 def _write_outputs(plan: Plan, refs: _Refs, lanes: Any) -> None:
-    for group in range(plan.blocks.groups):
-        row = slice(group, group + 1)
-        pivot = refs.pivot[row, lanes if plan.packed else slice(None, LANES)]
-        offset, rstd = refs.offset[row, lanes], refs.rstd[row, lanes]
-        for part in plan.parts(group):
-            centered = (refs.turned[part, lanes] - pivot) - offset
-            y = centered * rstd * refs.turned_scale[part] + refs.turned_bias[part]
-            # What lies beyond a row's end is not written.
-            refs.turned[part, lanes] = (
-                plan.where_valid(refs.places, lanes, y) if plan.packed else y
-            )
-    for band in plan.channel_slices:
-        refs.y[lanes, band] = refs.turned[band, lanes].T.astype(refs.y.dtype)
+    one_pivot = lanes if plan.packed else slice(None, LANES)
+    for band in plan.bands:
+        normalized = []
+        for part in band.parts:
+            pivot, offset = refs.pivot[part.row, one_pivot], refs.offset[part.row, lanes]
+            centered = (refs.turned[part.channels, lanes] - pivot) - offset
+            normalized.append(centered * refs.rstd[part.row, lanes])
+        y = jnp.concatenate(normalized, axis=0)
+        y = y * refs.turned_scale[band.channels] + refs.turned_bias[band.channels]
+        # What lies beyond a row's end is not written.
+        y = plan.where_valid(refs.places, lanes, y) if plan.packed else y
+        refs.y[lanes, band.channels] = y.T.astype(refs.y.dtype)

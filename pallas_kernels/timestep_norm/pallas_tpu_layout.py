@@ -6,7 +6,8 @@ a running sum over tokens runs along the lanes of a few registers that hold all 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +25,45 @@ Operand = tuple[Array | jax.ShapeDtypeStruct, pl.BlockSpec]
 # Rows of `find_places`; a register has 8.
 COUNT, INITIAL_COUNT, FIRST, LAST, FLAGS = range(5)
 _PLACES_ROWS = 8
+# Steps of 128 tokens that are scheduled together.
+_OVERLAPPING = 4
 # Bits of the row FLAGS.
 VALID, START, LATER, FINAL = 1, 2, 4, 8
+
+
+class Part(NamedTuple):
+    """At most 128 channels of one group.
+
+    Attributes:
+      group: its number in the grid step.
+      channels: among those of the grid step.
+      first_feature: of the group.
+    """
+
+    group: int
+    channels: slice
+    first_feature: int
+
+    @property
+    def row(self) -> slice:
+        """Of the group in statistics."""
+        return slice(self.group, self.group + 1)
+
+
+class Band(NamedTuple):
+    """128 channels of a grid step, and whose they are."""
+
+    channels: slice
+    parts: list[Part]
+
+
+class GroupSums(dict[int, Array]):
+    """Sums over the channels of groups, (1, T) each."""
+
+    def add(self, group: int, values: Float[Array, "C T"]) -> None:
+        """Adds more channels of a group."""
+        added = values.sum(axis=0, keepdims=True)
+        self[group] = self[group] + added if group in self else added
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +97,7 @@ class Plan:
         return self.tiles * self.blocks.tokens
 
     @property
-    def bands(self) -> int:
+    def steps(self) -> int:
         """Grid steps along the channels."""
         return self.blocks.padded_groups // self.blocks.groups
 
@@ -73,15 +111,27 @@ class Plan:
         """Whether a tile may hold what is no token."""
         return self.packed or self.length != self.padded_length
 
-    def parts(self, group: int) -> list[slice]:
-        """A group's channels in its grid step, at most 128 at once."""
-        start, size = group * self.blocks.features, min(self.blocks.features, LANES)
-        return [slice(at, at + size) for at in range(start, start + self.blocks.features, size)]
+    @property
+    def bands(self) -> list[Band]:
+        """A grid step's channels, 128 at once."""
+        features = self.blocks.features
+        size = min(features, LANES)
+        return [
+            Band(
+                slice(start, start + LANES),
+                [
+                    Part(at // features, slice(at, at + size), at % features)
+                    for at in range(start, start + LANES, size)
+                ],
+            )
+            for start in range(0, self.blocks.channels, LANES)
+        ]
 
     @property
-    def channel_slices(self) -> list[slice]:
-        """A grid step's channels, 128 at once."""
-        return [slice(at, at + LANES) for at in range(0, self.blocks.channels, LANES)]
+    def closed_bands(self) -> list[list[Band]]:
+        """Bands in lists that hold whole groups."""
+        size = max(1, self.blocks.features // LANES)
+        return [self.bands[at : at + size] for at in range(0, len(self.bands), size)]
 
     def for_lanes(self, body: Callable[[Any], None]) -> None:
         """Runs `body` on every 128 tokens of a tile."""
@@ -89,12 +139,10 @@ class Plan:
         def step(i: Any, _: None) -> None:
             body(pl.ds(pl.multiple_of(i * LANES, LANES), LANES))
 
-        lax.fori_loop(0, self.blocks.tokens // LANES, step, None)
-
-    def mean(self, parts: Iterable[Array]) -> Float[Array, "1 T"]:
-        """Mean of the channels of a group."""
-        sums = [part.sum(axis=0, keepdims=True) for part in parts]
-        return functools.reduce(jnp.add, sums) / self.features
+        count = self.blocks.tokens // LANES
+        # A transpose hands out its first rows when it has taken in the last, so several overlap.
+        unroll = 1 if self.interpret else math.gcd(count, _OVERLAPPING)
+        lax.fori_loop(0, count, step, None, unroll=unroll)
 
     def add_lanes(self, values: Float[Array, "R T"]) -> Float[Array, "R 128"]:
         """Sums over 128 tokens of a tile each."""
@@ -108,12 +156,11 @@ class Plan:
         flags = jnp.broadcast_to(places[FLAGS : FLAGS + 1, lanes], values.shape)
         return jnp.where((flags & VALID) != 0, values, 0)
 
-    def without_padding(self, values: Array, group: int, part: slice) -> Array:
+    def without_padding(self, values: Array, part: Part) -> Array:
         """Zero in place of the channels that fill up a group."""
         if self.features == self.blocks.features:
             return values
-        feature = lax.broadcasted_iota(jnp.int32, values.shape, 0)
-        feature += part.start - group * self.blocks.features
+        feature = part.first_feature + lax.broadcasted_iota(jnp.int32, values.shape, 0)
         return jnp.where(feature < self.features, values, 0)
 
 
@@ -220,7 +267,7 @@ def turn_row(row: Float[Array, "1 C"]) -> Float[Array, "C 128"]:
 
 
 class Frame:
-    """Collects a kernel's operands by name and calls it on a grid of rows, bands and tiles."""
+    """Collects a kernel's operands by name and calls it on a grid of rows, channels and tiles."""
 
     def __init__(self, plan: Plan, batch: int, *, backward: bool):
         """Starts without operands; `backward` visits tiles from a row's end to its start."""
@@ -242,19 +289,19 @@ class Frame:
         return value, pl.BlockSpec(block, lambda b, d, t: (b, 0, self._tile(t)))
 
     def statistics(self, value: Array | jax.ShapeDtypeStruct) -> Operand:
-        """(B, bands, R, L), a number for every token and group."""
+        """(B, S, R, L), a number for every token and group."""
         block = (None, None, self.plan.rows, self.plan.blocks.tokens)
         return value, pl.BlockSpec(block, lambda b, d, t: (b, d, 0, self._tile(t)))
 
     def pivots(self, shape: tuple[int, ...]) -> Operand:
-        """(B, bands, R, L), or (B, bands, R, 128) if every row has one pivot."""
+        """(B, S, R, L), or (B, S, R, 128) if every row has one pivot."""
         if self.plan.packed:
             return self.statistics(jax.ShapeDtypeStruct(shape, jnp.float32))
         spec = pl.BlockSpec((None, None, self.plan.rows, LANES), lambda b, d, t: (b, d, 0, 0))
         return jax.ShapeDtypeStruct((*shape[:3], LANES), jnp.float32), spec
 
     def moments(self, value: Array | jax.ShapeDtypeStruct) -> Operand:
-        """(B, bands, N, R, 128), numbers for every row and group."""
+        """(B, S, N, R, 128), numbers for every row and group."""
         block = (None, None, *value.shape[2:])
         return value, pl.BlockSpec(block, lambda b, d, t: (b, d, 0, 0, 0))
 
@@ -284,7 +331,7 @@ class Frame:
         shapes = [value for value, _ in outputs.values()]
         results = pl.pallas_call(
             lambda *references: kernel(refs(**dict(zip(names, references, strict=True)))),
-            grid=(self.batch, plan.bands, plan.tiles),
+            grid=(self.batch, plan.steps, plan.tiles),
             in_specs=[spec for _, spec in inputs.values()],
             out_specs=[spec for _, spec in outputs.values()],
             scratch_shapes=list(scratch.values()),

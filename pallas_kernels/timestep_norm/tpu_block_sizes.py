@@ -9,9 +9,9 @@ VMEM_LIMIT = 16 * _MIB
 # Group statistics fill registers of 8 rows.
 _GROUPS = 8
 _MOST_CHANNELS = 1024
-_MOST_TOKENS = 1024
+_MOST_TOKENS = 2048
 # Where the compiler's estimate is below that of `xla`.
-TPUS_FASTER_THAN_XLA = ("TPU v5 lite", "TPU v5", "TPU v6 lite")
+TPUS_FASTER_THAN_XLA = ("TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite")
 # Shorter rows fill less than one tile of tokens.
 SHORTEST_LENGTH = 128
 
