@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.residuals import keep
 from pallas_kernels.target import check_tpu, is_interpreted
 from pallas_kernels.timestep_norm.interface import TimestepNormOutput, TimestepNormState
 from pallas_kernels.timestep_norm.pallas_tpu_backward import differentiate
@@ -141,7 +142,7 @@ def _normalize(plan: Plan, x, scale, bias, before, places):
 
 
 def _normalize_forward(plan: Plan, x, scale, bias, before, places):
-    result = normalize(plan, x, scale, bias, before, places, save_statistics=True)
+    result = keep(normalize(plan, x, scale, bias, before, places, save_statistics=True))
     return (result.y, result.last), (x, scale, result.statistics, places)
 
 

@@ -71,4 +71,4 @@ def _vmem_bytes(tokens: int, groups: int, features: int, bytes_per_number: int) 
     """Of the backward kernel: x, dy, dx in two buffers, x and dy turned, and group statistics."""
     channels, rows = groups * features, -(-groups // 8) * 8
     tiles = tokens * channels * (6 * bytes_per_number + 2 * 4)
-    return tiles + 24 * rows * tokens * 4 + 4 * channels * LANES * 4
+    return tiles + 24 * rows * tokens * 4 + 3 * channels * LANES * 4
