@@ -59,8 +59,7 @@ def timestep_norm(
       y, and the moments after each row's last token. A row of padding alone keeps its state.
 
     Raises:
-      ValueError: shapes do not fit together, or the implementation does not exist or cannot run
-        this here.
+      ValueError: shapes that do not fit, or an implementation that does not exist or run here.
     """
     _check_shapes(x, scale, bias, num_groups, segment_ids)
     B = x.shape[0]

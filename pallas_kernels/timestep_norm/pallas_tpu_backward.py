@@ -93,12 +93,8 @@ def differentiate(
     """
     batch = x.shape[0]
     frame = Frame(plan, batch, backward=True)
-    rows, tokens, channels = plan.rows, plan.blocks.tokens, plan.blocks.channels
     per_row = jax.ShapeDtypeStruct((batch, 1, x.shape[2]), jnp.float32)
-    before = jax.ShapeDtypeStruct((batch, plan.steps, 4, rows, LANES), jnp.float32)
-    turned = pltpu.VMEM((channels, tokens), jnp.float32)
-    per_channel = pltpu.VMEM((channels, LANES), jnp.float32)
-    per_group = pltpu.VMEM((rows, tokens), jnp.float32)
+    before = jax.ShapeDtypeStruct((batch, plan.steps, 4, plan.rows, LANES), jnp.float32)
     results = frame.call(
         lambda refs: _kernel(plan, refs),
         _Refs,
@@ -118,22 +114,30 @@ def differentiate(
             "d_bias": frame.row_channels(per_row),
             "d_before": frame.moments(before),
         },
-        scratch={
-            "centered": turned,
-            "g": turned,
-            "turned_scale": per_channel,
-            "scale_sums": per_channel,
-            "bias_sums": per_channel,
-            "g_sums": per_group,
-            "product_sums": per_group,
-            "centered_means": per_group,
-            "shift": per_group,
-            "slope": per_group,
-            "carry": pltpu.VMEM((3, rows, LANES), jnp.float32),
-        },
+        scratch=_scratch(plan),
         name="timestep_norm_backward",
     )
     return Gradients(*results.values())
+
+
+def _scratch(plan: Plan) -> dict[str, Any]:
+    channels, tokens = plan.blocks.channels, plan.blocks.tokens
+    turned = pltpu.VMEM((channels, tokens), jnp.float32)
+    per_channel = pltpu.VMEM((channels, LANES), jnp.float32)
+    per_group = pltpu.VMEM((plan.rows, tokens), jnp.float32)
+    return {
+        "centered": turned,
+        "g": turned,
+        "turned_scale": per_channel,
+        "scale_sums": per_channel,
+        "bias_sums": per_channel,
+        "g_sums": per_group,
+        "product_sums": per_group,
+        "centered_means": per_group,
+        "shift": per_group,
+        "slope": per_group,
+        "carry": pltpu.VMEM((3, plan.rows, LANES), jnp.float32),
+    }
 
 
 def _kernel(plan: Plan, refs: _Refs) -> None:

@@ -96,27 +96,17 @@ def normalize(
       save_statistics: whether a backward pass follows.
     """
     frame = Frame(plan, x.shape[0], backward=False)
-    rows, tokens, channels = plan.rows, plan.blocks.tokens, plan.blocks.channels
-    shape = (x.shape[0], plan.steps, rows, plan.padded_length)
-    last = jax.ShapeDtypeStruct((*shape[:2], 2, rows, LANES), jnp.float32)
+    shape = (x.shape[0], plan.steps, plan.rows, plan.padded_length)
+    last = jax.ShapeDtypeStruct((*shape[:2], 2, plan.rows, LANES), jnp.float32)
     outputs = {"y": frame.sequence(jax.ShapeDtypeStruct(x.shape, x.dtype))}
     outputs["last"] = frame.moments(last)
     per_token = jax.ShapeDtypeStruct(shape, jnp.float32)
-    per_group = pltpu.VMEM((rows, tokens), jnp.float32)
-    scratch = {
-        "turned": pltpu.VMEM((channels, tokens), jnp.float32),
-        "turned_scale": pltpu.VMEM((channels, LANES), jnp.float32),
-        "turned_bias": pltpu.VMEM((channels, LANES), jnp.float32),
-        "mean": per_group,
-        "rest": per_group,
-        "var": per_group,
-        "carry": pltpu.VMEM((4, rows, LANES), jnp.float32),
-    }
+    scratch = _scratch(plan)
     if save_statistics:
         outputs["pivot"] = frame.pivots(shape)
         outputs["offset"] = outputs["rstd"] = frame.statistics(per_token)
     else:
-        scratch["pivot"] = scratch["offset"] = scratch["rstd"] = per_group
+        scratch["pivot"] = scratch["offset"] = scratch["rstd"] = scratch["mean"]
     results = frame.call(
         lambda refs: _kernel(plan, refs),
         _Refs,
@@ -135,6 +125,21 @@ def normalize(
     if save_statistics:
         statistics = Statistics(results["pivot"], results["offset"], results["rstd"])
     return ForwardResult(results["y"], results["last"], statistics)
+
+
+def _scratch(plan: Plan) -> dict[str, Any]:
+    channels, tokens = plan.blocks.channels, plan.blocks.tokens
+    per_channel = pltpu.VMEM((channels, LANES), jnp.float32)
+    per_group = pltpu.VMEM((plan.rows, tokens), jnp.float32)
+    return {
+        "turned": pltpu.VMEM((channels, tokens), jnp.float32),
+        "turned_scale": per_channel,
+        "turned_bias": per_channel,
+        "mean": per_group,
+        "rest": per_group,
+        "var": per_group,
+        "carry": pltpu.VMEM((4, plan.rows, LANES), jnp.float32),
+    }
 
 
 def _kernel(plan: Plan, refs: _Refs) -> None:

@@ -178,28 +178,39 @@ def find_places(
     VALID unless it is padding, START at a document's first token, LATER in all documents but a
     row's first, FINAL at a row's last token.
     """
-    if segment_ids is None:
-        segment_ids = jnp.ones((rows, plan.length), jnp.int32)
     length = plan.padded_length
-    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, length - plan.length)))
-    valid, starts = segment_ids != 0, document_starts(segment_ids)
     index = jnp.arange(length, dtype=jnp.int32)
-    tokens = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
-    later = jnp.cumsum(starts, axis=1) > 1
-    before = lax.cummax(jnp.where(starts, tokens - 1, 0), axis=1)
-    initial = jnp.where(later, prior_count, state_count[:, None])
-    ends = jnp.pad(starts[:, 1:], ((0, 0), (0, 1)), constant_values=True)
-    final = valid & (tokens == tokens[:, -1:])
-    flags = VALID * valid + START * starts + LATER * later + FINAL * final
-    places = {
-        COUNT: initial + tokens - before,
-        INITIAL_COUNT: initial,
-        FIRST: lax.cummax(jnp.where(starts, index, 0), axis=1),
-        LAST: lax.cummin(jnp.where(ends, index, length - 1), axis=1, reverse=True),
-        FLAGS: flags.astype(jnp.int32),
-    }
-    stacked = jnp.stack([places[row] for row in range(len(places))], axis=1)
-    return jnp.pad(stacked, ((0, 0), (0, _PLACES_ROWS - len(places)), (0, 0)))
+    if segment_ids is None:
+        flags = VALID * (index < plan.length) + START * (index == 0)
+        flags += FINAL * (index == plan.length - 1)
+        places = {
+            COUNT: state_count[:, None] + jnp.minimum(index + 1, plan.length),
+            INITIAL_COUNT: state_count[:, None],
+            FIRST: 0,
+            LAST: length - 1,
+            FLAGS: flags,
+        }
+    else:
+        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, length - plan.length)))
+        valid, starts = segment_ids != 0, document_starts(segment_ids)
+        tokens = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
+        later = jnp.cumsum(starts, axis=1) > 1
+        before = lax.cummax(jnp.where(starts, tokens - 1, 0), axis=1)
+        initial = jnp.where(later, prior_count, state_count[:, None])
+        ends = jnp.pad(starts[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+        final = valid & (tokens == tokens[:, -1:])
+        places = {
+            COUNT: initial + tokens - before,
+            INITIAL_COUNT: initial,
+            FIRST: lax.cummax(jnp.where(starts, index, 0), axis=1),
+            LAST: lax.cummin(jnp.where(ends, index, length - 1), axis=1, reverse=True),
+            FLAGS: VALID * valid + START * starts + LATER * later + FINAL * final,
+        }
+    shape = (rows, length)
+    parts = [jnp.broadcast_to(jnp.int32(places[row]), shape) for row in range(len(places))]
+    return jnp.pad(
+        jnp.stack(parts, axis=1), ((0, 0), (0, _PLACES_ROWS - len(places)), (0, 0))
+    )  # fmt: skip
 
 
 class Tile(NamedTuple):

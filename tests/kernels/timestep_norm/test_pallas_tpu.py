@@ -54,7 +54,7 @@ def differentiate(inputs, cotangents, *, call, groups, counts=None, ids=None):
     def run(inputs, cotangents):
         def normalize(inputs):
             state, prior = (
-                TimestepNormState(jnp.asarray(counts[name], jnp.int32), *inputs[name])
+                TimestepNormState(jnp.asarray((counts or {})[name], jnp.int32), *inputs[name])
                 if name in inputs
                 else None
                 for name in ("state", "prior")
