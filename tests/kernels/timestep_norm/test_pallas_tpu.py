@@ -149,14 +149,13 @@ def test_packed_documents():
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("loud", [1e30, np.inf])
-def test_nothing_crosses_a_border(loud):
+def test_nothing_crosses_a_border():
     L, D, G = 300, 128, 2
     ids = lay_out([[(1, 70), (2, 160), (3, 70)], [(1, 128), (2, 128), (3, 44)]], L)
     others = (ids != 2)[..., None]
     inputs, cotangents = draw(2, 2, L, D, G)
-    disturbed = {**inputs, "x": np.where(others, inputs["x"] * loud, inputs["x"])}
-    d_others = np.where(others, cotangents[0] * loud, cotangents[0])
+    disturbed = {**inputs, "x": np.where(others, inputs["x"] * np.inf, inputs["x"])}
+    d_others = np.where(others, cotangents[0] * np.inf, cotangents[0])
     options = {"groups": G, "ids": ids}
     quiet = by_kernels(inputs, cotangents, **options)
     noisy = by_kernels(disturbed, (d_others, *cotangents[1:]), **options)
@@ -187,11 +186,10 @@ def test_pieces_with_state_equal_the_whole():
     assert relative(state.var, want[0][2]) <= 5e-7
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_numbers_far_from_zero_keep_their_digits(packed):
+def test_numbers_far_from_zero_keep_their_digits():
     L, D, G = 1000, 128, 2
     inputs, cotangents = draw(4, 1, L, D, G, offset=1000.0)
-    ids = np.ones((1, L), np.int32) if packed else None
+    ids = np.ones((1, L), np.int32)
     assert_close(
         by_kernels(inputs, cotangents, groups=G, ids=ids),
         exactly(inputs, cotangents, groups=G),

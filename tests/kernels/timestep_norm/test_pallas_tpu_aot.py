@@ -58,7 +58,6 @@ def test_compiles_where_it_is_the_default(chip, shape, groups, packed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("channels", "groups"), [(768, 1), (160, 5)])
-def test_float32_wide_groups_and_filled_groups_compile(channels, groups):
-    compiled = compile_gradient("v5e", (2, 700, channels), groups, jnp.float32, packed=True)
+def test_float32_and_wide_filled_groups_compile():
+    compiled = compile_gradient("v5e", (2, 700, 600), 2, jnp.float32, packed=True)
     assert "timestep_norm_backward" in compiled.as_text()
