@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -10,24 +10,24 @@ from flax import nnx
 from jax import numpy as jnp
 
 from megalodon_jax.cache import Cache, LayerCache
-from megalodon_jax.config import ModelConfig
+from megalodon_jax.config import ModelConfig, Remat
 from megalodon_jax.modules.attention import TokenPlaces
 from megalodon_jax.modules.block import Block
 from megalodon_jax.modules.dropout import dropout, split_key
-from megalodon_jax.modules.linear import PRODUCT
+from megalodon_jax.modules.linear import PRODUCT, PROJECTION, WEIGHT
 from megalodon_jax.modules.parameters import axis_names, embedding_initializer
 from megalodon_jax.modules.rotary import rotation
 from megalodon_jax.modules.timestep_norm import TimestepNorm
 from megalodon_jax.typing import Array, Bool, Float, Float32, Int32, PRNGKey
 from pallas_kernels.chunk_attention import KeyValueCache
-from pallas_kernels.residuals import KERNEL
+from pallas_kernels.residuals import Operation
 
-_save_named = jax.checkpoint_policies.save_only_these_names
-# What the backward pass of a block finds; it computes the rest again.
-REMAT_POLICIES = {
-    "none": _save_named(PRODUCT, KERNEL),
-    "dots": _save_named(PRODUCT),
-    "block": None,
+# What the backward pass of a block finds beside the block's input; it computes the rest again.
+SAVED_NAMES: dict[Remat, tuple[str, ...]] = {
+    "none": (PROJECTION, PRODUCT, *get_args(Operation)),
+    "inputs": (PRODUCT, "chunk_attention"),
+    "dots": (PROJECTION, PRODUCT),
+    "block": (),
 }
 
 
@@ -211,9 +211,13 @@ class Megalodon(nnx.Module):
             out, layer_cache = block(x, places, cache=layer_cache, dropout_key=layer_key)
             return out, layer_cache
 
+        saved = SAVED_NAMES[self.config.remat]
+        if not self.config.scan_layers and self.config.remat == "none":
+            # Rounded once a step. A loop would copy them instead.
+            saved = (*saved, WEIGHT)
         run_layer = jax.checkpoint(
             run_layer,
-            policy=REMAT_POLICIES[self.config.remat],
+            policy=jax.checkpoint_policies.save_only_these_names(*saved),
             prevent_cse=not self.config.scan_layers,
         )
         stacked = (layers, None if cache is None else cache.layers, keys)

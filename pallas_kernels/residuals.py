@@ -1,19 +1,20 @@
 """Names of what the operations keep for their backward pass.
 
-Under `jax.checkpoint` everything is computed again that its policy does not save. The results of
-kernels carry the name KERNEL, so that a policy can save them and leave pointwise work to be redone:
+Under `jax.checkpoint` everything is computed again that its policy does not save. What a kernel's
+backward pass needs of its forward pass carries the operation's name, so that a policy can save it
+and leave pointwise work to be redone:
 
-    jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(KERNEL))
+    jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names("cema"))
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-KERNEL = "kernel"
+Operation = Literal["timestep_norm", "cema", "chunk_attention"]
 
 
-def keep(values: Any, name: str = KERNEL) -> Any:
-    """The same values, named for policies of `jax.checkpoint`."""
-    return jax.tree.map(lambda value: checkpoint_name(value, name), values)
+def keep(values: Any, operation: Operation) -> Any:
+    """The same values under the operation's name."""
+    return jax.tree.map(lambda value: checkpoint_name(value, operation), values)

@@ -6,13 +6,15 @@ from typing import Any
 import jax
 from flax import nnx
 from jax import numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from megalodon_jax.config import DType, ModelConfig
 from megalodon_jax.modules.parameters import kernel_initializer, parameter
 from megalodon_jax.typing import Array, Float, Float32
-from pallas_kernels.residuals import keep
 
-PRODUCT, WEIGHT = "product", "weight"
+# Names for policies of `jax.checkpoint`: what attention is made of, any other product, and a weight
+# rounded to the products' type.
+PROJECTION, PRODUCT, WEIGHT = "projection", "product", "weight"
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -27,7 +29,7 @@ def mixed_matmul(
 
 
 def _forward(x: Array, kernel: Array, dtype: DType):
-    rounded, rounded_kernel = x.astype(dtype), keep(kernel.astype(dtype), WEIGHT)
+    rounded, rounded_kernel = x.astype(dtype), checkpoint_name(kernel.astype(dtype), WEIGHT)
     # An empty array carries the operands' own types to the backward pass.
     types = jnp.zeros((0,), x.dtype), jnp.zeros((0,), kernel.dtype)
     y = _contract(rounded, rounded_kernel, ((x.ndim - 1,), (0,)), dtype)
@@ -52,8 +54,8 @@ mixed_matmul.defvjp(_forward, _backward)
 class Linear(nnx.Module):
     """X W + b: the product in `config.dtype`, then the bias in float32.
 
-    The product carries the name PRODUCT for policies of `jax.checkpoint`; the pointwise work around
-    it is float32, rounds once at its end, and is cheap to do again.
+    The product carries a name for policies of `jax.checkpoint`; the pointwise work around it is
+    float32, rounds once at its end, and is cheap to do again.
 
     Args:
       config: start values (`init_mode`) and types.
@@ -82,9 +84,11 @@ class Linear(nnx.Module):
         )
         self.bias = parameter(jnp.zeros(out_features, dtype), axes[1]) if use_bias else None
 
-    def __call__(self, x: Float[Array, "... in"]) -> Float32[Array, "... out"]:
+    def __call__(
+        self, x: Float[Array, "... in"], *, name: str = PRODUCT
+    ) -> Float32[Array, "... out"]:
         """Maps the last axis of x."""
-        return self.add_bias(keep(self.product(x), PRODUCT))
+        return self.add_bias(checkpoint_name(self.product(x), name))
 
     def product(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         """X W, rounded to `config.dtype`."""

@@ -132,7 +132,7 @@ def _attend_forward(plan: BlockPlan, q, k, v, start, dropout):
         jnp.zeros((*q.shape[:3], v.shape[3]), v.dtype),
         jnp.zeros((B, plan.blocks, H, plan.block), accumulation_dtype(q.dtype)),
     )
-    out, lse = keep(_for_each_group(plan, body, carry))
+    out, lse = keep(_for_each_group(plan, body, carry), "chunk_attention")
     return out, (q, k, v, start, dropout, lse)
 
 

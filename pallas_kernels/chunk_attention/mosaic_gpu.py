@@ -24,8 +24,8 @@ from pallas_kernels.chunk_attention.mosaic_gpu_kernels import (
     make_weights,
     score_gradient,
 )
-from pallas_kernels.target import check_hopper, is_interpreted
 from pallas_kernels.residuals import keep
+from pallas_kernels.target import check_hopper, is_interpreted
 
 # Widths of heads that the kernels' tiles are made for: multiples of the first, above the second
 # multiples of the second. Others are padded in a copy.
@@ -160,7 +160,9 @@ def _attend_forward(options, q, k, v, starts):
     geometry = _geometry(options, q)
     band = _find_band(starts, geometry)
     weights, lse = make_weights(band, q, k, None, geometry, options.interpret)
-    out, lse = keep((band_product(band, weights, v, geometry, options.interpret), lse))
+    out, lse = keep(
+        (band_product(band, weights, v, geometry, options.interpret), lse), "chunk_attention"
+    )
     return out, (q, k, v, out, lse, band)
 
 

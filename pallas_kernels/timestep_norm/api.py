@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.target import find_target
-from pallas_kernels.timestep_norm import pallas_tpu, reference, xla
+from pallas_kernels.timestep_norm import mosaic_gpu, pallas_tpu, reference, xla
 from pallas_kernels.timestep_norm.interface import (
     TimestepNormOutput,
     TimestepNormState,
@@ -14,11 +14,12 @@ from pallas_kernels.timestep_norm.interface import (
 )
 from pallas_kernels.timestep_norm.tpu_block_sizes import SHORTEST_LENGTH, TPUS_FASTER_THAN_XLA
 
-Implementation = Literal["reference", "xla", "pallas_tpu"]
+Implementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
 
 _IMPLEMENTATIONS = {
     "reference": reference.timestep_norm,
     "xla": xla.timestep_norm,
+    "mosaic_gpu": mosaic_gpu.timestep_norm,
     "pallas_tpu": pallas_tpu.timestep_norm,
 }
 
@@ -53,13 +54,14 @@ def timestep_norm(
       segment_ids: documents of a row numbered 1, 2, ... in order; 0 is padding, between documents
         or inside one: its y is 0, and the state waits. None: one document, no padding.
       implementation: "reference" (token by token), "xla" (parallel over tokens, any platform),
-        "pallas_tpu" (kernels for TPU), or None for the fastest known here.
+        "mosaic_gpu" (kernels for NVIDIA Hopper), "pallas_tpu" (for TPU), or None for the fastest
+        known here.
 
     Returns:
       y, and the moments after each row's last token. A row of padding alone keeps its state.
 
     Raises:
-      ValueError: shapes that do not fit, or an implementation that does not exist or run here.
+      ValueError: shapes that do not fit, or an implementation that does not exist or cannot do it.
     """
     _check_shapes(x, scale, bias, num_groups, segment_ids)
     B = x.shape[0]
@@ -67,7 +69,7 @@ def timestep_norm(
         _check_state("state", state, (B,), num_groups)
     if prior is not None:
         _check_state("prior", prior, (), num_groups)
-    name = _choose(x, num_groups) if implementation is None else implementation
+    name = _choose_implementation(x, num_groups) if implementation is None else implementation
     if name not in _IMPLEMENTATIONS:
         raise ValueError(
             f"TimestepNorm has no implementation {implementation!r}; "
@@ -86,10 +88,13 @@ def timestep_norm(
     return _IMPLEMENTATIONS[name](x, scale, bias, num_groups, eps, state, prior, segment_ids)
 
 
-def _choose(x: Array, num_groups: int) -> Implementation:
-    """The faster by the TPU compiler's estimate, which README.md has."""
+def _choose_implementation(x: Array, num_groups: int) -> Implementation:
+    """The fastest by measurement (GPU) or by the compiler's estimate (TPU); README.md has both."""
+    target = find_target()
+    if target.is_hopper and mosaic_gpu.is_faster(x, num_groups):
+        return "mosaic_gpu"
     if (
-        find_target().kind in TPUS_FASTER_THAN_XLA
+        target.kind in TPUS_FASTER_THAN_XLA
         and x.shape[1] >= SHORTEST_LENGTH
         and pallas_tpu.fits_well(x, num_groups)
     ):

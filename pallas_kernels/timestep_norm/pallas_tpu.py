@@ -142,7 +142,8 @@ def _normalize(plan: Plan, x, scale, bias, before, places):
 
 
 def _normalize_forward(plan: Plan, x, scale, bias, before, places):
-    result = keep(normalize(plan, x, scale, bias, before, places, save_statistics=True))
+    result = normalize(plan, x, scale, bias, before, places, save_statistics=True)
+    result = keep(result, "timestep_norm")
     return (result.y, result.last), (x, scale, result.statistics, places)
 
 

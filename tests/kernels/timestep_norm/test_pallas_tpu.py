@@ -265,7 +265,7 @@ V5E = Target("tpu", "TPU v5 lite")
 )
 def test_choice(target, shape, groups, dtype, choice, monkeypatch):
     monkeypatch.setattr(api, "find_target", lambda: target)
-    assert api._choose(jax.ShapeDtypeStruct(shape, dtype), groups) == choice
+    assert api._choose_implementation(jax.ShapeDtypeStruct(shape, dtype), groups) == choice
 
 
 def test_the_model_can_be_configured_with_every_implementation():

@@ -1,0 +1,256 @@
+"""TimestepNorm's Hopper kernels, in their interpreter where there is no such GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.target import Target, find_target, interpreted
+from pallas_kernels.timestep_norm import TimestepNormState, api, timestep_norm
+from tests.topologies import compile_for, h200_device, ptxas_usage
+
+# Three splits of a tile each; groups of 12 features are padded to 16, two of 16 share a block.
+WHOLE, PACKED = (2, 384, 32, 2), (4, 300, 24, 2)
+COUNTS = {"prior": jnp.asarray(2, jnp.int32)}
+
+
+@pytest.fixture(autouse=True)
+def runnable(monkeypatch):
+    monkeypatch.setattr("pallas_kernels.timestep_norm.mosaic_gpu.SHORTEST_SPLIT", 1)
+    if find_target().is_hopper:
+        yield
+        return
+    with interpreted():
+        yield
+
+
+def relative(actual, expected):
+    expected = np.asarray(expected, np.float64)
+    return np.linalg.norm(np.asarray(actual, np.float64) - expected) / np.linalg.norm(expected)
+
+
+@functools.partial(jax.jit, static_argnames=("num_groups", "implementation"))
+def differentiate(arrays, counts, cotangents, segment_ids, *, num_groups, implementation):
+    """y, mean and var, and the gradients of x, scale, bias, and of state's and prior's moments."""
+
+    def run(arrays):
+        state, prior = (
+            TimestepNormState(counts[name], *arrays[name]) for name in ("state", "prior")
+        )
+        result = timestep_norm(
+            *(arrays[name] for name in ("x", "scale", "bias")),
+            num_groups=num_groups,
+            state=state,
+            prior=prior,
+            segment_ids=segment_ids,
+            implementation=implementation,
+        )
+        return (result.y, *result.state[1:]), result.state.count
+
+    outputs, pull_back, count = jax.vjp(run, arrays, has_aux=True)
+    return outputs, count, pull_back(cotangents)[0]
+
+
+def draw(shape, *, offset=0.0):
+    """Arrays, counts of their states, and cotangents: float64 that float32 can hold."""
+    B, L, D, G = shape
+    rng = np.random.default_rng(L)
+
+    def moments(*shape):
+        return offset + rng.normal(size=shape), rng.uniform(0.5, 2, shape)
+
+    x = offset + rng.normal(size=(B, L, D)) * rng.uniform(0.5, 2, (B, 1, D))
+    arrays = {
+        "x": x,
+        "scale": rng.normal(1, 0.3, D),
+        "bias": rng.normal(size=D),
+        "state": moments(B, G),
+        "prior": moments(G),
+    }
+    cotangents = (rng.normal(size=(B, L, D)), rng.normal(size=(B, G)), rng.normal(size=(B, G)))
+    counts = COUNTS | {"state": jnp.asarray([0, 900, 4, 3][:B], jnp.int32)}
+    held = jax.tree.map(lambda a: a.astype(np.float32).astype(np.float64), (arrays, cotangents))
+    return held[0], counts, held[1]
+
+
+def single(tree):
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)
+
+
+def pack():
+    """Documents that begin and end inside tiles, at their borders, and after padding."""
+    B, L, _, _ = PACKED
+    ids = np.zeros((B, L), np.int32)
+    ids[0] = np.repeat([1, 2, 3], [128, 1, L - 129])
+    ids[1, 5:290] = np.repeat([1, 2, 3], [50, 1, 234])
+    ids[1, [20, 150, 151]] = 0
+    ids[2] = 1
+    return ids
+
+
+def assert_equals_float64(shape, segment_ids, *, offset=0.0):
+    arrays, counts, cotangents = draw(shape, offset=offset)
+    with jax.enable_x64(True):
+        double = jax.tree.map(jnp.asarray, (arrays, cotangents))
+        expected = differentiate(
+            double[0], counts, double[1], segment_ids, num_groups=shape[3], implementation="xla"
+        )
+        assert expected[0][0].dtype == jnp.float64
+        expected = jax.tree.map(np.asarray, expected)
+    actual = differentiate(
+        single(arrays), counts, single(cotangents), segment_ids, num_groups=shape[3],
+        implementation="mosaic_gpu",
+    )  # fmt: skip
+    np.testing.assert_array_equal(actual[1], expected[1])
+    for a, b in zip(actual[0], expected[0], strict=True):
+        assert relative(a, b) <= 1e-6
+    for name, gradients in expected[2].items():
+        for a, b in zip(jax.tree.leaves(actual[2][name]), jax.tree.leaves(gradients), strict=True):
+            if np.any(b):
+                assert relative(a, b) <= 5e-6, name
+            else:  # Nothing starts from the prior in a row of one document.
+                assert not np.any(a), name
+    return actual
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offset", [2.0, 1000.0])
+def test_equals_float64(offset):
+    assert_equals_float64(WHOLE, None, offset=offset)
+
+
+@pytest.mark.slow
+def test_packed_rows_equal_float64():
+    ids = pack()
+    (y, mean, var), count, grads = assert_equals_float64(PACKED, jnp.asarray(ids), offset=2.0)
+    assert not np.asarray(y)[ids == 0].any()
+    assert not np.asarray(grads["x"])[ids == 0].any()
+    # The last row is padding alone.
+    arrays, counts, cotangents = draw(PACKED, offset=2.0)
+    before = single((counts["state"][3], *(moment[3] for moment in arrays["state"])))
+    for a, b in zip((count, mean, var), before, strict=True):
+        np.testing.assert_array_equal(a[3], b)
+    for a, b in zip(grads["state"], single(cotangents[1:]), strict=True):
+        np.testing.assert_array_equal(a[3], b[3])
+
+
+# What the interpreter says of 1e30 squared, in a document that nobody looks at.
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+@pytest.mark.slow
+def test_not_a_bit_crosses_a_border_whatever_padding_holds():
+    arrays, counts, cotangents = draw(PACKED)
+    arrays, cotangents, ids = single(arrays), single(cotangents), pack()
+    # The row of a single document, and that of none, stay as they are.
+    first = (ids == 1) & (np.arange(len(ids)) < 2)[:, None]
+    padding = (ids == 0) & (np.arange(len(ids)) < 3)[:, None]
+
+    def kept(scale, filling):
+        def change(value):
+            value = jnp.where(first[..., None], value * scale, value)
+            return jnp.where(padding[..., None], filling, value)
+
+        (y, mean, var), _, grads = differentiate(
+            arrays | {"x": change(arrays["x"])}, counts,
+            (change(cotangents[0]), *cotangents[1:]), jnp.asarray(ids), num_groups=PACKED[3],
+            implementation="mosaic_gpu",
+        )  # fmt: skip
+        assert not np.asarray(y)[ids == 0].any()
+        assert not np.asarray(grads["x"])[ids == 0].any()
+        others = (ids != 0) & ~first
+        return [np.asarray(a)[others] for a in (y, grads["x"])] + [
+            np.asarray(mean),
+            np.asarray(var),
+        ]
+
+    for a, b in zip(kept(1.0, 0.0), kept(1e30, np.nan), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_bfloat16_is_rounded_once():
+    arrays, counts, cotangents = draw(WHOLE, offset=4.0)
+    arrays, cotangents = single(arrays), single(cotangents)
+    x, dy = (a.astype(jnp.bfloat16) for a in (arrays["x"], cotangents[0]))
+    results = (
+        differentiate(
+            arrays | {"x": x.astype(dtype)},
+            counts,
+            (dy.astype(dtype), *cotangents[1:]),
+            None,
+            num_groups=WHOLE[3],
+            implementation="mosaic_gpu",
+        )
+        for dtype in (jnp.bfloat16, jnp.float32)
+    )
+    (outputs, _, grads), (wide_outputs, _, wide_grads) = results
+    assert outputs[0].dtype == grads["x"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(outputs[0], wide_outputs[0].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(grads["x"], wide_grads["x"].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(outputs[2], wide_outputs[2])
+    np.testing.assert_array_equal(grads["scale"], wide_grads["scale"])
+
+
+def test_what_the_kernels_cannot_do_is_refused():
+    def run(D, G, dtype):
+        ones = jnp.ones(D)
+        return timestep_norm(
+            jnp.ones((1, 8, D), dtype), ones, ones, num_groups=G, implementation="mosaic_gpu"
+        )
+
+    with pytest.raises(ValueError, match=r"at most 64 features, x is bfloat16 with groups of 128"):
+        run(256, 2, jnp.bfloat16)
+    with pytest.raises(ValueError, match="x is float16"):
+        run(32, 2, jnp.float16)
+
+
+def test_chosen_on_hopper_where_it_is_faster(monkeypatch):
+    hopper = Target("gpu", "NVIDIA H200")
+    monkeypatch.setattr(api, "find_target", lambda: hopper)
+    monkeypatch.setattr("pallas_kernels.target.find_target", lambda: hopper)
+
+    def kernels(L, dtype, G):
+        x, ones = jnp.ones((1, L, 64), dtype), jnp.ones(64)
+        program = jax.make_jaxpr(
+            lambda x: timestep_norm(x, ones, ones, num_groups=G, segment_ids=None).y
+        )(x)
+        return "tsn_outputs" in str(program)
+
+    assert kernels(512, jnp.bfloat16, 2)
+    assert not kernels(1, jnp.bfloat16, 2)
+    assert not kernels(512, jnp.float32, 2)
+    assert not kernels(512, jnp.bfloat16, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+@pytest.mark.parametrize("shape", [(1, 16_384, 4096, 64), (1, 131_072, 1024, 32)])
+def test_compiles_for_an_h200_without_spilling(kind, shape, monkeypatch):
+    B, L, D, G = shape
+    monkeypatch.setattr("pallas_kernels.timestep_norm.mosaic_gpu.is_interpreted", lambda: False)
+
+    def both_passes(x, scale, bias, dy, ids):
+        def run(x, scale, bias):
+            return timestep_norm(
+                x, scale, bias, num_groups=G, segment_ids=ids, implementation="mosaic_gpu"
+            ).y
+
+        y, pull_back = jax.vjp(run, x, scale, bias)
+        return y, pull_back(dy)
+
+    x = jax.ShapeDtypeStruct((B, L, D), jnp.bfloat16)
+    vector = jax.ShapeDtypeStruct((D,), jnp.float32)
+    ids = jax.ShapeDtypeStruct((B, L), jnp.int32) if kind == "packed" else None
+    compiled = compile_for(h200_device(), both_passes, x, vector, vector, x, ids)
+    usage = ptxas_usage(compiled)
+    for kernel in usage:
+        print(f"{kind}: {kernel.name} {kernel.registers} registers, {kernel.spill_bytes} B spilled")
+    names = {kernel.name for kernel in usage}
+    assert names == {"tsn_moments", "tsn_outputs", "tsn_slopes", "tsn_gradients"}
+    assert not any(kernel.spill_bytes for kernel in usage)
+    # Two warpgroups share a multiprocessor's 65,536 registers.
+    assert max(kernel.registers for kernel in usage) * 256 <= 65_536
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes <= 0.25 * L * D * 2
