@@ -16,7 +16,7 @@ from typing import Any, Literal, Self, get_args, get_origin
 DType = Literal["float32", "bfloat16"]
 InitMode = Literal["he", "xavier", "bert", "gaussian"]
 Remat = Literal["none", "inputs", "dots", "block"]
-Implementation = Literal["reference", "xla", "mosaic_gpu"]
+Implementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
 CemaImplementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
 AttentionImplementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
 RowwiseImplementation = Literal["xla", "mosaic_gpu"]

@@ -6,19 +6,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.target import find_target
-from pallas_kernels.timestep_norm import mosaic_gpu, reference, xla
+from pallas_kernels.timestep_norm import mosaic_gpu, pallas_tpu, reference, xla
 from pallas_kernels.timestep_norm.interface import (
     TimestepNormOutput,
     TimestepNormState,
     moments_dtype,
 )
+from pallas_kernels.timestep_norm.tpu_block_sizes import SHORTEST_LENGTH, TPUS_FASTER_THAN_XLA
 
-Implementation = Literal["reference", "xla", "mosaic_gpu"]
+Implementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
 
 _IMPLEMENTATIONS = {
     "reference": reference.timestep_norm,
     "xla": xla.timestep_norm,
     "mosaic_gpu": mosaic_gpu.timestep_norm,
+    "pallas_tpu": pallas_tpu.timestep_norm,
 }
 
 
@@ -52,13 +54,14 @@ def timestep_norm(
       segment_ids: documents of a row numbered 1, 2, ... in order; 0 is padding, between documents
         or inside one: its y is 0, and the state waits. None: one document, no padding.
       implementation: "reference" (token by token), "xla" (parallel over tokens, any platform),
-        "mosaic_gpu" (kernels for NVIDIA Hopper), or None for the fastest known here.
+        "mosaic_gpu" (kernels for NVIDIA Hopper), "pallas_tpu" (for TPU), or None for the fastest
+        known here.
 
     Returns:
       y, and the moments after each row's last token. A row of padding alone keeps its state.
 
     Raises:
-      ValueError: shapes do not fit together, or the implementation does not exist or cannot do it.
+      ValueError: shapes that do not fit, or an implementation that does not exist or cannot do it.
     """
     _check_shapes(x, scale, bias, num_groups, segment_ids)
     B = x.shape[0]
@@ -86,9 +89,16 @@ def timestep_norm(
 
 
 def _choose_implementation(x: Array, num_groups: int) -> Implementation:
-    """The fastest by measurement; README.md has the numbers."""
-    if find_target().is_hopper and mosaic_gpu.is_faster(x, num_groups):
+    """The fastest by measurement (GPU) or by the compiler's estimate (TPU); README.md has both."""
+    target = find_target()
+    if target.is_hopper and mosaic_gpu.is_faster(x, num_groups):
         return "mosaic_gpu"
+    if (
+        target.kind in TPUS_FASTER_THAN_XLA
+        and x.shape[1] >= SHORTEST_LENGTH
+        and pallas_tpu.fits_well(x, num_groups)
+    ):
+        return "pallas_tpu"
     return "xla"
 
 

@@ -408,8 +408,8 @@ def test_backward_pass_keeps_x_and_group_statistics_only():
 
 def test_errors_say_what_to_do():
     x, ones = jnp.ones((2, 3, 4)), jnp.ones((4,))
-    with pytest.raises(ValueError, match=r"no implementation 'pallas_tpu'.*'reference', 'xla'"):
-        timestep_norm(x, ones, ones, num_groups=2, implementation="pallas_tpu")  # type: ignore
+    with pytest.raises(ValueError, match=r"no implementation 'fastest'.*'reference', 'xla'"):
+        timestep_norm(x, ones, ones, num_groups=2, implementation="fastest")  # type: ignore
     with pytest.raises(ValueError, match="num_groups 3 does not divide the 4 features"):
         timestep_norm(x, ones, ones, num_groups=3)
     with pytest.raises(ValueError, match=r"segment_ids has shape \(2, 4\)"):
