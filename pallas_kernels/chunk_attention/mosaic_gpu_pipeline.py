@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -15,31 +14,42 @@ _TRANSFORMS: Any = (
     plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
     plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
 )
+_MULTIPROCESSORS = 132
+# Blocks of an interpreted kernel: few, so that each has several units of work.
+_INTERPRETED_BLOCKS = 3
+PAIR = "pair"
 
 
 class Pipeline(NamedTuple):
-    """Slots of shared memory between the copying warpgroup and the multiplying ones."""
+    """Slots of shared memory between the copying warpgroup and the multiplying ones.
+
+    Steps are counted from the kernel's start.
+    """
 
     full: Any
     free: Any
     count: int
 
-    def fill(self, steps: Any, copy: Callable[[Any, Any, Any], None]) -> None:
-        """Runs `copy(step, slot, barrier)` ahead of the others."""
+    def fill(self, first: Any, steps: Any, copy: Callable[[Any, Any, Any], None]) -> None:
+        """Runs `copy(step, slot, barrier)` ahead of the others, counting from `first`."""
 
-        def wait(step, _):
-            plgpu.barrier_wait(self.free.at[lax.rem(step, self.count)])
-            return ()
-
-        def body(step, _):
+        def body(i, _):
+            step = first + i
             slot = lax.rem(step, self.count)
             pl.when(step >= self.count)(partial(plgpu.barrier_wait, self.free.at[slot]))
-            copy(step, slot, self.full.at[slot])
+            copy(i, slot, self.full.at[slot])
             return ()
 
         lax.fori_loop(0, steps, body, ())
-        # Barriers end with every arrival seen.
-        lax.fori_loop(jnp.maximum(steps - self.count, 0), steps, wait, ())
+
+    def drain(self, steps: Any) -> None:
+        """Waits until all of `steps` steps have been used."""
+
+        def body(step, _):
+            plgpu.barrier_wait(self.free.at[lax.rem(step, self.count)])
+            return ()
+
+        lax.fori_loop(lax.max(steps - self.count, 0), steps, body, ())
 
     def multiply(self, first: Any, steps: Any, add: Callable[[Any, Any], None]) -> None:
         """Runs `add(step, slot)`, one wgmma each, over slots as they fill."""
@@ -48,7 +58,7 @@ class Pipeline(NamedTuple):
             step = first + i
             slot = lax.rem(step, self.count)
             plgpu.barrier_wait(self.full.at[slot])
-            add(step, slot)
+            add(i, slot)
             # The product before this one is done with its slot.
             plgpu.wgmma_wait(1)
             before = lax.rem(step + self.count - 1, self.count)
@@ -61,7 +71,7 @@ class Pipeline(NamedTuple):
         pl.when(steps > 0)(lambda: plgpu.barrier_arrive(self.free.at[final]))
 
 
-def staged(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+def staged(*shape: int, dtype: Any = jax.numpy.bfloat16) -> Any:
     """Shared memory that wgmma reads."""
     return plgpu.SMEM(shape, dtype, transforms=_TRANSFORMS)
 
@@ -77,6 +87,7 @@ def launch(
     stages: int,
     copies: int,
     interpret: Any,
+    is_paired: bool = False,
 ) -> Any:
     """Runs `kernel(pipeline, *operands, results, *scratch)` in three warpgroups of every block.
 
@@ -90,6 +101,7 @@ def launch(
       stages: slots of the pipeline.
       copies: copies that fill a slot.
       interpret: `plgpu.InterpretGPUParams()` or None.
+      is_paired: whether two blocks, numbered along the axis `PAIR`, fill slots for each other.
     """
     arrays, structure = jax.tree.flatten(operands)
     outs, out_structure = jax.tree.flatten(out_type)
@@ -101,17 +113,24 @@ def launch(
         kernel(Pipeline(full, free, stages), *inputs, results, *buffers)
 
     body.__name__ = name
+    free = (
+        plgpu.ClusterBarrier(collective_axes=(PAIR,), num_arrivals=2, num_barriers=stages)
+        if is_paired
+        else plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+    )
     results = plgpu.kernel(
         body,
         out_type=outs,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
+        cluster=(2,) if is_paired else (),
+        cluster_names=(PAIR,) if is_paired else (),
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=[
             *scratch,
             plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            free,
         ],
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True,
@@ -121,6 +140,11 @@ def launch(
         interpret=interpret,
     )(*arrays)
     return jax.tree.unflatten(out_structure, results)
+
+
+def count_blocks(units: int, interpret: Any) -> int:
+    """Blocks that stay on their multiprocessor and share `units` units of work."""
+    return min(units, _MULTIPROCESSORS if interpret is None else _INTERPRETED_BLOCKS)
 
 
 def by_warpgroup(copy: Callable[[], None], compute: Callable[[Any], None]) -> None:
@@ -136,11 +160,3 @@ def by_warpgroup(copy: Callable[[], None], compute: Callable[[Any], None]) -> No
     def _():
         plgpu.set_max_registers(40, action="decrease")
         copy()
-
-
-def store(buffer: Any, target: Any, value: Any) -> None:
-    """Writes registers to global memory through shared memory."""
-    buffer[...] = value.astype(buffer.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(buffer, target)
-    plgpu.wait_smem_to_gmem(0)
