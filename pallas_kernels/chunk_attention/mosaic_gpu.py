@@ -15,7 +15,7 @@ from pallas_kernels.chunk_attention.interface import (
 )
 from pallas_kernels.chunk_attention.intervals import align_right, interval_starts, next_cache
 from pallas_kernels.chunk_attention.mosaic_gpu_band import TILE, Geometry, find_band
-from pallas_kernels.chunk_attention.mosaic_gpu_kernels import make_weights
+from pallas_kernels.chunk_attention.mosaic_gpu_kernels import make_first_weights, make_weights
 from pallas_kernels.chunk_attention.mosaic_gpu_products import band_product, score_gradient
 from pallas_kernels.target import check_hopper, is_interpreted
 
@@ -148,8 +148,8 @@ def _attend(options: _Options, q: Array, k: Array, v: Array, starts: Array) -> A
 def _attend_forward(options, q, k, v, starts):
     geometry = _geometry(options, q)
     band = find_band(starts, geometry)
-    weights, lse = make_weights(band, q, k, None, geometry, options.interpret)
-    out = band_product(band, weights, v, None, geometry, options.interpret)
+    weights, scale, lse = make_first_weights(band, q, k, geometry, options.interpret)
+    out = band_product(band, weights, v, scale, geometry, options.interpret)
     return out, (q, k, v, out, lse, band)
 
 
@@ -157,7 +157,7 @@ def _attend_backward(options, kept, do):
     q, k, v, out, lse, band = kept
     geometry = _geometry(options, q)
     arguments = geometry, options.interpret
-    weights, _ = make_weights(band, q, k, lse, *arguments)
+    weights = make_weights(band, q, k, lse, *arguments)
     dv = band_product(band, weights, do, None, *arguments, is_transposed=True)
     delta = jnp.sum(do.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     ds = score_gradient(band, weights, do, v, jnp.swapaxes(delta, 1, 2), *arguments)

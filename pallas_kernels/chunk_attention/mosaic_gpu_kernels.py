@@ -1,15 +1,10 @@
-"""Chunk attention on Hopper in matrix products over a band of scores.
+"""Weights on Hopper: P = exp2(Q Kᵀ - normalizer), stored in the band as bfloat16.
 
-Query t sees the keys start[t] .. t, so a tile of 128 queries sees a run of key tiles that ends at
-its own: its row of the band. Value heads are up to eight times as wide as key heads, so weights are
-made once, stored as bfloat16, and multiplied by the values tile by tile:
-
-    weights         P = exp(Q Kᵀ - logsumexp), masked, row by row of the band
-    band_product    O = P V,   dQ = dS K
-    score_gradient  dS = P * (dO Vᵀ - rowsum(dO * O))
-    band_transpose_product   dV = Pᵀ dO,   dK = dSᵀ Q
-
-Every kernel has two warpgroups that multiply and one that copies ahead of them.
+In powers of 2: the normalizer of the backward pass is the logarithm of the weights' sum. The
+forward pass has none, which gives weights that `band_product` divides by their sum, as long as
+every query's sum stays near 1 in float32's range; the rare others are repaired with the greatest
+score in a second kernel, which does nothing otherwise. Whether a query is repaired depends on the
+keys that it sees alone, so it changes nothing for other documents.
 """
 
 import math
@@ -21,146 +16,315 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float
+from jaxtyping import Array, BFloat16, Float, Int32
 
-from pallas_kernels.chunk_attention.mosaic_gpu_band import TILE, Band, Geometry, count_key_tiles
-from pallas_kernels.chunk_attention.mosaic_gpu_pipeline import by_warpgroup, launch, staged
+from pallas_kernels.chunk_attention.mosaic_gpu_band import (
+    TILE,
+    Band,
+    Geometry,
+    Spans,
+    count_key_tiles,
+    first_key_tile,
+)
+from pallas_kernels.chunk_attention.mosaic_gpu_pipeline import (
+    by_warpgroup,
+    count_blocks,
+    launch,
+    staged,
+)
 
 _ROWS = TILE // 2
+_SHAPE = (_ROWS, TILE)
 # Public, but type checkers do not see it.
 _Accumulator = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 _ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 _LOG2_E = math.log2(math.e)
+# Sums of weights without a normalizer between 2^-40 and 2^40 are kept: weights and outputs are far
+# from the ends of float32's range then.
+_LARGEST_LOG = 40.0
 
 
-def _scores_kernel(pipe, band, q, k, lse, results, q_s, k_s, p_s, q_full, *, geometry: Geometry):
-    """Weights of a query tile; with their logsumexp unless it is given."""
-    weights, new_lse = results
-    row, head, tile = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("i")
-    count = count_key_tiles(band, geometry, row, tile)
-    passes = 1 if lse is not None else 2
+def _load_rows(ref: Any) -> Any:
+    return plgpu.load(ref, layout=_ROW_LAYOUT, optimized=False)
+
+
+def _over_columns(values: Any) -> Any:
+    return lax.broadcast_in_dim(values, _SHAPE, [0])
+
+
+def _scores(pipe: Any, step: Any, q_rows: Any, k_s: Any) -> Any:
+    """Scores of a step's key tile in powers of 2."""
+    slot = lax.rem(step, pipe.count)
+    plgpu.barrier_wait(pipe.full.at[slot])
+
+    def multiply(acc):
+        plgpu.wgmma(acc, q_rows, k_s.at[slot].transpose((1, 0)))
+        plgpu.wgmma_wait(0)
+        return acc[...]
+
+    scores = pl.run_scoped(multiply, _Accumulator(_SHAPE, jnp.float32)) * _LOG2_E
+    plgpu.barrier_arrive(pipe.free.at[slot])
+    return scores
+
+
+def _where_seen(
+    band: Band, geometry: Geometry, place: Any, warpgroup: Any, values: Any, otherwise: float
+) -> Any:
+    """A selection, so that nothing of what a query does not see gets through."""
+    row, tile, column = place
+    own = tile * TILE + warpgroup * _ROWS
+    key_tile = first_key_tile(band, geometry, row, tile) + column
+
+    def mask(values):
+        starts = _load_rows(band.starts.at[row, pl.ds(own, _ROWS)])
+        query = plgpu.broadcasted_iota(jnp.int32, _SHAPE, 0, layout=plgpu.Layout.WGMMA)
+        key = plgpu.broadcasted_iota(jnp.int32, _SHAPE, 1, layout=plgpu.Layout.WGMMA)
+        key = key + key_tile * TILE
+        seen = (key <= query + (own + geometry.offset * TILE)) & (key >= _over_columns(starts))
+        return jnp.where(seen, values, otherwise)
+
+    is_whole = key_tile < tile + geometry.offset
+    if not geometry.is_regular:
+        is_whole = is_whole & (key_tile >= band.whole[row, tile])
+    return lax.cond(is_whole, lambda values: values, mask, values)
+
+
+def _weights_kernel(
+    pipe, band, q, k, lse, results, q_s, k_s, p_s, q_full, q_free, *, geometry, blocks
+):
+    """Weights of a run of tiles of the band; with each tile's sums unless lse is given."""
+    weights, sums = results
+    spans = Spans(geometry, 1)
+    total, block = math.prod(spans.sizes), lax.axis_index("block")
+    begin, end = (lax.div((block + i) * total, blocks) for i in range(2))
+
+    def walk(visit):
+        """`visit(step, is_new, is_first, place)` at every tile; `is_new`: of other queries."""
+
+        def body(index, carry):
+            step, before = carry
+            *place, is_live = spans.find(band, index)
+            row, head, tile, _ = place
+            queries = (row * geometry.heads + head) * geometry.query_tiles + tile
+            is_new = queries != before
+            pl.when(is_live)(lambda: visit(step, is_new, before < 0, tuple(place)))
+            return jnp.where(is_live, step + 1, step), jnp.where(is_live, queries, before)
+
+        return lax.fori_loop(begin, end, body, (jnp.int32(0), jnp.int32(-1)))[0]
 
     def copy():
-        def copy_key(step, slot, barrier):
-            tokens = pl.ds((band.first[row, tile] + lax.rem(step, count)) * TILE, TILE)
-            plgpu.copy_gmem_to_smem(k.at[row, tokens, head], k_s.at[slot], barrier)
+        def visit(step, is_new, is_first, place):
+            row, head, tile, column = place
 
-        plgpu.copy_gmem_to_smem(q.at[row, pl.ds(tile * TILE, TILE), head], q_s, q_full)
-        pipe.fill(0, passes * count, copy_key)
-        pipe.drain(passes * count)
+            @pl.when(is_new)
+            def _():
+                pl.when(jnp.logical_not(is_first))(lambda: plgpu.barrier_wait(q_free))
+                tokens = pl.ds(tile * TILE, TILE)
+                plgpu.copy_gmem_to_smem(q.at[row, tokens, head], q_s, q_full)
+
+            def copy_key(_, slot, barrier):
+                key_tile = first_key_tile(band, geometry, row, tile) + column
+                tokens = pl.ds(key_tile * TILE, TILE)
+                plgpu.copy_gmem_to_smem(k.at[row, tokens, head], k_s.at[slot], barrier)
+
+            pipe.fill(step, 1, copy_key)
+
+        pipe.drain(walk(visit))
 
     def compute(warpgroup):
-        own = tile * TILE + warpgroup * _ROWS
-        starts = plgpu.load(
-            band.starts.at[row, pl.ds(own, _ROWS)], layout=_ROW_LAYOUT, optimized=False
-        )
-        q_rows = q_s.at[pl.ds(warpgroup * _ROWS, _ROWS)]
-        out = p_s.at[warpgroup]
-        plgpu.barrier_wait(q_full)
+        rows, out = pl.ds(warpgroup * _ROWS, _ROWS), p_s.at[warpgroup]
+        q_rows = q_s.at[rows]
 
-        def scores_of(step):
-            """Scores of the step's key tile in powers of 2, and the number of the tile."""
-            slot = lax.rem(step, pipe.count)
-            plgpu.barrier_wait(pipe.full.at[slot])
+        def visit(step, is_new, is_first, place):
+            row, head, tile, column = place
 
-            def multiply(acc):
-                plgpu.wgmma(acc, q_rows, k_s.at[slot].transpose((1, 0)))
-                plgpu.wgmma_wait(0)
-                return acc[...]
+            @pl.when(is_new)
+            def _():
+                pl.when(jnp.logical_not(is_first))(lambda: plgpu.barrier_arrive(q_free))
+                plgpu.barrier_wait(q_full)
 
-            scores = pl.run_scoped(multiply, _Accumulator((_ROWS, TILE), jnp.float32)) * _LOG2_E
-            plgpu.barrier_arrive(pipe.free.at[slot])
-            return scores, band.first[row, tile] + lax.rem(step, count)
-
-        def where_seen(key_tile, values, otherwise):
-            """A selection, so that nothing of what a query does not see gets through."""
-
-            def mask(values):
-                shape = (_ROWS, TILE)
-                query = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-                key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-                key = key + key_tile * TILE
-                seen = (key <= query + (own + geometry.offset * TILE)) & (
-                    key >= lax.broadcast_in_dim(starts, shape, [0])
-                )
-                return jnp.where(seen, values, otherwise)
-
-            is_whole = (key_tile >= band.whole[row, tile]) & (key_tile < tile + geometry.offset)
-            return lax.cond(is_whole, lambda values: values, mask, values)
-
-        def add_up(step, carry):
-            peak, total = carry
-            scores, key_tile = scores_of(step)
-            scores = where_seen(key_tile, scores, -jnp.inf)
-            new_peak = jnp.maximum(peak, scores.max(axis=1))
-            # A row that sees nothing yet has no peak to subtract.
-            safe = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
-            weights = jnp.exp2(scores - lax.broadcast_in_dim(safe, scores.shape, [0]))
-            return new_peak, total * jnp.exp2(peak - safe) + weights.sum(axis=1)
-
-        if lse is None:
-            start = (
-                plgpu.layout_cast(jnp.full((_ROWS,), -jnp.inf, jnp.float32), _ROW_LAYOUT),
-                plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), _ROW_LAYOUT),
-            )
-            peak, total = lax.fori_loop(0, count, add_up, start)
-            # Nothing seen: any finite number gives weights of zero.
-            normalizer = jnp.where(total > 0, peak + jnp.log2(total), 0.0)
-            new_lse[row, head, pl.ds(own, _ROWS)] = normalizer
-        else:
-            normalizer = plgpu.load(
-                lse.at[row, head, pl.ds(own, _ROWS)], layout=_ROW_LAYOUT, optimized=False
-            )
-
-        def write(i, _):
-            scores, key_tile = scores_of((passes - 1) * count + i)
-            values = jnp.exp2(scores - lax.broadcast_in_dim(normalizer, scores.shape, [0]))
-            values = where_seen(key_tile, values, 0.0)
+            normalizer = None
+            if lse is not None:
+                own = pl.ds(tile * TILE + warpgroup * _ROWS, _ROWS)
+                normalizer = _load_rows(lse.at[row, head, own])
+            values = _scores(pipe, step, q_rows, k_s)
+            if normalizer is not None:
+                values = values - _over_columns(normalizer)
+            seen = row, tile, column
+            values = _where_seen(band, geometry, seen, warpgroup, jnp.exp2(values), 0.0)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out[...] = values.astype(out.dtype)
             plgpu.commit_smem()
-            rows, columns = pl.ds(warpgroup * _ROWS, _ROWS), pl.ds(i * TILE, TILE)
+            columns = pl.ds(column * TILE, TILE)
             plgpu.copy_smem_to_gmem(out, weights.at[row, head, tile, rows, columns])
-            return ()
+            if sums is not None:
+                sums[row, head, tile, column, rows] = values.sum(axis=1)
 
-        lax.fori_loop(0, count, write, ())
+        walk(visit)
         plgpu.wait_smem_to_gmem(0)
 
     by_warpgroup(copy, compute)
+
+
+def _make_weights(band, q, k, lse, geometry, interpret):
+    shape = None
+    if lse is None:
+        shape = jax.ShapeDtypeStruct(
+            (geometry.rows, geometry.heads, geometry.query_tiles, geometry.width, TILE), jnp.float32
+        )
+    blocks = count_blocks(math.prod(Spans(geometry, 1).sizes), interpret)
+    return launch(
+        partial(_weights_kernel, geometry=geometry, blocks=blocks),
+        (band, q, k, lse),
+        (jax.ShapeDtypeStruct(geometry.shape, jnp.bfloat16), shape),
+        name="chunk_attention_weights",
+        grid={"block": blocks},
+        scratch=[
+            staged(TILE, q.shape[3]),
+            staged(2, TILE, q.shape[3]),
+            staged(2, *_SHAPE),
+            plgpu.Barrier(num_arrivals=1),
+            plgpu.Barrier(num_arrivals=2),
+        ],
+        stages=2,
+        copies=1,
+        interpret=interpret,
+    )
 
 
 def make_weights(
     band: Band,
     q: BFloat16[Array, "B L H Dk"],
     k: BFloat16[Array, "B M H Dk"],
-    lse: Float[Array, "B H L"] | None,
+    lse: Float[Array, "B H L"],
     geometry: Geometry,
     interpret: Any,
-) -> tuple[BFloat16[Array, "B H I 128 W"], Float[Array, "B H L"]]:
-    """Softmax weights in the band and the logsumexp of the scores in powers of 2.
+) -> BFloat16[Array, "B H I 128 W"]:
+    """Softmax weights in the band, of scores whose logsumexp in powers of 2 is known.
 
     Columns of a query tile count from its first key tile; what it does not see is undefined.
     """
-    depth = q.shape[3]
-    shape = None
-    if lse is None:
-        shape = jax.ShapeDtypeStruct(
-            (geometry.rows, geometry.heads, geometry.query_tiles * TILE), jnp.float32
+    return _make_weights(band, q, k, lse, geometry, interpret)[0]
+
+
+def make_first_weights(
+    band: Band,
+    q: BFloat16[Array, "B L H Dk"],
+    k: BFloat16[Array, "B M H Dk"],
+    geometry: Geometry,
+    interpret: Any,
+) -> tuple[BFloat16[Array, "B H I 128 W"], Float[Array, "B H L"], Float[Array, "B H L"]]:
+    """Weights in the band, what turns them into a softmax, and logsumexp in powers of 2."""
+    weights, sums = _make_weights(band, q, k, None, geometry, interpret)
+    rows, heads, tiles = geometry.shape[:3]
+    count = jnp.arange(tiles) + geometry.offset + 1 - band.first
+    is_made = jnp.arange(geometry.width) < count[..., None]
+    total = jnp.where(is_made[:, None, :, :, None], sums, 0).sum(axis=3)
+    index = geometry.offset * TILE + jnp.arange(tiles * TILE, dtype=jnp.int32)
+    sees = (band.starts <= index).reshape(rows, 1, tiles, TILE)
+    lse = jnp.where(sees, jnp.log2(total), 0.0)
+    scale = jnp.where(sees, 1 / total, 0.0)
+    # Not a number is not kept either.
+    is_bad = jnp.logical_not(jnp.abs(lse) <= _LARGEST_LOG).any(axis=3).astype(jnp.int32)
+    lse, scale = (a.reshape(rows, heads, tiles * TILE) for a in (lse, scale))
+    return _repair(band, is_bad, q, k, weights, scale, lse, geometry, interpret)
+
+
+def _repair_kernel(
+    pipe, band, is_bad, q, k, weights, scale, lse, _, q_s, k_s, p_s, q_full, *, geometry
+):
+    """Weights of a query tile's queries once more, normalized, where their sum was too far off."""
+    row, head, tile = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("i")
+    count = count_key_tiles(band, geometry, row, tile)
+    passes = jnp.where(is_bad[row, head, tile] != 0, 2, 0)
+
+    def copy():
+        def copy_key(step, slot, barrier):
+            key_tile = first_key_tile(band, geometry, row, tile) + lax.rem(step, count)
+            tokens = pl.ds(key_tile * TILE, TILE)
+            plgpu.copy_gmem_to_smem(k.at[row, tokens, head], k_s.at[slot], barrier)
+
+        @pl.when(passes > 0)
+        def _():
+            plgpu.copy_gmem_to_smem(q.at[row, pl.ds(tile * TILE, TILE), head], q_s, q_full)
+
+        pipe.fill(0, passes * count, copy_key)
+        pipe.drain(passes * count)
+
+    def repair(warpgroup):
+        own = pl.ds(tile * TILE + warpgroup * _ROWS, _ROWS)
+        rows, out = pl.ds(warpgroup * _ROWS, _ROWS), p_s.at[warpgroup]
+        q_rows = q_s.at[rows]
+        plgpu.barrier_wait(q_full)
+
+        def add_up(column, carry):
+            peak, total = carry
+            scores = _scores(pipe, column, q_rows, k_s)
+            place = row, tile, column
+            scores = _where_seen(band, geometry, place, warpgroup, scores, -jnp.inf)
+            new_peak = jnp.maximum(peak, scores.max(axis=1))
+            # A row that sees nothing yet has no peak to subtract.
+            safe = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
+            weights = jnp.exp2(scores - _over_columns(safe))
+            return new_peak, total * jnp.exp2(peak - safe) + weights.sum(axis=1)
+
+        start = (
+            plgpu.layout_cast(jnp.full((_ROWS,), -jnp.inf, jnp.float32), _ROW_LAYOUT),
+            plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), _ROW_LAYOUT),
         )
-    weights, new_lse = launch(
-        partial(_scores_kernel, geometry=geometry),
-        (band, q, k, lse),
-        (jax.ShapeDtypeStruct(geometry.shape, jnp.bfloat16), shape),
-        name="chunk_attention_weights",
+        peak, total = lax.fori_loop(0, count, add_up, start)
+        old_lse, old_scale = (_load_rows(a.at[row, head, own]) for a in (lse, scale))
+        is_kept = jnp.abs(old_lse) <= _LARGEST_LOG
+        new_lse = jnp.where(total > 0, peak + jnp.log2(total), 0.0)
+        normalizer = jnp.where(is_kept, 0.0, new_lse)
+        lse[row, head, own] = jnp.where(is_kept, old_lse, new_lse)
+        scale[row, head, own] = jnp.where(is_kept, old_scale, 1.0)
+
+        def write(column, _):
+            scores = _scores(pipe, count + column, q_rows, k_s)
+            values = jnp.exp2(scores - _over_columns(normalizer))
+            place = row, tile, column
+            values = _where_seen(band, geometry, place, warpgroup, values, 0.0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out[...] = values.astype(out.dtype)
+            plgpu.commit_smem()
+            columns = pl.ds(column * TILE, TILE)
+            plgpu.copy_smem_to_gmem(out, weights.at[row, head, tile, rows, columns])
+            return ()
+
+        lax.fori_loop(0, count, write, ())
+        plgpu.wait_smem_to_gmem(0)
+
+    by_warpgroup(copy, lambda warpgroup: pl.when(passes > 0)(lambda: repair(warpgroup)))
+
+
+def _repair(
+    band: Band,
+    is_bad: Int32[Array, "B H I"],
+    q: Array,
+    k: Array,
+    weights: Array,
+    scale: Array,
+    lse: Array,
+    geometry: Geometry,
+    interpret: Any,
+) -> tuple[Array, Array, Array]:
+    changed = [jax.new_ref(array) for array in (weights, scale, lse)]
+    launch(
+        partial(_repair_kernel, geometry=geometry),
+        (band, is_bad, q, k, *changed),
+        (),
+        name="chunk_attention_repair",
         grid={"i": geometry.query_tiles, "h": geometry.heads, "b": geometry.rows},
         scratch=[
-            staged(TILE, depth),
-            staged(2, TILE, depth),
-            staged(2, _ROWS, TILE),
+            staged(TILE, q.shape[3]),
+            staged(2, TILE, q.shape[3]),
+            staged(2, *_SHAPE),
             plgpu.Barrier(num_arrivals=1),
         ],
         stages=2,
         copies=1,
         interpret=interpret,
     )
-    return weights, new_lse if lse is None else lse
+    weights, scale, lse = (jax.freeze(ref) for ref in changed)
+    return weights, scale, lse

@@ -6,7 +6,7 @@ two warpgroups round and write a tile, the third already copies for the next one
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float
 
-from pallas_kernels.chunk_attention.mosaic_gpu_band import TILE, Band, Geometry, count_key_tiles
+from pallas_kernels.chunk_attention.mosaic_gpu_band import (
+    TILE,
+    Band,
+    Geometry,
+    Runs,
+    Spans,
+    count_key_tiles,
+    first_key_tile,
+    last_query_tile,
+    unravel,
+)
 from pallas_kernels.chunk_attention.mosaic_gpu_pipeline import (
     PAIR,
     by_warpgroup,
@@ -32,41 +42,6 @@ _STAGES = 4
 _PART = 64
 ACCUMULATOR = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
-
-
-class _Run(NamedTuple):
-    """Tiles in runs of `period`; the first of a run and its last are one pair, and so on.
-
-    In a chunk from its first token on, the two tiles of a pair together see as many key tiles as
-    those of any other pair.
-    """
-
-    tiles: int
-    period: int
-
-    @property
-    def count(self) -> int:
-        return -(-self.tiles // self.period)
-
-    @property
-    def pairs(self) -> int:
-        return -(-self.period // 2)
-
-    def tile(self, run: Any, pair: Any, second: Any) -> tuple[Any, Any]:
-        """A tile of a pair, and whether there is such a tile."""
-        mirrored = self.period - 1 - pair
-        tile = run * self.period + jnp.where(second, mirrored, pair)
-        is_live = (tile < self.tiles) & jnp.logical_not(second & (mirrored == pair))
-        return jnp.minimum(tile, self.tiles - 1), is_live
-
-
-def _unravel(index: Any, sizes: tuple[int, ...]) -> list[Any]:
-    """Indices along axes of the sizes; the last changes fastest."""
-    found = []
-    for size in reversed(sizes):
-        found.insert(0, lax.rem(index, size))
-        index = lax.div(index, size)
-    return found
 
 
 def _unit_of(turn: Any, blocks: int) -> Any:
@@ -103,7 +78,7 @@ def _product_kernel(
     width = x_s.shape[2]
     halves = TILE // _DEPTH
     columns = out.shape[3] // width // (2 if is_paired else 1)
-    run = _Run(out.shape[1] // TILE, geometry.period)
+    run = Runs(out.shape[1] // TILE, geometry.period)
     sizes = (geometry.rows, geometry.heads, run.count, run.pairs, columns)
     units = math.prod(sizes)
     turns = 2 * -(-units // blocks)
@@ -113,14 +88,15 @@ def _product_kernel(
     def find(turn):
         """Place of the tile of a turn, the first tile it is a sum over, and how many steps."""
         unit = _unit_of(lax.div(turn, 2), blocks)
-        row, head, part, pair, column = _unravel(jnp.minimum(unit, units - 1), sizes)
+        row, head, part, pair, column = unravel(jnp.minimum(unit, units - 1), sizes)
         tile, is_live = run.tile(part, pair, lax.rem(turn, 2) == 1)
         is_live = is_live & (unit < units)
         if is_transposed:
             first = jnp.maximum(tile - geometry.offset, 0)
-            count = jnp.maximum(band.last[row, tile] + 1 - first, 0)
+            count = jnp.maximum(last_query_tile(band, geometry, row, tile) + 1 - first, 0)
         else:
-            first, count = band.first[row, tile], count_key_tiles(band, geometry, row, tile)
+            first = first_key_tile(band, geometry, row, tile)
+            count = count_key_tiles(band, geometry, row, tile)
         if is_paired:
             column = 2 * column + mine
         steps = jnp.where(is_live, count * halves, 0)
@@ -134,7 +110,8 @@ def _product_kernel(
                 if is_transposed:
                     query = first + lax.div(step, halves)
                     half = lax.rem(step, halves) * _DEPTH
-                    keys = pl.ds((tile - band.first[row, query]) * TILE, TILE)
+                    before = first_key_tile(band, geometry, row, query)
+                    keys = pl.ds((tile - before) * TILE, TILE)
                     part = weights.at[row, head, query, pl.ds(half, _DEPTH), keys]
                 else:
                     part = weights.at[row, head, tile, :, pl.ds(step * _DEPTH, _DEPTH)]
@@ -198,7 +175,7 @@ def band_product(
     width = min(_WIDTH, x.shape[3])
     tiles = geometry.key_tiles if is_transposed else geometry.query_tiles
     is_paired = is_paired and interpret is None and x.shape[3] // width % 2 == 0
-    run = _Run(tiles, geometry.period)
+    run = Runs(tiles, geometry.period)
     columns = x.shape[3] // width // (2 if is_paired else 1)
     units = geometry.rows * geometry.heads * run.count * run.pairs * columns
     blocks = count_blocks(units, interpret)
@@ -238,29 +215,16 @@ _STEPS_BEFORE_WEIGHTS = 4
 def _gradient_kernel(
     pipe, band, weights, do, v, delta, out, do_s, v_s, p_s, p_full, *, geometry, blocks
 ):
-    run = _Run(geometry.query_tiles, geometry.period)
-    slots, runs = _gradient_slots(geometry), (geometry.rows, geometry.heads, run.count)
-    pair_sizes, single_sizes = (*runs, run.pairs, slots), (*runs, run.pairs, 2)
-    pairs, singles = math.prod(pair_sizes), math.prod(single_sizes)
+    spans = Spans(geometry, _TOGETHER)
+    run, pairs = spans.runs, math.prod(spans.sizes)
+    single_sizes = (*spans.sizes[:-1], 2)
+    singles = math.prod(single_sizes)
     all_steps = v.shape[3] // _DEPTH
     turns = -(-(pairs + singles) // blocks)
 
-    def find_pair(unit):
-        """Two key tiles of one of two query tiles that mirror each other."""
-        row, head, part, pair, slot = _unravel(jnp.minimum(unit, pairs - 1), pair_sizes)
-        tile, is_live = run.tile(part, pair, False)
-        other, other_is_live = run.tile(part, pair, True)
-        count = lax.div(count_key_tiles(band, geometry, row, tile), _TOGETHER)
-        count = jnp.where(is_live, count, 0)
-        others = lax.div(count_key_tiles(band, geometry, row, other), _TOGETHER)
-        others = jnp.where(other_is_live, others, 0)
-        is_other = slot >= count
-        column = _TOGETHER * jnp.where(is_other, slot - count, slot)
-        return row, head, jnp.where(is_other, other, tile), column, slot < count + others
-
     def find_single(unit):
         """The last key tile of a query tile that sees an odd number of them."""
-        row, head, part, pair, second = _unravel(jnp.clip(unit, 0, singles - 1), single_sizes)
+        row, head, part, pair, second = unravel(jnp.clip(unit, 0, singles - 1), single_sizes)
         tile, is_live = run.tile(part, pair, second == 1)
         count = count_key_tiles(band, geometry, row, tile)
         return row, head, tile, count - 1, is_live & (lax.rem(count, _TOGETHER) == 1)
@@ -270,7 +234,7 @@ def _gradient_kernel(
         is_pair = unit < pairs
         row, head, tile, column, is_live = (
             jnp.where(is_pair, a, b)
-            for a, b in zip(find_pair(unit), find_single(unit - pairs), strict=True)
+            for a, b in zip(spans.find(band, unit), find_single(unit - pairs), strict=True)
         )
         is_live = is_live & (unit < pairs + singles)
         return (row, head, tile, column), is_pair, is_live, jnp.where(is_live, all_steps, 0)
@@ -278,7 +242,7 @@ def _gradient_kernel(
     def copy():
         def fill(turn, done):
             (row, head, tile, column), is_pair, _, steps = find(turn)
-            token = (band.first[row, tile] + column) * TILE
+            token = (first_key_tile(band, geometry, row, tile) + column) * TILE
 
             def copy_step(step, slot, barrier):
                 part = pl.ds(step * _DEPTH, _DEPTH)
@@ -355,13 +319,6 @@ def _gradient_kernel(
     by_warpgroup(copy, compute)
 
 
-def _gradient_slots(geometry: Geometry) -> int:
-    """Most pairs of key tiles that two query tiles that mirror each other see."""
-    if geometry.is_regular:
-        return (geometry.period + 1) // _TOGETHER
-    return 2 * (geometry.width // _TOGETHER)
-
-
 def score_gradient(
     band: Band,
     weights: BFloat16[Array, "B H I 128 W"],
@@ -372,10 +329,8 @@ def score_gradient(
     interpret: Any,
 ) -> BFloat16[Array, "B H I 128 W"]:
     """weights * (do vᵀ - delta) in the band."""
-    run = _Run(geometry.query_tiles, geometry.period)
-    slots = _gradient_slots(geometry) + 2
-    units = geometry.rows * geometry.heads * run.count * run.pairs * slots
-    blocks = count_blocks(units, interpret)
+    *pairs, spans = Spans(geometry, _TOGETHER).sizes
+    blocks = count_blocks(math.prod(pairs) * (spans + 2), interpret)
     return launch(
         partial(_gradient_kernel, geometry=geometry, blocks=blocks),
         (band, weights, do, v, delta),
