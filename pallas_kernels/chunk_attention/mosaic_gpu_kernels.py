@@ -231,10 +231,11 @@ def make_first_weights(
 
 
 def _repair_kernel(
-    pipe, band, is_bad, q, k, weights, scale, lse, _, q_s, k_s, p_s, q_full, *, geometry
+    pipe, band, is_bad, q, k, scale, lse, weights, results, q_s, k_s, p_s, q_full, *, geometry
 ):
     """Weights of a query tile's queries once more, normalized, where their sum was too far off."""
     row, head, tile = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("i")
+    new_scale, new_lse = results
     count = count_key_tiles(band, geometry, row, tile)
     passes = jnp.where(is_bad[row, head, tile] != 0, 2, 0)
 
@@ -251,8 +252,12 @@ def _repair_kernel(
         pipe.fill(0, passes * count, copy_key)
         pipe.drain(passes * count)
 
+    def keep(warpgroup):
+        own = row, head, pl.ds(tile * TILE + warpgroup * _ROWS, _ROWS)
+        new_scale[own], new_lse[own] = (_load_rows(a.at[own]) for a in (scale, lse))
+
     def repair(warpgroup):
-        own = pl.ds(tile * TILE + warpgroup * _ROWS, _ROWS)
+        own = row, head, pl.ds(tile * TILE + warpgroup * _ROWS, _ROWS)
         rows, out = pl.ds(warpgroup * _ROWS, _ROWS), p_s.at[warpgroup]
         q_rows = q_s.at[rows]
         plgpu.barrier_wait(q_full)
@@ -273,12 +278,12 @@ def _repair_kernel(
             plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), _ROW_LAYOUT),
         )
         peak, total = lax.fori_loop(0, count, add_up, start)
-        old_lse, old_scale = (_load_rows(a.at[row, head, own]) for a in (lse, scale))
+        old_scale, old_lse = (_load_rows(a.at[own]) for a in (scale, lse))
         is_kept = jnp.abs(old_lse) <= _LARGEST_LOG
-        new_lse = jnp.where(total > 0, peak + jnp.log2(total), 0.0)
-        normalizer = jnp.where(is_kept, 0.0, new_lse)
-        lse[row, head, own] = jnp.where(is_kept, old_lse, new_lse)
-        scale[row, head, own] = jnp.where(is_kept, old_scale, 1.0)
+        right_lse = jnp.where(total > 0, peak + jnp.log2(total), 0.0)
+        normalizer = jnp.where(is_kept, 0.0, right_lse)
+        new_scale[own] = jnp.where(is_kept, old_scale, 1.0)
+        new_lse[own] = jnp.where(is_kept, old_lse, right_lse)
 
         def write(column, _):
             scores = _scores(pipe, count + column, q_rows, k_s)
@@ -295,7 +300,11 @@ def _repair_kernel(
         lax.fori_loop(0, count, write, ())
         plgpu.wait_smem_to_gmem(0)
 
-    by_warpgroup(copy, lambda warpgroup: pl.when(passes > 0)(lambda: repair(warpgroup)))
+    def compute(warpgroup):
+        pl.when(passes == 0)(lambda: keep(warpgroup))
+        pl.when(passes > 0)(lambda: repair(warpgroup))
+
+    by_warpgroup(copy, compute)
 
 
 def _repair(
@@ -309,11 +318,11 @@ def _repair(
     geometry: Geometry,
     interpret: Any,
 ) -> tuple[Array, Array, Array]:
-    changed = [jax.new_ref(array) for array in (weights, scale, lse)]
-    launch(
+    changed = jax.new_ref(weights)
+    scale, lse = launch(
         partial(_repair_kernel, geometry=geometry),
-        (band, is_bad, q, k, *changed),
-        (),
+        (band, is_bad, q, k, scale, lse, changed),
+        tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (scale, lse)),
         name="chunk_attention_repair",
         grid={"i": geometry.query_tiles, "h": geometry.heads, "b": geometry.rows},
         scratch=[
@@ -326,5 +335,4 @@ def _repair(
         copies=1,
         interpret=interpret,
     )
-    weights, scale, lse = (jax.freeze(ref) for ref in changed)
-    return weights, scale, lse
+    return jax.freeze(changed), scale, lse

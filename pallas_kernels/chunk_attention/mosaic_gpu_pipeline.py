@@ -17,7 +17,6 @@ _TRANSFORMS: Any = (
 _MULTIPROCESSORS = 132
 # Blocks of an interpreted kernel: few, so that each has several units of work.
 _INTERPRETED_BLOCKS = 3
-PAIR = "pair"
 
 
 class Pipeline(NamedTuple):
@@ -87,7 +86,6 @@ def launch(
     stages: int,
     copies: int,
     interpret: Any,
-    is_paired: bool = False,
 ) -> Any:
     """Runs `kernel(pipeline, *operands, results, *scratch)` in three warpgroups of every block.
 
@@ -101,7 +99,6 @@ def launch(
       stages: slots of the pipeline.
       copies: copies that fill a slot.
       interpret: `plgpu.InterpretGPUParams()` or None.
-      is_paired: whether two blocks, numbered along the axis `PAIR`, fill slots for each other.
     """
     arrays, structure = jax.tree.flatten(operands)
     outs, out_structure = jax.tree.flatten(out_type)
@@ -113,24 +110,17 @@ def launch(
         kernel(Pipeline(full, free, stages), *inputs, results, *buffers)
 
     body.__name__ = name
-    free = (
-        plgpu.ClusterBarrier(collective_axes=(PAIR,), num_arrivals=2, num_barriers=stages)
-        if is_paired
-        else plgpu.Barrier(num_arrivals=2, num_barriers=stages)
-    )
     results = plgpu.kernel(
         body,
         out_type=outs,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        cluster=(2,) if is_paired else (),
-        cluster_names=(PAIR,) if is_paired else (),
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=[
             *scratch,
             plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-            free,
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         ],
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True,

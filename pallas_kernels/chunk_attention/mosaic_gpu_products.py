@@ -27,7 +27,6 @@ from pallas_kernels.chunk_attention.mosaic_gpu_band import (
     unravel,
 )
 from pallas_kernels.chunk_attention.mosaic_gpu_pipeline import (
-    PAIR,
     by_warpgroup,
     count_blocks,
     launch,
@@ -49,14 +48,12 @@ def _unit_of(turn: Any, blocks: int) -> Any:
     return turn * blocks + lax.rem(lax.axis_index("block") + 37 * turn, blocks)
 
 
-def _write(value: Any, parts: Any, target: Any) -> None:
-    """Writes registers (64, n) to `target` through two buffers in turn."""
-    for number, start in enumerate(range(0, value.shape[1], _PART)):
-        part = parts.at[number % 2]
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        part[...] = value[:, start : start + _PART].astype(part.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(part, target.at[:, pl.ds(start, _PART)])
+def _write(value: Any, part: Any, target: Any) -> None:
+    """Writes registers (64, 64) to `target` through `part`, one of two buffers used in turn."""
+    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+    part[...] = value.astype(part.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(part, target)
 
 
 def _product_kernel(
@@ -73,17 +70,14 @@ def _product_kernel(
     geometry,
     blocks,
     is_transposed,
-    is_paired,
 ):
     width = x_s.shape[2]
     halves = TILE // _DEPTH
-    columns = out.shape[3] // width // (2 if is_paired else 1)
+    columns = out.shape[3] // width
     run = Runs(out.shape[1] // TILE, geometry.period)
     sizes = (geometry.rows, geometry.heads, run.count, run.pairs, columns)
     units = math.prod(sizes)
     turns = 2 * -(-units // blocks)
-    mine = lax.axis_index(PAIR) if is_paired else 0
-    together = {"collective_axes": PAIR} if is_paired else {}
 
     def find(turn):
         """Place of the tile of a turn, the first tile it is a sum over, and how many steps."""
@@ -97,8 +91,6 @@ def _product_kernel(
         else:
             first = first_key_tile(band, geometry, row, tile)
             count = count_key_tiles(band, geometry, row, tile)
-        if is_paired:
-            column = 2 * column + mine
         steps = jnp.where(is_live, count * halves, 0)
         return (row, head, tile, pl.ds(column * width, width)), first, steps, is_live
 
@@ -115,7 +107,7 @@ def _product_kernel(
                     part = weights.at[row, head, query, pl.ds(half, _DEPTH), keys]
                 else:
                     part = weights.at[row, head, tile, :, pl.ds(step * _DEPTH, _DEPTH)]
-                plgpu.copy_gmem_to_smem(part, a_s.at[slot], barrier, **together)
+                plgpu.copy_gmem_to_smem(part, a_s.at[slot], barrier)
                 tokens = pl.ds(first * TILE + step * _DEPTH, _DEPTH)
                 plgpu.copy_gmem_to_smem(x.at[row, tokens, head, n], x_s.at[slot], barrier)
 
@@ -150,7 +142,9 @@ def _product_kernel(
                 total = pl.run_scoped(sum_up, ACCUMULATOR((ROWS, width), jnp.float32))
                 if factor is not None:
                     total = total * lax.broadcast_in_dim(factor, total.shape, [0])
-                _write(total, out_s.at[warpgroup], out.at[row, tokens, head, n])
+                for i, start in enumerate(range(0, width, _PART)):
+                    target = out.at[row, tokens, head, n].at[:, pl.ds(start, _PART)]
+                    _write(total[:, start : start + _PART], out_s.at[warpgroup, i % 2], target)
 
             return done + steps
 
@@ -169,25 +163,20 @@ def band_product(
     interpret: Any,
     *,
     is_transposed: bool = False,
-    is_paired: bool = False,
 ) -> BFloat16[Array, "B N H D"]:
     """scale[t] Σ_s weights[t, s] x[s]; transposed: Σ_t weights[t, s] x[t]."""
     width = min(_WIDTH, x.shape[3])
     tiles = geometry.key_tiles if is_transposed else geometry.query_tiles
-    is_paired = is_paired and interpret is None and x.shape[3] // width % 2 == 0
     run = Runs(tiles, geometry.period)
-    columns = x.shape[3] // width // (2 if is_paired else 1)
+    columns = x.shape[3] // width
     units = geometry.rows * geometry.heads * run.count * run.pairs * columns
     blocks = count_blocks(units, interpret)
-    if is_paired:
-        blocks = min(units, 66)
     return launch(
         partial(
             _product_kernel,
             geometry=geometry,
             blocks=blocks,
             is_transposed=is_transposed,
-            is_paired=is_paired,
         ),
         (band, weights, x, scale),
         jax.ShapeDtypeStruct((geometry.rows, tiles * TILE, *x.shape[2:]), x.dtype),
@@ -201,47 +190,49 @@ def band_product(
         stages=_STAGES,
         copies=2,
         interpret=interpret,
-        is_paired=is_paired,
     )
 
 
 # Key tiles whose scores' gradients are made together.
 _TOGETHER = 2
-_GRADIENT_STAGES = 3
-# Steps before a block asks for its weights: those before it have left shared memory by then.
-_STEPS_BEFORE_WEIGHTS = 4
 
 
-def _gradient_kernel(
-    pipe, band, weights, do, v, delta, out, do_s, v_s, p_s, p_full, *, geometry, blocks
-):
+def _find_gradients(band: Band, geometry: Geometry, unit: Any) -> tuple[Any, Any, Any]:
+    """A unit's (row, head, query tile, key tile), whether there are two of those, and any at all.
+
+    First come all pairs of key tiles, then what is left of query tiles with an odd number.
+    """
     spans = Spans(geometry, _TOGETHER)
-    run, pairs = spans.runs, math.prod(spans.sizes)
-    single_sizes = (*spans.sizes[:-1], 2)
-    singles = math.prod(single_sizes)
-    all_steps = v.shape[3] // _DEPTH
-    turns = -(-(pairs + singles) // blocks)
+    pairs, sizes = math.prod(spans.sizes), (*spans.sizes[:-1], 2)
+    singles = math.prod(sizes)
+    is_pair = unit < pairs
+    row, head, run, pair, second = unravel(jnp.clip(unit - pairs, 0, singles - 1), sizes)
+    tile, is_live = spans.runs.tile(run, pair, second == 1)
+    count = count_key_tiles(band, geometry, row, tile)
+    is_live = is_live & (lax.rem(count, _TOGETHER) == 1) & (unit < pairs + singles)
+    single = row, head, tile, count - 1, is_live
+    *place, is_live = (
+        jnp.where(is_pair, a, b) for a, b in zip(spans.find(band, unit), single, strict=True)
+    )
+    return tuple(place), is_pair, is_live
 
-    def find_single(unit):
-        """The last key tile of a query tile that sees an odd number of them."""
-        row, head, part, pair, second = unravel(jnp.clip(unit, 0, singles - 1), single_sizes)
-        tile, is_live = run.tile(part, pair, second == 1)
-        count = count_key_tiles(band, geometry, row, tile)
-        return row, head, tile, count - 1, is_live & (lax.rem(count, _TOGETHER) == 1)
+
+def _count_gradient_units(geometry: Geometry) -> int:
+    *pairs, spans = Spans(geometry, _TOGETHER).sizes
+    return math.prod(pairs) * (spans + 2)
+
+
+def _gradient_kernel(pipe, band, weights, do, v, delta, out, do_s, v_s, out_s, *, geometry, blocks):
+    depth_steps = v.shape[3] // _DEPTH
+    turns = -(-_count_gradient_units(geometry) // blocks)
 
     def find(turn):
-        unit = _unit_of(turn, blocks)
-        is_pair = unit < pairs
-        row, head, tile, column, is_live = (
-            jnp.where(is_pair, a, b)
-            for a, b in zip(spans.find(band, unit), find_single(unit - pairs), strict=True)
-        )
-        is_live = is_live & (unit < pairs + singles)
-        return (row, head, tile, column), is_pair, is_live, jnp.where(is_live, all_steps, 0)
+        place, is_pair, is_live = _find_gradients(band, geometry, _unit_of(turn, blocks))
+        return place, jnp.where(is_live & is_pair, _TOGETHER, is_live.astype(jnp.int32))
 
     def copy():
         def fill(turn, done):
-            (row, head, tile, column), is_pair, _, steps = find(turn)
+            (row, head, tile, column), tiles = find(turn)
             token = (first_key_tile(band, geometry, row, tile) + column) * TILE
 
             def copy_step(step, slot, barrier):
@@ -255,63 +246,63 @@ def _gradient_kernel(
                     plgpu.copy_gmem_to_smem(values, v_s.at[slot, keys], barrier)
 
                 copy_values(0)
-                pl.when(is_pair)(lambda: copy_values(1))
-                pl.when(jnp.logical_not(is_pair))(lambda: plgpu.barrier_arrive(barrier))
+                pl.when(tiles == _TOGETHER)(lambda: copy_values(1))
+                pl.when(tiles < _TOGETHER)(lambda: plgpu.barrier_arrive(barrier))
 
+            def copy_weights(number, slot, barrier):
+                for half in range(TILE // _PART):
+                    columns = pl.ds((column + number) * TILE + half * _PART, _PART)
+                    part = weights.at[row, head, tile, :, columns]
+                    own = v_s.at[slot, pl.ds(half * TILE, TILE)]
+                    plgpu.copy_gmem_to_smem(part, own, barrier)
+                plgpu.barrier_arrive(barrier)
+
+            steps = jnp.where(tiles > 0, depth_steps, 0)
             pipe.fill(done, steps, copy_step)
-            return done + steps
+            pipe.fill(done + steps, tiles, copy_weights)
+            return done + steps + tiles
 
         pipe.drain(lax.fori_loop(0, turns, fill, 0))
 
     def compute(warpgroup):
         rows = pl.ds(warpgroup * ROWS, ROWS)
 
-        def weights_of(place, number):
-            row, head, tile, column = place
-            return row, head, tile, rows, pl.ds((column + number) * TILE, TILE)
-
         def make(done, place, tiles):
             """Gradients of the scores of 64 queries and `tiles` key tiles."""
-            row, head, tile, _ = place
-            width = tiles * TILE
+            row, head, tile, column = place
             tokens = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
             mean = plgpu.load(delta.at[row, head, tokens], layout=ROW_LAYOUT, optimized=False)
-            parts = [
-                (p_s.at[warpgroup, i], p_full.at[_TOGETHER * warpgroup + i], weights_of(place, i))
-                for i in range(tiles)
-            ]
 
             def sum_up(acc):
                 def add(_, slot):
-                    values = v_s.at[slot, pl.ds(0, width)].transpose((1, 0))
+                    values = v_s.at[slot, pl.ds(0, tiles * TILE)].transpose((1, 0))
                     plgpu.wgmma(acc, do_s.at[slot, rows], values)
 
-                early = min(_STEPS_BEFORE_WEIGHTS, all_steps)
-                pipe.multiply(done, early, add)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                for own, full, part in parts:
-                    plgpu.copy_gmem_to_smem(weights.at[part], own, full)
-                pipe.multiply(done + early, all_steps - early, add)
+                pipe.multiply(done, depth_steps, add)
                 return acc[...]
 
-            total = pl.run_scoped(sum_up, ACCUMULATOR((ROWS, width), jnp.float32))
-            for i, (own, full, part) in enumerate(parts):
-                gradient = total[:, i * TILE : (i + 1) * TILE]
-                gradient = gradient - lax.broadcast_in_dim(mean, gradient.shape, [0])
-                plgpu.barrier_wait(full)
-                values = plgpu.load(own, layout=plgpu.Layout.WGMMA, optimized=False)
-                values = values.astype(jnp.float32)
-                # Not even an infinite gradient counts where the weight is zero.
-                gradient = jnp.where(values == 0, 0.0, values * gradient)
-                own[...] = gradient.astype(own.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(own, out.at[part])
+            total = pl.run_scoped(sum_up, ACCUMULATOR((ROWS, tiles * TILE), jnp.float32))
+            total = total - lax.broadcast_in_dim(mean, total.shape, [0])
+            for number in range(tiles):
+                slot = lax.rem(done + depth_steps + number, pipe.count)
+                plgpu.barrier_wait(pipe.full.at[slot])
+                for half in range(TILE // _PART):
+                    own = v_s.at[slot, pl.ds(half * TILE + warpgroup * ROWS, ROWS)]
+                    values = plgpu.load(own, layout=plgpu.Layout.WGMMA, optimized=False)
+                    values = values.astype(jnp.float32)
+                    start = number * TILE + half * _PART
+                    gradient = total[:, start : start + _PART]
+                    # Not even an infinite gradient counts where the weight is zero.
+                    gradient = jnp.where(values == 0, 0.0, values * gradient)
+                    target = out.at[row, head, tile, rows, pl.ds(column * TILE + start, _PART)]
+                    _write(gradient, out_s.at[warpgroup, half], target)
+                plgpu.barrier_arrive(pipe.free.at[slot])
 
         def multiply(turn, done):
-            place, is_pair, is_live, steps = find(turn)
-            pl.when(is_live & is_pair)(lambda: make(done, place, _TOGETHER))
-            pl.when(is_live & jnp.logical_not(is_pair))(lambda: make(done, place, 1))
-            return done + steps
+            place, tiles = find(turn)
+            pl.when(tiles == _TOGETHER)(lambda: make(done, place, _TOGETHER))
+            pl.when(tiles == 1)(lambda: make(done, place, 1))
+            return done + jnp.where(tiles > 0, depth_steps, 0) + tiles
 
         lax.fori_loop(0, turns, multiply, 0)
         plgpu.wait_smem_to_gmem(0)
@@ -329,8 +320,7 @@ def score_gradient(
     interpret: Any,
 ) -> BFloat16[Array, "B H I 128 W"]:
     """weights * (do vᵀ - delta) in the band."""
-    *pairs, spans = Spans(geometry, _TOGETHER).sizes
-    blocks = count_blocks(math.prod(pairs) * (spans + 2), interpret)
+    blocks = count_blocks(_count_gradient_units(geometry), interpret)
     return launch(
         partial(_gradient_kernel, geometry=geometry, blocks=blocks),
         (band, weights, do, v, delta),
@@ -338,12 +328,11 @@ def score_gradient(
         name="chunk_attention_score_gradient",
         grid={"block": blocks},
         scratch=[
-            staged(_GRADIENT_STAGES, TILE, _DEPTH),
-            staged(_GRADIENT_STAGES, _TOGETHER * TILE, _DEPTH),
-            staged(2, _TOGETHER, ROWS, TILE),
-            plgpu.Barrier(num_arrivals=1, num_barriers=2 * _TOGETHER),
+            staged(_STAGES, TILE, _DEPTH),
+            staged(_STAGES, _TOGETHER * TILE, _DEPTH),
+            staged(2, 2, ROWS, _PART),
         ],
-        stages=_GRADIENT_STAGES,
+        stages=_STAGES,
         copies=1 + _TOGETHER,
         interpret=interpret,
     )
