@@ -1,4 +1,4 @@
-"""Chunk attention on Hopper GPUs: what surrounds the kernels of `mosaic_gpu_kernels`."""
+"""Chunk attention on Hopper: what surrounds `mosaic_gpu_weights` and `mosaic_gpu_products`."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,10 +15,14 @@ from pallas_kernels.chunk_attention.interface import (
 )
 from pallas_kernels.chunk_attention.intervals import align_right, interval_starts, next_cache
 from pallas_kernels.chunk_attention.mosaic_gpu_band import TILE, Geometry, find_band
-from pallas_kernels.chunk_attention.mosaic_gpu_kernels import make_first_weights, make_weights
 from pallas_kernels.chunk_attention.mosaic_gpu_products import band_product, score_gradient
+from pallas_kernels.chunk_attention.mosaic_gpu_weights import make_first_weights, make_weights
 from pallas_kernels.target import check_hopper, is_interpreted
 
+# Shorter rows were not timed against `xla`; one query, a decoding step, fills 1/128 of a tile.
+SHORTEST_LENGTH = 512
+# A tile of queries and two of keys of this width fill shared memory.
+_WIDEST_KEY = 256
 # Widths of heads that the kernels' tiles are made for: multiples of the first, above the second
 # multiples of the second. Others are padded in a copy.
 _NARROW, _WIDE = 64, 256
@@ -45,7 +49,8 @@ def chunk_attention(
     """The kernels; arguments as in `api.chunk_attention`.
 
     Raises:
-      ValueError: operands that are not bfloat16, dropout, or a device that is no Hopper GPU.
+      ValueError: operands that are not bfloat16, key heads wider than 256, dropout, or a device
+        that is no Hopper GPU.
     """
     _check(q, v, dropout)
     B, L = q.shape[:2]
@@ -73,15 +78,26 @@ def chunk_attention(
     return ChunkAttentionOutput(out, cache)
 
 
+def can_run(q: Array, v: Array, dropout: AttentionDropout | None) -> bool:
+    """Whether the kernels compute this on a GPU that they are made for."""
+    return _find_reason_against(q, v, dropout) is None
+
+
 def _check(q: Array, v: Array, dropout: AttentionDropout | None) -> None:
     check_hopper("mosaic_gpu")
+    reason = _find_reason_against(q, v, dropout)
+    if reason is not None:
+        raise ValueError(f"{reason}; use implementation 'xla'")
+
+
+def _find_reason_against(q: Array, v: Array, dropout: AttentionDropout | None) -> str | None:
     if q.dtype != jnp.bfloat16 or v.dtype != jnp.bfloat16:
-        raise ValueError(
-            f"mosaic_gpu multiplies bfloat16, q is {q.dtype} and v {v.dtype}; cast them, or use "
-            "implementation 'xla'"
-        )
+        return f"mosaic_gpu multiplies bfloat16, q is {q.dtype} and v {v.dtype}"
+    if q.shape[3] > _WIDEST_KEY:
+        return f"mosaic_gpu takes key heads at most {_WIDEST_KEY} wide, q's are {q.shape[3]}"
     if dropout is not None and dropout.rate > 0:
-        raise ValueError("mosaic_gpu has no attention dropout; use implementation 'xla'")
+        return "mosaic_gpu has no attention dropout"
+    return None
 
 
 def _pad_width(a: Array) -> Array:

@@ -14,6 +14,12 @@ _TRANSFORMS: Any = (
     plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
     plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
 )
+# Public, but type checkers do not see it.
+Accumulator = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+# Rows of a tile that one warpgroup multiplies, and how a number for each lies in its registers.
+ROWS = 64
+ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
+# Of an H100 SXM and an H200; with fewer, blocks queue.
 _MULTIPROCESSORS = 132
 # Blocks of an interpreted kernel: few, so that each has several units of work.
 _INTERPRETED_BLOCKS = 3
@@ -130,6 +136,11 @@ def launch(
         interpret=interpret,
     )(*arrays)
     return jax.tree.unflatten(out_structure, results)
+
+
+def load_rows(numbers: Any) -> Any:
+    """A number for each of a warpgroup's rows from global memory."""
+    return plgpu.load(numbers, layout=ROW_LAYOUT, optimized=False)
 
 
 def count_blocks(units: int, interpret: Any) -> int:

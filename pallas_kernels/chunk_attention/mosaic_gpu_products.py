@@ -27,20 +27,20 @@ from pallas_kernels.chunk_attention.mosaic_gpu_band import (
     unravel,
 )
 from pallas_kernels.chunk_attention.mosaic_gpu_pipeline import (
+    ROWS,
+    Accumulator,
     by_warpgroup,
     count_blocks,
     launch,
+    load_rows,
     staged,
 )
 
-ROWS = TILE // 2
-_DEPTH = 64
-_WIDTH = 256
+# Terms of a sum that one step brings, and columns of a tile of results.
+_DEPTH, _WIDTH = 64, 256
 _STAGES = 4
 # Columns of results that are written at once.
 _PART = 64
-ACCUMULATOR = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
-ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 
 
 def _unit_of(turn: Any, blocks: int) -> Any:
@@ -120,16 +120,12 @@ def _product_kernel(
         rows = pl.ds(warpgroup * ROWS, ROWS)
 
         def multiply(turn, done):
-            (row, head, tile, n), _, steps, is_live = find(turn)
+            (row, head, tile, n), *_, steps, is_live = find(turn)
             tokens = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
 
             @pl.when(is_live)
-            def _():
-                factor = None
-                if scale is not None:
-                    factor = plgpu.load(
-                        scale.at[row, head, tokens], layout=ROW_LAYOUT, optimized=False
-                    )
+            def make_tile():
+                factor = load_rows(scale.at[row, head, tokens]) if scale is not None else None
 
                 def sum_up(acc):
                     def add(_, slot):
@@ -139,7 +135,7 @@ def _product_kernel(
                     pipe.multiply(done, steps, add)
                     return acc[...]
 
-                total = pl.run_scoped(sum_up, ACCUMULATOR((ROWS, width), jnp.float32))
+                total = pl.run_scoped(sum_up, Accumulator((ROWS, width), jnp.float32))
                 if factor is not None:
                     total = total * lax.broadcast_in_dim(factor, total.shape, [0])
                 for i, start in enumerate(range(0, width, _PART)):
@@ -164,7 +160,7 @@ def band_product(
     *,
     is_transposed: bool = False,
 ) -> BFloat16[Array, "B N H D"]:
-    """scale[t] Σ_s weights[t, s] x[s]; transposed: Σ_t weights[t, s] x[t]."""
+    """The sums over s of scale[t] weights[t, s] x[s]; transposed, over t of weights[t, s] x[t]."""
     width = min(_WIDTH, x.shape[3])
     tiles = geometry.key_tiles if is_transposed else geometry.query_tiles
     run = Runs(tiles, geometry.period)
@@ -271,7 +267,7 @@ def _gradient_kernel(pipe, band, weights, do, v, delta, out, do_s, v_s, out_s, *
             """Gradients of the scores of 64 queries and `tiles` key tiles."""
             row, head, tile, column = place
             tokens = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
-            mean = plgpu.load(delta.at[row, head, tokens], layout=ROW_LAYOUT, optimized=False)
+            mean = load_rows(delta.at[row, head, tokens])
 
             def sum_up(acc):
                 def add(_, slot):
@@ -281,7 +277,7 @@ def _gradient_kernel(pipe, band, weights, do, v, delta, out, do_s, v_s, out_s, *
                 pipe.multiply(done, depth_steps, add)
                 return acc[...]
 
-            total = pl.run_scoped(sum_up, ACCUMULATOR((ROWS, tiles * TILE), jnp.float32))
+            total = pl.run_scoped(sum_up, Accumulator((ROWS, tiles * TILE), jnp.float32))
             total = total - lax.broadcast_in_dim(mean, total.shape, [0])
             for number in range(tiles):
                 slot = lax.rem(done + depth_steps + number, pipe.count)

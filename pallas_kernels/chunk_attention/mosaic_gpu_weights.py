@@ -27,25 +27,21 @@ from pallas_kernels.chunk_attention.mosaic_gpu_band import (
     first_key_tile,
 )
 from pallas_kernels.chunk_attention.mosaic_gpu_pipeline import (
+    ROW_LAYOUT,
+    ROWS,
+    Accumulator,
     by_warpgroup,
     count_blocks,
     launch,
+    load_rows,
     staged,
 )
 
-_ROWS = TILE // 2
-_SHAPE = (_ROWS, TILE)
-# Public, but type checkers do not see it.
-_Accumulator = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
-_ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
+_SHAPE = (ROWS, TILE)
 _LOG2_E = math.log2(math.e)
 # Sums of weights without a normalizer between 2^-40 and 2^40 are kept: weights and outputs are far
 # from the ends of float32's range then.
 _LARGEST_LOG = 40.0
-
-
-def _load_rows(ref: Any) -> Any:
-    return plgpu.load(ref, layout=_ROW_LAYOUT, optimized=False)
 
 
 def _over_columns(values: Any) -> Any:
@@ -62,7 +58,7 @@ def _scores(pipe: Any, step: Any, q_rows: Any, k_s: Any) -> Any:
         plgpu.wgmma_wait(0)
         return acc[...]
 
-    scores = pl.run_scoped(multiply, _Accumulator(_SHAPE, jnp.float32)) * _LOG2_E
+    scores = pl.run_scoped(multiply, Accumulator(_SHAPE, jnp.float32)) * _LOG2_E
     plgpu.barrier_arrive(pipe.free.at[slot])
     return scores
 
@@ -72,11 +68,11 @@ def _where_seen(
 ) -> Any:
     """A selection, so that nothing of what a query does not see gets through."""
     row, tile, column = place
-    own = tile * TILE + warpgroup * _ROWS
+    own = tile * TILE + warpgroup * ROWS
     key_tile = first_key_tile(band, geometry, row, tile) + column
 
     def mask(values):
-        starts = _load_rows(band.starts.at[row, pl.ds(own, _ROWS)])
+        starts = load_rows(band.starts.at[row, pl.ds(own, ROWS)])
         query = plgpu.broadcasted_iota(jnp.int32, _SHAPE, 0, layout=plgpu.Layout.WGMMA)
         key = plgpu.broadcasted_iota(jnp.int32, _SHAPE, 1, layout=plgpu.Layout.WGMMA)
         key = key + key_tile * TILE
@@ -132,7 +128,7 @@ def _weights_kernel(
         pipe.drain(walk(visit))
 
     def compute(warpgroup):
-        rows, out = pl.ds(warpgroup * _ROWS, _ROWS), p_s.at[warpgroup]
+        rows, out = pl.ds(warpgroup * ROWS, ROWS), p_s.at[warpgroup]
         q_rows = q_s.at[rows]
 
         def visit(step, is_new, is_first, place):
@@ -145,8 +141,8 @@ def _weights_kernel(
 
             normalizer = None
             if lse is not None:
-                own = pl.ds(tile * TILE + warpgroup * _ROWS, _ROWS)
-                normalizer = _load_rows(lse.at[row, head, own])
+                own = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
+                normalizer = load_rows(lse.at[row, head, own])
             values = _scores(pipe, step, q_rows, k_s)
             if normalizer is not None:
                 values = values - _over_columns(normalizer)
@@ -253,12 +249,12 @@ def _repair_kernel(
         pipe.drain(passes * count)
 
     def keep(warpgroup):
-        own = row, head, pl.ds(tile * TILE + warpgroup * _ROWS, _ROWS)
-        new_scale[own], new_lse[own] = (_load_rows(a.at[own]) for a in (scale, lse))
+        own = row, head, pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
+        new_scale[own], new_lse[own] = (load_rows(a.at[own]) for a in (scale, lse))
 
     def repair(warpgroup):
-        own = row, head, pl.ds(tile * TILE + warpgroup * _ROWS, _ROWS)
-        rows, out = pl.ds(warpgroup * _ROWS, _ROWS), p_s.at[warpgroup]
+        own = row, head, pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
+        rows, out = pl.ds(warpgroup * ROWS, ROWS), p_s.at[warpgroup]
         q_rows = q_s.at[rows]
         plgpu.barrier_wait(q_full)
 
@@ -274,11 +270,11 @@ def _repair_kernel(
             return new_peak, total * jnp.exp2(peak - safe) + weights.sum(axis=1)
 
         start = (
-            plgpu.layout_cast(jnp.full((_ROWS,), -jnp.inf, jnp.float32), _ROW_LAYOUT),
-            plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), _ROW_LAYOUT),
+            plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW_LAYOUT),
+            plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW_LAYOUT),
         )
         peak, total = lax.fori_loop(0, count, add_up, start)
-        old_scale, old_lse = (_load_rows(a.at[own]) for a in (scale, lse))
+        old_scale, old_lse = (load_rows(a.at[own]) for a in (scale, lse))
         is_kept = jnp.abs(old_lse) <= _LARGEST_LOG
         right_lse = jnp.where(total > 0, peak + jnp.log2(total), 0.0)
         normalizer = jnp.where(is_kept, 0.0, right_lse)
