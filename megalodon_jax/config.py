@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, get_args, get_origin
 
 DType = Literal["float32", "bfloat16"]
 InitMode = Literal["he", "xavier", "bert", "gaussian"]
-Remat = Literal["none", "block", "dots"]
+Remat = Literal["none", "inputs", "dots", "block"]
 Implementation = Literal["reference", "xla"]
 CemaImplementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
 AttentionImplementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
@@ -88,7 +88,12 @@ class ModelConfig:
     param_dtype: DType = "float32"
     """Type in which weights are kept. CEMA's parameters stay float32."""
     remat: Remat = "none"
-    """Recompute in the backward pass: nothing, whole blocks, or all but matrix products."""
+    """What the backward pass computes again beside pointwise work: nothing ("none"), TimestepNorm,
+    CEMA and the projections that attention needs ("inputs"), all but matrix products ("dots"), or
+    whole blocks ("block"). In this order memory falls."""
+    scan_layers: bool = True
+    """Run the blocks in one loop, so that compile time does not grow with depth. False writes them
+    out one after another, which compiles longer and saves the loop's copies of activations."""
     cema_implementation: CemaImplementation | None = None
     """Implementation of CEMA; the fastest known for the platform if not set."""
     timestep_norm_implementation: Implementation | None = None

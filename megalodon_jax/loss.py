@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 from jax import numpy as jnp
 
-from megalodon_jax.typing import Array, Float, Float32, Int32
+from megalodon_jax.typing import Array, Bool, Float, Float32, Int32
 
 
 class LossOutput(NamedTuple):
@@ -78,18 +78,21 @@ def _sum_slices(
 
 
 class _Slice(NamedTuple):
-    """What is known of a slice: its sums, and of every token the scores, log Z and -log p."""
+    """Of a slice, its sums; of every token, its scores, log Z, -log p, and whether p is the top."""
 
     sums: LossOutput
     logits: Float32[Array, "B l V"]
     log_z: Float32[Array, "B l"]
     token_loss: Float32[Array, "B l"]
+    is_correct: Bool[Array, "B l"]
 
 
 def _measure(z_loss: float, matrix: Array, hidden: Array, targets: Array, weights: Array) -> _Slice:
     logits = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
+    top = jnp.max(logits, axis=-1)
+    log_z = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    is_correct = chosen == top
     # A weight of 0 must silence its token even if the score is not finite (padding past L).
     counted = weights != 0
     token_loss = jnp.where(counted, log_z - chosen, 0.0)
@@ -97,9 +100,9 @@ def _measure(z_loss: float, matrix: Array, hidden: Array, targets: Array, weight
         loss_sum=jnp.sum(token_loss * weights),
         weight_sum=jnp.sum(weights),
         z_loss_sum=z_loss * jnp.sum(jnp.where(counted, jnp.square(log_z) * weights, 0.0)),
-        correct_sum=jnp.sum(weights * (jnp.argmax(logits, axis=-1) == targets)),
+        correct_sum=jnp.sum(weights * is_correct),
     )
-    return _Slice(sums, logits, log_z, token_loss)
+    return _Slice(sums, logits, log_z, token_loss, is_correct)
 
 
 def _zero_sums() -> LossOutput:
@@ -118,11 +121,10 @@ def _sum_slices_forward(z_loss, hidden, matrix, targets, weights):
     matrix = matrix.astype(hidden.dtype)
 
     def of_scores(x: Array, d_logits: Array) -> tuple[Array, Array]:
-        # Rounded to bfloat16, the scores' gradients would take bfloat16 training farther from
-        # float32 than the released code is (tests/golden); float32 is TF32 on a GPU.
-        d_hidden = jnp.einsum("blv,dv->bld", d_logits, matrix.astype(jnp.float32))
-        of_matrix = jnp.einsum("bld,blv->dv", x.astype(jnp.float32), d_logits)
-        return d_hidden.astype(x.dtype), of_matrix
+        d_logits = d_logits.astype(x.dtype)
+        d_hidden = jnp.einsum("blv,dv->bld", d_logits, matrix, preferred_element_type=x.dtype)
+        of_matrix = jnp.einsum("bld,blv->dv", x, d_logits, preferred_element_type=jnp.float32)
+        return d_hidden, of_matrix
 
     def add_slice(carry, xs):
         sums, of_matrix = carry
@@ -139,8 +141,7 @@ def _sum_slices_forward(z_loss, hidden, matrix, targets, weights):
         new = [of_scores(counted_x, d) for d in d_logits]
         of_matrix = [total + more for total, (_, more) in zip(of_matrix, new, strict=True)]
         sums = jax.tree.map(jnp.add, sums, one.sums)
-        correct = jnp.argmax(one.logits, axis=-1) == target
-        of_weight = one.token_loss, jnp.square(one.log_z), correct
+        of_weight = one.token_loss, jnp.square(one.log_z), one.is_correct
         return (sums, of_matrix), ([d_hidden for d_hidden, _ in new], of_weight)
 
     start = [jnp.zeros(matrix.shape, jnp.float32)] * (2 if has_z_loss else 1)

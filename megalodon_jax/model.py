@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -10,19 +10,24 @@ from flax import nnx
 from jax import numpy as jnp
 
 from megalodon_jax.cache import Cache, LayerCache
-from megalodon_jax.config import ModelConfig
+from megalodon_jax.config import ModelConfig, Remat
 from megalodon_jax.modules.attention import TokenPlaces
 from megalodon_jax.modules.block import Block
 from megalodon_jax.modules.dropout import dropout, split_key
+from megalodon_jax.modules.linear import PRODUCT, PROJECTION, WEIGHT
 from megalodon_jax.modules.parameters import axis_names, embedding_initializer
 from megalodon_jax.modules.rotary import rotation
 from megalodon_jax.modules.timestep_norm import TimestepNorm
 from megalodon_jax.typing import Array, Bool, Float, Float32, Int32, PRNGKey
 from pallas_kernels.chunk_attention import KeyValueCache
+from pallas_kernels.residuals import Operation
 
-REMAT_POLICIES = {
-    "block": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+# What the backward pass of a block finds beside the block's input; it computes the rest again.
+SAVED_NAMES: dict[Remat, tuple[str, ...]] = {
+    "none": (PROJECTION, PRODUCT, *get_args(Operation)),
+    "inputs": (PRODUCT, "chunk_attention"),
+    "dots": (PROJECTION, PRODUCT),
+    "block": (),
 }
 
 
@@ -206,10 +211,23 @@ class Megalodon(nnx.Module):
             out, layer_cache = block(x, places, cache=layer_cache, dropout_key=layer_key)
             return out, layer_cache
 
-        if self.config.remat != "none":
-            policy = REMAT_POLICIES[self.config.remat]
-            run_layer = jax.checkpoint(run_layer, policy=policy, prevent_cse=False)
-        return jax.lax.scan(run_layer, x, (layers, None if cache is None else cache.layers, keys))
+        saved = SAVED_NAMES[self.config.remat]
+        if not self.config.scan_layers and self.config.remat == "none":
+            # Rounded once a step. A loop would copy them instead.
+            saved = (*saved, WEIGHT)
+        run_layer = jax.checkpoint(
+            run_layer,
+            policy=jax.checkpoint_policies.save_only_these_names(*saved),
+            prevent_cse=not self.config.scan_layers,
+        )
+        stacked = (layers, None if cache is None else cache.layers, keys)
+        if self.config.scan_layers:
+            return jax.lax.scan(run_layer, x, stacked)
+        caches = []
+        for layer in _unstack(stacked, self.config.num_layers):
+            x, layer_cache = run_layer(x, layer)
+            caches.append(layer_cache)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
 
 
 def check_tokens(tokens: Array | np.ndarray, vocab_size: int) -> None:
@@ -235,6 +253,17 @@ def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
         transform_metadata={nnx.PARTITION_NAME: "layers"},
     )
     return make(jax.random.split(rngs.params(), config.num_layers), rescale_starts)
+
+
+def _unstack(stacked: Any, count: int) -> list[Any]:
+    """The layers' parts of arrays with a leading axis of layers."""
+    leaves, structure = jax.tree.flatten(stacked)
+    # The gradient of a split is one concatenation; that of an index is an array of zeros.
+    pieces = [jax.lax.split(leaf, [1] * count) for leaf in leaves]
+    return [
+        jax.tree.unflatten(structure, [piece.squeeze(0) for piece in layer])
+        for layer in zip(*pieces, strict=True)
+    ]
 
 
 def _document_positions(

@@ -6,12 +6,13 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 from jax import numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from megalodon_jax.cache import LayerCache
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.modules.cema import CEMA
 from megalodon_jax.modules.dropout import dropout, split_key
-from megalodon_jax.modules.linear import Linear
+from megalodon_jax.modules.linear import PRODUCT, PROJECTION, Linear
 from megalodon_jax.modules.norms import RMSNorm, rms_normalize
 from megalodon_jax.modules.parameters import parameter
 from megalodon_jax.modules.rotary import Rotation, rotate
@@ -82,7 +83,7 @@ class MegaAttention(nnx.Module):
         )
         m = dropout(self.rmsnorm(averaged), config.hidden_dropout, hidden_key)
         query, key = self._queries_and_keys(m, places.rotation)
-        value = jax.nn.silu(self.wv(u)).astype(config.dtype)
+        value = jax.nn.silu(self.wv(u, name=PROJECTION)).astype(config.dtype)
         value = value.reshape(*u.shape[:2], config.num_heads, config.value_head_dim)
         attended, keys_and_values = chunk_attention(
             query,
@@ -95,8 +96,10 @@ class MegaAttention(nnx.Module):
             dropout=self._attention_dropout(attention_key),
             implementation=config.attention_implementation,
         )
-        gated = attended.reshape(*u.shape[:2], -1) * jax.nn.silu(self.wr(m))
-        out = self.wh1(m) + self.wh2(dropout(gated, config.hidden_dropout, gate_key))
+        gated = attended.reshape(*u.shape[:2], -1) * jax.nn.silu(self.wr(m, name=PROJECTION))
+        gated = dropout(gated, config.hidden_dropout, gate_key)
+        out = checkpoint_name(self.wh1.product(m) + self.wh2.product(gated), PRODUCT)
+        out = self.wh1.add_bias(out)
         new_cache = None
         if cache is not None and keys_and_values is not None:
             new_cache = LayerCache(keys_and_values, norm_state, cema_state)
@@ -105,7 +108,9 @@ class MegaAttention(nnx.Module):
     def _queries_and_keys(self, m: Float[Array, "B L D"], by: Rotation) -> tuple[Array, Array]:
         config = self.config
         heads = (config.num_heads, config.head_dim)
-        z = rms_normalize(self.wz(m).reshape(*m.shape[:2], *heads), config.norm_eps)
+        z = rms_normalize(
+            self.wz(m, name=PROJECTION).reshape(*m.shape[:2], *heads), config.norm_eps
+        )
         # As released, both sides carry 1/sqrt(d), and the scores get no scale of their own.
         scale = (1.0 + self.gamma[...].astype(z.dtype)) / math.sqrt(config.head_dim)
         offset = self.beta[...].astype(z.dtype)

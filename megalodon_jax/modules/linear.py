@@ -1,55 +1,61 @@
 """The linear layer of every block."""
 
 from functools import partial
+from typing import Any
 
 import jax
 from flax import nnx
 from jax import numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from megalodon_jax.config import DType, ModelConfig
 from megalodon_jax.modules.parameters import kernel_initializer, parameter
 from megalodon_jax.typing import Array, Float, Float32
 
+# Names for policies of `jax.checkpoint`: what attention is made of, any other product, and a weight
+# rounded to the products' type.
+PROJECTION, PRODUCT, WEIGHT = "projection", "product", "weight"
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def mixed_matmul(
     x: Float[Array, "... in"], kernel: Float[Array, "in out"], dtype: DType
-) -> Float32[Array, "... out"]:
-    """x @ kernel with operands rounded to `dtype` and sums and result in float32.
+) -> Float[Array, "... out"]:
+    """x @ kernel with operands and result rounded to `dtype`, and sums in float32.
 
-    So are both products of the backward pass: the incoming gradient is rounded to `dtype` once, the
-    kernel's gradient leaves in the kernel's own type.
+    So is the gradient of x. The kernel's leaves in the kernel's own type.
     """
-    return _contract(x.astype(dtype), kernel.astype(dtype), ((x.ndim - 1,), (0,)))
+    return _forward(x, kernel, dtype)[0]
 
 
-def _forward(x: Array, kernel: Array, dtype: DType) -> tuple[Array, tuple[Array, Array, Array]]:
-    rounded = x.astype(dtype)
-    # An empty array carries x's own type to the backward pass.
-    residuals = (rounded, kernel, jnp.zeros((0,), x.dtype))
-    return _contract(rounded, kernel.astype(dtype), ((x.ndim - 1,), (0,))), residuals
+def _forward(x: Array, kernel: Array, dtype: DType):
+    rounded, rounded_kernel = x.astype(dtype), checkpoint_name(kernel.astype(dtype), WEIGHT)
+    # An empty array carries the operands' own types to the backward pass.
+    types = jnp.zeros((0,), x.dtype), jnp.zeros((0,), kernel.dtype)
+    y = _contract(rounded, rounded_kernel, ((x.ndim - 1,), (0,)), dtype)
+    return y, (rounded, rounded_kernel, types)
 
 
-def _backward(dtype: DType, residuals: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array]:
-    x, kernel, like_x = residuals
-    g = g.astype(dtype)
+def _backward(dtype: DType, residuals: tuple[Array, Array, tuple[Array, Array]], g: Array):
+    x, kernel, (like_x, like_kernel) = residuals
     leading = tuple(range(x.ndim - 1))
-    dx = _contract(g, kernel.astype(dtype), ((g.ndim - 1,), (1,)))
-    dkernel = _contract(x, g, (leading, leading))
-    return dx.astype(like_x.dtype), dkernel.astype(kernel.dtype)
+    dx = _contract(g, kernel, ((g.ndim - 1,), (1,)), dtype)
+    dkernel = _contract(x, g, (leading, leading), jnp.float32)
+    return dx.astype(like_x.dtype), dkernel.astype(like_kernel.dtype)
 
 
-def _contract(a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> Array:
-    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.float32)
+def _contract(a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]], out: Any) -> Array:
+    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=out)
 
 
 mixed_matmul.defvjp(_forward, _backward)
 
 
 class Linear(nnx.Module):
-    """X W + b: operands of the product in `config.dtype`, its result and the bias in float32.
+    """X W + b: the product in `config.dtype`, then the bias in float32.
 
-    Float32 results let the pointwise work that follows round once, at its end.
+    The product carries a name for policies of `jax.checkpoint`; the pointwise work around it is
+    float32, rounds once at its end, and is cheap to do again.
 
     Args:
       config: start values (`init_mode`) and types.
@@ -78,7 +84,17 @@ class Linear(nnx.Module):
         )
         self.bias = parameter(jnp.zeros(out_features, dtype), axes[1]) if use_bias else None
 
-    def __call__(self, x: Float[Array, "... in"]) -> Float32[Array, "... out"]:
+    def __call__(
+        self, x: Float[Array, "... in"], *, name: str = PRODUCT
+    ) -> Float32[Array, "... out"]:
         """Maps the last axis of x."""
-        y = mixed_matmul(x, self.kernel[...], self.dtype)
+        return self.add_bias(checkpoint_name(self.product(x), name))
+
+    def product(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        """X W, rounded to `config.dtype`."""
+        return mixed_matmul(x, self.kernel[...], self.dtype)
+
+    def add_bias(self, product: Float[Array, "... out"]) -> Float32[Array, "... out"]:
+        """A product and the bias, in float32."""
+        y = product.astype(jnp.float32)
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)

@@ -27,6 +27,7 @@ from megalodon_jax.training.step import TrainState, abstract_model, abstract_sta
 _COMPUTE_FIELDS = frozenset(
     {
         "remat",
+        "scan_layers",
         "cema_implementation",
         "timestep_norm_implementation",
         "attention_implementation",

@@ -254,7 +254,11 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench": _bench,
 }
 # Modules with a `main` that takes the arguments.
-BENCHMARKS = {"ops": "megalodon_jax.bench.ops"}
+BENCHMARKS = {
+    "ops": "megalodon_jax.bench.ops",
+    "reference": "megalodon_jax.bench.reference",
+    "train": "megalodon_jax.bench.train",
+}
 
 
 def _usage() -> str:
@@ -264,7 +268,8 @@ def _usage() -> str:
         "  evaluate --checkpoint RUN_DIR --files a.txt b.txt\n"
         '  generate --checkpoint RUN_DIR --prompt "def "\n'
         "  convert SOURCE TARGET [--config CONFIG.toml]\n"
-        "  bench ops [--op cema] [--check]\n\n"
+        "  bench ops [--op cema] [--check]\n"
+        "  bench train [--preset mega200M] [--profile]\n\n"
         f"Shipped configs: {', '.join(shipped())}. `megalodon COMMAND --help` lists the options; "
         "--debug shows tracebacks."
     )

@@ -24,6 +24,7 @@ from pallas_kernels.cema.mosaic_gpu_kernels import (
 from pallas_kernels.cema.mosaic_gpu_stream import CHANNELS, TILE
 from pallas_kernels.cema.types import CemaOutput, CemaParams
 from pallas_kernels.cema.xla import cema_xla
+from pallas_kernels.residuals import keep
 from pallas_kernels.target import check_hopper, is_interpreted
 
 # Orders of one call: more do not fit in registers. Further orders are further calls, summed.
@@ -157,6 +158,7 @@ def _forward(options, x, params, state, segment_ids, *, with_entering):
             with_entering=with_entering,
             interpret=options.interpret,
         )
+        y, last, entering = keep((y, last, entering), "cema")
         outputs.append(y)
         lasts.append(last)
         kept.tables.append(tables)

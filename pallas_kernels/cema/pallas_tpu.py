@@ -33,6 +33,7 @@ from pallas_kernels.cema.segments import (
 )
 from pallas_kernels.cema.tpu_block_sizes import SMALLEST_TILE, tile_for
 from pallas_kernels.cema.types import CemaOutput, CemaParams
+from pallas_kernels.residuals import keep
 from pallas_kernels.target import check_tpu, is_interpreted
 
 
@@ -229,6 +230,7 @@ def _sequence(
 def _sequence_forward(x, seeds, initial, documents, picked_block, plans):
     first = documents[0] if documents else None
     result = cema_forward(x, seeds, initial, first, picked_block, plans[0], save_states=True)
+    result = keep(result, "cema")
     return (result.y, result.picked), (x, seeds, result.states, documents, picked_block)
 
 

@@ -21,6 +21,7 @@ from pallas_kernels.cema.segments import (
     rotate_rows,
 )
 from pallas_kernels.cema.types import CemaOutput, CemaParams
+from pallas_kernels.residuals import keep
 
 
 def cema_xla(
@@ -154,6 +155,7 @@ def _blocks_forward(x, tables, initial, pieces, picked_block):
     y = lax.optimization_barrier(_mask_padding(y, pieces).astype(x.dtype))
     index = picked_block[None, :, None, None]
     entering = jnp.take_along_axis(states, index, axis=2)[:, :, 0]
+    y, entering, states = keep((y, entering, states), "cema")
     return (y, entering), (x, tables, states, pieces, picked_block)
 
 

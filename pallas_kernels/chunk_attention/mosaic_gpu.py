@@ -17,6 +17,7 @@ from pallas_kernels.chunk_attention.intervals import align_right, interval_start
 from pallas_kernels.chunk_attention.mosaic_gpu_band import TILE, Geometry, find_band
 from pallas_kernels.chunk_attention.mosaic_gpu_products import band_product, score_gradient
 from pallas_kernels.chunk_attention.mosaic_gpu_weights import make_first_weights, make_weights
+from pallas_kernels.residuals import keep
 from pallas_kernels.target import check_hopper, is_interpreted
 
 # Shorter rows were not timed against `xla`; one query, a decoding step, fills 1/128 of a tile.
@@ -166,6 +167,7 @@ def _attend_forward(options, q, k, v, starts):
     band = find_band(starts, geometry)
     weights, scale, lse = make_first_weights(band, q, k, geometry, options.interpret)
     out = band_product(band, weights, v, scale, geometry, options.interpret)
+    out, lse = keep((out, lse), "chunk_attention")
     return out, (q, k, v, out, lse, band)
 
 

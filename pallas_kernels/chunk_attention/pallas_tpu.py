@@ -23,6 +23,7 @@ from pallas_kernels.chunk_attention.tpu_block_sizes import (
     TpuBlocks,
     blocks_for,
 )
+from pallas_kernels.residuals import keep
 from pallas_kernels.target import check_tpu, is_interpreted
 
 _LANES = 128
@@ -179,7 +180,7 @@ def _attend(plan: Plan, q, k, v, start):
 
 
 def _attend_forward(plan: Plan, q, k, v, start):
-    out, lse = attend_forward(plan, q, k, v, start)
+    out, lse = keep(attend_forward(plan, q, k, v, start), "chunk_attention")
     return out, (q, k, v, start, out, lse)
 
 

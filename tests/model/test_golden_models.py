@@ -60,11 +60,14 @@ def test_logits_loss_and_every_gradient(name: str, implementation: str):
     assert max(errors.values()) <= 1e-5, sorted(errors.items(), key=lambda e: -e[1])[:5]
 
 
-@pytest.mark.parametrize("remat", ["block", "dots"])
-def test_remat_changes_no_gradient(remat: str):
+@pytest.mark.parametrize(
+    ("remat", "scan_layers"), [("none", False), ("inputs", True), ("dots", False), ("block", True)]
+)
+def test_remat_and_unrolling_change_no_gradient(remat: str, scan_layers: bool):
     golden = golden_model("model_c_short")
     tokens, targets = (golden.arrays[key].astype(np.int32) for key in ("tokens", "targets"))
-    _, logits, gradients = loss_and_gradients(golden.build(remat=remat), tokens, targets)
+    model = golden.build(remat=remat, scan_layers=scan_layers)
+    _, logits, gradients = loss_and_gradients(model, tokens, targets)
     assert relative_error(logits, golden.arrays["logits"]) <= 1e-6
     assert max(gradient_errors(golden, gradients).values()) <= 1e-5
 

@@ -1,5 +1,6 @@
 """Shapes, parameter counts, start values, dropout, types and errors of the model."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -133,6 +134,26 @@ def test_dropout(rates: dict):
     np.testing.assert_array_equal(first, again)
     assert relative_error(first, without) > 1e-3
     assert relative_error(second, first) > 1e-3
+
+
+def test_blocks_written_out_do_what_the_loop_does(small_model: Megalodon):
+    state = nnx.state(small_model)
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 21)).astype(np.int32)
+
+    def run(scan_layers: bool):
+        config = dataclasses.replace(small_model.config, scan_layers=scan_layers, dropout=0.3)
+        abstract = nnx.eval_shape(lambda: Megalodon(config, rngs=nnx.Rngs(0)))
+
+        @jax.jit
+        def call(state: nnx.State):
+            model = nnx.merge(nnx.graphdef(abstract), state)
+            key = jax.random.key(3)
+            return model(jnp.asarray(tokens), cache=model.init_cache(2), dropout_key=key)
+
+        return jax.tree.leaves(call(state))
+
+    for unrolled, looped in zip(run(False), run(True), strict=True):
+        np.testing.assert_allclose(unrolled, looped, rtol=1e-4, atol=1e-5)
 
 
 def test_errors(small_model: Megalodon):

@@ -1,0 +1,63 @@
+"""Where a GPU's time goes, by kind of kernel, from the profiler's trace."""
+
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.profiler import ProfileData
+
+# The first pattern found in a kernel's name decides.
+_KINDS = {
+    "chunk attention": r"chunk_attention",
+    "CEMA": r"cema",
+    "TimestepNorm": r"timestep_norm",
+    "norms and gates": r"rowwise",
+    "matrix products": r"gemm|nvjet|cutlass|xmma|cublas",
+    "copies": r"memcpy|memset|dynamic_update_slice|dynamic_slice",
+    "other": r"",
+}
+
+
+class KernelTimes(NamedTuple):
+    """Of one kind of kernel, in one call.
+
+    Attributes:
+      kind: see the table in this file.
+      seconds: of all of them together.
+      launches: how many there are.
+    """
+
+    kind: str
+    seconds: float
+    launches: float
+
+
+def kernel_times(call: Callable[[], Any], *, calls: int = 3) -> list[KernelTimes]:
+    """Profiles `call`, which is compiled already; the largest kind comes first, none on a CPU."""
+    jax.block_until_ready(call())
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(calls):
+                result = call()
+            jax.block_until_ready(result)
+        traces = list(Path(folder).rglob("*.xplane.pb"))
+        planes = [plane for trace in traces for plane in ProfileData.from_file(str(trace)).planes]
+        totals: dict[str, list[float]] = {}
+        for plane in planes:
+            for line in plane.lines:
+                if "GPU" not in plane.name or "Stream" not in line.name:
+                    continue
+                for event in line.events:
+                    total = totals.setdefault(kind_of(event.name), [0.0, 0.0])
+                    total[0] += event.duration_ns * 1e-9 / calls
+                    total[1] += 1 / calls
+    rows = [KernelTimes(kind, *total) for kind, total in totals.items()]
+    return sorted(rows, key=lambda row: -row.seconds)
+
+
+def kind_of(kernel: str) -> str:
+    """The kind of a kernel by its name."""
+    return next(kind for kind, part in _KINDS.items() if re.search(part, kernel, re.IGNORECASE))
