@@ -165,9 +165,12 @@ def _attend(options: _Options, q: Array, k: Array, v: Array, starts: Array) -> A
 def _attend_forward(options, q, k, v, starts):
     geometry = _geometry(options, q)
     band = find_band(starts, geometry)
-    weights, scale, lse = make_first_weights(band, q, k, geometry, options.interpret)
-    out = band_product(band, weights, v, scale, geometry, options.interpret)
-    out, lse = keep((out, lse), "chunk_attention")
+    first = make_first_weights(band, q, k, geometry, options.interpret)
+    repaired = first.repaired, first.is_repaired
+    out = band_product(
+        band, first.weights, v, first.scale, geometry, options.interpret, repaired=repaired
+    )
+    out, lse = keep((out, first.lse), "chunk_attention")
     return out, (q, k, v, out, lse, band)
 
 

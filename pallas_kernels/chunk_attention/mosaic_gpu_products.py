@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float
+from jaxtyping import Array, BFloat16, Float, Int32
 
 from pallas_kernels.chunk_attention.mosaic_gpu_band import (
     TILE,
@@ -60,6 +60,7 @@ def _product_kernel(
     pipe,
     band,
     weights,
+    repaired,
     x,
     scale,
     out,
@@ -97,6 +98,7 @@ def _product_kernel(
     def copy():
         def fill(turn, done):
             (row, head, tile, n), first, steps, _ = find(turn)
+            is_repaired = repaired is not None and repaired[1][row, head, tile] != 0
 
             def copy_step(step, slot, barrier):
                 if is_transposed:
@@ -104,10 +106,18 @@ def _product_kernel(
                     half = lax.rem(step, halves) * _DEPTH
                     before = first_key_tile(band, geometry, row, query)
                     keys = pl.ds((tile - before) * TILE, TILE)
-                    part = weights.at[row, head, query, pl.ds(half, _DEPTH), keys]
+                    place = row, head, query, pl.ds(half, _DEPTH), keys
                 else:
-                    part = weights.at[row, head, tile, :, pl.ds(step * _DEPTH, _DEPTH)]
-                plgpu.copy_gmem_to_smem(part, a_s.at[slot], barrier)
+                    place = row, head, tile, slice(None), pl.ds(step * _DEPTH, _DEPTH)
+
+                def copy_part(source):
+                    plgpu.copy_gmem_to_smem(source.at[place], a_s.at[slot], barrier)
+
+                if repaired is None:
+                    copy_part(weights)
+                else:
+                    pl.when(is_repaired)(lambda: copy_part(repaired[0]))
+                    pl.when(jnp.logical_not(is_repaired))(lambda: copy_part(weights))
                 tokens = pl.ds(first * TILE + step * _DEPTH, _DEPTH)
                 plgpu.copy_gmem_to_smem(x.at[row, tokens, head, n], x_s.at[slot], barrier)
 
@@ -159,8 +169,12 @@ def band_product(
     interpret: Any,
     *,
     is_transposed: bool = False,
+    repaired: tuple[BFloat16[Array, "B H I 128 W"], Int32[Array, "B H I"]] | None = None,
 ) -> BFloat16[Array, "B N H D"]:
-    """The sums over s of scale[t] weights[t, s] x[s]; transposed, over t of weights[t, s] x[t]."""
+    """The sums over s of scale[t] weights[t, s] x[s]; transposed, over t of weights[t, s] x[t].
+
+    Query tiles with a 1 in repaired[1] take repaired[0] for weights, not where transposed.
+    """
     width = min(_WIDTH, x.shape[3])
     tiles = geometry.key_tiles if is_transposed else geometry.query_tiles
     run = Runs(tiles, geometry.period)
@@ -174,7 +188,7 @@ def band_product(
             blocks=blocks,
             is_transposed=is_transposed,
         ),
-        (band, weights, x, scale),
+        (band, weights, repaired, x, scale),
         jax.ShapeDtypeStruct((geometry.rows, tiles * TILE, *x.shape[2:]), x.dtype),
         name="chunk_attention_band_" + ("transpose_product" if is_transposed else "product"),
         grid={"block": blocks},

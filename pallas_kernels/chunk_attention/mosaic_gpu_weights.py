@@ -9,7 +9,7 @@ keys that it sees alone, so it changes nothing for other documents.
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -203,14 +203,32 @@ def make_weights(
     return _make_weights(band, q, k, lse, geometry, interpret)[0]
 
 
+class FirstWeights(NamedTuple):
+    """Weights that are not normalized yet, in the band.
+
+    Attributes:
+      weights: of most query tiles.
+      repaired: of the others; undefined elsewhere.
+      is_repaired: 1 for query tiles whose weights are in `repaired`.
+      scale: what turns weights into a softmax.
+      lse: logsumexp of the scores in powers of 2.
+    """
+
+    weights: BFloat16[Array, "B H I 128 W"]
+    repaired: BFloat16[Array, "B H I 128 W"]
+    is_repaired: Int32[Array, "B H I"]
+    scale: Float[Array, "B H L"]
+    lse: Float[Array, "B H L"]
+
+
 def make_first_weights(
     band: Band,
     q: BFloat16[Array, "B L H Dk"],
     k: BFloat16[Array, "B M H Dk"],
     geometry: Geometry,
     interpret: Any,
-) -> tuple[BFloat16[Array, "B H I 128 W"], Float[Array, "B H L"], Float[Array, "B H L"]]:
-    """Weights in the band, what turns them into a softmax, and logsumexp in powers of 2."""
+) -> FirstWeights:
+    """Weights in the band of scores of which nothing is known yet."""
     weights, sums = _make_weights(band, q, k, None, geometry, interpret)
     rows, heads, tiles = geometry.shape[:3]
     count = jnp.arange(tiles) + geometry.offset + 1 - band.first
@@ -223,15 +241,16 @@ def make_first_weights(
     # Not a number is not kept either.
     is_bad = jnp.logical_not(jnp.abs(lse) <= _LARGEST_LOG).any(axis=3).astype(jnp.int32)
     lse, scale = (a.reshape(rows, heads, tiles * TILE) for a in (lse, scale))
-    return _repair(band, is_bad, q, k, weights, scale, lse, geometry, interpret)
+    repaired, scale, lse = _repair(band, is_bad, q, k, scale, lse, geometry, interpret)
+    return FirstWeights(weights, repaired, is_bad, scale, lse)
 
 
 def _repair_kernel(
-    pipe, band, is_bad, q, k, scale, lse, weights, results, q_s, k_s, p_s, q_full, *, geometry
+    pipe, band, is_bad, q, k, scale, lse, results, q_s, k_s, p_s, q_full, *, geometry
 ):
     """Weights of a query tile's queries once more, normalized, where their sum was too far off."""
     row, head, tile = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("i")
-    new_scale, new_lse = results
+    weights, new_scale, new_lse = results
     count = count_key_tiles(band, geometry, row, tile)
     passes = jnp.where(is_bad[row, head, tile] != 0, 2, 0)
 
@@ -308,17 +327,18 @@ def _repair(
     is_bad: Int32[Array, "B H I"],
     q: Array,
     k: Array,
-    weights: Array,
     scale: Array,
     lse: Array,
     geometry: Geometry,
     interpret: Any,
 ) -> tuple[Array, Array, Array]:
-    changed = jax.new_ref(weights)
-    scale, lse = launch(
+    return launch(
         partial(_repair_kernel, geometry=geometry),
-        (band, is_bad, q, k, scale, lse, changed),
-        tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (scale, lse)),
+        (band, is_bad, q, k, scale, lse),
+        (
+            jax.ShapeDtypeStruct(geometry.shape, jnp.bfloat16),
+            *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (scale, lse)),
+        ),
         name="chunk_attention_repair",
         grid={"i": geometry.query_tiles, "h": geometry.heads, "b": geometry.rows},
         scratch=[
@@ -331,4 +351,3 @@ def _repair(
         copies=1,
         interpret=interpret,
     )
-    return jax.freeze(changed), scale, lse
