@@ -57,8 +57,8 @@ def chunk_attention(
         positions[:, 0]. It counts for the row's first document only.
       dropout: drops attention at random; None does not.
       implementation: "reference" (dense, L x (C + L) scores), "xla" (blocks, any platform),
-        "mosaic_gpu" (kernels for NVIDIA Hopper; bfloat16, no dropout, not yet timed), "pallas_tpu"
-        (kernels for TPU; no dropout), or None for the fastest known here.
+        "mosaic_gpu" (kernels for NVIDIA Hopper; bfloat16, no dropout, the default there from 512
+        tokens on), "pallas_tpu" (kernels for TPU; no dropout), or None for the fastest known here.
 
     Returns:
       The outputs, and the next cache if one came in. A row of padding alone keeps its cache.
@@ -85,8 +85,14 @@ def chunk_attention(
 def _choose(
     q: Array, v: Array, chunk_size: int, dropout: AttentionDropout | None
 ) -> Implementation:
-    """The faster by the TPU compiler's estimate, which README.md has."""
+    """The fastest by README.md's measurements (Hopper) and the TPU compiler's estimates."""
     dtypes, target = {q.dtype, v.dtype}, find_target()
+    if (
+        target.is_hopper
+        and q.shape[1] >= mosaic_gpu.SHORTEST_LENGTH
+        and mosaic_gpu.can_run(q, v, dropout)
+    ):
+        return "mosaic_gpu"
     if (
         target.kind in TPUS_FASTER_THAN_XLA
         and q.shape[1] >= SHORTEST_LENGTH

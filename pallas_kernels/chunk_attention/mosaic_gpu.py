@@ -1,11 +1,10 @@
-"""Chunk attention on Hopper GPUs: what surrounds the kernels of `mosaic_gpu_kernels`."""
+"""Chunk attention on Hopper: what surrounds `mosaic_gpu_weights` and `mosaic_gpu_products`."""
 
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
@@ -15,18 +14,16 @@ from pallas_kernels.chunk_attention.interface import (
     KeyValueCache,
 )
 from pallas_kernels.chunk_attention.intervals import align_right, interval_starts, next_cache
-from pallas_kernels.chunk_attention.mosaic_gpu_kernels import (
-    TILE,
-    Band,
-    Geometry,
-    band_product,
-    band_transpose_product,
-    make_weights,
-    score_gradient,
-)
+from pallas_kernels.chunk_attention.mosaic_gpu_band import TILE, Geometry, find_band
+from pallas_kernels.chunk_attention.mosaic_gpu_products import band_product, score_gradient
+from pallas_kernels.chunk_attention.mosaic_gpu_weights import make_first_weights, make_weights
 from pallas_kernels.residuals import keep
 from pallas_kernels.target import check_hopper, is_interpreted
 
+# Shorter rows were not timed against `xla`; one query, a decoding step, fills 1/128 of a tile.
+SHORTEST_LENGTH = 512
+# A tile of queries and two of keys of this width fill shared memory.
+_WIDEST_KEY = 256
 # Widths of heads that the kernels' tiles are made for: multiples of the first, above the second
 # multiples of the second. Others are padded in a copy.
 _NARROW, _WIDE = 64, 256
@@ -35,6 +32,8 @@ _NARROW, _WIDE = 64, 256
 class _Options(NamedTuple):
     width: int
     left: int
+    period: int
+    is_regular: bool
     interpret: Any
 
 
@@ -51,14 +50,15 @@ def chunk_attention(
     """The kernels; arguments as in `api.chunk_attention`.
 
     Raises:
-      ValueError: operands that are not bfloat16, dropout, or a device that is no Hopper GPU.
+      ValueError: operands that are not bfloat16, key heads wider than 256, dropout, or a device
+        that is no Hopper GPU.
     """
     _check(q, v, dropout)
     B, L = q.shape[:2]
     index = jnp.arange(L, dtype=jnp.int32)
     if positions is None:
         starts = jnp.broadcast_to(index - index % chunk_size, (B, L))
-        out = attend(q, k, v, starts, left=0, chunk_size=chunk_size)
+        out = attend(q, k, v, starts, left=0, chunk_size=chunk_size, is_from_zero=True)
         return ChunkAttentionOutput(out, None)
     left = 0 if cache is None else chunk_size
     held = jnp.zeros((B, 1), jnp.int32) if cache is None else positions[:, :1] % chunk_size
@@ -79,15 +79,26 @@ def chunk_attention(
     return ChunkAttentionOutput(out, cache)
 
 
+def can_run(q: Array, v: Array, dropout: AttentionDropout | None) -> bool:
+    """Whether the kernels compute this on a GPU that they are made for."""
+    return _find_reason_against(q, v, dropout) is None
+
+
 def _check(q: Array, v: Array, dropout: AttentionDropout | None) -> None:
     check_hopper("mosaic_gpu")
+    reason = _find_reason_against(q, v, dropout)
+    if reason is not None:
+        raise ValueError(f"{reason}; use implementation 'xla'")
+
+
+def _find_reason_against(q: Array, v: Array, dropout: AttentionDropout | None) -> str | None:
     if q.dtype != jnp.bfloat16 or v.dtype != jnp.bfloat16:
-        raise ValueError(
-            f"mosaic_gpu multiplies bfloat16, q is {q.dtype} and v {v.dtype}; cast them, or use "
-            "implementation 'xla'"
-        )
+        return f"mosaic_gpu multiplies bfloat16, q is {q.dtype} and v {v.dtype}"
+    if q.shape[3] > _WIDEST_KEY:
+        return f"mosaic_gpu takes key heads at most {_WIDEST_KEY} wide, q's are {q.shape[3]}"
     if dropout is not None and dropout.rate > 0:
-        raise ValueError("mosaic_gpu has no attention dropout; use implementation 'xla'")
+        return "mosaic_gpu has no attention dropout"
+    return None
 
 
 def _pad_width(a: Array) -> Array:
@@ -104,6 +115,7 @@ def attend(
     *,
     left: int,
     chunk_size: int,
+    is_from_zero: bool = False,
 ) -> Float[Array, "B L H Dv"]:
     """softmax(q kᵀ) v of every query t over keys starts[t] .. left + t, M = left + L.
 
@@ -115,6 +127,7 @@ def attend(
         for a query that sees nothing and gives 0.
       left: keys before the first query's own.
       chunk_size: no query sees more keys.
+      is_from_zero: whether rows are one document that starts at position 0.
     """
     length, value_width, extra = q.shape[1], v.shape[3], -left % TILE
     q, k, v = (_pad_width(a) for a in (q, k, v))
@@ -125,30 +138,23 @@ def attend(
     tiles = -(-(chunk_size - 1) // TILE) + 1
     width = min(tiles, k.shape[1] // TILE)
     interpret = plgpu.InterpretGPUParams() if is_interpreted() else None
-    options = _Options(width, left + extra, interpret)
+    is_regular = is_from_zero and chunk_size % TILE == 0
+    options = _Options(width, left + extra, -(-chunk_size // TILE), is_regular, interpret)
     return _attend(options, q, k, v, starts)[:, :length, :, :value_width]
-
-
-def _find_band(starts: Int32[Array, "B L"], geometry: Geometry) -> Band:
-    rows = starts.shape[0]
-    query_tile = jnp.arange(geometry.query_tiles, dtype=jnp.int32)
-    own = query_tile + geometry.offset
-    index = jnp.arange(starts.shape[1], dtype=jnp.int32) + geometry.offset * TILE
-    live = starts <= index
-    by_tile = (rows, geometry.query_tiles, TILE)
-    least = jnp.where(live, starts, jnp.iinfo(jnp.int32).max).reshape(by_tile).min(-1) // TILE
-    # A tile that sees nothing looks at its own keys; later tiles never look at earlier keys.
-    first = lax.cummax(jnp.minimum(least, own), axis=1)
-    most = jnp.where(live, starts, jnp.iinfo(jnp.int32).max - TILE).reshape(by_tile).max(-1)
-    key_tile = jnp.arange(geometry.offset + geometry.query_tiles, dtype=jnp.int32)
-    sees = first[:, :, None] <= key_tile
-    last = jnp.where(sees, query_tile[:, None], -1).max(axis=1)
-    return Band(starts, first, (most + TILE - 1) // TILE, last.astype(jnp.int32))
 
 
 def _geometry(options: _Options, q: Array) -> Geometry:
     rows, length, heads, _ = q.shape
-    return Geometry(rows, heads, length // TILE, options.left // TILE, options.width)
+    query_tiles = length // TILE
+    return Geometry(
+        rows=rows,
+        heads=heads,
+        query_tiles=query_tiles,
+        offset=options.left // TILE,
+        width=options.width,
+        period=min(options.period, query_tiles),
+        is_regular=options.is_regular,
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -158,11 +164,13 @@ def _attend(options: _Options, q: Array, k: Array, v: Array, starts: Array) -> A
 
 def _attend_forward(options, q, k, v, starts):
     geometry = _geometry(options, q)
-    band = _find_band(starts, geometry)
-    weights, lse = make_weights(band, q, k, None, geometry, options.interpret)
-    out, lse = keep(
-        (band_product(band, weights, v, geometry, options.interpret), lse), "chunk_attention"
+    band = find_band(starts, geometry)
+    first = make_first_weights(band, q, k, geometry, options.interpret)
+    repaired = first.repaired, first.is_repaired
+    out = band_product(
+        band, first.weights, v, first.scale, geometry, options.interpret, repaired=repaired
     )
+    out, lse = keep((out, first.lse), "chunk_attention")
     return out, (q, k, v, out, lse, band)
 
 
@@ -170,12 +178,12 @@ def _attend_backward(options, kept, do):
     q, k, v, out, lse, band = kept
     geometry = _geometry(options, q)
     arguments = geometry, options.interpret
-    weights, _ = make_weights(band, q, k, lse, *arguments)
-    dv = band_transpose_product(band, weights, do, *arguments)
+    weights = make_weights(band, q, k, lse, *arguments)
+    dv = band_product(band, weights, do, None, *arguments, is_transposed=True)
     delta = jnp.sum(do.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     ds = score_gradient(band, weights, do, v, jnp.swapaxes(delta, 1, 2), *arguments)
-    dq = band_product(band, ds, k, *arguments)
-    dk = band_transpose_product(band, ds, q, *arguments)
+    dq = band_product(band, ds, k, None, *arguments)
+    dk = band_product(band, ds, q, None, *arguments, is_transposed=True)
     return dq, dk, dv, None
 
 

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -15,31 +14,47 @@ _TRANSFORMS: Any = (
     plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
     plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
 )
+# Public, but type checkers do not see it.
+Accumulator = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+# Rows of a tile that one warpgroup multiplies, and how a number for each lies in its registers.
+ROWS = 64
+ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
+# Of an H100 SXM and an H200; with fewer, blocks queue.
+_MULTIPROCESSORS = 132
+# Blocks of an interpreted kernel: few, so that each has several units of work.
+_INTERPRETED_BLOCKS = 3
 
 
 class Pipeline(NamedTuple):
-    """Slots of shared memory between the copying warpgroup and the multiplying ones."""
+    """Slots of shared memory between the copying warpgroup and the multiplying ones.
+
+    Steps are counted from the kernel's start.
+    """
 
     full: Any
     free: Any
     count: int
 
-    def fill(self, steps: Any, copy: Callable[[Any, Any, Any], None]) -> None:
-        """Runs `copy(step, slot, barrier)` ahead of the others."""
+    def fill(self, first: Any, steps: Any, copy: Callable[[Any, Any, Any], None]) -> None:
+        """Runs `copy(step, slot, barrier)` ahead of the others, counting from `first`."""
 
-        def wait(step, _):
-            plgpu.barrier_wait(self.free.at[lax.rem(step, self.count)])
-            return ()
-
-        def body(step, _):
+        def body(i, _):
+            step = first + i
             slot = lax.rem(step, self.count)
             pl.when(step >= self.count)(partial(plgpu.barrier_wait, self.free.at[slot]))
-            copy(step, slot, self.full.at[slot])
+            copy(i, slot, self.full.at[slot])
             return ()
 
         lax.fori_loop(0, steps, body, ())
-        # Barriers end with every arrival seen.
-        lax.fori_loop(jnp.maximum(steps - self.count, 0), steps, wait, ())
+
+    def drain(self, steps: Any) -> None:
+        """Waits until all of `steps` steps have been used."""
+
+        def body(step, _):
+            plgpu.barrier_wait(self.free.at[lax.rem(step, self.count)])
+            return ()
+
+        lax.fori_loop(lax.max(steps - self.count, 0), steps, body, ())
 
     def multiply(self, first: Any, steps: Any, add: Callable[[Any, Any], None]) -> None:
         """Runs `add(step, slot)`, one wgmma each, over slots as they fill."""
@@ -48,7 +63,7 @@ class Pipeline(NamedTuple):
             step = first + i
             slot = lax.rem(step, self.count)
             plgpu.barrier_wait(self.full.at[slot])
-            add(step, slot)
+            add(i, slot)
             # The product before this one is done with its slot.
             plgpu.wgmma_wait(1)
             before = lax.rem(step + self.count - 1, self.count)
@@ -61,7 +76,7 @@ class Pipeline(NamedTuple):
         pl.when(steps > 0)(lambda: plgpu.barrier_arrive(self.free.at[final]))
 
 
-def staged(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+def staged(*shape: int, dtype: Any = jax.numpy.bfloat16) -> Any:
     """Shared memory that wgmma reads."""
     return plgpu.SMEM(shape, dtype, transforms=_TRANSFORMS)
 
@@ -123,6 +138,16 @@ def launch(
     return jax.tree.unflatten(out_structure, results)
 
 
+def load_rows(numbers: Any) -> Any:
+    """A number for each of a warpgroup's rows from global memory."""
+    return plgpu.load(numbers, layout=ROW_LAYOUT, optimized=False)
+
+
+def count_blocks(units: int, interpret: Any) -> int:
+    """Blocks that stay on their multiprocessor and share `units` units of work."""
+    return min(units, _MULTIPROCESSORS if interpret is None else _INTERPRETED_BLOCKS)
+
+
 def by_warpgroup(copy: Callable[[], None], compute: Callable[[Any], None]) -> None:
     """`compute(0)` and `compute(1)` in two warpgroups, `copy()` in the third."""
     warpgroup = lax.axis_index("warpgroup")
@@ -136,11 +161,3 @@ def by_warpgroup(copy: Callable[[], None], compute: Callable[[Any], None]) -> No
     def _():
         plgpu.set_max_registers(40, action="decrease")
         copy()
-
-
-def store(buffer: Any, target: Any, value: Any) -> None:
-    """Writes registers to global memory through shared memory."""
-    buffer[...] = value.astype(buffer.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(buffer, target)
-    plgpu.wait_smem_to_gmem(0)
