@@ -238,7 +238,7 @@ class RowwiseCase(OpCase):
     op = "rowwise"
     implementations = ("reference", *get_args(rowwise.Implementation))
     limit = "memory"
-    modes = ("plain",)
+    modes: ClassVar[tuple[Mode, ...]] = ("plain",)
 
     channels: int
     function: Literal["rms_norm", "layer_norm", "silu", "silu_gate"]

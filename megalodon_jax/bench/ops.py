@@ -247,7 +247,7 @@ def measure_cases(
     """Measures case after case; prints each one's name first."""
     for case in SMALL_CASES if options.small else CASES:
         chosen = _implementations(case, options)
-        modes = [mode for mode in case.modes if mode in options.mode]
+        modes: list[Mode] = [mode for mode in case.modes if mode in options.mode]
         if case.op not in options.op or not chosen or not modes:
             continue
         print(f"\n{case.op}  {case}\n{_HEADER}", flush=True)

@@ -107,8 +107,8 @@ def run(
     blocks = pl.cdiv(count, per_block)
     shapes = Results(
         *(
-            jax.tree.map(partial(jax.ShapeDtypeStruct, shape), dtypes)
-            for shape, dtypes in zip(((count, width), (blocks, width), (count,)), out, strict=True)
+            jax.tree.map(partial(jax.ShapeDtypeStruct, size), dtypes)
+            for size, dtypes in zip(((count, width), (blocks, width), (count,)), out, strict=True)
         )
     )
     arrays, structure = jax.tree.flatten(operands)
