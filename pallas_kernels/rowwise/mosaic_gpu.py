@@ -253,7 +253,7 @@ def _forward(options: _Options, rows: tuple, vectors: tuple):
         Operands(rows, vectors),
         Results((options.dtype,), moments=(jnp.float32,) * operation.num_moments),
         options.forward,
-        name=f"{operation.name}_forward",
+        name=f"rowwise_{operation.name}_forward",
         interpret=options.interpret,
     )
     return results.rows[0], (rows, vectors, results.moments)
@@ -270,7 +270,7 @@ def _backward(options: _Options, kept: tuple, cotangent: Array):
             jax.tree.map(lambda vector: vector.dtype, vectors),
         ),
         options.backward,
-        name=f"{operation.name}_backward",
+        name=f"rowwise_{operation.name}_backward",
         interpret=options.interpret,
     )
     gradients = results.rows if operation.num_gradients > 1 else results.rows * len(rows)

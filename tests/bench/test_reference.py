@@ -1,6 +1,7 @@
 """`bench reference` trains in three ways on the same crops of a text."""
 
 import argparse
+import dataclasses
 
 import numpy as np
 import pytest
@@ -29,12 +30,15 @@ def test_a_short_text_is_refused():
 
 
 @pytest.mark.slow
-def test_default_and_reference_agree(tmp_path, capsys, monkeypatch):
-    both = reference.configurations(argparse.Namespace(**OPTIONS))
-    del both["reference"]
-    monkeypatch.setattr(reference, "configurations", lambda options: both)
+def test_a_way_learns_its_text(tmp_path, capsys, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_bytes(b"A sentence that comes again. " * 40)
-    curves = reference.run(argparse.Namespace(text=str(text), **OPTIONS))
-    np.testing.assert_allclose(curves["default"], curves["float32"], rtol=3e-3)
+    ways = reference.configurations(argparse.Namespace(**OPTIONS))
+    assert set(ways) == {"float32", "reference", "default"}
+    portable = dataclasses.replace(ways["default"].model, dtype="float32")
+    one = dataclasses.replace(ways["default"], model=portable)
+    monkeypatch.setattr(reference, "configurations", lambda options: {"float32": one})
+    curve = reference.run(argparse.Namespace(text=str(text), **OPTIONS))["float32"]
+    assert len(curve) == 3
+    assert curve[-1] < curve[0]
     assert "distance from float32" in capsys.readouterr().out

@@ -125,7 +125,10 @@ def test_pieces_with_carried_state_equal_one_call(implementation, make_case, rel
     assert relative_error(np.asarray(state), np.asarray(whole.state)) <= 1e-6
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+# Not "mosaic_gpu": half a minute in the interpreter, and packed rows are compared with float64 above.
+@pytest.mark.parametrize(
+    "implementation", [name for name in IMPLEMENTATIONS if name != "mosaic_gpu"]
+)
 def test_packed_documents_equal_documents_alone(
     implementation, make_case, outputs_and_gradients, relative_error
 ):

@@ -52,7 +52,7 @@ def test_kernels_fit_into_registers(name, width):
     usage = {kernel.name: kernel for kernel in ptxas_usage(compiled)}
     choices = NORMS[name][width] if name in NORMS else GATES
     for direction, choice in zip(("forward", "backward"), choices, strict=True):
-        kernel = usage.pop(f"{name}_{direction}")
+        kernel = usage.pop(f"rowwise_{name}_{direction}")
         print(f"{kernel.name} at {width}: {kernel.registers} registers")
         assert kernel.spill_bytes == 0
         assert choice.blocks > MOST_BLOCKS or kernel.registers * 128 * choice.blocks <= REGISTERS
@@ -76,5 +76,5 @@ def test_a_block_uses_them(monkeypatch):
     gradient = jax.jit(jax.grad(jax.checkpoint(loss), argnums=(0, 1)))
     program = gradient.trace(state, x).lower(lowering_platforms=("cuda",)).as_text()
     for kernel in ("rms_norm", "layer_norm", "silu", "silu_gate"):
-        assert f"{kernel}_forward_mosaic_gpu" in program
-        assert f"{kernel}_backward_mosaic_gpu" in program
+        assert f"rowwise_{kernel}_forward_mosaic_gpu" in program
+        assert f"rowwise_{kernel}_backward_mosaic_gpu" in program
