@@ -125,7 +125,7 @@ def test_pieces_with_carried_state_equal_one_call(implementation, make_case, rel
     assert relative_error(np.asarray(state), np.asarray(whole.state)) <= 1e-6
 
 
-# Not "mosaic_gpu": half a minute in the interpreter, and packed rows are compared with float64 above.
+# Not "mosaic_gpu": half a minute in the interpreter, and its packed rows meet float64 above.
 @pytest.mark.parametrize(
     "implementation", [name for name in IMPLEMENTATIONS if name != "mosaic_gpu"]
 )
