@@ -276,12 +276,36 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many parts the run is split into along each axis; one of them may be -1: the rest."""
+
+    replica: int = 1
+    """Whole copies of the weights: the slices of a multi-slice job, or plain data parallelism."""
+    data: int = 1
+    """Parts of the batch; weights and optimizer state are split over them too (FSDP)."""
+    chunk: int = 1
+    """Parts of the sequence; each holds whole attention chunks."""
+    model: int = 1
+    """Parts of heads, features and vocabulary (tensor parallelism)."""
+
+    def __post_init__(self) -> None:
+        sizes = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        for name, size in sizes.items():
+            _require(size == -1 or size >= 1, f"mesh.{name} is {size}; use 1 or more, or -1")
+        _require(
+            list(sizes.values()).count(-1) <= 1,
+            "mesh has -1 more than once; only one axis can take the devices that are left",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     run_dir: str = "runs/default"
     """Directory of the run's checkpoints, logs and resolved configuration."""
     steps: int = 1000

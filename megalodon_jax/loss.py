@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 from jax import numpy as jnp
 
+from megalodon_jax.sharding import axes, axis_size, is_split, mapped
 from megalodon_jax.typing import Array, Bool, Float, Float32, Int32
 
 
@@ -48,6 +49,34 @@ def cross_entropy(
       z_loss: weight of log(Z)^2, which keeps the scores near zero (PaLM, section 5).
       chunk_size: tokens whose scores exist at a time.
     """
+    options = {"z_loss": z_loss, "chunk_size": chunk_size}
+    if not is_split():
+        return _sums(hidden, output_matrix, targets, weights, vocab_axis=None, **options)
+    vocab_axis = "model" if axis_size("model") > 1 else None
+
+    def of_part(*arrays: Array) -> LossOutput:
+        sums = _sums(*arrays, vocab_axis=vocab_axis, **options)
+        return jax.lax.psum(sums, ("replica", "data", "chunk"))
+
+    tokens = axes("batch", "length")
+    return mapped(
+        of_part,
+        inputs=(axes("batch", "length", None), axes(None, "vocab"), tokens, tokens),
+        outputs=LossOutput(*[axes()] * 4),
+    )(hidden, output_matrix, targets, weights)
+
+
+def _sums(
+    hidden: Float[Array, "B L D"],
+    output_matrix: Float[Array, "D V"],
+    targets: Int32[Array, "B L"],
+    weights: Float32[Array, "B L"],
+    *,
+    z_loss: float,
+    chunk_size: int,
+    vocab_axis: str | None,
+) -> LossOutput:
+    """Of one device's tokens; over `vocab_axis` of the mesh the devices share the columns."""
     B, L, _ = hidden.shape
     length = min(L, max(1, chunk_size // B))
     slices = -(-L // length)
@@ -58,12 +87,13 @@ def cross_entropy(
         return jnp.moveaxis(x, 1, 0)
 
     xs = sliced(hidden), sliced(targets), sliced(weights.astype(jnp.float32))
-    return _sum_slices(z_loss, xs[0], output_matrix, *xs[1:])
+    return _sum_slices(z_loss, vocab_axis, xs[0], output_matrix, *xs[1:])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sum_slices(
     z_loss: float,
+    vocab_axis: str | None,
     hidden: Float[Array, "S B l D"],
     matrix: Float[Array, "D V"],
     targets: Int32[Array, "S B l"],
@@ -72,7 +102,8 @@ def _sum_slices(
     matrix = matrix.astype(hidden.dtype)
 
     def add_slice(sums: LossOutput, x: tuple[Array, Array, Array]) -> tuple[LossOutput, None]:
-        return jax.tree.map(jnp.add, sums, _measure(z_loss, matrix, *x).sums), None
+        measured = _measure(z_loss, vocab_axis, matrix, *x)
+        return jax.tree.map(jnp.add, sums, measured.sums), None
 
     return jax.lax.scan(add_slice, _zero_sums(), (hidden, targets, weights))[0]
 
@@ -87,11 +118,27 @@ class _Slice(NamedTuple):
     is_correct: Bool[Array, "B l"]
 
 
-def _measure(z_loss: float, matrix: Array, hidden: Array, targets: Array, weights: Array) -> _Slice:
+def _measure(
+    z_loss: float,
+    vocab_axis: str | None,
+    matrix: Array,
+    hidden: Array,
+    targets: Array,
+    weights: Array,
+) -> _Slice:
     logits = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32)
     top = jnp.max(logits, axis=-1)
-    log_z = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    if vocab_axis is not None:
+        top = jax.lax.pmax(top, vocab_axis)
+    total = jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
+    column = _own_column(targets, matrix, vocab_axis)
+    is_own = (column >= 0) & (column < matrix.shape[1])
+    index = targets if vocab_axis is None else jnp.where(is_own, column, 0)
+    chosen = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
+    if vocab_axis is not None:
+        total = jax.lax.psum(total, vocab_axis)
+        chosen = jax.lax.psum(jnp.where(is_own, chosen, 0), vocab_axis)
+    log_z = top + jnp.log(total)
     is_correct = chosen == top
     # A weight of 0 must silence its token even if the score is not finite (padding past L).
     counted = weights != 0
@@ -105,6 +152,13 @@ def _measure(z_loss: float, matrix: Array, hidden: Array, targets: Array, weight
     return _Slice(sums, logits, log_z, token_loss, is_correct)
 
 
+def _own_column(targets: Array, matrix: Array, vocab_axis: str | None) -> Array:
+    """The target's column among this device's, outside [0, V) if another device has it."""
+    if vocab_axis is None:
+        return targets
+    return targets - jax.lax.axis_index(vocab_axis) * matrix.shape[1]
+
+
 def _zero_sums() -> LossOutput:
     return LossOutput(*[jnp.zeros((), jnp.float32)] * 4)
 
@@ -116,7 +170,7 @@ class _Gradients(NamedTuple):
     matrix: Float32[Array, "D V"]
 
 
-def _sum_slices_forward(z_loss, hidden, matrix, targets, weights):
+def _sum_slices_forward(z_loss, vocab_axis, hidden, matrix, targets, weights):
     has_z_loss, matrix_dtype = z_loss != 0, matrix.dtype
     matrix = matrix.astype(hidden.dtype)
 
@@ -129,10 +183,15 @@ def _sum_slices_forward(z_loss, hidden, matrix, targets, weights):
     def add_slice(carry, xs):
         sums, of_matrix = carry
         x, target, weight = xs
-        one = _measure(z_loss, matrix, *xs)
+        one = _measure(z_loss, vocab_axis, matrix, *xs)
         silent = (weight == 0)[..., None]
         shares = jnp.exp(one.logits - one.log_z[..., None]) * weight[..., None]
-        hit = jax.nn.one_hot(target, matrix.shape[1], dtype=jnp.float32) * weight[..., None]
+        hit = (
+            jax.nn.one_hot(
+                _own_column(target, matrix, vocab_axis), matrix.shape[1], dtype=jnp.float32
+            )
+            * weight[..., None]
+        )
         d_logits = [jnp.where(silent, 0.0, shares - hit)]
         if has_z_loss:
             factor = 2 * z_loss * one.log_z[..., None]
@@ -152,9 +211,12 @@ def _sum_slices_forward(z_loss, hidden, matrix, targets, weights):
     return sums, (gradients, of_weight, weights, jnp.zeros((), matrix_dtype))
 
 
-def _sum_slices_backward(z_loss, kept, cotangents):
+def _sum_slices_backward(z_loss, vocab_axis, kept, cotangents):
     gradients, (token_loss, log_z_squared, correct), weights, like_matrix = kept
-    factors = cotangents.loss_sum, cotangents.z_loss_sum
+    # Devices that share the vocabulary hold the same sums, and shard_map deals out the cotangents
+    # among them; each has the gradients of its own columns only.
+    shared = 1 if vocab_axis is None else jax.lax.axis_size(vocab_axis)
+    factors = shared * cotangents.loss_sum, shared * cotangents.z_loss_sum
 
     def scaled(parts: list[Array], dtype: jnp.dtype) -> Array:
         total = sum(f * part.astype(jnp.float32) for f, part in zip(factors, parts, strict=False))

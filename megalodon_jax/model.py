@@ -18,6 +18,7 @@ from megalodon_jax.modules.linear import PRODUCT, PROJECTION, WEIGHT
 from megalodon_jax.modules.parameters import axis_names, embedding_initializer
 from megalodon_jax.modules.rotary import rotation
 from megalodon_jax.modules.timestep_norm import TimestepNorm
+from megalodon_jax.sharding import constrain, is_split
 from megalodon_jax.typing import Array, Bool, Float, Float32, Int32, PRNGKey
 from pallas_kernels.chunk_attention import KeyValueCache
 from pallas_kernels.residuals import Operation
@@ -135,7 +136,7 @@ class Megalodon(nnx.Module):
             segment_ids,
         )
         embed_key, layers_key = split_key(dropout_key, 2)
-        x = self.embed(tokens)
+        x = self._embedded(tokens)
         if config.scale_emb:
             x = x * jnp.asarray(math.sqrt(config.model_dim), x.dtype)
         x = dropout(x, config.dropout, embed_key)
@@ -147,6 +148,13 @@ class Megalodon(nnx.Module):
             return HiddenOutput(hidden, None)
         position, segment = _after_last_token(cache, positions, segment_ids)
         return HiddenOutput(hidden, Cache(position, segment, layer_caches, final_state))
+
+    def _embedded(self, tokens: Int32[Array, "B L"]) -> Float[Array, "B L D"]:
+        if not is_split():
+            return self.embed(tokens)
+        table = self.embed.embedding[...].astype(self.config.dtype)
+        x = jnp.take(constrain(table, "vocab", None), tokens, axis=0)
+        return constrain(x, "batch", "length", "channels")
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float32[Array, "... V"]:
         """Scores from features after the final norm: `config.dtype` products, float32 sums."""
@@ -209,11 +217,11 @@ class Megalodon(nnx.Module):
             state, layer_cache, layer_key = layer
             block = nnx.merge(graphdef, state)
             out, layer_cache = block(x, places, cache=layer_cache, dropout_key=layer_key)
-            return out, layer_cache
+            return constrain(out, "batch", "length", "channels"), layer_cache
 
         saved = SAVED_NAMES[self.config.remat]
-        if not self.config.scan_layers and self.config.remat == "none":
-            # Rounded once a step. A loop would copy them instead.
+        if not self.config.scan_layers and self.config.remat == "none" and not is_split():
+            # Rounded once a step. A loop would copy them instead, and a mesh keep them gathered.
             saved = (*saved, WEIGHT)
         run_layer = jax.checkpoint(
             run_layer,

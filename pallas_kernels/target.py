@@ -33,10 +33,17 @@ class Target(NamedTuple):
 def find_target() -> Target:
     """The device of the mesh in use (`jax.sharding.use_abstract_mesh`), else JAX's default device.
 
+    The compiler cannot split a kernel over devices. Where it would have to, because the mesh has
+    several and this is not inside `jax.shard_map`, the kind is "several devices", which no default
+    choice knows.
+
     A function that is compiled for another device than these, such as the CPU of a machine with a
     GPU, must name its implementation.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
+    if mesh.size > 1 and len(mesh.manual_axes) < len(mesh.axis_names):
+        return Target("cpu" if device is None else _platform(device.platform), "several devices")
     if device is not None:
         return _describe(device.platform, device.device_kind)
     default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
@@ -69,7 +76,11 @@ def _wrong_device(implementation: str, needed: str, target: Target) -> ValueErro
 
 
 def _describe(platform: str, kind: str) -> Target:
-    return Target("gpu" if platform in ("cuda", "rocm") else platform, kind)
+    return Target(_platform(platform), kind)
+
+
+def _platform(name: str) -> str:
+    return "gpu" if name in ("cuda", "rocm") else name
 
 
 @contextlib.contextmanager

@@ -20,8 +20,8 @@ def test_library_example_runs():
     )
     scope: dict = {}
     exec(example.replace(preset, small), scope)
-    assert scope["logits"].shape == (2, 2000, 32_000)
-    assert scope["cache"].position.tolist() == [5000, 5000]
+    assert scope["logits"].shape == (2, 1100, 32_000)
+    assert scope["cache"].position.tolist() == [3000, 3000]
 
 
 def test_links_and_commands_exist():

@@ -16,8 +16,14 @@ from megalodon_jax.modules.norms import RMSNorm, rms_normalize
 from megalodon_jax.modules.parameters import parameter
 from megalodon_jax.modules.rotary import Rotation, rotate
 from megalodon_jax.modules.timestep_norm import TimestepNorm
+from megalodon_jax.sharding import axes, fold_in_place, mapped, sequence_axis
 from megalodon_jax.typing import Array, Float, Int32, PRNGKey
-from pallas_kernels.chunk_attention import AttentionDropout, chunk_attention
+from pallas_kernels.chunk_attention import (
+    AttentionDropout,
+    ChunkAttentionOutput,
+    KeyValueCache,
+    chunk_attention,
+)
 from pallas_kernels.rowwise import silu, silu_gate
 
 
@@ -104,16 +110,11 @@ class MegaAttention(nnx.Module):
             implementation=config.rowwise_implementation,
         )
         value = value.reshape(*u.shape[:2], config.num_heads, config.value_head_dim)
-        attended, keys_and_values = chunk_attention(
-            query,
-            key,
-            value,
-            chunk_size=config.chunk_size,
-            positions=places.positions,
-            segment_ids=places.segment_ids,
-            cache=None if cache is None else cache.keys_and_values,
-            dropout=self._attention_dropout(attention_key),
-            implementation=config.attention_implementation,
+        attended, keys_and_values = self._attend(
+            (query, key, value),
+            places,
+            None if cache is None else cache.keys_and_values,
+            attention_key,
         )
         gated = silu_gate(
             self.wr.product(m, name=PROJECTION),
@@ -144,9 +145,47 @@ class MegaAttention(nnx.Module):
         )
         return query, key
 
+    def _attend(
+        self,
+        heads: tuple[Array, Array, Array],
+        places: TokenPlaces,
+        cache: KeyValueCache | None,
+        key: PRNGKey | None,
+    ) -> ChunkAttentionOutput:
+        config = self.config
+
+        def attend(heads, positions, segment_ids, cache, key) -> ChunkAttentionOutput:
+            return chunk_attention(
+                *heads,
+                chunk_size=config.chunk_size,
+                positions=positions,
+                segment_ids=segment_ids,
+                cache=cache,
+                dropout=self._attention_dropout(key),
+                implementation=config.attention_implementation,
+                sequence_axis=sequence_axis(),
+            )
+
+        tokens, slots = axes("batch", "length"), axes("batch", None, "heads", None)
+        features = axes("batch", "length", "heads", None)
+        caches = None if cache is None else KeyValueCache(slots, slots)
+        return mapped(
+            attend,
+            inputs=(
+                (features,) * 3,
+                None if places.positions is None else tokens,
+                None if places.segment_ids is None else tokens,
+                caches,
+                None if key is None else axes(),
+            ),
+            outputs=ChunkAttentionOutput(features, caches),
+        )(heads, places.positions, places.segment_ids, cache, key)
+
     def _attention_dropout(self, key: PRNGKey | None) -> AttentionDropout | None:
         if key is None or self.config.attention_dropout == 0.0:
             return None
         return AttentionDropout(
-            rate=self.config.attention_dropout, key=key, mode=self.config.attention_dropout_mode
+            rate=self.config.attention_dropout,
+            key=fold_in_place(key),
+            mode=self.config.attention_dropout_mode,
         )

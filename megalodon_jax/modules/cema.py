@@ -8,6 +8,7 @@ from jax import numpy as jnp
 
 from megalodon_jax.config import CemaImplementation, ModelConfig
 from megalodon_jax.modules.parameters import parameter, truncated_normal
+from megalodon_jax.sharding import axes, mapped, sequence_axis
 from megalodon_jax.typing import Array, Complex64, Float, Int32
 from pallas_kernels.cema import CemaOutput, CemaParams, cema
 
@@ -24,12 +25,14 @@ class CEMA(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, N = config.model_dim, config.cema_ndim
         self.implementation: CemaImplementation | None = config.cema_implementation
-        self.alpha = parameter(0.2 * jax.random.normal(rngs.params(), (D, N)), "embed", None)
-        self.delta = parameter(0.2 * jax.random.normal(rngs.params(), (D, N)), "embed", None)
-        self.theta = parameter(_theta_start(rngs.params(), D), "embed")
+        self.alpha = parameter(0.2 * jax.random.normal(rngs.params(), (D, N)), "channels", None)
+        self.delta = parameter(0.2 * jax.random.normal(rngs.params(), (D, N)), "channels", None)
+        self.theta = parameter(_theta_start(rngs.params(), D), "channels")
         gamma = jax.random.normal(rngs.params(), (D, N))
-        self.gamma = parameter(jnp.stack([gamma, jnp.zeros_like(gamma)], -1), "embed", None, None)
-        self.omega = parameter(truncated_normal(0.25, 1.0)(rngs.params(), (D,)), "embed")
+        self.gamma = parameter(
+            jnp.stack([gamma, jnp.zeros_like(gamma)], -1), "channels", None, None
+        )
+        self.omega = parameter(truncated_normal(0.25, 1.0)(rngs.params(), (D,)), "channels")
 
     def __call__(
         self,
@@ -42,13 +45,28 @@ class CEMA(nnx.Module):
         params = CemaParams(
             self.alpha[...], self.delta[...], self.theta[...], self.gamma[...], self.omega[...]
         )
-        return cema(
-            x,
-            params,
-            state=state,
-            segment_ids=segment_ids,
-            implementation=self.implementation,
-        )
+
+        def average(x, params, state, segment_ids) -> CemaOutput:
+            return cema(
+                x,
+                params,
+                state=state,
+                segment_ids=segment_ids,
+                implementation=self.implementation,
+                sequence_axis=sequence_axis(),
+            )
+
+        features, states = axes("batch", "length", "channels"), axes("batch", "channels", None)
+        return mapped(
+            average,
+            inputs=(
+                features,
+                CemaParams(*(axes("channels", *[None] * (value.ndim - 1)) for value in params)),
+                None if state is None else states,
+                None if segment_ids is None else axes("batch", "length"),
+            ),
+            outputs=CemaOutput(features, states),
+        )(x, params, state, segment_ids)
 
 
 def _theta_start(key: Array, D: int) -> Array:

@@ -34,7 +34,7 @@ class FeedForward(nnx.Module):
             else None
         )
         self.alpha = (
-            parameter(jnp.full(D, rescale_start, config.param_dtype), "embed")
+            parameter(jnp.full(D, rescale_start, config.param_dtype), "channels")
             if config.rescale_nffn
             else None
         )

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from megalodon_jax.config import DType, ModelConfig
 from megalodon_jax.modules.parameters import kernel_initializer, parameter
+from megalodon_jax.sharding import constrain
 from megalodon_jax.typing import Array, Float, Float32
 
 # Names for policies of `jax.checkpoint`: what attention is made of, any other product, and a weight
@@ -17,31 +18,56 @@ from megalodon_jax.typing import Array, Float, Float32
 PROJECTION, PRODUCT, WEIGHT = "projection", "product", "weight"
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def mixed_matmul(
-    x: Float[Array, "... in"], kernel: Float[Array, "in out"], dtype: DType
+    x: Float[Array, "... in"],
+    kernel: Float[Array, "in out"],
+    dtype: DType,
+    axes: tuple[str | None, str | None] = (None, None),
 ) -> Float[Array, "... out"]:
     """x @ kernel with operands and result rounded to `dtype`, and sums in float32.
 
-    So is the gradient of x. The kernel's leaves in the kernel's own type.
+    So is the gradient of x. The kernel's leaves in the kernel's own type, where the kernel is.
+
+    Args:
+      x: (B, L, in) if there is a mesh.
+      kernel: weights.
+      dtype: of the product.
+      axes: logical names of the kernel's axes; a mesh gathers the side of the residual stream.
     """
-    return _forward(x, kernel, dtype)[0]
+    return _forward(x, kernel, dtype, axes)[0]
 
 
-def _forward(x: Array, kernel: Array, dtype: DType):
-    rounded, rounded_kernel = x.astype(dtype), checkpoint_name(kernel.astype(dtype), WEIGHT)
+def _forward(x: Array, kernel: Array, dtype: DType, axes: tuple[str | None, str | None]):
+    rounded = _place(x.astype(dtype), axes[0])
+    rounded_kernel = constrain(kernel.astype(dtype), *map(_gathered, axes))
+    rounded_kernel = checkpoint_name(rounded_kernel, WEIGHT)
     # An empty array carries the operands' own types to the backward pass.
     types = jnp.zeros((0,), x.dtype), jnp.zeros((0,), kernel.dtype)
-    y = _contract(rounded, rounded_kernel, ((x.ndim - 1,), (0,)), dtype)
+    y = _place(_contract(rounded, rounded_kernel, ((x.ndim - 1,), (0,)), dtype), _result(axes[1]))
     return y, (rounded, rounded_kernel, types)
 
 
-def _backward(dtype: DType, residuals: tuple[Array, Array, tuple[Array, Array]], g: Array):
+def _backward(dtype: DType, axes: tuple[str | None, str | None], residuals: Any, g: Array):
     x, kernel, (like_x, like_kernel) = residuals
+    g = _place(g, _gathered(axes[1]))
     leading = tuple(range(x.ndim - 1))
-    dx = _contract(g, kernel, ((g.ndim - 1,), (1,)), dtype)
-    dkernel = _contract(x, g, (leading, leading), jnp.float32)
+    dx = _place(_contract(g, kernel, ((g.ndim - 1,), (1,)), dtype), _result(axes[0]))
+    dkernel = constrain(_contract(x, g, (leading, leading), jnp.float32), *axes)
     return dx.astype(like_x.dtype), dkernel.astype(like_kernel.dtype)
+
+
+def _gathered(axis: str | None) -> str | None:
+    return None if axis == "embed" else axis
+
+
+def _result(axis: str | None) -> str | None:
+    """Where a product's sums over devices are left: the residual stream is split by channels."""
+    return "channels" if axis == "embed" else axis
+
+
+def _place(x: Array, last: str | None) -> Array:
+    return constrain(x, "batch", "length", _gathered(last)) if x.ndim == 3 else x
 
 
 def _contract(a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]], out: Any) -> Array:
@@ -79,6 +105,7 @@ class Linear(nnx.Module):
         dtype = jnp.dtype(config.param_dtype)
         initialize = kernel_initializer(config.init_mode)
         self.dtype: DType = config.dtype
+        self.axes = axes
         self.kernel = parameter(
             initialize(rngs.params(), (in_features, out_features), dtype), *axes
         )
@@ -94,7 +121,7 @@ class Linear(nnx.Module):
         self, x: Float[Array, "... in"], *, name: str | None = None
     ) -> Float[Array, "... out"]:
         """X W, rounded to `config.dtype`, under a name for policies if there is one."""
-        y = mixed_matmul(x, self.kernel[...], self.dtype)
+        y = mixed_matmul(x, self.kernel[...], self.dtype, self.axes)
         return y if name is None else checkpoint_name(y, name)
 
     def add_bias(self, product: Float[Array, "... out"]) -> Float32[Array, "... out"]:

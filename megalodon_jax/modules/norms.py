@@ -24,7 +24,7 @@ class RMSNorm(nnx.Module):
         self.dtype = config.dtype
         self.implementation: RowwiseImplementation | None = config.rowwise_implementation
         zeros = jnp.zeros(config.model_dim, config.param_dtype)
-        self.weight = parameter(zeros, "embed") if config.norm_affine else None
+        self.weight = parameter(zeros, "channels") if config.norm_affine else None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return rms_norm(
@@ -44,8 +44,8 @@ class LayerNorm(nnx.Module):
         self.dtype = config.dtype
         self.implementation: RowwiseImplementation | None = config.rowwise_implementation
         zeros = jnp.zeros(config.model_dim, config.param_dtype)
-        self.weight = parameter(zeros, "embed") if config.norm_affine else None
-        self.bias = parameter(zeros, "embed") if config.norm_affine else None
+        self.weight = parameter(zeros, "channels") if config.norm_affine else None
+        self.bias = parameter(zeros, "channels") if config.norm_affine else None
 
     def __call__(
         self,

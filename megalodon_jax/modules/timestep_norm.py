@@ -5,6 +5,7 @@ from jax import numpy as jnp
 
 from megalodon_jax.config import Implementation, ModelConfig
 from megalodon_jax.modules.parameters import parameter
+from megalodon_jax.sharding import axes, axis_size, mapped, sequence_axis
 from megalodon_jax.typing import Array, Float, Int32
 from pallas_kernels.timestep_norm import (
     TimestepNormOutput,
@@ -27,8 +28,8 @@ class TimestepNorm(nnx.Module):
         self.eps = config.norm_eps
         self.dtype = config.dtype
         self.implementation: Implementation | None = config.timestep_norm_implementation
-        self.weight = parameter(jnp.zeros(config.model_dim, config.param_dtype), "embed")
-        self.bias = parameter(jnp.zeros(config.model_dim, config.param_dtype), "embed")
+        self.weight = parameter(jnp.zeros(config.model_dim, config.param_dtype), "channels")
+        self.bias = parameter(jnp.zeros(config.model_dim, config.param_dtype), "channels")
         self.prior_count = config.norm_prior_count
         prior = jnp.zeros(self.num_groups, jnp.float32)
         has_prior = self.prior_count > 0
@@ -43,18 +44,44 @@ class TimestepNorm(nnx.Module):
         state: TimestepNormState | None = None,
     ) -> TimestepNormOutput:
         """Normalizes x; see `pallas_kernels.timestep_norm.timestep_norm` for the arguments."""
-        y, state = timestep_norm(
+
+        def normalize(x, scale, bias, state, prior, segment_ids) -> TimestepNormOutput:
+            return timestep_norm(
+                x,
+                scale,
+                bias,
+                num_groups=self.num_groups // axis_size("model"),
+                eps=self.eps,
+                state=state,
+                prior=prior,
+                segment_ids=segment_ids,
+                implementation=self.implementation,
+                sequence_axis=sequence_axis(),
+            )
+
+        features, channels = axes("batch", "length", "channels"), axes("channels")
+        moments = TimestepNormState(axes("batch"), *[axes("batch", "norm_groups")] * 2)
+        prior = self._prior()
+        y, last = mapped(
+            normalize,
+            inputs=(
+                features,
+                channels,
+                channels,
+                None if state is None else moments,
+                None if prior is None else TimestepNormState(axes(), *[axes("norm_groups")] * 2),
+                None if segment_ids is None else axes("batch", "length"),
+            ),
+            outputs=TimestepNormOutput(features, moments),
+        )(
             x,
             1.0 + self.weight[...].astype(jnp.float32),
             self.bias[...].astype(jnp.float32),
-            num_groups=self.num_groups,
-            eps=self.eps,
-            state=state,
-            prior=self._prior(),
-            segment_ids=segment_ids,
-            implementation=self.implementation,
+            state,
+            prior,
+            segment_ids,
         )
-        return TimestepNormOutput(y.astype(self.dtype), state)
+        return TimestepNormOutput(y.astype(self.dtype), last)
 
     def init_state(self, batch_size: int) -> TimestepNormState:
         """The state of a document that has not begun."""

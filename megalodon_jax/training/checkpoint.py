@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import Mesh
 
 from megalodon_jax.config import ConfigError, ModelConfig, TrainConfig, config_from_dict
 from megalodon_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -198,8 +199,13 @@ class RunCheckpoints:
                 f"checkpoint {self._path(step)} holds no usable configuration: {error}"
             ) from error
 
-    def restore(self, step: int, config: TrainConfig) -> RestoredRun:
-        """Reads one checkpoint to go on with `config`.
+    def restore(self, step: int, config: TrainConfig, mesh: Mesh | None = None) -> RestoredRun:
+        """Reads one checkpoint to go on with `config`, whatever mesh wrote it.
+
+        Args:
+          step: which one.
+          config: the run that goes on.
+          mesh: devices; None: those of `config.mesh`.
 
         Raises:
           CheckpointError: it is damaged.
@@ -207,7 +213,7 @@ class RunCheckpoints:
         """
         saved, _ = self.read_run(step)
         check_same_model(saved.model, config.model, self._path(step))
-        abstract = abstract_state(config)
+        abstract = abstract_state(config, mesh)
         items = self._restore(
             step,
             params=ocp.args.StandardRestore(_abstract_by_name(abstract.params)),
@@ -216,7 +222,7 @@ class RunCheckpoints:
         )
         # Committed like the other arrays, or the train step would be compiled twice.
         state = TrainState(
-            jax.device_put(jnp.asarray(step, jnp.int32), jax.devices()[0]),
+            jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding),
             _from_names(abstract.params, items["params"]),
             _from_names(abstract.opt_state, items["opt_state"]),
         )

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from megalodon_jax.config import ConfigError, TrainConfig
 from megalodon_jax.data.loader import Loader, make_loader
@@ -40,6 +41,8 @@ from megalodon_jax.training.step import (
     init_state,
     make_eval_step,
     make_train_step,
+    mesh_of,
+    state_shardings,
 )
 from megalodon_jax.typing import Batch
 
@@ -81,6 +84,7 @@ def train(config: TrainConfig) -> TrainResult:
       CheckpointError: a checkpoint could not be written, or none could be read to resume from.
       TrainingError: the loss became NaN or infinite.
     """
+    mesh = mesh_of(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(tokenizer, config)
     with ExitStack() as stack:
@@ -90,14 +94,23 @@ def train(config: TrainConfig) -> TrainResult:
         checkpoints = stack.enter_context(
             RunCheckpoints(config.run_dir, keep=config.keep_checkpoints)
         )
-        graphdef, state = _first_state(config, loader, checkpoints)
+        graphdef, state = _first_state(config, mesh, loader, checkpoints)
         log = _open_log(config, first_step=int(state.step))
         stack.callback(log.close)
         display = stack.enter_context(
             ProgressDisplay(first_step=int(state.step), steps=config.steps)
         )
         run = _Run(
-            config, tokenizer, loader, heldout_loader, graphdef, state, checkpoints, log, display
+            config,
+            mesh,
+            tokenizer,
+            loader,
+            heldout_loader,
+            graphdef,
+            state,
+            checkpoints,
+            log,
+            display,
         )
         run.advance(stop)
         return run.finish(stop)
@@ -124,7 +137,7 @@ def _open_loaders(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Loader, Lo
 
 
 def _first_state(
-    config: TrainConfig, loader: Loader, checkpoints: RunCheckpoints
+    config: TrainConfig, mesh: Mesh, loader: Loader, checkpoints: RunCheckpoints
 ) -> tuple[nnx.GraphDef, TrainState]:
     if not config.resume:
         if steps := checkpoints.steps():
@@ -132,16 +145,17 @@ def _first_state(
                 f"{config.run_dir} already has checkpoints (newest: step {steps[-1]}) and nothing "
                 "is overwritten; go on from them with --resume, or choose another --run_dir"
             )
-        graphdef, state = init_state(config)
+        graphdef, state = init_state(config, mesh)
         if config.init_from:
             model, source = load_model(config.init_from)
             check_same_model(source.model, config.model, config.init_from)
-            state = state._replace(params=nnx.state(model, nnx.Param))
+            places = state_shardings(config, mesh).params
+            state = state._replace(params=jax.device_put(nnx.state(model, nnx.Param), places))
         return graphdef, state
     damaged: list[int] = []
     restored = newest_readable(
         checkpoints,
-        lambda step: checkpoints.restore(step, config),
+        lambda step: checkpoints.restore(step, config, mesh),
         on_damaged=lambda step, _: damaged.append(step),
     )
     for step in damaged:
@@ -216,6 +230,7 @@ class _Run:
     def __init__(
         self,
         config: TrainConfig,
+        mesh: Mesh,
         tokenizer: Tokenizer,
         loader: Loader,
         heldout_loader: Loader | None,
@@ -234,11 +249,11 @@ class _Run:
         self.checkpoints = checkpoints
         self.log = log
         self.display = display
-        self.devices = list(jax.tree.leaves(state.params)[0].sharding.device_set)
+        self.devices = list(mesh.devices.flat)
         self.first_step = self.step = int(state.step)
         self.saved_step = self.step if config.resume else None
-        self.train_step = make_train_step(graphdef, config)
-        self.eval_step = make_eval_step(graphdef, config)
+        self.train_step = make_train_step(graphdef, config, mesh)
+        self.eval_step = make_eval_step(graphdef, config, mesh)
         self.window: list[StepMetrics] = []
         self.timed_tokens = 0.0
         self.train_loss: float | None = None
@@ -292,6 +307,8 @@ class _Run:
     def _description(self) -> str:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
         place = f"{len(self.devices)} x {self.devices[0].device_kind}"
+        unused = len(jax.devices()) - len(self.devices)
+        place += f" ({unused} more are not used: set mesh.data to -1)" if unused else ""
         resumed = f", resumed at step {self.first_step}" if self.first_step else ""
         return f"{count:,} parameters on {place}, run_dir {self.config.run_dir}{resumed}"
 
@@ -389,7 +406,9 @@ class _Run:
         self.saved_step = self.step
 
     def _sample(self) -> str:
-        model = nnx.merge(self.graphdef, self.state.params)
+        # One row cannot be shared: a model too large for one device needs sample_tokens = 0.
+        params = jax.device_put(self.state.params, self.devices[0])
+        model = nnx.merge(self.graphdef, params)
         new = stream_text(
             model,
             self.tokenizer,

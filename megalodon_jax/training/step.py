@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from megalodon_jax.config import ModelConfig, TrainConfig
 from megalodon_jax.loss import LossOutput, cross_entropy
 from megalodon_jax.model import Megalodon
+from megalodon_jax.sharding import batch_sharding, check_fits, make_mesh, shardings_of
 from megalodon_jax.training.optim import apply_updates, learning_rate_schedule, make_optimizer
 from megalodon_jax.typing import Array, Batch, Float32, Int32, PRNGKey
-from pallas_kernels.target import find_target
 
 
 class TrainState(NamedTuple):
@@ -61,17 +62,23 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 EvalStep = Callable[[nnx.State, Batch], LossOutput]
 
 
-def init_state(config: TrainConfig) -> tuple[nnx.GraphDef, TrainState]:
-    """Fresh weights from `config.seed` and a fresh optimizer state.
+def init_state(config: TrainConfig, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, TrainState]:
+    """Fresh weights from `config.seed` and a fresh optimizer state, made where they will live.
+
+    The numbers do not depend on the mesh.
+
+    Args:
+      config: the run.
+      mesh: devices; None: those of `config.mesh`.
 
     Returns:
       The model's static structure, and the state of step 0.
     """
+    mesh = mesh_of(config, mesh)
     optimizer = make_optimizer(config.optim, total_steps=config.steps)
     graphdef = abstract_model(config.model)[0]
 
-    # Committed to its device as a restored state is, so that both run the same compiled step.
-    @partial(jax.jit, out_shardings=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    @partial(jax.jit, out_shardings=state_shardings(config, mesh))
     def create() -> TrainState:
         params = nnx.split(Megalodon(config.model, rngs=nnx.Rngs(config.seed)), nnx.Param)[1]
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
@@ -86,8 +93,33 @@ def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return graphdef, params
 
 
-def abstract_state(config: TrainConfig) -> TrainState:
-    """Shapes and types of a run's `TrainState`, without any memory."""
+def mesh_of(config: TrainConfig, mesh: Mesh | None = None) -> Mesh:
+    """The mesh that is given, or that of the configuration over all devices, if the run fits it.
+
+    Raises:
+      ConfigError: it does not; every size that does not divide is named.
+    """
+    mesh = make_mesh(config.mesh) if mesh is None else mesh
+    check_fits(config, dict(mesh.shape))
+    return mesh
+
+
+def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
+    """Where every array of a run's state lives."""
+    return shardings_of(_abstract_state(config), mesh)
+
+
+def abstract_state(config: TrainConfig, mesh: Mesh | None = None) -> TrainState:
+    """Shapes, types and places of a run's `TrainState`, without any memory."""
+    mesh = mesh_of(config, mesh)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        _abstract_state(config),
+        state_shardings(config, mesh),
+    )
+
+
+def _abstract_state(config: TrainConfig) -> TrainState:
     optimizer = make_optimizer(config.optim, total_steps=config.steps)
     params = abstract_model(config.model)[1]
 
@@ -97,7 +129,9 @@ def abstract_state(config: TrainConfig) -> TrainState:
     return jax.eval_shape(start, params)
 
 
-def make_train_step(graphdef: nnx.GraphDef, config: TrainConfig) -> TrainStep:
+def make_train_step(
+    graphdef: nnx.GraphDef, config: TrainConfig, mesh: Mesh | None = None
+) -> TrainStep:
     """Builds `step(state, batches) -> (state, metrics)`, jitted; the old state's memory is reused.
 
     `batches` has a leading axis of `accumulate_steps` batches, (A, B, L). The objective is
@@ -110,14 +144,19 @@ def make_train_step(graphdef: nnx.GraphDef, config: TrainConfig) -> TrainStep:
     Args:
       graphdef: the model's static structure.
       config: the run.
+      mesh: devices; None: those of `config.mesh`.
     """
+    mesh = mesh_of(config, mesh)
+    places = state_shardings(config, mesh)
     optimizer = make_optimizer(config.optim, total_steps=config.steps)
     schedule = learning_rate_schedule(config.optim, total_steps=config.steps)
     sums_and_gradient = _make_sums_and_gradient(graphdef, config)
 
     def step(state: TrainState, batches: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        sums, gradient = sums_and_gradient(state.params, batches, key)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            sums, gradient = sums_and_gradient(state.params, batches, key)
+        gradient = jax.lax.with_sharding_constraint(gradient, places.params)
         # A batch of padding alone has weight 0; its gradient is 0 and must not become NaN.
         weight = jnp.maximum(sums.weight_sum, 1.0)
         gradient = jax.tree.map(lambda leaf: leaf / weight, gradient)
@@ -132,18 +171,31 @@ def make_train_step(graphdef: nnx.GraphDef, config: TrainConfig) -> TrainStep:
         )
         return TrainState(state.step + 1, apply_updates(state.params, updates), opt_state), metrics
 
-    on_gpu = find_target().platform == "gpu"
-    return jax.jit(step, donate_argnums=0, compiler_options=_GPU_OPTIONS if on_gpu else None)
+    on_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm")
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(places, batch_sharding(mesh, leading=1)),
+        out_shardings=(places, NamedSharding(mesh, PartitionSpec())),
+        compiler_options=_GPU_OPTIONS if on_gpu else None,
+    )
 
 
-def make_eval_step(graphdef: nnx.GraphDef, config: TrainConfig) -> EvalStep:
+def make_eval_step(
+    graphdef: nnx.GraphDef, config: TrainConfig, mesh: Mesh | None = None
+) -> EvalStep:
     """Builds `evaluate(params, batch) -> LossOutput`, jitted: sums over one batch, no dropout."""
+    mesh = mesh_of(config, mesh)
 
-    @jax.jit
     def evaluate(params: nnx.State, batch: Batch) -> LossOutput:
-        return _loss_sums(graphdef, params, batch, config, dropout_key=None)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return _loss_sums(graphdef, params, batch, config, dropout_key=None)
 
-    return evaluate
+    return jax.jit(
+        evaluate,
+        in_shardings=(state_shardings(config, mesh).params, batch_sharding(mesh)),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
 
 
 def _make_sums_and_gradient(

@@ -8,6 +8,7 @@ from jaxtyping import Array, Complex, Float, Int32
 from pallas_kernels.cema.block_sizes import SHORTEST_GPU_LENGTH, SHORTEST_TPU_LENGTH
 from pallas_kernels.cema.mosaic_gpu import cema_mosaic_gpu
 from pallas_kernels.cema.pallas_tpu import cema_pallas_tpu
+from pallas_kernels.cema.parts import cema_of_part
 from pallas_kernels.cema.reference import cema_reference
 from pallas_kernels.cema.tpu_block_sizes import TPUS_FASTER_THAN_XLA
 from pallas_kernels.cema.types import CemaOutput, CemaParams
@@ -26,6 +27,7 @@ def cema(
     segment_ids: Int32[Array, "B L"] | None = None,
     implementation: Implementation | None = None,
     block_size: int | None = None,
+    sequence_axis: str | None = None,
 ) -> CemaOutput:
     """Complex EMA: h[t] = q·h[t-1] + p·x[t],  y[t] = Re(Σ_n gamma_n/√N·h[t,n]) + omega·x[t].
 
@@ -46,6 +48,8 @@ def cema(
       block_size: tokens of a block in "xla"; of what a warpgroup works on in "mosaic_gpu", a
         multiple of 32; of a step of the grid in "pallas_tpu", a multiple of 1,024; if None a
         measured choice (README.md).
+      sequence_axis: inside `jax.shard_map`, the mesh axis over which the sequence is split; rows
+        start from zero then. None: every device has whole rows.
 
     Returns:
       y in x's dtype; the state after each row's last token that is not padding.
@@ -61,6 +65,21 @@ def cema(
     _check_inputs(x, params, state, segment_ids)
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size is {block_size}; use a positive number of tokens or None")
+    if sequence_axis is not None:
+        if state is not None:
+            raise ValueError("a sequence split over devices starts from no state; pass None")
+
+        def run(entering: Array | None) -> CemaOutput:
+            return cema(
+                x,
+                params,
+                state=entering,
+                segment_ids=segment_ids,
+                implementation=implementation,
+                block_size=block_size,
+            )
+
+        return cema_of_part(x, params, segment_ids, sequence_axis, run)
     if state is not None:
         state = state.astype(jnp.result_type(params.alpha, jnp.complex64))
     if implementation is None:

@@ -12,6 +12,7 @@ from pallas_kernels.chunk_attention.interface import (
     DropoutMode,
     KeyValueCache,
 )
+from pallas_kernels.chunk_attention.parts import cache_of_part
 from pallas_kernels.chunk_attention.tpu_block_sizes import SHORTEST_LENGTH, TPUS_FASTER_THAN_XLA
 from pallas_kernels.target import find_target
 
@@ -36,6 +37,7 @@ def chunk_attention(
     cache: KeyValueCache | None = None,
     dropout: AttentionDropout | None = None,
     implementation: Implementation | None = None,
+    sequence_axis: str | None = None,
 ) -> ChunkAttentionOutput:
     """Causal softmax attention inside chunks: o[t] = Σ_s softmax_s(q[t]·k[s]) v[s].
 
@@ -59,6 +61,8 @@ def chunk_attention(
       implementation: "reference" (dense, L x (C + L) scores), "xla" (blocks, any platform),
         "mosaic_gpu" (kernels for NVIDIA Hopper; bfloat16, no dropout, the default there from 512
         tokens on), "pallas_tpu" (kernels for TPU; no dropout), or None for the fastest known here.
+      sequence_axis: inside `jax.shard_map`, the mesh axis over which the sequence is split; without
+        positions every device must hold whole chunks. None: every device has whole rows.
 
     Returns:
       The outputs, and the next cache if one came in. A row of padding alone keeps its cache.
@@ -69,6 +73,8 @@ def chunk_attention(
     """
     _check_operands(q, k, v, chunk_size)
     _check_rows(q, positions, segment_ids, cache is not None)
+    if sequence_axis is not None:
+        cache = _cache_of_part(k, v, chunk_size, positions, cache, sequence_axis)
     if cache is not None:
         _check_cache(cache, k, v, chunk_size)
     if dropout is not None:
@@ -79,7 +85,28 @@ def chunk_attention(
             f"chunk attention has no implementation {implementation!r}; "
             f"use one of {', '.join(map(repr, _IMPLEMENTATIONS))} or None"
         )
-    return _IMPLEMENTATIONS[name](q, k, v, chunk_size, positions, segment_ids, cache, dropout)
+    out = _IMPLEMENTATIONS[name](q, k, v, chunk_size, positions, segment_ids, cache, dropout)
+    return out if sequence_axis is None else out._replace(cache=None)
+
+
+def _cache_of_part(
+    k: Array,
+    v: Array,
+    chunk_size: int,
+    positions: Array | None,
+    cache: KeyValueCache | None,
+    axis: str,
+) -> KeyValueCache | None:
+    if cache is not None:
+        raise ValueError("a sequence that is split over devices continues no cache; pass None")
+    if positions is not None:
+        return cache_of_part(k, v, chunk_size, positions, axis)
+    if k.shape[1] % chunk_size:
+        raise ValueError(
+            f"a part of the sequence has {k.shape[1]} tokens, no multiple of the chunk of "
+            f"{chunk_size}: attention stays local only in whole chunks"
+        )
+    return None
 
 
 def _choose(

@@ -12,6 +12,7 @@ from pallas_kernels.timestep_norm.interface import (
     TimestepNormState,
     moments_dtype,
 )
+from pallas_kernels.timestep_norm.parts import timestep_norm_of_part
 from pallas_kernels.timestep_norm.tpu_block_sizes import SHORTEST_LENGTH, TPUS_FASTER_THAN_XLA
 
 Implementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
@@ -35,6 +36,7 @@ def timestep_norm(
     prior: TimestepNormState | None = None,
     segment_ids: Int32[Array, "B L"] | None = None,
     implementation: Implementation | None = None,
+    sequence_axis: str | None = None,
 ) -> TimestepNormOutput:
     """y[t] = (x[t] - mean[t]) / sqrt(var[t] + eps) * scale + bias, moments over all tokens 0..t.
 
@@ -56,6 +58,8 @@ def timestep_norm(
       implementation: "reference" (token by token), "xla" (parallel over tokens, any platform),
         "mosaic_gpu" (kernels for NVIDIA Hopper), "pallas_tpu" (for TPU), or None for the fastest
         known here.
+      sequence_axis: inside `jax.shard_map`, the mesh axis over which the sequence is split; rows
+        start from the prior then. None: every device has whole rows.
 
     Returns:
       y, and the moments after each row's last token. A row of padding alone keeps its state.
@@ -66,6 +70,8 @@ def timestep_norm(
     _check_shapes(x, scale, bias, num_groups, segment_ids)
     B = x.shape[0]
     if state is not None:
+        if sequence_axis is not None:
+            raise ValueError("a sequence split over devices starts from no state; pass None")
         _check_state("state", state, (B,), num_groups)
     if prior is not None:
         _check_state("prior", prior, (), num_groups)
@@ -85,7 +91,13 @@ def timestep_norm(
         )
     else:
         state = _as_moments(state, dtype)
-    return _IMPLEMENTATIONS[name](x, scale, bias, num_groups, eps, state, prior, segment_ids)
+
+    def run(state: TimestepNormState) -> TimestepNormOutput:
+        return _IMPLEMENTATIONS[name](x, scale, bias, num_groups, eps, state, prior, segment_ids)
+
+    if sequence_axis is None:
+        return run(state)
+    return timestep_norm_of_part(x, num_groups, prior, segment_ids, sequence_axis, run)
 
 
 def _choose_implementation(x: Array, num_groups: int) -> Implementation:

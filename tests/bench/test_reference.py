@@ -30,15 +30,22 @@ def test_a_short_text_is_refused():
 
 
 @pytest.mark.slow
-def test_a_way_learns_its_text(tmp_path, capsys, monkeypatch):
-    text = tmp_path / "text.txt"
-    text.write_bytes(b"A sentence that comes again. " * 40)
-    ways = reference.configurations(argparse.Namespace(**OPTIONS))
+def test_a_way_learns_its_text():
+    options = argparse.Namespace(**OPTIONS)
+    ways = reference.configurations(options)
     assert set(ways) == {"float32", "reference", "default"}
     portable = dataclasses.replace(ways["default"].model, dtype="float32")
-    one = dataclasses.replace(ways["default"], model=portable)
-    monkeypatch.setattr(reference, "configurations", lambda options: {"float32": one})
-    curve = reference.run(argparse.Namespace(text=str(text), **OPTIONS))["float32"]
+    source = reference.batches(b"A sentence that comes again. " * 40, options)
+    curve = reference.losses(dataclasses.replace(ways["default"], model=portable), source, 30)
     assert len(curve) == 30
     assert curve[-1] < curve[0]
-    assert "distance from float32" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_gradients_have_names():
+    options = argparse.Namespace(**OPTIONS)
+    config = reference.configurations(options)["default"]
+    batch = next(reference.batches(bytes(range(200)), options))
+    found = reference.gradients(config, batch)
+    assert found["loss"] > 0
+    assert np.linalg.norm(found["layers.mega.cema.alpha"]) > 0

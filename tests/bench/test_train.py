@@ -12,9 +12,9 @@ from megalodon_jax.training.cli import main
 
 def test_one_case_from_the_command_line(tmp_path, capsys):
     file = tmp_path / "steps.json"
-    arguments = ["--preset", "mega200M", "--documents", "3", "--remat", "inputs", "--steps", "1"]
+    arguments = ["--preset", "mega200M", "--documents", "3", "--scan_layers", "--steps", "1"]
     assert main(["bench", "train", *arguments, "--small", "--json", str(file)]) == 0
-    assert "mega200M (8, 2048) remat inputs, 3 documents a row: " in capsys.readouterr().out
+    assert "mega200M (8, 2048) remat none, 3 documents a row, scanned: " in capsys.readouterr().out
     (step,) = json.loads(file.read_text())["steps"]
     assert step["case"]["documents"] == 3
     assert step["flops_per_second"] > 6 * 256 * 64 * step["tokens_per_second"] > 0
