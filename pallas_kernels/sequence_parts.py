@@ -94,9 +94,8 @@ def fold(
         before = _select(goes_on, state, fresh)
         entering.append(before)
         whole = (first[i] == last[i]) & goes_on
-        begun = append(fresh, jax.tree.map(lambda leaf, i=i: leaf[i], summaries), i)
-        after = append(before, jax.tree.map(lambda leaf, i=i: leaf[i], summaries), i)
-        after = _select(whole, after, begun)
+        summary = jax.tree.map(lambda leaf, i=i: leaf[i], summaries)
+        after = append(_select(whole, before, fresh), summary, i)
         is_padding = last[i] == 0
         state = _select(is_padding, state, after)
         known = jnp.where(is_padding, known, last[i])

@@ -50,7 +50,7 @@ def _forward(x: Array, kernel: Array, dtype: DType, axes: tuple[str | None, str 
 
 def _backward(dtype: DType, axes: tuple[str | None, str | None], residuals: Any, g: Array):
     x, kernel, (like_x, like_kernel) = residuals
-    g = _place(g, _gathered(axes[1]))
+    g = _place(g, axes[1])
     leading = tuple(range(x.ndim - 1))
     dx = _place(_contract(g, kernel, ((g.ndim - 1,), (1,)), dtype), _result(axes[0]))
     dkernel = constrain(_contract(x, g, (leading, leading), jnp.float32), *axes)
