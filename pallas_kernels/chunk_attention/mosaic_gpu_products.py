@@ -48,9 +48,12 @@ def _unit_of(turn: Any, blocks: int) -> Any:
     return turn * blocks + lax.rem(lax.axis_index("block") + 37 * turn, blocks)
 
 
-def _write(value: Any, part: Any, target: Any) -> None:
-    """Writes registers (64, 64) to `target` through `part`, one of two buffers used in turn."""
-    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+def _write(value: Any, part: Any, target: Any, pending: int) -> None:
+    """Writes registers (64, 64) to `target` through `part`, one of two buffers.
+
+    `pending`: 1 if the write before this one took the other buffer; 0 if it may be this one.
+    """
+    plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
     part[...] = value.astype(part.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(part, target)
@@ -79,6 +82,8 @@ def _product_kernel(
     sizes = (geometry.rows, geometry.heads, run.count, run.pairs, columns)
     units = math.prod(sizes)
     turns = 2 * -(-units // blocks)
+    # An odd number of parts ends and begins with the same buffer.
+    pending = 1 - width // _PART % 2
 
     def find(turn):
         """Place of the tile of a turn, the first tile it is a sum over, and how many steps."""
@@ -150,7 +155,8 @@ def _product_kernel(
                     total = total * lax.broadcast_in_dim(factor, total.shape, [0])
                 for i, start in enumerate(range(0, width, _PART)):
                     target = out.at[row, tokens, head, n].at[:, pl.ds(start, _PART)]
-                    _write(total[:, start : start + _PART], out_s.at[warpgroup, i % 2], target)
+                    value = total[:, start : start + _PART]
+                    _write(value, out_s.at[warpgroup, i % 2], target, pending)
 
             return done + steps
 
@@ -305,7 +311,7 @@ def _gradient_kernel(pipe, band, weights, do, v, delta, out, do_s, v_s, out_s, *
                     # Not even an infinite gradient counts where the weight is zero.
                     gradient = jnp.where(values == 0, 0.0, values * gradient)
                     target = out.at[row, head, tile, rows, pl.ds(column * TILE + start, _PART)]
-                    _write(gradient, out_s.at[warpgroup, half], target)
+                    _write(gradient, out_s.at[warpgroup, half], target, 1)
                 plgpu.barrier_arrive(pipe.free.at[slot])
 
         def multiply(turn, done):

@@ -91,6 +91,7 @@ def test_gradients_use_the_same_mask(mode, implementation):
         return jax.vjp(attend, q, k, v)[1](cotangent)
 
     @jax.jit
+    @jax.default_matmul_precision("highest")
     def expected(q, k, v):
         def attend(q, k, v):
             chunks = (x.reshape(2, L // C, C, 2, -1) for x in (q, k, v))
