@@ -163,18 +163,23 @@ class ModelConfig:
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
         """A named size, read from `configs/models/<name>.toml`, with some fields changed."""
-        presets = preset_names()
-        if name not in presets:
-            raise ConfigError(
-                f"no preset {name!r}{_did_you_mean(name, presets)}; there are: {', '.join(presets)}"
-            )
-        table = tomllib.loads((configs_dir() / "models" / f"{name}.toml").read_text())
-        return cls(**_check_keys(cls, {**table["model"], **overrides}, "model"))
+        table = _read_preset("models", "model", name)
+        return cls(**_check_keys(cls, {**table, **overrides}, "model"))
 
 
-def preset_names() -> list[str]:
-    """Names that `ModelConfig.from_preset` knows."""
-    return sorted(path.stem for path in (configs_dir() / "models").glob("*.toml"))
+def preset_names(folder: str = "models") -> list[str]:
+    """Names that `from_preset` knows: of models, or of meshes with folder "meshes"."""
+    return sorted(path.stem for path in (configs_dir() / folder).glob("*.toml"))
+
+
+def _read_preset(folder: str, table: str, name: str) -> dict[str, Any]:
+    presets = preset_names(folder)
+    if name not in presets:
+        raise ConfigError(
+            f"no {table} preset {name!r}{_did_you_mean(name, presets)}; "
+            f"there are: {', '.join(presets)}"
+        )
+    return tomllib.loads((configs_dir() / folder / f"{name}.toml").read_text())[table]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,6 +302,12 @@ class MeshConfig:
             "mesh has -1 more than once; only one axis can take the devices that are left",
         )
 
+    @classmethod
+    def from_preset(cls, name: str, **overrides: int) -> Self:
+        """A named mesh, read from `configs/meshes/<name>.toml`, with some axes changed."""
+        table = _read_preset("meshes", "mesh", name)
+        return cls(**_check_keys(cls, {**table, **overrides}, "mesh"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -355,7 +366,8 @@ class TrainConfig:
 def load_config(path: str | Path) -> TrainConfig:
     """Reads a `TrainConfig` from a TOML file.
 
-    `[model]` may hold `preset = "<name>"`: the named size, with the table's other keys changed.
+    `[model]` and `[mesh]` may hold `preset = "<name>"`: the named size or mesh, with the
+    table's other keys changed.
 
     Raises:
       ConfigError: the file is missing or malformed, a key is unknown (the closest known one is
@@ -378,12 +390,12 @@ def config_from_dict(table: Mapping[str, Any]) -> TrainConfig:
     import cattrs
 
     table = dict(table)
-    model = table.get("model", {})
-    _require(isinstance(model, Mapping), f"model must be a table, got {model!r}")
-    model = dict(model)
-    if preset := model.pop("preset", None):
-        base = dataclasses.asdict(ModelConfig.from_preset(preset))
-        table["model"] = {**base, **model}
+    for name, kind in (("model", ModelConfig), ("mesh", MeshConfig)):
+        part = table.get(name, {})
+        _require(isinstance(part, Mapping), f"{name} must be a table, got {part!r}")
+        part = dict(part)
+        if preset := part.pop("preset", None):
+            table[name] = {**dataclasses.asdict(kind.from_preset(preset)), **part}
     _check_nested_keys(TrainConfig, table, "")
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
     for scalar in (int, float, str, bool):

@@ -18,7 +18,7 @@ from megalodon_jax.modules.linear import PRODUCT, PROJECTION, WEIGHT
 from megalodon_jax.modules.parameters import axis_names, embedding_initializer
 from megalodon_jax.modules.rotary import rotation
 from megalodon_jax.modules.timestep_norm import TimestepNorm
-from megalodon_jax.sharding import constrain, is_split
+from megalodon_jax.sharding import axes, constrain, is_split, mapped
 from megalodon_jax.typing import Array, Bool, Float, Float32, Int32, PRNGKey
 from pallas_kernels.chunk_attention import KeyValueCache
 from pallas_kernels.residuals import Operation
@@ -150,11 +150,25 @@ class Megalodon(nnx.Module):
         return HiddenOutput(hidden, Cache(position, segment, layer_caches, final_state))
 
     def _embedded(self, tokens: Int32[Array, "B L"]) -> Float[Array, "B L D"]:
-        if not is_split():
-            return self.embed(tokens)
-        table = self.embed.embedding[...].astype(self.config.dtype)
-        x = jnp.take(constrain(table, "vocab", None), tokens, axis=0)
-        return constrain(x, "batch", "length", "channels")
+        def look_up(table: Array, tokens: Array) -> Array:
+            if not is_split():
+                return jnp.take(table, tokens, axis=0)
+            # Every device has some of the vocabulary, and gives what channels are not its own away.
+            table = jax.lax.all_gather(table, "data", axis=1, tiled=True)
+            own = tokens - jax.lax.axis_index("model") * table.shape[0]
+            is_own = (own >= 0) & (own < table.shape[0])
+            x = jnp.where(is_own[..., None], jnp.take(table, jnp.where(is_own, own, 0), axis=0), 0)
+            x = jax.lax.psum_scatter(x, "model", scatter_dimension=2, tiled=True)
+            is_known = (tokens >= 0) & (tokens < self.config.vocab_size)
+            return jnp.where(is_known[..., None], x, jnp.nan)
+
+        x = mapped(
+            look_up,
+            inputs=(axes("vocab", "embed"), axes("batch", "length")),
+            outputs=axes("batch", "length", "channels"),
+        )(self.embed.embedding[...], tokens)
+        # Rounded after it, so that the gradient of a token that comes often adds up in float32.
+        return x.astype(self.config.dtype)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float32[Array, "... V"]:
         """Scores from features after the final norm: `config.dtype` products, float32 sums."""
