@@ -18,8 +18,9 @@ from megalodon_jax.modules.linear import PRODUCT, PROJECTION, WEIGHT
 from megalodon_jax.modules.parameters import axis_names, embedding_initializer
 from megalodon_jax.modules.rotary import rotation
 from megalodon_jax.modules.timestep_norm import TimestepNorm
-from megalodon_jax.sharding import axes, constrain, is_split, mapped
+from megalodon_jax.sharding import axes, constrain, is_split, mapped, sequence_axis
 from megalodon_jax.typing import Array, Bool, Float, Float32, Int32, PRNGKey
+from pallas_kernels import sequence_parts
 from pallas_kernels.chunk_attention import KeyValueCache
 from pallas_kernels.residuals import Operation
 
@@ -296,11 +297,18 @@ def _document_positions(
         if cache is None:
             return None
         return cache.position[:, None] + jnp.arange(shape[1], dtype=jnp.int32)
-    columns = jnp.arange(shape[1], dtype=jnp.int32)[None]
-    border = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    start = jax.lax.cummax(jnp.where(border, columns, 0), axis=1)
-    carried = 0 if cache is None else jnp.where(start == 0, cache.position[:, None], 0)
-    return columns - start + carried
+
+    def find(segment_ids: Array, carried: Array) -> Array:
+        columns = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+        border = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+        start = jax.lax.cummax(jnp.where(border, columns, 0), axis=1)
+        if (axis := sequence_axis()) is not None:
+            carried = sequence_parts.tokens_before(segment_ids, axis)
+        return columns - start + jnp.where(start == 0, carried[:, None], 0)
+
+    tokens = axes("batch", "length")
+    carried = jnp.zeros(shape[0], jnp.int32) if cache is None else cache.position
+    return mapped(find, inputs=(tokens, axes("batch")), outputs=tokens)(segment_ids, carried)
 
 
 def _after_last_token(

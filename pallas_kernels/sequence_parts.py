@@ -51,7 +51,7 @@ def gather(part: Part, summary: Any, axis: str) -> tuple[Part, Any]:
     """
     leaves, structure = jax.tree.flatten(summary)
     rows = part.first.shape[0]
-    dtype = jnp.result_type(*leaves)
+    dtype = jnp.result_type(jnp.float32, *leaves)
     numbers = jnp.stack(part, axis=1).astype(jnp.int32)
     # Below 2^24 tokens and documents a float32 holds them exactly; larger ones go in two halves.
     halves = jnp.concatenate([numbers >> 12, numbers & 0xFFF], axis=1).astype(dtype)
@@ -101,6 +101,18 @@ def fold(
         known = jnp.where(is_padding, known, last[i])
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *entering)
     return jax.tree.map(lambda leaf: leaf[jax.lax.axis_index(axis)], stacked)
+
+
+def tokens_before(segment_ids: Int32[Array, "B L"], axis: str) -> Int32[Array, " B"]:
+    """Tokens that each row's first document here has in the parts before this device's."""
+    rows, length = segment_ids.shape
+    parts, _ = gather(describe(segment_ids, rows, length), (), axis)
+
+    def append(before: Array, summary: Any, number: int) -> Array:
+        del summary
+        return before + parts.tokens[number]
+
+    return fold(parts, (), jnp.zeros(rows, jnp.int32), append, axis)
 
 
 def _select(where: Array, yes: Any, no: Any) -> Any:
