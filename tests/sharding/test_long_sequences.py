@@ -1,0 +1,47 @@
+"""A row of 2^20 tokens over eight devices."""
+
+import jax
+import numpy as np
+import pytest
+
+from megalodon_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
+from megalodon_jax.sharding import make_mesh
+from megalodon_jax.training.step import init_state, make_train_step
+from megalodon_jax.typing import Batch
+
+LENGTH = 2**20
+MODEL = ModelConfig(
+    num_layers=1, model_dim=8, z_dim=8, value_dim=8, num_heads=1, ffn_hidden_dim=8, cema_ndim=2,
+    chunk_size=64, vocab_size=16, norm_num_groups=2, remat="inputs",
+)  # fmt: skip
+
+
+def compiled_step(length, parts):
+    config = TrainConfig(
+        model=MODEL,
+        data=DataConfig(batch_size=1, seq_len=length),
+        mesh=MeshConfig(chunk=parts),
+        loss_chunk_size=4096,
+    )
+    mesh = make_mesh(config.mesh, jax.devices()[:parts])
+    tokens = np.random.default_rng(0).integers(0, 16, (1, 1, length + 1)).astype(np.int32)
+    # Two documents; the second one begins within the sixth part.
+    ids = 1 + (np.arange(length) > 0.7 * length).astype(np.int32)[None, None]
+    batch = Batch(tokens[..., :-1], tokens[..., 1:], ids, np.ones(ids.shape, np.float32))
+    graphdef, state = init_state(config, mesh)
+    return make_train_step(graphdef, config, mesh).lower(state, batch).compile(), state, batch
+
+
+@pytest.mark.slow
+def test_a_million_tokens_train_and_memory_falls_with_the_devices():
+    split, state, batch = compiled_step(LENGTH, 8)
+    an_eighth, *_ = compiled_step(LENGTH // 8, 1)
+    sizes = [step.memory_analysis().temp_size_in_bytes for step in (split, an_eighth)]
+    assert sizes[0] <= 1.1 * sizes[1]
+    state, first = split(state, batch)
+    state, second = split(state, batch)
+    # Sixteen tokens, all alike.
+    assert abs(float(first.loss) - np.log(16)) < 1
+    assert float(first.tokens) == LENGTH
+    assert np.isfinite(float(second.grad_norm))
+    assert int(state.step) == 2
