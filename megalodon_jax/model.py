@@ -18,18 +18,19 @@ from megalodon_jax.modules.linear import PRODUCT, PROJECTION, WEIGHT
 from megalodon_jax.modules.parameters import axis_names, embedding_initializer
 from megalodon_jax.modules.rotary import rotation
 from megalodon_jax.modules.timestep_norm import TimestepNorm
-from megalodon_jax.sharding import axes, constrain, is_split, mapped, sequence_axis
+from megalodon_jax.sharding import axes, axis_size, constrain, is_split, mapped, sequence_axis
 from megalodon_jax.typing import Array, Bool, Float, Float32, Int32, PRNGKey
 from pallas_kernels import sequence_parts
 from pallas_kernels.chunk_attention import KeyValueCache
 from pallas_kernels.residuals import Operation
 
 # What the backward pass of a block finds beside the block's input; it computes the rest again.
+# States gathered from other devices are small, and never gathered twice.
 SAVED_NAMES: dict[Remat, tuple[str, ...]] = {
     "none": (PROJECTION, PRODUCT, *get_args(Operation)),
-    "inputs": (PRODUCT, "chunk_attention"),
-    "dots": (PROJECTION, PRODUCT),
-    "block": (),
+    "inputs": (PRODUCT, "chunk_attention", "sequence_parts"),
+    "dots": (PROJECTION, PRODUCT, "sequence_parts"),
+    "block": ("sequence_parts",),
 }
 
 
@@ -155,11 +156,13 @@ class Megalodon(nnx.Module):
             if not is_split():
                 return jnp.take(table, tokens, axis=0)
             # Every device has some of the vocabulary, and gives what channels are not its own away.
-            table = jax.lax.all_gather(table, "data", axis=1, tiled=True)
+            if axis_size("data") > 1:
+                table = jax.lax.all_gather(table, "data", axis=1, tiled=True)
             own = tokens - jax.lax.axis_index("model") * table.shape[0]
             is_own = (own >= 0) & (own < table.shape[0])
             x = jnp.where(is_own[..., None], jnp.take(table, jnp.where(is_own, own, 0), axis=0), 0)
-            x = jax.lax.psum_scatter(x, "model", scatter_dimension=2, tiled=True)
+            if axis_size("model") > 1:
+                x = jax.lax.psum_scatter(x, "model", scatter_dimension=2, tiled=True)
             is_known = (tokens >= 0) & (tokens < self.config.vocab_size)
             return jnp.where(is_known[..., None], x, jnp.nan)
 

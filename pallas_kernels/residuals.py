@@ -12,7 +12,8 @@ from typing import Any, Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-Operation = Literal["timestep_norm", "cema", "chunk_attention"]
+# "sequence_parts": what a device's part of a sequence starts from; a few numbers a row.
+Operation = Literal["timestep_norm", "cema", "chunk_attention", "sequence_parts"]
 
 
 def keep(values: Any, operation: Operation) -> Any:

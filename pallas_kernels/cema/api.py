@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Int32
 
 from pallas_kernels.cema.block_sizes import SHORTEST_GPU_LENGTH, SHORTEST_TPU_LENGTH
+from pallas_kernels.cema.last_state import last_state
 from pallas_kernels.cema.mosaic_gpu import cema_mosaic_gpu
 from pallas_kernels.cema.pallas_tpu import cema_pallas_tpu
 from pallas_kernels.cema.parts import cema_of_part
@@ -63,6 +64,8 @@ def cema(
             f"CEMA has no implementation {implementation!r}; use one of {', '.join(known)} or None"
         )
     _check_inputs(x, params, state, segment_ids)
+    if implementation is None:
+        implementation = _choose_implementation(x, params)
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size is {block_size}; use a positive number of tokens or None")
     if sequence_axis is not None:
@@ -79,11 +82,15 @@ def cema(
                 block_size=block_size,
             )
 
-        return cema_of_part(x, params, segment_ids, sequence_axis, run)
+        def summarize() -> Array:
+            # A TPU is slow at products of every channel by itself, whatever they leave out.
+            if implementation == "pallas_tpu":
+                return run(None).state
+            return last_state(x, params, None, segment_ids)
+
+        return cema_of_part(x, params, segment_ids, sequence_axis, summarize, run)
     if state is not None:
         state = state.astype(jnp.result_type(params.alpha, jnp.complex64))
-    if implementation is None:
-        implementation = _choose_implementation(x, params)
     if implementation == "mosaic_gpu":
         return cema_mosaic_gpu(x, params, state, segment_ids, split=block_size)
     if implementation == "pallas_tpu":

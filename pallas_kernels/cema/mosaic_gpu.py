@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Complex, Float, Int32
 
 from pallas_kernels.cema import coefficients
+from pallas_kernels.cema.last_state import last_state
 from pallas_kernels.cema.mosaic_gpu_kernels import (
     Documents,
     Geometry,
@@ -23,7 +24,6 @@ from pallas_kernels.cema.mosaic_gpu_kernels import (
 )
 from pallas_kernels.cema.mosaic_gpu_stream import CHANNELS, TILE
 from pallas_kernels.cema.types import CemaOutput, CemaParams
-from pallas_kernels.cema.xla import cema_xla
 from pallas_kernels.residuals import keep
 from pallas_kernels.target import check_hopper, is_interpreted
 
@@ -244,12 +244,8 @@ def _differentiate_modes(modes, state, documents, results):
 
 
 def _add_last_state(gradients, x, params, state, segment_ids, d_last):
-    """Adds what the gradient of the last state gives; few programs have one, so it runs in XLA."""
-
-    def last_state(x, params, state):
-        return cema_xla(x, params, state, segment_ids, None).state
-
-    more = jax.vjp(last_state, x, params, state)[1](d_last)
+    """Adds what the gradient of the last state gives, in plain JAX."""
+    more = jax.vjp(lambda *a: last_state(*a, segment_ids), x, params, state)[1](d_last)
     return jax.tree.map(jnp.add, gradients, more)
 
 

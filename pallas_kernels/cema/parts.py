@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import sequence_parts
 from pallas_kernels.cema.coefficients import pack, powers, unpack
 from pallas_kernels.cema.types import CemaOutput, CemaParams
+from pallas_kernels.residuals import keep
 
 
 def cema_of_part(
@@ -15,7 +16,8 @@ def cema_of_part(
     params: CemaParams,
     segment_ids: Int32[Array, "B L"] | None,
     axis: str,
-    run: Callable[[Array | None], CemaOutput],
+    summarize: Callable[[], Array],
+    run: Callable[[Array], CemaOutput],
 ) -> CemaOutput:
     """Outputs of this device's tokens, the sequence going on from part to part along `axis`.
 
@@ -26,11 +28,12 @@ def cema_of_part(
       params: CEMA's parameters.
       segment_ids: documents, numbered along whole rows.
       axis: mesh axis over which the sequence is split.
+      summarize: the state after this part of a document that begins with it, or in it.
       run: CEMA of this part from a state.
     """
     rows, length, channels = x.shape
     part = sequence_parts.describe(segment_ids, rows, length)
-    parts, summaries = sequence_parts.gather(part, pack(run(None).state), axis)
+    parts, summaries = sequence_parts.gather(part, pack(summarize()), axis)
     # q^tokens for every part and row: what a part leaves of the state before it.
     exponents = parts.tokens.reshape(-1)
     decays = jnp.moveaxis(powers(params, exponents), -1, 0).reshape(
@@ -41,5 +44,4 @@ def cema_of_part(
         return decays[number] * before + unpack(summary)
 
     fresh = jnp.zeros_like(decays[0])
-    entering = sequence_parts.fold(parts, summaries, fresh, append, axis)
-    return run(entering)
+    return run(keep(sequence_parts.fold(parts, summaries, fresh, append, axis), "sequence_parts"))
