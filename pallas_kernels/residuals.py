@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-# "sequence_parts": what a device's part of a sequence starts from; a few numbers a row.
+# "sequence_parts": states of all parts of a sequence, gathered; small beside its tokens.
 Operation = Literal["timestep_norm", "cema", "chunk_attention", "sequence_parts"]
 
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
+from pallas_kernels.residuals import keep
+
 
 class Part(NamedTuple):
     """Documents of one part of the rows.
@@ -57,6 +59,7 @@ def gather(part: Part, summary: Any, axis: str) -> tuple[Part, Any]:
     halves = jnp.concatenate([numbers >> 12, numbers & 0xFFF], axis=1).astype(dtype)
     flat = [jax.lax.stop_gradient(halves), *(leaf.reshape(rows, -1) for leaf in leaves)]
     gathered = jax.lax.all_gather(jnp.concatenate(flat, axis=1), axis)
+    gathered = keep(gathered, "sequence_parts")
     halves = gathered[..., :6].astype(jnp.int32)
     numbers = (halves[..., :3] << 12) | halves[..., 3:]
     ends = [6]

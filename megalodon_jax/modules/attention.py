@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from megalodon_jax.cache import LayerCache
 from megalodon_jax.config import ModelConfig
+from megalodon_jax.modules.activations import silu, silu_gate
 from megalodon_jax.modules.cema import CEMA
 from megalodon_jax.modules.dropout import dropout, gate_dtype, split_key
 from megalodon_jax.modules.linear import PRODUCT, PROJECTION, Linear
@@ -24,7 +25,6 @@ from pallas_kernels.chunk_attention import (
     KeyValueCache,
     chunk_attention,
 )
-from pallas_kernels.rowwise import silu, silu_gate
 
 
 class TokenPlaces(NamedTuple):
@@ -106,6 +106,7 @@ class MegaAttention(nnx.Module):
         value = silu(
             self.wv.product(u, name=PROJECTION),
             self.wv.offset,
+            features="value",
             dtype=config.dtype,
             implementation=config.rowwise_implementation,
         )
@@ -120,6 +121,7 @@ class MegaAttention(nnx.Module):
             self.wr.product(m, name=PROJECTION),
             self.wr.offset,
             attended.reshape(*u.shape[:2], -1),
+            features="value",
             dtype=gate_dtype(config.dtype, config.hidden_dropout, gate_key),
             implementation=config.rowwise_implementation,
         )

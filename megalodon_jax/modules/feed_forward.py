@@ -4,12 +4,12 @@ from flax import nnx
 from jax import numpy as jnp
 
 from megalodon_jax.config import DType, ModelConfig, RowwiseImplementation
+from megalodon_jax.modules.activations import silu, silu_gate
 from megalodon_jax.modules.dropout import dropout, gate_dtype, split_key
 from megalodon_jax.modules.linear import PRODUCT, Linear
 from megalodon_jax.modules.norms import LayerNorm
 from megalodon_jax.modules.parameters import parameter
 from megalodon_jax.typing import Array, Float, PRNGKey
-from pallas_kernels.rowwise import silu, silu_gate
 
 
 class FeedForward(nnx.Module):
@@ -52,6 +52,7 @@ class FeedForward(nnx.Module):
         normed = self.norm(y, added=added, offset=offset)
         product = self.fc1.product(normed, name=PRODUCT)
         options = {
+            "features": "ffn",
             "dtype": gate_dtype(self.dtype, self.hidden_dropout, hidden_key),
             "implementation": self.implementation,
         }

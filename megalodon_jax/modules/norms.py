@@ -1,11 +1,14 @@
 """RMSNorm and LayerNorm whose learned scale is stored minus one, as in the released weights."""
 
+from collections.abc import Callable
+
 import jax
 from flax import nnx
 from jax import numpy as jnp
 
 from megalodon_jax.config import ModelConfig, RowwiseImplementation
 from megalodon_jax.modules.parameters import parameter
+from megalodon_jax.sharding import axes, axis_size, mapped
 from megalodon_jax.typing import Array, Float
 from pallas_kernels.rowwise import layer_norm, rms_norm
 
@@ -27,13 +30,12 @@ class RMSNorm(nnx.Module):
         self.weight = parameter(zeros, "channels") if config.norm_affine else None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return rms_norm(
-            x,
-            _scale(self.weight, x),
-            eps=self.eps,
-            dtype=self.dtype,
-            implementation=self.implementation,
-        )
+        def normalize(x, scale) -> Array:
+            return rms_norm(
+                x, scale, eps=self.eps, dtype=self.dtype, implementation=self.implementation
+            )
+
+        return _of_rows(normalize, x, _scale(self.weight, x))
 
 
 class LayerNorm(nnx.Module):
@@ -55,16 +57,31 @@ class LayerNorm(nnx.Module):
         offset: Float[Array, " D"] | None = None,
     ) -> Float[Array, "... D"]:
         """Normalizes z = x + added + offset."""
-        return layer_norm(
-            x,
-            _scale(self.weight, x),
-            None if self.bias is None else self.bias[...],
-            added=added,
-            offset=offset,
-            eps=self.eps,
-            dtype=self.dtype,
-            implementation=self.implementation,
-        )
+
+        def normalize(x, scale, bias, added, offset) -> Array:
+            return layer_norm(
+                x,
+                scale,
+                bias,
+                added=added,
+                offset=offset,
+                eps=self.eps,
+                dtype=self.dtype,
+                implementation=self.implementation,
+            )
+
+        bias = None if self.bias is None else self.bias[...]
+        return _of_rows(normalize, x, _scale(self.weight, x), bias, added, offset)
+
+
+def _of_rows(function: Callable[..., Array], x: Array, *others: Array | None) -> Array:
+    """`function` of x and of arrays like it or of its width, on every device's own rows."""
+    if x.ndim != 3 or axis_size("model") > 1:
+        # Rows are split over devices: the compiler adds up their sums.
+        return function(x, *others)
+    tokens, vector = axes("batch", "length", None), axes(None)
+    places = [None if a is None else tokens if a.ndim == 3 else vector for a in others]
+    return mapped(function, inputs=(tokens, *places), outputs=tokens)(x, *others)
 
 
 def _scale(weight: nnx.Param | None, x: Array) -> Float[Array, " D"] | None:

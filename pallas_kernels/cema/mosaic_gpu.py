@@ -245,7 +245,11 @@ def _differentiate_modes(modes, state, documents, results):
 
 def _add_last_state(gradients, x, params, state, segment_ids, d_last):
     """Adds what the gradient of the last state gives, in plain JAX."""
-    more = jax.vjp(lambda *a: last_state(*a, segment_ids), x, params, state)[1](d_last)
+
+    def after(x, params, state):
+        return last_state(x, params, state, segment_ids)
+
+    more = jax.vjp(after, x, params, state)[1](d_last)
     return jax.tree.map(jnp.add, gradients, more)
 
 

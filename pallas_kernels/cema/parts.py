@@ -8,7 +8,6 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import sequence_parts
 from pallas_kernels.cema.coefficients import pack, powers, unpack
 from pallas_kernels.cema.types import CemaOutput, CemaParams
-from pallas_kernels.residuals import keep
 
 
 def cema_of_part(
@@ -44,4 +43,4 @@ def cema_of_part(
         return decays[number] * before + unpack(summary)
 
     fresh = jnp.zeros_like(decays[0])
-    return run(keep(sequence_parts.fold(parts, summaries, fresh, append, axis), "sequence_parts"))
+    return run(sequence_parts.fold(parts, summaries, fresh, append, axis))
