@@ -11,6 +11,7 @@ from jax.profiler import ProfileData
 
 # The first pattern found in a kernel's name decides.
 _KINDS = {
+    "collectives": r"nccl|all_?gather|all_?reduce|reduce_?scatter|all_?to_?all|collective",
     "chunk attention": r"chunk_attention",
     "CEMA": r"cema",
     "TimestepNorm": r"timestep_norm|tsn_",
@@ -26,7 +27,7 @@ class KernelTimes(NamedTuple):
 
     Attributes:
       kind: see the table in this file.
-      seconds: of all of them together.
+      seconds: of all of them together, on one device.
       launches: how many there are.
     """
 
@@ -36,7 +37,10 @@ class KernelTimes(NamedTuple):
 
 
 def kernel_times(call: Callable[[], Any], *, calls: int = 3) -> list[KernelTimes]:
-    """Profiles `call`, which is compiled already; the largest kind comes first, none on a CPU."""
+    """Profiles `call`, which is compiled already; the largest kind comes first, none on a CPU.
+
+    Over several devices of this host: their mean.
+    """
     jax.block_until_ready(call())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -45,15 +49,16 @@ def kernel_times(call: Callable[[], Any], *, calls: int = 3) -> list[KernelTimes
             jax.block_until_ready(result)
         traces = list(Path(folder).rglob("*.xplane.pb"))
         planes = [plane for trace in traces for plane in ProfileData.from_file(str(trace)).planes]
+        planes = [plane for plane in planes if "device:GPU" in plane.name]
+        share = 1 / (calls * max(1, len(planes)))
         totals: dict[str, list[float]] = {}
-        for plane in planes:
-            for line in plane.lines:
-                if "GPU" not in plane.name or "Stream" not in line.name:
-                    continue
-                for event in line.events:
-                    total = totals.setdefault(kind_of(event.name), [0.0, 0.0])
-                    total[0] += event.duration_ns * 1e-9 / calls
-                    total[1] += 1 / calls
+        for line in (line for plane in planes for line in plane.lines):
+            if "Stream" not in line.name:
+                continue
+            for event in line.events:
+                total = totals.setdefault(kind_of(event.name), [0.0, 0.0])
+                total[0] += event.duration_ns * 1e-9 * share
+                total[1] += share
     rows = [KernelTimes(kind, *total) for kind, total in totals.items()]
     return sorted(rows, key=lambda row: -row.seconds)
 

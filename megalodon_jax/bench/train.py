@@ -26,8 +26,9 @@ import numpy as np
 from megalodon_jax.bench.ceilings import measure_ceilings
 from megalodon_jax.bench.kernel_times import KernelTimes, kernel_times
 from megalodon_jax.config import DataConfig, ModelConfig, Remat, TrainConfig, preset_names
+from megalodon_jax.sharding import batch_sharding
 from megalodon_jax.training.metrics import PEAK_FLOPS, model_flops_per_token
-from megalodon_jax.training.step import TrainState, init_state, make_train_step
+from megalodon_jax.training.step import TrainState, init_state, make_train_step, mesh_of
 from megalodon_jax.typing import Batch
 
 WARM_UP = 3
@@ -85,7 +86,7 @@ class StepTiming:
     Attributes:
       tokens_per_second: over the median step.
       flops_per_second: model FLOPs at that rate.
-      peak_bytes: what the compiler plans for the step, weights and optimizer state included.
+      peak_bytes: what the compiler plans on one device, weights and optimizer state included.
       argument_bytes: weights, optimizer state and batch.
       compile_seconds: time to trace and compile.
       kernels: if asked for, where the time went.
@@ -102,12 +103,17 @@ class StepTiming:
 def time_step(
     config: TrainConfig, *, documents: int = 0, steps: int = 10, profile: bool = False
 ) -> StepTiming:
-    """Times a step on rows of `documents` documents; 0: rows without segment ids."""
+    """Times a step over the run's mesh.
+
+    Rows have `documents` documents; 0: no segment ids.
+    """
     rows, length = config.data.batch_size, config.data.seq_len
+    mesh = mesh_of(config)
     batch = _random_batch(rows, length, config.model.vocab_size, documents)
-    graphdef, state = init_state(config)
+    batch = jax.device_put(batch, batch_sharding(mesh, leading=1))
+    graphdef, state = init_state(config, mesh)
     started = time.perf_counter()
-    compiled = make_train_step(graphdef, config).lower(state, batch).compile()
+    compiled = make_train_step(graphdef, config, mesh).lower(state, batch).compile()
     compile_seconds = time.perf_counter() - started
     seconds = []
     for _ in range(WARM_UP + steps):
@@ -159,7 +165,7 @@ def run(options: argparse.Namespace) -> list[StepTiming]:
     print(f"{kind}, jax {jax.__version__}, matmul {best / 1e12:,.1f} TFLOP/s", flush=True)
     timings, report = [], []
     for case in _chosen(options):
-        config = _small(case) if options.small else case.config()
+        config = small(case.config()) if options.small else case.config()
         row: dict[str, Any] = {"case": dataclasses.asdict(case)}
         report.append(row)
         try:
@@ -196,9 +202,8 @@ def _chosen(options: argparse.Namespace) -> list[Case]:
     ]
 
 
-def _small(case: Case) -> TrainConfig:
-    """The case in the shape of a model that a CPU trains."""
-    config = case.config()
+def small(config: TrainConfig) -> TrainConfig:
+    """The run in the shape of a model that a CPU trains."""
     model = dataclasses.replace(
         config.model, num_layers=2, model_dim=64, z_dim=32, value_dim=128, ffn_hidden_dim=128,
         chunk_size=64, vocab_size=256, norm_num_groups=8,
@@ -218,6 +223,12 @@ def _format(case: Case, timing: StepTiming, kind: str, best: float) -> str:
     for row in timing.kernels:
         line += f"\n  {row.kind:16} {row.seconds * 1e3:9.2f} ms {row.launches:7.0f} launches"
     return line
+
+
+def use_all_memory() -> None:
+    """Lets JAX have 95 % of a GPU's memory, unless the environment says otherwise."""
+    # Read when the first device is asked for.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -244,8 +255,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; argv without the program's name, None: that of the process."""
-    # Read when the first device is asked for.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    use_all_memory()
     run(make_parser().parse_args(argv))
     return 0
 

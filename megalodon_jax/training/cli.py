@@ -257,6 +257,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 BENCHMARKS = {
     "ops": "megalodon_jax.bench.ops",
     "reference": "megalodon_jax.bench.reference",
+    "scaling": "megalodon_jax.bench.scaling",
     "train": "megalodon_jax.bench.train",
 }
 

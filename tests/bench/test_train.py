@@ -33,6 +33,7 @@ def test_the_table_can_be_built():
         ("chunk_attention_band_product_mosaic_gpu_kernel", "chunk attention"),
         ("cema_outputs_mosaic_gpu_kernel", "CEMA"),
         ("nvjet_sm90_tst_128x128_64x6_2x1_v_bz_TNT", "matrix products"),
+        ("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL", "collectives"),
         ("MemcpyD2D", "copies"),
         ("loop_add_fusion_3", "other"),
     ],
