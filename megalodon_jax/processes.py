@@ -188,6 +188,11 @@ def gather_json(value: Any) -> list[Any]:
     ]
 
 
+def agree(ok: bool) -> bool:
+    """Whether all processes hand in True; returns after all of them have called it."""
+    return all(gather_json(ok))
+
+
 class AgreedNumber:
     """The largest of the numbers that the processes hand in each step, known to all a step later.
 

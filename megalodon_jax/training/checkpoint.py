@@ -3,6 +3,10 @@
 `<run_dir>/checkpoints/<step>/` holds four Orbax items: `params` and `opt_state` (arrays under
 dotted names), `loader` (the data iterator's state, JSON) and `run` (step, resolved configuration,
 tokenizer fingerprint, JSON). A directory gets its final name only when all of it is written.
+
+In a run of several processes all of them save and restore together, in a directory that all of them
+see. Each writes and reads what its devices hold, so a checkpoint of any number of processes and
+devices restores on any other.
 """
 
 import dataclasses
@@ -14,7 +18,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
@@ -22,6 +26,7 @@ from jax.sharding import Mesh
 from megalodon_jax.config import ConfigError, ModelConfig, TrainConfig, config_from_dict
 from megalodon_jax.data.tokenizer import Tokenizer, load_tokenizer
 from megalodon_jax.model import Megalodon
+from megalodon_jax.processes import agree, is_main
 from megalodon_jax.training.step import TrainState, abstract_model, abstract_state
 
 # How a model is computed, not what it is: these may change between save and restore.
@@ -95,9 +100,10 @@ class RunCheckpoints:
             raise CheckpointError(
                 f"{run_dir} has no checkpoints; give the run_dir of a training run"
             )
-        for unfinished in sorted(self.directory.glob("*.orbax-checkpoint-tmp")):
-            action = "ignoring" if read_only else "removing"
-            print(f"{action} unfinished checkpoint {unfinished}", file=sys.stderr)
+        if is_main():
+            for unfinished in sorted(self.directory.glob("*.orbax-checkpoint-tmp")):
+                action = "ignoring" if read_only else "removing"
+                print(f"{action} unfinished checkpoint {unfinished}", file=sys.stderr)
         self._orbax = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -221,15 +227,34 @@ class RunCheckpoints:
             loader=ocp.args.JsonRestore(),
         )
         # Committed like the other arrays, or the train step would be compiled twice.
+        at = np.asarray(step, np.int32)
         state = TrainState(
-            jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding),
+            jax.make_array_from_callback((), abstract.step.sharding, lambda _: at),
             _from_names(abstract.params, items["params"]),
             _from_names(abstract.opt_state, items["opt_state"]),
         )
         return RestoredRun(state, items["loader"], saved)
 
+    def restore_params(self, step: int, config: TrainConfig, mesh: Mesh | None = None) -> nnx.State:
+        """Reads the parameters alone, to where a run of `config` has them.
+
+        Args:
+          step: which checkpoint.
+          config: the run that starts with them.
+          mesh: devices; None: those of `config.mesh`.
+
+        Raises:
+          CheckpointError: it is damaged.
+          MismatchError: it is of another model; the fields that differ are named.
+        """
+        saved, _ = self.read_run(step)
+        check_same_model(saved.model, config.model, self._path(step))
+        params = abstract_state(config, mesh).params
+        items = self._restore(step, params=ocp.args.StandardRestore(_abstract_by_name(params)))
+        return _from_names(params, items["params"])
+
     def restore_model(self, step: int, config: ModelConfig) -> Megalodon:
-        """Reads the parameters alone, into a model of `config`.
+        """Reads the parameters alone, into a model of `config` on this process's first device.
 
         Raises:
           CheckpointError: the checkpoint is damaged.
@@ -246,7 +271,11 @@ class RunCheckpoints:
         while target.exists():
             count += 1
             target = source.with_name(f"damaged_{step}_{count}")
-        source.rename(target)
+        # Nobody renames before all have found the same name.
+        agree(True)
+        if is_main():
+            source.rename(target)
+        agree(True)
         self._orbax.reload()
         return target
 
@@ -260,9 +289,25 @@ class RunCheckpoints:
         self._last_saved = step
 
     def _restore(self, step: int, **items: ocp.args.CheckpointArgs) -> Mapping[str, Any]:
+        restored, failure = None, None
         try:
-            with _abandoned_reads_kept_quiet():
-                restored = self._orbax.restore(step, args=ocp.args.Composite(**items))
+            restored = self._read(step, items)
+        except CheckpointError as error:
+            failure = error
+        # What one process cannot read none may go on with.
+        all_read = agree(failure is None)
+        if failure is not None:
+            raise failure
+        if restored is None or not all_read:
+            raise CheckpointError(
+                f"checkpoint {self._path(step)} cannot be read by another process, which says why"
+            )
+        return restored
+
+    def _read(self, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> Mapping[str, Any]:
+        try:
+            with _abandoned_reads_kept_quiet(), _reader(self.directory) as reader:
+                restored = reader.restore(step, args=ocp.args.Composite(**items))
             missing = [name for name in items if restored[name] is None]
         # Orbax, TensorStore and the JSON parser raise many types for a truncated or missing file.
         except Exception as error:
@@ -287,6 +332,23 @@ class RunCheckpoints:
         )
 
 
+def _reader(directory: Path) -> ocp.CheckpointManager:
+    """Reads for this process alone: one that fails does not leave the others at a barrier."""
+    index = jax.process_index()
+    return ocp.CheckpointManager(
+        directory,
+        options=ocp.CheckpointManagerOptions(
+            read_only=True,
+            create=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=index,
+                active_processes={index},
+                barrier_sync_key_prefix=f"reader_{index}",
+            ),
+        ),
+    )
+
+
 def save_model(model: Megalodon, run_dir: str | Path, config: TrainConfig) -> None:
     """Writes a model as a run that `load_model`, `generate`, `evaluate` and `init_from` can use.
 
@@ -301,6 +363,19 @@ def save_model(model: Megalodon, run_dir: str | Path, config: TrainConfig) -> No
         params = nnx.state(model, nnx.Param)
         checkpoints.save_params(params, config=config, tokenizer_fingerprint=fingerprint)
         checkpoints.wait()
+
+
+def load_params(run_dir: str | Path, config: TrainConfig, mesh: Mesh) -> nnx.State:
+    """The newest parameters of another run, where a run of `config` has them on `mesh`.
+
+    Raises:
+      CheckpointError: there are none, or they cannot be read.
+      MismatchError: they are of another model.
+    """
+    with RunCheckpoints(run_dir, read_only=True) as checkpoints:
+        return newest_readable(
+            checkpoints, lambda step: checkpoints.restore_params(step, config, mesh)
+        )
 
 
 def load_model(run_dir: str | Path, step: int | None = None) -> LoadedModel:
@@ -443,7 +518,7 @@ def _by_name(tree: Any) -> dict[str, Any]:
 
 
 def _abstract_by_name(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device)
         for name, leaf in _by_name(tree).items()
