@@ -5,12 +5,13 @@ devices of all. A process loads the rows that its devices hold, whole, and each 
 of them. In one process nothing here costs anything.
 """
 
+import bisect
 import importlib.util
-import itertools
 import json
+import math
 import os
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -95,65 +96,58 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def row_ranges(mesh: Mesh, batch_size: int) -> dict[int, slice]:
-    """For each process, the rows of the global batch that its devices hold.
+def rows_of_processes(mesh: Mesh, batch_size: int) -> dict[int, tuple[int, ...]]:
+    """For each process with devices in the mesh, the rows of the global batch that they hold.
+
+    They rise, but need not be neighbours: a mesh that follows the wires of a TPU pod may give a
+    process rows 0, 1, 4 and 5.
 
     Args:
       mesh: the run's devices.
       batch_size: rows of the global batch.
-
-    Raises:
-      ConfigError: the rows of a process are not one contiguous range.
     """
     # Only the split of rows matters, so any length that all parts divide will do.
     shape = (batch_size, mesh.shape["chunk"])
-    held: dict[int, set[tuple[int, int]]] = {}
+    held: dict[int, set[int]] = {}
     for device, (rows, _) in batch_sharding(mesh).devices_indices_map(shape).items():
-        start, stop, _ = rows.indices(batch_size)
-        held.setdefault(device.process_index, set()).add((start, stop))
-    return {process: _join(process, sorted(parts)) for process, parts in sorted(held.items())}
+        held.setdefault(device.process_index, set()).update(range(*rows.indices(batch_size)))
+    return {process: tuple(sorted(rows)) for process, rows in sorted(held.items())}
 
 
-def _join(process: int, parts: list[tuple[int, int]]) -> slice:
-    for (_, stop), (start, _) in itertools.pairwise(parts):
-        if start != stop:
-            text = ", ".join(f"{start} to {stop - 1}" for start, stop in parts)
-            raise ConfigError(
-                f"the devices of process {process} hold rows {text} of a batch, which is not one "
-                "range; order the mesh so that the devices of a process are neighbours along "
-                "mesh.replica and mesh.data"
-            )
-    return slice(parts[0][0], parts[-1][1])
-
-
-def rows_of_process(mesh: Mesh, batch_size: int) -> slice:
+def rows_of_process(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
     """The rows of the global batch that this process loads.
 
     Raises:
-      ConfigError: they are not one contiguous range, or the mesh has none of its devices.
+      ConfigError: the mesh has no device of this process.
     """
-    ranges = row_ranges(mesh, batch_size)
-    if jax.process_index() not in ranges:
+    rows = rows_of_processes(mesh, batch_size)
+    if jax.process_index() not in rows:
         raise ConfigError(
             f"the mesh has {mesh.size} devices, none of them of process {jax.process_index()}; "
             "set one axis of [mesh] to -1 to use the devices of all processes"
         )
-    return ranges[jax.process_index()]
+    return rows[jax.process_index()]
 
 
-def num_row_groups(mesh: Mesh, batch_size: int) -> int:
-    """How many different ranges of rows the processes load; those of one range share its rows."""
-    return len({(r.start, r.stop) for r in row_ranges(mesh, batch_size).values()})
+def num_shards_of(mesh: Mesh, batch_size: int) -> int:
+    """The fewest equal shards of a batch such that each has its rows in whole processes.
+
+    So a document is read by no more processes than need it: one, unless they share rows.
+    """
+    rows = rows_of_processes(mesh, batch_size)
+    holders = [{process for process in rows if row in rows[process]} for row in range(batch_size)]
+    borders = [row for row in range(1, batch_size) if holders[row] != holders[row - 1]]
+    return batch_size // math.gcd(batch_size, *borders)
 
 
-def place_batch(batch: Batch, mesh: Mesh, *, rows: slice, batch_size: int) -> Batch:
+def place_batch(batch: Batch, mesh: Mesh, *, rows: Sequence[int], batch_size: int) -> Batch:
     """Puts a process's rows on the mesh: the global batch, of which each device has its part.
 
     A device gets its rows and its part of the sequence, cut from the host's whole rows.
 
     Args:
-      batch: numpy arrays (..., b, L), the same leading axes everywhere; b rows, which are rows
-        `rows` of the global batch, all L tokens of each.
+      batch: numpy arrays (..., b, L), the same leading axes everywhere: rows `rows` of the global
+        batch, all L tokens of each.
       mesh: the run's devices.
       rows: from `rows_of_process`.
       batch_size: rows B of the global batch.
@@ -166,9 +160,12 @@ def place_batch(batch: Batch, mesh: Mesh, *, rows: slice, batch_size: int) -> Ba
         *leading, _, length = array.shape
         sharding = batch_sharding(mesh, leading=len(leading))
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             start, stop, _ = index[-2].indices(batch_size)
-            return array[..., start - rows.start : stop - rows.start, index[-1]]
+            # A device's rows are neighbours, so they are neighbours among the process's too.
+            first = bisect.bisect_left(rows, start)
+            return array[..., first : first + stop - start, index[-1]]
 
         return jax.make_array_from_callback((*leading, batch_size, length), sharding, part)
 

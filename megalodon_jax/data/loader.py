@@ -33,7 +33,7 @@ class Loader(Iterator[Batch]):
         open_shard: "Callable[[int, int], grain.IterDataset[CountedBatch]]",
         settings: dict[str, Any],
         *,
-        rows: slice,
+        rows: Sequence[int],
         counts_bytes: bool,
         any_num_shards: bool,
     ):
@@ -50,11 +50,13 @@ class Loader(Iterator[Batch]):
 
     def _open(self, num_shards: int) -> None:
         share = self._settings["batch_size"] // num_shards
-        first, last = self._rows.start // share, (self._rows.stop - 1) // share
+        needed = sorted({row // share for row in self._rows})
         _close_all(self._opened)
-        for index in range(first, last + 1):
+        for index in needed:
             self._opened[index] = iter(self._open_shard(index, num_shards))
-        self._kept = slice(self._rows.start - first * share, self._rows.stop - first * share)
+        # The loader's rows among those of its shards, laid end to end.
+        self._kept = [needed.index(row // share) * share + row % share for row in self._rows]
+        self._keeps_all = len(self._kept) == len(needed) * share
         self._start = {index: shard.get_state() for index, shard in self._opened.items()}
 
     @property
@@ -79,7 +81,7 @@ class Loader(Iterator[Batch]):
         parts = [next(shard) for shard in self._shards.values()]
         arrays = zip(*(part.batch for part in parts), strict=True)
         joined = (same[0] if len(same) == 1 else np.concatenate(same) for same in arrays)
-        batch = Batch(*(array[self._kept] for array in joined))  # type: ignore[arg-type]
+        batch = Batch(*(array if self._keeps_all else array[self._kept] for array in joined))  # type: ignore[arg-type]
         return CountedBatch(batch, sum(part.num_bytes for part in parts))
 
     def with_bytes(self) -> "Iterator[CountedBatch]":
@@ -185,7 +187,7 @@ def make_loader(
     tokenizer: Tokenizer,
     split: Split,
     *,
-    rows: slice | None = None,
+    rows: Sequence[int] | None = None,
     default_shards: int = 1,
     repeat: bool,
 ) -> Loader:
@@ -205,7 +207,7 @@ def make_loader(
       config: source, tokens per row, packing.
       tokenizer: from `load_tokenizer`.
       split: `"train"` or `"heldout"`.
-      rows: which rows of the global batch this loader gives; None: all.
+      rows: which rows of the global batch this loader gives, rising; None: all.
       default_shards: shards if `config.num_shards` is 0.
       repeat: endless and shuffled, or one pass.
 
@@ -213,11 +215,11 @@ def make_loader(
       DataError: the data is empty or unreadable, there are too few documents for the shards, or
         rows cannot be dealt out to them.
     """
-    rows = slice(0, config.batch_size) if rows is None else rows
-    if not 0 <= rows.start < rows.stop <= config.batch_size:
+    rows = range(config.batch_size) if rows is None else rows
+    if not rows or sorted({*rows} & {*range(config.batch_size)}) != list(rows):
         raise DataError(
-            f"rows are [{rows.start}, {rows.stop}); must be some of data.batch_size "
-            f"{config.batch_size}"
+            f"rows are {list(rows)}; must be some of 0 to {config.batch_size - 1}, rising, for "
+            "these are the rows of data.batch_size"
         )
     num_shards = (config.num_shards or default_shards) if repeat else 1
     source = open_source(config, split)
@@ -266,7 +268,8 @@ def _check_shares(num_documents: int, config: DataConfig, num_shards: int) -> No
     if num_documents < num_readers:
         raise DataError(
             f"{num_documents} documents cannot be shared by {num_shards} shards with "
-            f"{config.num_workers} workers each; use fewer, or set data.document_separator"
+            f"{config.num_workers} workers each; lower data.num_shards or data.num_workers, or set "
+            "data.document_separator"
         )
     if config.num_workers < 0:
         raise DataError(f"data.num_workers is {config.num_workers}; must not be negative")

@@ -11,8 +11,7 @@ devices restores on any other.
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -27,6 +26,14 @@ from megalodon_jax.config import ConfigError, ModelConfig, TrainConfig, config_f
 from megalodon_jax.data.tokenizer import Tokenizer, load_tokenizer
 from megalodon_jax.model import Megalodon
 from megalodon_jax.processes import agree, is_main
+from megalodon_jax.training.checkpoint_items import (
+    abandoned_reads_kept_quiet,
+    abstract_by_name,
+    by_name,
+    from_names,
+    reader,
+    reason,
+)
 from megalodon_jax.training.step import TrainState, abstract_model, abstract_state
 
 # How a model is computed, not what it is: these may change between save and restore.
@@ -146,8 +153,8 @@ class RunCheckpoints:
         """
         self._save(
             int(state.step),
-            params=ocp.args.StandardSave(_by_name(state.params)),
-            opt_state=ocp.args.StandardSave(_by_name(state.opt_state)),
+            params=ocp.args.StandardSave(by_name(state.params)),
+            opt_state=ocp.args.StandardSave(by_name(state.opt_state)),
             loader=ocp.args.JsonSave(dict(loader_state)),
             run=_run_item(int(state.step), config, tokenizer_fingerprint),
         )
@@ -162,7 +169,7 @@ class RunCheckpoints:
         """
         self._save(
             0,
-            params=ocp.args.StandardSave(_by_name(params)),
+            params=ocp.args.StandardSave(by_name(params)),
             run=_run_item(0, config, tokenizer_fingerprint),
         )
 
@@ -222,16 +229,16 @@ class RunCheckpoints:
         abstract = abstract_state(config, mesh)
         items = self._restore(
             step,
-            params=ocp.args.StandardRestore(_abstract_by_name(abstract.params)),
-            opt_state=ocp.args.StandardRestore(_abstract_by_name(abstract.opt_state)),
+            params=ocp.args.StandardRestore(abstract_by_name(abstract.params)),
+            opt_state=ocp.args.StandardRestore(abstract_by_name(abstract.opt_state)),
             loader=ocp.args.JsonRestore(),
         )
         # Committed like the other arrays, or the train step would be compiled twice.
         at = np.asarray(step, np.int32)
         state = TrainState(
             jax.make_array_from_callback((), abstract.step.sharding, lambda _: at),
-            _from_names(abstract.params, items["params"]),
-            _from_names(abstract.opt_state, items["opt_state"]),
+            from_names(abstract.params, items["params"]),
+            from_names(abstract.opt_state, items["opt_state"]),
         )
         return RestoredRun(state, items["loader"], saved)
 
@@ -250,8 +257,8 @@ class RunCheckpoints:
         saved, _ = self.read_run(step)
         check_same_model(saved.model, config.model, self._path(step))
         params = abstract_state(config, mesh).params
-        items = self._restore(step, params=ocp.args.StandardRestore(_abstract_by_name(params)))
-        return _from_names(params, items["params"])
+        items = self._restore(step, params=ocp.args.StandardRestore(abstract_by_name(params)))
+        return from_names(params, items["params"])
 
     def restore_model(self, step: int, config: ModelConfig) -> Megalodon:
         """Reads the parameters alone, into a model of `config` on this process's first device.
@@ -260,8 +267,8 @@ class RunCheckpoints:
           CheckpointError: the checkpoint is damaged.
         """
         graphdef, params = abstract_model(config)
-        items = self._restore(step, params=ocp.args.StandardRestore(_abstract_by_name(params)))
-        return nnx.merge(graphdef, _from_names(params, items["params"]))
+        items = self._restore(step, params=ocp.args.StandardRestore(abstract_by_name(params)))
+        return nnx.merge(graphdef, from_names(params, items["params"]))
 
     def set_aside(self, step: int) -> Path:
         """Renames a damaged checkpoint to `damaged_<step>`, so that its step can be saved again."""
@@ -306,13 +313,13 @@ class RunCheckpoints:
 
     def _read(self, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> Mapping[str, Any]:
         try:
-            with _abandoned_reads_kept_quiet(), _reader(self.directory) as reader:
-                restored = reader.restore(step, args=ocp.args.Composite(**items))
+            with abandoned_reads_kept_quiet(), reader(self.directory) as orbax:
+                restored = orbax.restore(step, args=ocp.args.Composite(**items))
             missing = [name for name in items if restored[name] is None]
         # Orbax, TensorStore and the JSON parser raise many types for a truncated or missing file.
         except Exception as error:
             raise CheckpointError(
-                f"checkpoint {self._path(step)} cannot be read: {_reason(error)}"
+                f"checkpoint {self._path(step)} cannot be read: {reason(error)}"
             ) from error
         if missing:
             raise CheckpointError(f"checkpoint {self._path(step)} lacks {', '.join(missing)}")
@@ -328,25 +335,8 @@ class RunCheckpoints:
         )
         return CheckpointError(
             f"checkpoint {'' if step is None else self._path(step)} was not written: "
-            f"{_reason(error)}; {usable}"
+            f"{reason(error)}; {usable}"
         )
-
-
-def _reader(directory: Path) -> ocp.CheckpointManager:
-    """Reads for this process alone: one that fails does not leave the others at a barrier."""
-    index = jax.process_index()
-    return ocp.CheckpointManager(
-        directory,
-        options=ocp.CheckpointManagerOptions(
-            read_only=True,
-            create=False,
-            multiprocessing_options=ocp.options.MultiprocessingOptions(
-                primary_host=index,
-                active_processes={index},
-                barrier_sync_key_prefix=f"reader_{index}",
-            ),
-        ),
-    )
 
 
 def save_model(model: Megalodon, run_dir: str | Path, config: TrainConfig) -> None:
@@ -485,53 +475,3 @@ def _run_item(step: int, config: TrainConfig, tokenizer_fingerprint: str) -> ocp
             "tokenizer_fingerprint": tokenizer_fingerprint,
         }
     )
-
-
-@contextmanager
-def _abandoned_reads_kept_quiet() -> Iterator[None]:
-    """Hides what Orbax leaves behind when one of many reads fails: the others end in a closed loop.
-
-    They end some time later, each with a traceback that says nothing of the checkpoint, so after a
-    failure the filter stays. Anything else still reaches the hook that was there before.
-    """
-    before = sys.unraisablehook
-
-    def report_others(unraisable: Any) -> None:
-        error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-            before(unraisable)
-
-    sys.unraisablehook = report_others
-    yield
-    sys.unraisablehook = before
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    # The last part of a Flax variable's path is the variable's own array.
-    return ".".join(parts[:-1] if parts[-1] == "value" else parts)
-
-
-def _by_name(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {_name(path): leaf for path, leaf in leaves}
-
-
-def _abstract_by_name(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device)
-        for name, leaf in _by_name(tree).items()
-    }
-
-
-def _from_names(abstract: Any, arrays: Mapping[str, Any]) -> Any:
-    paths, treedef = jax.tree_util.tree_flatten_with_path(abstract)
-    return jax.tree.unflatten(treedef, [arrays[_name(path)] for path, _ in paths])
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    # The system's own words (no space left, permission denied) stand at the end of a long chain.
-    shortened = text if len(text) <= 300 else f"{text[:100]} ... {text[-180:]}"
-    return f"{type(error).__name__}: {shortened}"

@@ -31,7 +31,7 @@ from megalodon_jax.processes import (
     AgreedNumber,
     gather_json,
     is_main,
-    num_row_groups,
+    num_shards_of,
     place_batch,
     rows_of_process,
     start_processes,
@@ -140,10 +140,10 @@ def check_vocabulary(tokenizer: Tokenizer, config: TrainConfig) -> None:
 
 
 def _open_loaders(
-    config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh, rows: slice
+    config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh, rows: tuple[int, ...]
 ) -> tuple[Loader, Loader | None]:
     data = config.data
-    shards = num_row_groups(mesh, data.batch_size)
+    shards = num_shards_of(mesh, data.batch_size)
     loader = make_loader(data, tokenizer, "train", rows=rows, default_shards=shards, repeat=True)
     named = data.tfds_heldout_split if data.source == "tfds" else data.heldout_files
     if not named and data.heldout_fraction == 0.0:
@@ -251,7 +251,7 @@ class _Run:
         self,
         config: TrainConfig,
         mesh: Mesh,
-        rows: slice,
+        rows: tuple[int, ...],
         tokenizer: Tokenizer,
         loader: Loader,
         heldout_loader: Loader | None,

@@ -209,7 +209,7 @@ def test_a_state_of_other_data_is_refused(numbers: Tokenizer, number_config: Con
 def _open_rows(config: DataConfig, tokenizer: Tokenizer, num_loaders: int) -> list[Loader]:
     share = config.batch_size // num_loaders
     return [
-        make_loader(config, tokenizer, "train", rows=slice(at, at + share), repeat=True)
+        make_loader(config, tokenizer, "train", rows=range(at, at + share), repeat=True)
         for at in range(0, config.batch_size, share)
     ]
 
@@ -240,9 +240,10 @@ def test_batches_depend_on_the_shards_and_not_on_the_loaders(
     whole = _take(make_loader(config, numbers, "train", repeat=True), 12)
     for num_loaders in (2, 4):
         _assert_same(_take_joined(_open_rows(config, numbers, num_loaders), 12), whole)
-    # Rows that begin and end inside shards.
-    middle = make_loader(config, numbers, "train", rows=slice(1, 3), repeat=True)
-    _assert_same(_take(middle, 12), [Batch(*(a[1:3] for a in batch)) for batch in whole])
+    # Rows that begin and end inside shards, and rows that are no neighbours.
+    for rows in ((1, 2), (0, 3), (1,)):
+        some = make_loader(config, numbers, "train", rows=rows, repeat=True)
+        _assert_same(_take(some, 12), [Batch(*(a[list(rows)] for a in batch)) for batch in whole])
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
@@ -284,7 +285,7 @@ def test_processes_of_a_single_pass_cut_the_same_batches(
     parts = [
         list(
             make_loader(
-                config, numbers, "train", rows=slice(2 * i, 2 * i + 2), repeat=False
+                config, numbers, "train", rows=(2 * i, 2 * i + 1), repeat=False
             ).with_bytes()
         )
         for i in range(2)
@@ -354,7 +355,9 @@ def test_errors_of_documents_reach_the_caller(numbers: Tokenizer, number_config:
     ("arguments", "settings", "message"),
     [
         ({"default_shards": 3}, {}, "data.batch_size 4 does not divide by 3 shards"),
-        ({"rows": slice(2, 5)}, {}, r"rows are \[2, 5\); must be some of data.batch_size 4"),
+        ({"rows": (3, 4)}, {}, r"rows are \[3, 4\]; must be some of 0 to 3, rising"),
+        ({"rows": (1, 0)}, {}, r"rows are \[1, 0\]; must be some of 0 to 3, rising"),
+        ({"rows": ()}, {}, r"rows are \[\]; must be some of 0 to 3, rising"),
         ({}, {"num_shards": 8, "batch_size": 8}, "7 documents cannot be shared by 8 shards"),
         ({}, {"num_workers": 9}, "7 documents cannot be shared by 1 shards with 9 workers"),
         ({}, {"num_workers": -1}, "data.num_workers is -1; must not be negative"),
