@@ -5,11 +5,13 @@ devices of all. A process loads the rows that its devices hold, whole, and each 
 of them. In one process nothing here costs anything.
 """
 
+import atexit
 import bisect
 import importlib.util
 import json
 import math
 import os
+import sys
 import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,6 +57,23 @@ def start_processes(config: ProcessesConfig) -> None:
             f"cannot join the other processes: {error}; name them with processes.coordinator, "
             "processes.count and processes.index, or set processes.detect to false to run alone"
         ) from error
+
+
+def leave_without_others(exit_code: int) -> None:
+    """After an error: lets this process, one of several, end without waiting for the others.
+
+    They may be in a step that it will never join. They end as they see its connections closed, or
+    at the latest when JAX misses its heartbeat.
+    """
+
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+
+    # What is registered last runs first, so before JAX waits.
+    if jax.distributed.is_initialized():
+        atexit.register(leave)
 
 
 def names_several_processes(environment: Mapping[str, str]) -> bool:

@@ -116,7 +116,11 @@ def _run(command: Callable[[list[str]], int], arguments: list[str], *, debug: bo
         print(f"megalodon: error: {error}", file=sys.stderr)
         if not _is_ours(error):
             print(f"megalodon: set {DEBUG_VARIABLE}=1 for the traceback", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return _exit_code(error)
+
+
+def _exit_code(error: Exception) -> int:
+    return 2 if isinstance(error, ConfigError) else 1
 
 
 def _is_ours(error: Exception) -> bool:
@@ -137,9 +141,14 @@ def _train(arguments: list[str]) -> int:
     )
     if path is None:
         raise ConfigError(f"no config given; name a TOML file or one of: {', '.join(shipped())}")
+    from megalodon_jax.processes import leave_without_others
     from megalodon_jax.training.loop import train
 
-    result = train(config)
+    try:
+        result = train(config)
+    except Exception as error:
+        leave_without_others(_exit_code(error))
+        raise
     return 128 + signal.SIGINT if result.stop_signal == signal.SIGINT else 0
 
 

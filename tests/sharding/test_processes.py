@@ -31,6 +31,7 @@ from megalodon_jax.config import (
 from megalodon_jax.processes import (
     AgreedNumber,
     gather_json,
+    leave_without_others,
     names_several_processes,
     num_shards_of,
     place_batch,
@@ -389,6 +390,19 @@ def test_processes_are_joined_as_they_are_named(monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     start_processes(ProcessesConfig())
     assert len(calls) == 2
+
+
+def test_after_an_error_one_of_several_does_not_wait(monkeypatch):
+    registered = []
+    monkeypatch.setattr(processes.atexit, "register", registered.append)
+    leave_without_others(1)
+    assert registered == []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    leave_without_others(2)
+    codes = []
+    monkeypatch.setattr(processes.os, "_exit", codes.append)
+    registered[0]()
+    assert codes == [2]
 
 
 def test_processes_that_cannot_be_joined():
