@@ -103,9 +103,9 @@ def _run(command: Callable[[list[str]], int], arguments: list[str], *, debug: bo
         return command(arguments)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("megalodon: stopped at once, nothing saved", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return _exit_code(stop)
     except BrokenPipeError:
         # The reader of our output has gone (`| head`); the rest has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -119,7 +119,9 @@ def _run(command: Callable[[list[str]], int], arguments: list[str], *, debug: bo
         return _exit_code(error)
 
 
-def _exit_code(error: Exception) -> int:
+def _exit_code(error: Exception | KeyboardInterrupt) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
     return 2 if isinstance(error, ConfigError) else 1
 
 
@@ -146,7 +148,7 @@ def _train(arguments: list[str]) -> int:
 
     try:
         result = train(config)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         leave_without_others(_exit_code(error))
         raise
     return 128 + signal.SIGINT if result.stop_signal == signal.SIGINT else 0

@@ -45,7 +45,7 @@ from megalodon_jax.typing import Batch
 from tests.topologies import tpu_device
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 150
+SECONDS = 300
 # Runs one after another in the same processes. A run named `stopped` gets a signal in one of them.
 WORKER = """
 import json, signal, sys
@@ -72,10 +72,8 @@ for path in sys.argv[1:]:
 """
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def finished_runs(root: Path) -> Path:
     """Directories of finished runs; named for the processes, then for what they did."""
-    root = tmp_path_factory.mktemp("runs")
     text = root / "corpus.txt"
     text.write_text("\0".join(f"document {i}: " + "ab c" * (50 * (i % 11 + 1)) for i in range(40)))
     one = _Launcher(root, text, num_processes=1)
@@ -212,22 +210,19 @@ def _steps(run: Path) -> list[int]:
         return checkpoints.steps()
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(runs):
+def check_two_processes_train_as_one(runs: Path) -> None:
     _assert_same_numbers(runs / "two", runs / "one")
     _assert_same_weights(runs / "two", runs / "one")
     assert _steps(runs / "two") == [3, 6]
 
 
-@pytest.mark.slow
-def test_a_checkpoint_of_one_process_goes_on_in_two_and_the_reverse(runs):
+def check_a_checkpoint_of_one_process_goes_on_in_two_and_the_reverse(runs: Path) -> None:
     for name in ("one_then_two", "two_then_one"):
         _assert_same_numbers(runs / name, runs / "one", after=3)
         _assert_same_weights(runs / name, runs / "one")
 
 
-@pytest.mark.slow
-def test_one_process_logs(runs):
+def check_one_process_logs(runs: Path) -> None:
     steps = [line["step"] for line in _lines(runs / "two") if "loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert len(list((runs / "two" / "tensorboard").iterdir())) == 1
@@ -239,16 +234,14 @@ def test_one_process_logs(runs):
     assert len(_result(runs, "two_2_0")[-1]) > 0
 
 
-@pytest.mark.slow
-def test_a_damaged_checkpoint_is_set_aside_by_both(runs):
+def check_a_damaged_checkpoint_is_set_aside_by_both(runs: Path) -> None:
     assert _steps(runs / "one_then_two") == [3, 6]
     assert Path(runs, "one_then_two", "checkpoints", "damaged_6", "params").is_dir()
     for index in range(2):
         assert "checkpoints/6" in (runs / f"one_then_two_2_{index}.output").read_text()
 
 
-@pytest.mark.slow
-def test_a_signal_to_one_process_stops_both_with_a_checkpoint(runs):
+def check_a_signal_to_one_process_stops_both_with_a_checkpoint(runs: Path) -> None:
     results = [_result(runs, f"stopped_chunk_2_{index}") for index in range(2)]
     assert results[0] == results[1]
     step, number, _, sample = results[0]
@@ -258,11 +251,22 @@ def test_a_signal_to_one_process_stops_both_with_a_checkpoint(runs):
     assert _steps(runs / "stopped")[-1] == step
 
 
-@pytest.mark.slow
-def test_sequences_split_over_two_processes_train_as_in_one(runs):
+def check_sequences_split_over_two_processes_train_as_in_one(runs: Path) -> None:
     # The first steps were of two processes, which shared all rows; then one went on.
     _assert_same_numbers(runs / "stopped_chunk", runs / "one_chunk")
     _assert_same_weights(runs / "stopped_chunk", runs / "one_chunk")
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    # One test, for processes that share the work of testing would each start these again.
+    runs = finished_runs(tmp_path)
+    check_two_processes_train_as_one(runs)
+    check_a_checkpoint_of_one_process_goes_on_in_two_and_the_reverse(runs)
+    check_one_process_logs(runs)
+    check_a_damaged_checkpoint_is_set_aside_by_both(runs)
+    check_a_signal_to_one_process_stops_both_with_a_checkpoint(runs)
+    check_sequences_split_over_two_processes_train_as_in_one(runs)
 
 
 def _hold(monkeypatch, *rows: tuple[int, int, int]) -> None:
