@@ -216,8 +216,12 @@ class DataConfig:
     """Pack documents into full rows, each its own segment; or one piece of a document a row."""
     shuffle_seed: int = 0
     """Seed of the order of documents."""
+    num_shards: int = 0
+    """Parts that the documents of training are dealt out to, each with its own rows of every batch.
+    Batches depend on it, not on the processes that load them. 0: as many as there are processes
+    with rows of their own when the run starts; a resumed run keeps its number."""
     num_workers: int = 0
-    """Processes that read and tokenize beside the main one."""
+    """Processes that read and tokenize a shard beside the main one."""
 
     def __post_init__(self) -> None:
         _require_literals(self, "data")
@@ -225,6 +229,9 @@ class DataConfig:
             self.seq_len >= 2, f"data.seq_len is {self.seq_len}; a row needs at least 2 tokens"
         )
         _require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; must be at least 1")
+        _require(
+            self.num_shards >= 0, f"data.num_shards is {self.num_shards}; must not be negative"
+        )
         _require(
             0.0 <= self.heldout_fraction < 1.0,
             f"data.heldout_fraction is {self.heldout_fraction}; must be in [0, 1)",
@@ -310,6 +317,41 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProcessesConfig:
+    """How the processes of a run on several hosts find one another."""
+
+    coordinator: str = ""
+    """Address of process 0, "host:port"; with `count` and `index`, if they are not detected."""
+    count: int = 0
+    """Processes of the run."""
+    index: int = -1
+    """Which of them this one is, from 0."""
+    detect: bool = True
+    """Without a coordinator, join the processes of a TPU pod, SLURM or Open MPI. Under the last two
+    a process gets one GPU, that of its place on the host, unless JAX_LOCAL_DEVICE_IDS lists more.
+    """
+
+    def __post_init__(self) -> None:
+        given = [bool(self.coordinator), self.count != 0, self.index != -1]
+        _require(
+            all(given) or not any(given),
+            f"processes.coordinator is {self.coordinator!r}, count {self.count}, index "
+            f"{self.index}; set all three, or none",
+        )
+        if any(given):
+            _require(
+                0 <= self.index < self.count,
+                f"processes.index is {self.index}; with count {self.count} use 0 to "
+                f"{self.count - 1}",
+            )
+            host, _, port = self.coordinator.rpartition(":")
+            _require(
+                bool(host) and port.isdigit(),
+                f'processes.coordinator is {self.coordinator!r}; use "host:port"',
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run."""
 
@@ -317,6 +359,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
     run_dir: str = "runs/default"
     """Directory of the run's checkpoints, logs and resolved configuration."""
     steps: int = 1000

@@ -5,7 +5,7 @@ when they are used.
 """
 
 from megalodon_jax.data.errors import DataError
-from megalodon_jax.data.loader import Loader, make_loader
+from megalodon_jax.data.loader import Loader, make_loader, merge_states
 from megalodon_jax.data.packing import CountedBatch
 from megalodon_jax.data.sources import Document, Source, Split, open_source
 from megalodon_jax.data.tokenizer import (
@@ -18,5 +18,6 @@ from megalodon_jax.data.tokenizer import (
 
 __all__ = [
     "ByteTokenizer", "CountedBatch", "CountedTokens", "DataError", "Document", "Loader", "Source",
-    "Split", "Tokenizer", "count_bytes", "load_tokenizer", "make_loader", "open_source",
+    "Split", "Tokenizer", "count_bytes", "load_tokenizer", "make_loader", "merge_states",
+    "open_source",
 ]  # fmt: skip

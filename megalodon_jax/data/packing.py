@@ -41,7 +41,10 @@ class Row(NamedTuple):
 
 
 class CountedBatch(NamedTuple):
-    """A batch, and the bytes of text that its weighted targets stand for, over all processes."""
+    """A batch, and the bytes of text that its weighted targets stand for.
+
+    Where a process has only some of a batch's rows, the bytes are those of all.
+    """
 
     batch: Batch
     num_bytes: int
@@ -97,18 +100,17 @@ class RowBuilder:
         return Row(self._tokens, self._targets, self._segment_ids, self._num_bytes)
 
 
-def collate(rows: Sequence[Row], *, num_rows: int, kept: slice) -> CountedBatch:
+def collate(rows: Sequence[Row], *, num_rows: int) -> CountedBatch:
     """Stacks rows into a batch.
 
     Args:
       rows: at most `num_rows` rows; rows of padding complete them.
-      num_rows: rows of the whole batch.
-      kept: the rows that this process gets; bytes are counted over the whole batch.
+      num_rows: rows of the batch.
     """
     shape = (num_rows, len(rows[0].tokens))
     tokens, targets, segment_ids = np.zeros((3, *shape), np.int32)
     for index, row in enumerate(rows):
         tokens[index], targets[index], segment_ids[index] = row[:3]
     weights = (segment_ids > 0).astype(np.float32)
-    batch = Batch(*(array[kept] for array in (tokens, targets, segment_ids, weights)))  # type: ignore[arg-type]
+    batch = Batch(tokens, targets, segment_ids, weights)  # type: ignore[arg-type]
     return CountedBatch(batch, sum(row.num_bytes for row in rows))

@@ -35,17 +35,17 @@ def training_batches(
     tokenizer: Tokenizer,
     config: DataConfig,
     *,
-    process_index: int,
-    process_count: int,
+    shard: int,
+    num_shards: int,
 ) -> grain.IterDataset[CountedBatch]:
-    """An endless stream, shuffled anew every epoch; every process reads its own documents."""
+    """An endless stream, shuffled anew every epoch: the documents and rows of one shard."""
     documents = (
         grain.MapDataset.source(cast(Any, source))
         .shuffle(seed=config.shuffle_seed)
         .repeat()
         .map_with_index(_Tokenize(tokenizer, len(source), count_bytes=False))
-    )[process_index::process_count]
-    num_rows = config.batch_size // process_count
+    )[shard::num_shards]
+    num_rows = config.batch_size // num_shards
     rows = PackedRows(
         documents.to_iter_dataset(READ_OPTIONS),
         seq_len=config.seq_len,
@@ -53,9 +53,7 @@ def training_batches(
         window=max(1, WINDOW_TOKENS // config.seq_len),
         seed=config.shuffle_seed,
     )
-    batches = rows.batch(
-        num_rows, batch_fn=functools.partial(collate, num_rows=num_rows, kept=slice(None))
-    )
+    batches = rows.batch(num_rows, batch_fn=functools.partial(collate, num_rows=num_rows))
     if config.num_workers > 0:
         # grain reads absl flags there, which raise unless the program has parsed them.
         if not flags.FLAGS.is_parsed():
@@ -67,14 +65,9 @@ def training_batches(
 
 
 def single_pass_batches(
-    source: Source,
-    tokenizer: Tokenizer,
-    config: DataConfig,
-    *,
-    process_index: int,
-    process_count: int,
+    source: Source, tokenizer: Tokenizer, config: DataConfig
 ) -> grain.IterDataset[CountedBatch]:
-    """One pass in a fixed random order; every process packs all rows and keeps its share.
+    """One pass in a fixed random order, in whole batches.
 
     So rows do not depend on the number of processes, all of them make equally many batches, and the
     first batches stand for the whole whatever the settings of the run.
@@ -91,11 +84,8 @@ def single_pass_batches(
         window=1,
         seed=config.shuffle_seed,
     )
-    share = config.batch_size // process_count
-    kept = slice(process_index * share, (process_index + 1) * share)
     batches = rows.batch(
-        config.batch_size,
-        batch_fn=functools.partial(collate, num_rows=config.batch_size, kept=kept),
+        config.batch_size, batch_fn=functools.partial(collate, num_rows=config.batch_size)
     )
     return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
 

@@ -3,18 +3,21 @@
 `<run_dir>/checkpoints/<step>/` holds four Orbax items: `params` and `opt_state` (arrays under
 dotted names), `loader` (the data iterator's state, JSON) and `run` (step, resolved configuration,
 tokenizer fingerprint, JSON). A directory gets its final name only when all of it is written.
+
+In a run of several processes all of them save and restore together, in a directory that all of them
+see. Each writes and reads what its devices hold, so a checkpoint of any number of processes and
+devices restores on any other.
 """
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
@@ -22,6 +25,15 @@ from jax.sharding import Mesh
 from megalodon_jax.config import ConfigError, ModelConfig, TrainConfig, config_from_dict
 from megalodon_jax.data.tokenizer import Tokenizer, load_tokenizer
 from megalodon_jax.model import Megalodon
+from megalodon_jax.processes import agree, is_main
+from megalodon_jax.training.checkpoint_items import (
+    abandoned_reads_kept_quiet,
+    abstract_by_name,
+    by_name,
+    from_names,
+    reader,
+    reason,
+)
 from megalodon_jax.training.step import TrainState, abstract_model, abstract_state
 
 # How a model is computed, not what it is: these may change between save and restore.
@@ -95,9 +107,10 @@ class RunCheckpoints:
             raise CheckpointError(
                 f"{run_dir} has no checkpoints; give the run_dir of a training run"
             )
-        for unfinished in sorted(self.directory.glob("*.orbax-checkpoint-tmp")):
-            action = "ignoring" if read_only else "removing"
-            print(f"{action} unfinished checkpoint {unfinished}", file=sys.stderr)
+        if is_main():
+            for unfinished in sorted(self.directory.glob("*.orbax-checkpoint-tmp")):
+                action = "ignoring" if read_only else "removing"
+                print(f"{action} unfinished checkpoint {unfinished}", file=sys.stderr)
         self._orbax = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -140,8 +153,8 @@ class RunCheckpoints:
         """
         self._save(
             int(state.step),
-            params=ocp.args.StandardSave(_by_name(state.params)),
-            opt_state=ocp.args.StandardSave(_by_name(state.opt_state)),
+            params=ocp.args.StandardSave(by_name(state.params)),
+            opt_state=ocp.args.StandardSave(by_name(state.opt_state)),
             loader=ocp.args.JsonSave(dict(loader_state)),
             run=_run_item(int(state.step), config, tokenizer_fingerprint),
         )
@@ -156,7 +169,7 @@ class RunCheckpoints:
         """
         self._save(
             0,
-            params=ocp.args.StandardSave(_by_name(params)),
+            params=ocp.args.StandardSave(by_name(params)),
             run=_run_item(0, config, tokenizer_fingerprint),
         )
 
@@ -216,27 +229,46 @@ class RunCheckpoints:
         abstract = abstract_state(config, mesh)
         items = self._restore(
             step,
-            params=ocp.args.StandardRestore(_abstract_by_name(abstract.params)),
-            opt_state=ocp.args.StandardRestore(_abstract_by_name(abstract.opt_state)),
+            params=ocp.args.StandardRestore(abstract_by_name(abstract.params)),
+            opt_state=ocp.args.StandardRestore(abstract_by_name(abstract.opt_state)),
             loader=ocp.args.JsonRestore(),
         )
         # Committed like the other arrays, or the train step would be compiled twice.
+        at = np.asarray(step, np.int32)
         state = TrainState(
-            jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding),
-            _from_names(abstract.params, items["params"]),
-            _from_names(abstract.opt_state, items["opt_state"]),
+            jax.make_array_from_callback((), abstract.step.sharding, lambda _: at),
+            from_names(abstract.params, items["params"]),
+            from_names(abstract.opt_state, items["opt_state"]),
         )
         return RestoredRun(state, items["loader"], saved)
 
+    def restore_params(self, step: int, config: TrainConfig, mesh: Mesh | None = None) -> nnx.State:
+        """Reads the parameters alone, to where a run of `config` has them.
+
+        Args:
+          step: which checkpoint.
+          config: the run that starts with them.
+          mesh: devices; None: those of `config.mesh`.
+
+        Raises:
+          CheckpointError: it is damaged.
+          MismatchError: it is of another model; the fields that differ are named.
+        """
+        saved, _ = self.read_run(step)
+        check_same_model(saved.model, config.model, self._path(step))
+        params = abstract_state(config, mesh).params
+        items = self._restore(step, params=ocp.args.StandardRestore(abstract_by_name(params)))
+        return from_names(params, items["params"])
+
     def restore_model(self, step: int, config: ModelConfig) -> Megalodon:
-        """Reads the parameters alone, into a model of `config`.
+        """Reads the parameters alone, into a model of `config` on this process's first device.
 
         Raises:
           CheckpointError: the checkpoint is damaged.
         """
         graphdef, params = abstract_model(config)
-        items = self._restore(step, params=ocp.args.StandardRestore(_abstract_by_name(params)))
-        return nnx.merge(graphdef, _from_names(params, items["params"]))
+        items = self._restore(step, params=ocp.args.StandardRestore(abstract_by_name(params)))
+        return nnx.merge(graphdef, from_names(params, items["params"]))
 
     def set_aside(self, step: int) -> Path:
         """Renames a damaged checkpoint to `damaged_<step>`, so that its step can be saved again."""
@@ -246,7 +278,11 @@ class RunCheckpoints:
         while target.exists():
             count += 1
             target = source.with_name(f"damaged_{step}_{count}")
-        source.rename(target)
+        # Nobody renames before all have found the same name.
+        agree(True)
+        if is_main():
+            source.rename(target)
+        agree(True)
         self._orbax.reload()
         return target
 
@@ -260,14 +296,30 @@ class RunCheckpoints:
         self._last_saved = step
 
     def _restore(self, step: int, **items: ocp.args.CheckpointArgs) -> Mapping[str, Any]:
+        restored, failure = None, None
         try:
-            with _abandoned_reads_kept_quiet():
-                restored = self._orbax.restore(step, args=ocp.args.Composite(**items))
+            restored = self._read(step, items)
+        except CheckpointError as error:
+            failure = error
+        # What one process cannot read none may go on with.
+        all_read = agree(failure is None)
+        if failure is not None:
+            raise failure
+        if restored is None or not all_read:
+            raise CheckpointError(
+                f"checkpoint {self._path(step)} cannot be read by another process, which says why"
+            )
+        return restored
+
+    def _read(self, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> Mapping[str, Any]:
+        try:
+            with abandoned_reads_kept_quiet(), reader(self.directory) as orbax:
+                restored = orbax.restore(step, args=ocp.args.Composite(**items))
             missing = [name for name in items if restored[name] is None]
         # Orbax, TensorStore and the JSON parser raise many types for a truncated or missing file.
         except Exception as error:
             raise CheckpointError(
-                f"checkpoint {self._path(step)} cannot be read: {_reason(error)}"
+                f"checkpoint {self._path(step)} cannot be read: {reason(error)}"
             ) from error
         if missing:
             raise CheckpointError(f"checkpoint {self._path(step)} lacks {', '.join(missing)}")
@@ -283,7 +335,7 @@ class RunCheckpoints:
         )
         return CheckpointError(
             f"checkpoint {'' if step is None else self._path(step)} was not written: "
-            f"{_reason(error)}; {usable}"
+            f"{reason(error)}; {usable}"
         )
 
 
@@ -301,6 +353,19 @@ def save_model(model: Megalodon, run_dir: str | Path, config: TrainConfig) -> No
         params = nnx.state(model, nnx.Param)
         checkpoints.save_params(params, config=config, tokenizer_fingerprint=fingerprint)
         checkpoints.wait()
+
+
+def load_params(run_dir: str | Path, config: TrainConfig, mesh: Mesh) -> nnx.State:
+    """The newest parameters of another run, where a run of `config` has them on `mesh`.
+
+    Raises:
+      CheckpointError: there are none, or they cannot be read.
+      MismatchError: they are of another model.
+    """
+    with RunCheckpoints(run_dir, read_only=True) as checkpoints:
+        return newest_readable(
+            checkpoints, lambda step: checkpoints.restore_params(step, config, mesh)
+        )
 
 
 def load_model(run_dir: str | Path, step: int | None = None) -> LoadedModel:
@@ -410,53 +475,3 @@ def _run_item(step: int, config: TrainConfig, tokenizer_fingerprint: str) -> ocp
             "tokenizer_fingerprint": tokenizer_fingerprint,
         }
     )
-
-
-@contextmanager
-def _abandoned_reads_kept_quiet() -> Iterator[None]:
-    """Hides what Orbax leaves behind when one of many reads fails: the others end in a closed loop.
-
-    They end some time later, each with a traceback that says nothing of the checkpoint, so after a
-    failure the filter stays. Anything else still reaches the hook that was there before.
-    """
-    before = sys.unraisablehook
-
-    def report_others(unraisable: Any) -> None:
-        error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-            before(unraisable)
-
-    sys.unraisablehook = report_others
-    yield
-    sys.unraisablehook = before
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    # The last part of a Flax variable's path is the variable's own array.
-    return ".".join(parts[:-1] if parts[-1] == "value" else parts)
-
-
-def _by_name(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {_name(path): leaf for path, leaf in leaves}
-
-
-def _abstract_by_name(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device)
-        for name, leaf in _by_name(tree).items()
-    }
-
-
-def _from_names(abstract: Any, arrays: Mapping[str, Any]) -> Any:
-    paths, treedef = jax.tree_util.tree_flatten_with_path(abstract)
-    return jax.tree.unflatten(treedef, [arrays[_name(path)] for path, _ in paths])
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    # The system's own words (no space left, permission denied) stand at the end of a long chain.
-    shortened = text if len(text) <= 300 else f"{text[:100]} ... {text[-180:]}"
-    return f"{type(error).__name__}: {shortened}"

@@ -103,9 +103,9 @@ def _run(command: Callable[[list[str]], int], arguments: list[str], *, debug: bo
         return command(arguments)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("megalodon: stopped at once, nothing saved", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return _exit_code(stop)
     except BrokenPipeError:
         # The reader of our output has gone (`| head`); the rest has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -116,7 +116,13 @@ def _run(command: Callable[[list[str]], int], arguments: list[str], *, debug: bo
         print(f"megalodon: error: {error}", file=sys.stderr)
         if not _is_ours(error):
             print(f"megalodon: set {DEBUG_VARIABLE}=1 for the traceback", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return _exit_code(error)
+
+
+def _exit_code(error: Exception | KeyboardInterrupt) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    return 2 if isinstance(error, ConfigError) else 1
 
 
 def _is_ours(error: Exception) -> bool:
@@ -137,9 +143,14 @@ def _train(arguments: list[str]) -> int:
     )
     if path is None:
         raise ConfigError(f"no config given; name a TOML file or one of: {', '.join(shipped())}")
+    from megalodon_jax.processes import leave_without_others
     from megalodon_jax.training.loop import train
 
-    result = train(config)
+    try:
+        result = train(config)
+    except (Exception, KeyboardInterrupt) as error:
+        leave_without_others(_exit_code(error))
+        raise
     return 128 + signal.SIGINT if result.stop_signal == signal.SIGINT else 0
 
 

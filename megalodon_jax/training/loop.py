@@ -1,4 +1,8 @@
-"""A training run: loader, step, logs, held-out measurements, checkpoints, a sample at the end."""
+"""A training run: loader, step, logs, held-out measurements, checkpoints, a sample at the end.
+
+In a run of several processes every one of them runs `train`: all take part in steps, measurements
+and checkpoints, each loads its own rows, and the first one logs.
+"""
 
 import dataclasses
 import json
@@ -6,7 +10,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,18 +19,24 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from megalodon_jax.config import ConfigError, TrainConfig
-from megalodon_jax.data.loader import Loader, make_loader
+from megalodon_jax.data.loader import Loader, make_loader, merge_states
+from megalodon_jax.data.packing import CountedBatch
 from megalodon_jax.data.tokenizer import Tokenizer, load_tokenizer
 from megalodon_jax.generate import Sampling, stream_text
-from megalodon_jax.training.checkpoint import (
-    RunCheckpoints,
-    check_same_model,
-    load_model,
-    newest_readable,
+from megalodon_jax.processes import (
+    AgreedNumber,
+    gather_json,
+    is_main,
+    num_shards_of,
+    place_batch,
+    rows_of_process,
+    start_processes,
 )
+from megalodon_jax.training.checkpoint import RunCheckpoints, load_params, newest_readable
 from megalodon_jax.training.evaluate import Evaluation, evaluate_batches
 from megalodon_jax.training.metrics import (
     ProgressDisplay,
@@ -42,7 +52,6 @@ from megalodon_jax.training.step import (
     make_eval_step,
     make_train_step,
     mesh_of,
-    state_shardings,
 )
 from megalodon_jax.typing import Batch
 
@@ -75,7 +84,8 @@ def train(config: TrainConfig) -> TrainResult:
     """Trains to `config.steps`, leaving checkpoints and logs in `config.run_dir`.
 
     SIGINT or SIGTERM: the step that runs is finished, a checkpoint is saved, and the function
-    returns with `stop_signal` set. A second SIGINT stops at once.
+    returns with `stop_signal` set. A second SIGINT stops at once. Of several processes one that
+    gets the signal stops all, after the same step; all must see the same `run_dir`.
 
     Raises:
       ConfigError: the settings do not fit together, or `run_dir` already has checkpoints and
@@ -84,25 +94,27 @@ def train(config: TrainConfig) -> TrainResult:
       CheckpointError: a checkpoint could not be written, or none could be read to resume from.
       TrainingError: the loss became NaN or infinite.
     """
+    start_processes(config.processes)
     mesh = mesh_of(config)
+    rows = rows_of_process(mesh, config.data.batch_size)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(tokenizer, config)
     with ExitStack() as stack:
         stop = stack.enter_context(_stop_on_signals())
-        loader, heldout_loader = _open_loaders(config, tokenizer)
+        loader, heldout_loader = _open_loaders(config, tokenizer, mesh, rows)
         stack.callback(loader.close)
         checkpoints = stack.enter_context(
             RunCheckpoints(config.run_dir, keep=config.keep_checkpoints)
         )
         graphdef, state = _first_state(config, mesh, loader, checkpoints)
-        log = _open_log(config, first_step=int(state.step))
-        stack.callback(log.close)
+        log = stack.enter_context(_open_log(config, first_step=int(state.step)))
         display = stack.enter_context(
-            ProgressDisplay(first_step=int(state.step), steps=config.steps)
+            ProgressDisplay(first_step=int(state.step), steps=config.steps, silent=not is_main())
         )
         run = _Run(
             config,
             mesh,
+            rows,
             tokenizer,
             loader,
             heldout_loader,
@@ -127,13 +139,16 @@ def check_vocabulary(tokenizer: Tokenizer, config: TrainConfig) -> None:
         )
 
 
-def _open_loaders(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Loader, Loader | None]:
+def _open_loaders(
+    config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh, rows: tuple[int, ...]
+) -> tuple[Loader, Loader | None]:
     data = config.data
-    loader = make_loader(data, tokenizer, "train", repeat=True)
+    shards = num_shards_of(mesh, data.batch_size)
+    loader = make_loader(data, tokenizer, "train", rows=rows, default_shards=shards, repeat=True)
     named = data.tfds_heldout_split if data.source == "tfds" else data.heldout_files
     if not named and data.heldout_fraction == 0.0:
         return loader, None
-    return loader, make_loader(data, tokenizer, "heldout", repeat=False)
+    return loader, make_loader(data, tokenizer, "heldout", rows=rows, repeat=False)
 
 
 def _first_state(
@@ -147,10 +162,7 @@ def _first_state(
             )
         graphdef, state = init_state(config, mesh)
         if config.init_from:
-            model, source = load_model(config.init_from)
-            check_same_model(source.model, config.model, config.init_from)
-            places = state_shardings(config, mesh).params
-            state = state._replace(params=jax.device_put(nnx.state(model, nnx.Param), places))
+            state = state._replace(params=load_params(config.init_from, config, mesh))
         return graphdef, state
     damaged: list[int] = []
     restored = newest_readable(
@@ -164,19 +176,27 @@ def _first_state(
     return abstract_model(config.model)[0], restored.state
 
 
-def _open_log(config: TrainConfig, *, first_step: int) -> RunLog:
+@contextmanager
+def _open_log(config: TrainConfig, *, first_step: int) -> Iterator[RunLog | None]:
+    if not is_main():
+        yield None
+        return
     resolved = dataclasses.asdict(config)
     Path(config.run_dir, "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
-    return RunLog(
+    log = RunLog(
         Path(config.run_dir),
         config=resolved,
         first_step=first_step,
         wandb_project=config.wandb_project,
     )
+    try:
+        yield log
+    finally:
+        log.close()
 
 
 class _Stop:
-    """Remembers the signal that asked the run to stop."""
+    """Remembers the signal that asked this process, or with it the whole run, to stop."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -231,16 +251,19 @@ class _Run:
         self,
         config: TrainConfig,
         mesh: Mesh,
+        rows: tuple[int, ...],
         tokenizer: Tokenizer,
         loader: Loader,
         heldout_loader: Loader | None,
         graphdef: nnx.GraphDef,
         state: TrainState,
         checkpoints: RunCheckpoints,
-        log: RunLog,
+        log: RunLog | None,
         display: ProgressDisplay,
     ) -> None:
         self.config = config
+        self.mesh = mesh
+        self.rows = rows
         self.tokenizer = tokenizer
         self.loader = loader
         self.heldout_loader = heldout_loader
@@ -258,15 +281,16 @@ class _Run:
         self.timed_tokens = 0.0
         self.train_loss: float | None = None
         self.clock = _Clock()
+        self.agreed_signal = AgreedNumber(mesh)
 
     def advance(self, stop: _Stop) -> None:
         """Trains until the last step or a signal; saves at the end."""
         config = self.config
         self.display.message(self._description())
         batches = iter(self.loader)
-        while self.step < config.steps and stop.signal is None:
+        while self.step < config.steps and not self._must_stop(stop):
             batch = _stack([next(batches) for _ in range(config.optim.accumulate_steps)])
-            self.state, metrics = self.train_step(self.state, batch)
+            self.state, metrics = self.train_step(self.state, self._place(batch))
             self.step += 1
             self.window.append(metrics)
             if self.step == self.first_step + 1:
@@ -282,6 +306,15 @@ class _Run:
         if self.saved_step != self.step:
             self._save()
         self.checkpoints.wait()
+
+    def _must_stop(self, stop: _Stop) -> bool:
+        number = self.agreed_signal.exchange(0 if stop.signal is None else int(stop.signal))
+        if number:
+            stop.signal = signal.Signals(number)
+        return bool(number)
+
+    def _place(self, batch: Batch) -> Batch:
+        return place_batch(batch, self.mesh, rows=self.rows, batch_size=self.config.data.batch_size)
 
     def finish(self, stop: _Stop) -> TrainResult:
         """The final held-out measurement and the sample; after a signal, how to go on."""
@@ -307,6 +340,7 @@ class _Run:
     def _description(self) -> str:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
         place = f"{len(self.devices)} x {self.devices[0].device_kind}"
+        place += f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         unused = len(jax.devices()) - len(self.devices)
         place += f" ({unused} more are not used: set mesh.data to -1)" if unused else ""
         resumed = f", resumed at step {self.first_step}" if self.first_step else ""
@@ -340,7 +374,7 @@ class _Run:
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
         }
-        self.log.write(self.step, numbers)
+        self._log(numbers)
         text = f"loss {mean['loss']:.4f}"
         text += f"  {tokens_per_second:,.0f} tokens/s" if tokens_per_second else ""
         text += f"  MFU {mfu:.1%}" if mfu else ""
@@ -348,6 +382,10 @@ class _Run:
         self.train_loss = float(window[-1].loss)
         self.window, self.timed_tokens = [], 0.0
         self.clock.restart()
+
+    def _log(self, numbers: Mapping[str, float | None]) -> None:
+        if self.log is not None:
+            self.log.write(self.step, numbers)
 
     def _utilization(self, tokens_per_second: float) -> float | None:
         flops = model_flops_per_token(self.config.model, seq_len=self.config.data.seq_len)
@@ -381,13 +419,13 @@ class _Run:
             heldout = evaluate_batches(
                 self.eval_step,
                 self.state.params,
-                self.heldout_loader.with_bytes(),
+                (
+                    CountedBatch(self._place(batch), num_bytes)
+                    for batch, num_bytes in self.heldout_loader.with_bytes()
+                ),
                 max_batches=max_batches,
             )
-        self.log.write(
-            self.step,
-            {"heldout_loss": heldout.loss, "heldout_bits_per_byte": heldout.bits_per_byte},
-        )
+        self._log({"heldout_loss": heldout.loss, "heldout_bits_per_byte": heldout.bits_per_byte})
         self.display.message(
             f"step {self.step}/{self.config.steps}  held-out bits per byte "
             f"{heldout.bits_per_byte:.4f}  loss {heldout.loss:.4f}"
@@ -399,7 +437,7 @@ class _Run:
         with self.clock.pause():
             self.checkpoints.save(
                 self.state,
-                loader_state=self.loader.state_dict(),
+                loader_state=merge_states(gather_json(self.loader.state_dict())),
                 config=self.config,
                 tokenizer_fingerprint=self.tokenizer.fingerprint(),
             )
@@ -407,7 +445,11 @@ class _Run:
 
     def _sample(self) -> str:
         # One row cannot be shared: a model too large for one device needs sample_tokens = 0.
-        params = jax.device_put(self.state.params, self.devices[0])
+        params = self.state.params
+        if jax.process_count() > 1:
+            params = multihost_utils.process_allgather(params, tiled=True)
+        # Every process draws the same text, so that none has to wait for another.
+        params = jax.device_put(params, self.mesh.local_devices[0])
         model = nnx.merge(self.graphdef, params)
         new = stream_text(
             model,

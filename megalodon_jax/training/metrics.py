@@ -123,15 +123,21 @@ class ProgressDisplay:
     """A bar on a terminal, plain lines elsewhere: loss, tokens/s, MFU, time left.
 
     Use as a context manager.
+
+    Args:
+      first_step: updates done before.
+      steps: updates of the run.
+      silent: show nothing, as all processes of a run but one do.
     """
 
-    def __init__(self, *, first_step: int, steps: int) -> None:
+    def __init__(self, *, first_step: int, steps: int, silent: bool = False) -> None:
         self._steps = steps
         self._first_step = first_step
         self._started = time.monotonic()
         self._console = Console(file=sys.stdout)
+        self._silent = silent
         self._bar: Progress | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not silent:
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -170,6 +176,8 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
             return
+        if self._silent:
+            return
         left = ""
         if step > self._first_step:
             seconds = (time.monotonic() - self._started) / (step - self._first_step)
@@ -180,7 +188,7 @@ class ProgressDisplay:
         """Prints a line that stays."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
-        else:
+        elif not self._silent:
             print(text, flush=True)
 
 

@@ -21,6 +21,7 @@ from megalodon_jax.data import (
     Tokenizer,
     load_tokenizer,
     make_loader,
+    merge_states,
 )
 from megalodon_jax.typing import Batch
 
@@ -201,17 +202,26 @@ def test_a_state_of_other_data_is_refused(numbers: Tokenizer, number_config: Con
         make_loader(
             number_config(LENGTHS), load_tokenizer("bytes"), "train", repeat=True
         ).load_state_dict(state)
-    with pytest.raises(DataError, match="the data state has version None, this code reads 1"):
+    with pytest.raises(DataError, match="the data state has version None, this code reads 2"):
         other.load_state_dict({})
 
 
-def test_processes_of_training_share_the_documents(numbers: Tokenizer, number_config: ConfigMaker):
-    # Three documents of 10 targets are an epoch of a process: 4 rows of 8.
-    config = number_config([9] * 6, batch_size=2)
-    loaders = [
-        make_loader(config, numbers, "train", process_index=i, process_count=2, repeat=True)
-        for i in range(2)
+def _open_rows(config: DataConfig, tokenizer: Tokenizer, num_loaders: int) -> list[Loader]:
+    share = config.batch_size // num_loaders
+    return [
+        make_loader(config, tokenizer, "train", rows=range(at, at + share), repeat=True)
+        for at in range(0, config.batch_size, share)
     ]
+
+
+def _take_joined(loaders: list[Loader], count: int) -> list[Batch]:
+    taken = zip(*(_take(loader, count) for loader in loaders), strict=True)
+    return [Batch(*map(np.concatenate, zip(*parts, strict=True))) for parts in taken]
+
+
+def test_shards_of_training_share_the_documents(numbers: Tokenizer, number_config: ConfigMaker):
+    # Three documents of 10 targets are an epoch of a shard: 4 rows of 8.
+    loaders = _open_rows(number_config([9] * 6, batch_size=2, num_shards=2), numbers, 2)
     shares = set()
     for _ in range(5):
         epoch = [_take(loader, 4) for loader in loaders]
@@ -222,6 +232,51 @@ def test_processes_of_training_share_the_documents(numbers: Tokenizer, number_co
     assert len(shares) > 1
 
 
+@pytest.mark.parametrize("num_shards", [1, 2, 4])
+def test_batches_depend_on_the_shards_and_not_on_the_loaders(
+    numbers: Tokenizer, number_config: ConfigMaker, num_shards: int
+):
+    config = number_config(LENGTHS, num_shards=num_shards)
+    whole = _take(make_loader(config, numbers, "train", repeat=True), 12)
+    for num_loaders in (2, 4):
+        _assert_same(_take_joined(_open_rows(config, numbers, num_loaders), 12), whole)
+    # Rows that begin and end inside shards, and rows that are no neighbours.
+    for rows in ((1, 2), (0, 3), (1,)):
+        some = make_loader(config, numbers, "train", rows=rows, repeat=True)
+        _assert_same(_take(some, 12), [Batch(*(a[list(rows)] for a in batch)) for batch in whole])
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
+def test_a_state_of_some_loaders_is_that_of_others(
+    numbers: Tokenizer, number_config: ConfigMaker, before: int, after: int
+):
+    config = number_config(LENGTHS, num_shards=2)
+    first = _open_rows(config, numbers, before)
+    _take_joined(first, 5)
+    state = json.loads(json.dumps(merge_states([loader.state_dict() for loader in first])))
+    # The number of shards is that of the state unless the configuration names one.
+    then = _open_rows(dataclasses.replace(config, num_shards=0), numbers, after)
+    for loader in then:
+        loader.load_state_dict(state)
+    _assert_same(_take_joined(then, 8), _take_joined(first, 8))
+    assert merge_states([loader.state_dict() for loader in then])["settings"]["num_shards"] == 2
+    other = make_loader(dataclasses.replace(config, num_shards=4), numbers, "train", repeat=True)
+    with pytest.raises(DataError, match="num_shards was 2 and is 4"):
+        other.load_state_dict(state)
+
+
+def test_states_must_be_whole_and_of_one_run(numbers: Tokenizer, number_config: ConfigMaker):
+    config = number_config(LENGTHS, num_shards=2)
+    half = _open_rows(config, numbers, 2)[0].state_dict()
+    with pytest.raises(DataError, match="1 of 2 shards have a state"):
+        merge_states([half])
+    with pytest.raises(DataError, match="lacks shard 1 of 2"):
+        make_loader(config, numbers, "train", repeat=True).load_state_dict(half)
+    other = dataclasses.replace(config, shuffle_seed=4)
+    with pytest.raises(DataError, match="load different data"):
+        merge_states([half, _open_rows(other, numbers, 2)[1].state_dict()])
+
+
 def test_processes_of_a_single_pass_cut_the_same_batches(
     numbers: Tokenizer, number_config: ConfigMaker
 ):
@@ -230,7 +285,7 @@ def test_processes_of_a_single_pass_cut_the_same_batches(
     parts = [
         list(
             make_loader(
-                config, numbers, "train", process_index=i, process_count=2, repeat=False
+                config, numbers, "train", rows=(2 * i, 2 * i + 1), repeat=False
             ).with_bytes()
         )
         for i in range(2)
@@ -299,10 +354,12 @@ def test_errors_of_documents_reach_the_caller(numbers: Tokenizer, number_config:
 @pytest.mark.parametrize(
     ("arguments", "settings", "message"),
     [
-        ({"process_count": 3}, {}, "data.batch_size 4 is not a multiple of 3 processes"),
-        ({"process_index": 2, "process_count": 2}, {}, r"process_index is 2; must be in \[0, 2\)"),
-        ({"process_count": 8}, {"batch_size": 8}, "7 documents cannot be shared by 8 processes"),
-        ({}, {"num_workers": 9}, "7 documents cannot be shared by 1 processes with 9 workers"),
+        ({"default_shards": 3}, {}, "data.batch_size 4 does not divide by 3 shards"),
+        ({"rows": (3, 4)}, {}, r"rows are \[3, 4\]; must be some of 0 to 3, rising"),
+        ({"rows": (1, 0)}, {}, r"rows are \[1, 0\]; must be some of 0 to 3, rising"),
+        ({"rows": ()}, {}, r"rows are \[\]; must be some of 0 to 3, rising"),
+        ({}, {"num_shards": 8, "batch_size": 8}, "7 documents cannot be shared by 8 shards"),
+        ({}, {"num_workers": 9}, "7 documents cannot be shared by 1 shards with 9 workers"),
         ({}, {"num_workers": -1}, "data.num_workers is -1; must not be negative"),
         ({}, {"shuffle_seed": -1}, "data.shuffle_seed is -1"),
     ],
