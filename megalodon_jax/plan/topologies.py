@@ -98,12 +98,16 @@ def tpu_devices(name: str, slices: int = 1) -> tuple[Device, ...]:
         raise ConfigError("the TPU compiler, libtpu, is not installed: pip install -e '.[aot]'")
     # libtpu takes a lock that a second process would not get.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    options: dict[str, Any] = {}
+    # It would ask Google Cloud what machine this is, and complain that nobody answers.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # JAX's v4 is a whole chip; the compiler must be asked for that.
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     if slices > 1:
         # A host has up to 2 x 2 chips; several slices must be told.
         sizes = [int(size) for size in name.partition(":")[2].split("x")]
         hosts = [min(size, 2) for size in sizes[:2]] + [1]
-        options = {"num_slices": slices, "chips_per_host_bounds": tuple(hosts)}
+        options |= {"num_slices": slices, "chips_per_host_bounds": tuple(hosts)}
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
