@@ -16,7 +16,7 @@ from megalodon_jax.config import (
     configs_dir,
     load_config,
 )
-from megalodon_jax.plan import cli, topologies
+from megalodon_jax.plan import chips, cli, topologies
 from megalodon_jax.plan import sweep as sweep_module
 from megalodon_jax.plan.chips import machine_of
 from megalodon_jax.plan.hlo import Collective
@@ -40,10 +40,11 @@ CONFIG = TrainConfig(
     data=DataConfig(batch_size=4, seq_len=64),
     loss_chunk_size=64,
 )  # fmt: skip
+SMALL_CHIP = chips.Chip("small", 2**24, 1e9, 1e9, 1e8, 0, 0, None)
 TOML = """
 loss_chunk_size = 64
 [model]
-num_layers = 3
+num_layers = 1
 model_dim = 32
 z_dim = 16
 value_dim = 32
@@ -73,24 +74,30 @@ def products_per_token(config):
     return 6 * sum(sizes)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def cpu_is_a_chip():
+    """CPU devices stand for a machine: they compile a small step in seconds, TPUs in a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(chips.CHIPS, "cpu", SMALL_CHIP)
+        yield
+
+
 @pytest.fixture(scope="module")
-def plan():
-    if not topologies.has_tpu_compiler():
-        pytest.skip("libtpu is not installed: pip install -e '.[aot]'")
+def plan(cpu_is_a_chip):
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2, model=2))
-    return make_plan(config, topologies.find_devices("v5e:2x2"))
+    return make_plan(config, jax.devices()[:4])
 
 
 def test_memory(plan):
     assert plan.fits
-    assert (plan.chip, plan.devices, plan.tokens_per_step) == ("v5e", 4, 256)
+    assert (plan.chip, plan.devices, plan.tokens_per_step) == ("small", 4, 256)
     memory = plan.memory
     whole = sum(4 * math.prod(p.shape) for p in jax.tree.leaves(abstract_model(CONFIG.model)[1]))
     # Vectors are not split over `data`, matrices are.
     assert whole / 4 < memory.parameters < whole / 2
     assert memory.optimizer == 2 * memory.parameters + 8
     assert memory.parameters + memory.optimizer < memory.arguments <= memory.peak
-    assert memory.available == 16 * 2**30
+    assert memory.available == SMALL_CHIP.hbm_bytes
 
 
 def test_flops_of_all_layers(plan):
@@ -111,7 +118,7 @@ def test_collectives_run_over_the_axes_in_use(plan):
 
 def test_report_and_json(plan):
     text = format_plan(plan)
-    assert "4 x v5e" in text
+    assert "4 x small" in text
     assert "estimated tokens/s" in text
     assert "cema xla" in text
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
@@ -140,6 +147,7 @@ def test_the_real_kernels_are_compiled():
     not topologies.has_cuda_compiler(),
     reason="jax-cuda13-plugin is not installed: pip install -e '.[aot]'",
 )
+@pytest.mark.slow
 def test_h200():
     plan = make_plan(CONFIG, topologies.find_devices("h200:1"))
     assert plan.fits
@@ -150,6 +158,7 @@ def test_h200():
 
 
 @needs_tpu_compiler
+@pytest.mark.slow
 def test_what_does_not_fit_is_a_plan_and_exit_code_1(tmp_path, capsys):
     (tmp_path / "run.toml").write_text(TOML)
     arguments = ["plan", "--config", str(tmp_path / "run.toml"), "--topology", "v5e:1x1"]
@@ -165,15 +174,22 @@ def test_what_does_not_fit_is_a_plan_and_exit_code_1(tmp_path, capsys):
     assert "compiling" in captured.err
 
 
-@needs_tpu_compiler
+def test_too_large_for_the_chip(plan, monkeypatch):
+    less = dataclasses.replace(SMALL_CHIP, hbm_bytes=plan.memory.peak - 1)
+    monkeypatch.setitem(chips.CHIPS, "cpu", less)
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2, model=2))
+    small = make_plan(config, jax.devices()[:4])
+    assert not small.fits
+    assert f"needs {plan.memory.peak:,} bytes" in small.problem
+    assert "DOES NOT FIT" in format_plan(small)
+
+
 def test_sweep_of_two(monkeypatch, plan):
     monkeypatch.setattr(sweep_module, "_REMATS", ("block",))
-    model = dataclasses.replace(CONFIG.model, num_heads=1)
-    config = dataclasses.replace(CONFIG, model=model)
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_layers=1))
     lines = []
-    devices = topologies.find_devices("v5e:1x2")
-    plans = sweep(config, devices, max_candidates=2, progress=lines.append)
-    assert [one.mesh["data"] * one.mesh["chunk"] for one in plans] == [2, 2]
+    plans = sweep(config, jax.devices()[:2], max_candidates=2, progress=lines.append)
+    assert {(one.mesh["data"], one.mesh["chunk"]) for one in plans} == {(2, 1), (1, 2)}
     speeds = [one.roofline.tokens_per_second_serial for one in plans]
     assert speeds == sorted(speeds, reverse=True)
     assert sum("candidate" in line for line in lines) == 2
