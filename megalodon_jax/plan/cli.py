@@ -4,17 +4,18 @@
     megalodon plan --config paper_7b --topology v5e:16x16 --sweep --max_candidates 6
 
 No accelerator is needed, only its compiler (`pip install -e '.[aot]'`). The plan goes to standard
-output, progress to standard error. Exit codes: 0 it fits, 1 it does not, 2 the command is wrong.
+output, progress to standard error. Without a mesh the simplest is taken that suits the run. Exit codes: 0 it fits, 1 it does not, 2 the command is wrong.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,10 +23,10 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from megalodon_jax.config import ConfigError, TrainConfig, load_config
-from megalodon_jax.plan.plan import make_plan
+from megalodon_jax.config import ConfigError, MeshConfig, TrainConfig, load_config
+from megalodon_jax.plan.plan import Progress, make_plan
 from megalodon_jax.plan.report import format_plan, format_ranking
-from megalodon_jax.plan.sweep import sweep
+from megalodon_jax.plan.sweep import find_meshes, sweep
 from megalodon_jax.plan.topologies import KNOWN, find_devices
 
 _TICK = 15.0  # seconds between lines of progress
@@ -68,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 options.run, devices, max_candidates=options.max_candidates, progress=progress
             )
         else:
-            plans = [make_plan(options.run, devices, progress=progress)]
+            run = _with_mesh(options.run, devices, progress)
+            plans = [make_plan(run, devices, progress=progress)]
     if options.sweep:
         print(format_ranking(plans), end="\n\n")
     print(format_plan(plans[0]))
@@ -104,8 +106,18 @@ def _parse(arguments: list[str]) -> PlanOptions:
     return options
 
 
+def _with_mesh(run: TrainConfig, devices: list[Any], progress: Progress) -> TrainConfig:
+    """The run over all devices: its own mesh, or the simplest that suits it if it names none."""
+    if run.mesh != MeshConfig() or len(devices) == 1:
+        return run
+    mesh = find_meshes(run, devices)[0]
+    sizes = " ".join(f"--mesh.{axis} {size}" for axis, size in dataclasses.asdict(mesh).items())
+    progress(f"no mesh given for {len(devices)} devices; taking {sizes}")
+    return dataclasses.replace(run, mesh=mesh)
+
+
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
+def _progress() -> Iterator[Progress]:
     """Prints each line when it comes, and again with the time it takes while it lasts."""
     now = {"text": "", "since": time.monotonic()}
     start = time.monotonic()

@@ -175,15 +175,15 @@ def test_what_does_not_fit_is_a_plan_and_exit_code_1(tmp_path, capsys):
 
 
 def test_too_large_for_the_chip(plan, monkeypatch):
-    less = dataclasses.replace(SMALL_CHIP, hbm_bytes=plan.memory.peak - 1)
+    less = dataclasses.replace(SMALL_CHIP, hbm_bytes=plan.memory.arguments - 1)
     monkeypatch.setitem(chips.CHIPS, "cpu", less)
-    config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2, model=2))
-    small = make_plan(config, jax.devices()[:4])
+    small = make_plan(CONFIG, jax.devices()[:1])
     assert not small.fits
-    assert f"needs {plan.memory.peak:,} bytes" in small.problem
+    assert f"needs {small.memory.peak:,} bytes" in small.problem
     assert "DOES NOT FIT" in format_plan(small)
 
 
+@pytest.mark.slow
 def test_sweep_of_two(monkeypatch, plan):
     monkeypatch.setattr(sweep_module, "_REMATS", ("block",))
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_layers=1))
@@ -267,6 +267,18 @@ def test_missing_compilers(monkeypatch):
     topologies.tpu_devices.cache_clear()
     with pytest.raises(ConfigError, match=r"libtpu, is not installed: pip install -e '\.\[aot\]'"):
         topologies.find_devices("v5e:2x4")
+
+
+def test_without_a_mesh_the_simplest_is_taken():
+    lines = []
+    run = cli._with_mesh(CONFIG, jax.devices()[:4], lines.append)
+    assert run.mesh == MeshConfig(data=4)
+    assert lines == [
+        "no mesh given for 4 devices; taking --mesh.replica 1 --mesh.data 4 --mesh.chunk 1 "
+        "--mesh.model 1"
+    ]
+    own = dataclasses.replace(CONFIG, mesh=MeshConfig(model=2))
+    assert cli._with_mesh(own, jax.devices()[:4], lines.append) == own
 
 
 def test_command_line_errors(capsys):
