@@ -4,7 +4,8 @@
     megalodon plan --config paper_7b --topology v5e:16x16 --sweep --max_candidates 6
 
 No accelerator is needed, only its compiler (`pip install -e '.[aot]'`). The plan goes to standard
-output, progress to standard error. Without a mesh the simplest is taken that suits the run. Exit codes: 0 it fits, 1 it does not, 2 the command is wrong.
+output, progress to standard error. Without a mesh the simplest is taken that suits the run. Exit
+codes: 0 it fits, 1 it does not, 2 the command is wrong.
 """
 
 import argparse
