@@ -6,7 +6,6 @@ memory that it takes, and for Mosaic GPU kernels the registers and spills.
 
 import contextlib
 import functools
-import importlib.util
 import os
 import re
 import tempfile
@@ -17,43 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# libtpu takes a lock that a second test process would not get.
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-
-# What XLA wants to know of a GPU (GpuTargetConfigProto): NVIDIA's data sheet of the H200 SXM, and
-# the limits of compute capability 9.0 in the CUDA C++ programming guide.
-H200 = """
-platform_name: "CUDA"
-device_description_str: "NVIDIA H200"
-gpu_device_info {
-  name: "NVIDIA H200"
-  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
-  core_count: 132
-  fpus_per_core: 128
-  clock_rate_ghz: 1.98
-  device_memory_size: 141000000000
-  memory_bandwidth: 4800000000000
-  l2_cache_size: 52428800
-  threads_per_warp: 32
-  threads_per_block_limit: 1024
-  threads_per_core_limit: 2048
-  registers_per_block_limit: 65536
-  registers_per_core_limit: 65536
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  runtime_version: "13.0.0"
-  driver_version: "13.0.0"
-  compile_time_toolkit_version: "13.0.0"
-}
-dnn_version_info { major: 9 minor: 12 }
-"""
+from megalodon_jax.plan import topologies
 
 type Device = Any  # jax.Device, which is a variable to type checkers
 
@@ -79,19 +44,17 @@ _known_usage: dict[str, KernelUsage] = {}
 @functools.cache
 def tpu_device(name: str) -> Device:
     """The first device of a TPU topology such as "v5e:1x1", "v4:2x2x1", "v5p:1x1x1", "v6e:1x1"."""
-    if importlib.util.find_spec("libtpu") is None:
+    if not topologies.has_tpu_compiler():
         pytest.skip("the TPU compiler, libtpu, is not installed: pip install -e '.[aot]'")
-    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
+    return topologies.tpu_devices(name)[0]
 
 
 @functools.cache
 def h200_device() -> Device:
     """One H200."""
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+    if not topologies.has_cuda_compiler():
         pytest.skip("the CUDA compiler, jax-cuda13-plugin, is not installed: pip install '.[aot]'")
-    return topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=H200, topology="1x1x1"
-    ).devices[0]
+    return topologies.h200_device()
 
 
 def compile_for(

@@ -9,10 +9,11 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
+
+from megalodon_jax.plan.replica_groups import axes_of, device_groups
 
 Kind = Literal[
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
@@ -189,7 +190,7 @@ def find_collectives(hlo_text: str | Program, mesh: Any) -> list[Collective]:
         # Fused with the slice that keeps each device's part.
         if name.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
-        groups = _device_groups(instruction, mesh.shape)
+        groups = device_groups(instruction.attributes, mesh.shape)
         whole = sum(
             shape.bytes for name in instruction.operands for shape in computation[name].shapes
         )
@@ -199,7 +200,7 @@ def find_collectives(hlo_text: str | Program, mesh: Any) -> list[Collective]:
         found.append(
             Collective(
                 kind=cast(Kind, kind),
-                axes=_axes_of(groups, mesh.shape),
+                axes=axes_of(groups, mesh.shape),
                 group_size=groups.shape[1],
                 bytes=whole,
                 count=count,
@@ -312,7 +313,7 @@ def _trips(
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
-    # JAX's loops count from a constant in steps of one while they are below a constant.
+    # Loops count from a constant in steps of a constant while they are below a constant.
     condition = computations[cast(str, loop.called("condition"))]
     test = next(instruction for instruction in condition.values() if instruction.is_root)
     if test.opcode == "fusion":
@@ -320,16 +321,17 @@ def _trips(
     if test.opcode != "compare" or "direction=LT" not in test.attributes:
         return None
     counter, bound = (condition[name] for name in test.operands)
-    body = computations[cast(str, loop.called("body"))]
-    index = re.search(r"\bindex=(\d+)", counter.attributes)
-    if counter.opcode != "get-tuple-element" or index is None or not _steps_by_one(body, index[1]):
+    found = re.search(r"\bindex=(\d+)", counter.attributes)
+    if counter.opcode != "get-tuple-element" or found is None:
         return None
+    index = int(found[1])
     first = computation[loop.operands[0]]
-    start = computation[first.operands[int(index[1])]] if first.opcode == "tuple" else first
-    while start.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-        start = computation[start.operands[0]]
-    bounds = [_constant(instruction) for instruction in (start, bound)]
-    return None if None in bounds else max(0, cast(int, bounds[1]) - cast(int, bounds[0]))
+    start = computation[first.operands[index]] if first.opcode == "tuple" else first
+    low, high = _constant(_original(start, computation)), _constant(bound)
+    step = _step(computations[cast(str, loop.called("body"))], index)
+    if low is None or high is None or not step:
+        return None
+    return max(0, -(-(high - low) // step))
 
 
 def _inlined(
@@ -344,14 +346,23 @@ def _inlined(
     return root, inner
 
 
-def _steps_by_one(body: Computation, index: str) -> bool:
+def _step(body: Computation, index: int) -> int | None:
+    """What a loop's body adds to element `index` of its state."""
     root = next(instruction for instruction in body.values() if instruction.is_root)
     if root.opcode != "tuple":
-        return False
-    new = body[root.operands[int(index)]]
-    while new.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-        new = body[new.operands[0]]
-    return new.opcode == "add" and 1 in [_constant(body[name]) for name in new.operands]
+        return None
+    new = _original(body[root.operands[index]], body)
+    if new.opcode != "add":
+        return None
+    added = [_constant(_original(body[name], body)) for name in new.operands]
+    return next((number for number in added if number is not None), None)
+
+
+def _original(instruction: Instruction, computation: Computation) -> Instruction:
+    """What copies, if it is one, are copies of."""
+    while instruction.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+        instruction = computation[instruction.operands[0]]
+    return instruction
 
 
 def _constant(instruction: Instruction) -> int | None:
@@ -378,69 +389,6 @@ def _is_a_later_step(instruction: Instruction, computation: Computation) -> bool
     )
 
 
-def _device_groups(instruction: Instruction, sizes: Mapping[str, int]) -> np.ndarray:
-    """(groups, devices of a group): positions of devices that exchange something."""
-    text = instruction.attributes
-    pairs = re.search(r"source_target_pairs=\{([\d{},]*)\}", text)
-    if pairs:
-        return _integers(pairs[1]).reshape(-1, 2)
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? \{", text)
-    if named:
-        chosen = re.match(r"[^}]*", text[named.end() :])
-        return _named_groups(named[1], named[2], chosen[0] if chosen else "")
-    iota = re.search(r"replica_groups=\[([\d,]+)\](<=\[[\d,]+\](?:T\([\d,]+\))?)", text)
-    if iota:
-        return _iota(iota[2]).reshape([int(size) for size in iota[1].split(",")])
-    explicit = re.search(r"replica_groups=\{(\{[\d{},]*\})\}", text)
-    if explicit:
-        return np.array([_integers(group) for group in explicit[1].split("},{")])
-    return np.arange(math.prod(sizes.values()))[None]
-
-
-def _named_groups(mesh: str, devices: str | None, chosen: str) -> np.ndarray:
-    """Groups over `chosen` axes; 'a':(2)4 is the part of a's places that counts (2, 4, rest)."""
-    axes = [(name, int(size)) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh)]
-    spans = {name: [] for name, _ in axes}
-    for name, before, size in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", chosen):
-        first = int(before or 1)
-        spans[name].append((first, first * int(size or dict(axes)[name])))
-    shape: list[int] = []
-    taken: list[int] = []
-    for name, size in axes:
-        cuts = sorted({1, size}.union(*spans[name]))
-        for low, high in pairwise(cuts):
-            if any(first <= low and high <= last for first, last in spans[name]):
-                taken.append(len(shape))
-            shape.append(high // low)
-    order = np.arange(math.prod(shape)) if devices is None else _device_order(devices)
-    rest = [axis for axis in range(len(shape)) if axis not in taken]
-    members = math.prod(shape[axis] for axis in taken)
-    return order.reshape(shape).transpose(*rest, *taken).reshape(-1, members)
-
-
-def _device_order(text: str) -> np.ndarray:
-    return _iota(f"<={text}") if text.startswith("[") else _integers(text)
-
-
-def _iota(text: str) -> np.ndarray:
-    """[4,2]T(1,0): numbers from 0, laid out in a shape, and transposed."""
-    shape, _, order = text.removeprefix("<=").partition("T")
-    numbers = _integers(shape)
-    laid = np.arange(math.prod(numbers)).reshape(numbers)
-    return (laid.transpose(_integers(order)) if order else laid).reshape(-1)
-
-
-def _integers(text: str) -> np.ndarray:
-    return np.array([int(number) for number in re.findall(r"\d+", text)], np.int64)
-
-
-def _axes_of(groups: np.ndarray, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    places = np.unravel_index(groups, tuple(sizes.values()))
-    return tuple(
-        axis for axis, place in zip(sizes, places, strict=True) if (place != place[:, :1]).any()
-    )
-
-
 def _dims(text: str, key: str) -> list[int]:
     found = re.search(rf"\b{key}=\{{([\d,]*)\}}", text)
     return [int(number) for number in found[1].split(",") if number] if found else []
@@ -455,8 +403,8 @@ def _dot_flops(dot: Instruction, computation: Computation) -> int:
 def _gemm_flops(gemm: Instruction, computation: Computation) -> int:
     left = computation[gemm.operands[0]].shapes[0]
     found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', gemm.attributes)
-    contracted = _integers(found[1]) if found else []
-    return 2 * gemm.shapes[0].size * math.prod(left.dims[dim] for dim in contracted)
+    contracted = re.findall(r"\d+", found[1]) if found else []
+    return 2 * gemm.shapes[0].size * math.prod(left.dims[int(dim)] for dim in contracted)
 
 
 def _convolution_flops(convolution: Instruction, computation: Computation) -> int:

@@ -1,4 +1,4 @@
-"""The `megalodon` command: train, evaluate, generate, convert, bench.
+"""The `megalodon` command: train, evaluate, generate, convert, plan, bench.
 
 Exit codes: 0 done (also after SIGTERM with a checkpoint saved), 1 the run failed, 2 the command or
 the configuration is wrong, 130 stopped by Ctrl-C with a checkpoint saved.
@@ -212,6 +212,12 @@ def _convert(arguments: list[str]) -> int:
     return 0
 
 
+def _plan(arguments: list[str]) -> int:
+    from megalodon_jax.plan.cli import main as plan
+
+    return plan(arguments)
+
+
 def _bench(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: megalodon bench {{{','.join(BENCHMARKS)}}} [options]")
@@ -262,6 +268,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "generate": _generate,
     "convert": _convert,
+    "plan": _plan,
     "bench": _bench,
 }
 # Modules with a `main` that takes the arguments.
@@ -280,6 +287,7 @@ def _usage() -> str:
         "  evaluate --checkpoint RUN_DIR --files a.txt b.txt\n"
         '  generate --checkpoint RUN_DIR --prompt "def "\n'
         "  convert SOURCE TARGET [--config CONFIG.toml]\n"
+        "  plan --config CONFIG.toml --topology v5p:4x4x8 [--mesh.data 128] [--sweep]\n"
         "  bench ops [--op cema] [--check]\n"
         "  bench train [--preset mega200M] [--profile]\n\n"
         f"Shipped configs: {', '.join(shipped())}. `megalodon COMMAND --help` lists the options; "

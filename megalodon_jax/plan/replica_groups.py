@@ -1,0 +1,78 @@
+"""Which devices take part in a collective operation, in each of the ways XLA writes it."""
+
+import math
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+
+import numpy as np
+
+
+def device_groups(text: str, sizes: Mapping[str, int]) -> np.ndarray:
+    """(groups, devices of a group): places in the mesh of devices that exchange something.
+
+    A pair of a collective-permute is a group; no groups at all mean that all devices are one.
+
+    Args:
+      text: attributes of a collective instruction.
+      sizes: the mesh's axes and their sizes.
+    """
+    pairs = re.search(r"source_target_pairs=\{([\d{},]*)\}", text)
+    if pairs:
+        return _integers(pairs[1]).reshape(-1, 2)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? \{", text)
+    if named:
+        chosen = re.match(r"[^}]*", text[named.end() :])
+        return _named_groups(named[1], named[2], chosen[0] if chosen else "")
+    iota = re.search(r"replica_groups=\[([\d,]+)\](<=\[[\d,]+\](?:T\([\d,]+\))?)", text)
+    if iota:
+        return _iota(iota[2]).reshape([int(size) for size in iota[1].split(",")])
+    explicit = re.search(r"replica_groups=\{(\{[\d{},]*\})\}", text)
+    if explicit:
+        return np.array([_integers(group) for group in explicit[1].split("},{")])
+    return np.arange(math.prod(sizes.values()))[None]
+
+
+def _named_groups(mesh: str, devices: str | None, chosen: str) -> np.ndarray:
+    """Groups over `chosen` axes; 'a':(2)4 is the part of a's places that counts (2, 4, rest)."""
+    axes = [(name, int(size)) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh)]
+    spans = {name: [] for name, _ in axes}
+    for name, before, size in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", chosen):
+        first = int(before or 1)
+        spans[name].append((first, first * int(size or dict(axes)[name])))
+    shape: list[int] = []
+    taken: list[int] = []
+    for name, size in axes:
+        cuts = sorted({1, size}.union(*spans[name]))
+        for low, high in pairwise(cuts):
+            if any(first <= low and high <= last for first, last in spans[name]):
+                taken.append(len(shape))
+            shape.append(high // low)
+    order = np.arange(math.prod(shape)) if devices is None else _device_order(devices)
+    rest = [axis for axis in range(len(shape)) if axis not in taken]
+    members = math.prod(shape[axis] for axis in taken)
+    return order.reshape(shape).transpose(*rest, *taken).reshape(-1, members)
+
+
+def _device_order(text: str) -> np.ndarray:
+    return _iota(f"<={text}") if text.startswith("[") else _integers(text)
+
+
+def _iota(text: str) -> np.ndarray:
+    """[4,2]T(1,0): numbers from 0, laid out in a shape, and transposed."""
+    shape, _, order = text.removeprefix("<=").partition("T")
+    numbers = _integers(shape)
+    laid = np.arange(math.prod(numbers)).reshape(numbers)
+    return (laid.transpose(_integers(order)) if order else laid).reshape(-1)
+
+
+def _integers(text: str) -> np.ndarray:
+    return np.array([int(number) for number in re.findall(r"\d+", text)], np.int64)
+
+
+def axes_of(groups: np.ndarray, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes along which devices of one group differ."""
+    places = np.unravel_index(groups, tuple(sizes.values()))
+    return tuple(
+        axis for axis, place in zip(sizes, places, strict=True) if (place != place[:, :1]).any()
+    )

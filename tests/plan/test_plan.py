@@ -1,0 +1,306 @@
+"""Plans of a tiny run on TPUs and an H200 that are not there."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import pytest
+
+from megalodon_jax.config import (
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainConfig,
+    configs_dir,
+    load_config,
+)
+from megalodon_jax.plan import chips, cli, topologies
+from megalodon_jax.plan import sweep as sweep_module
+from megalodon_jax.plan.chips import machine_of
+from megalodon_jax.plan.hlo import Collective
+from megalodon_jax.plan.plan import Plan, make_plan
+from megalodon_jax.plan.report import format_plan, format_ranking
+from megalodon_jax.plan.roofline import make_roofline
+from megalodon_jax.plan.sweep import find_meshes, rank, sweep
+from megalodon_jax.sharding import check_fits, make_mesh
+from megalodon_jax.training.cli import main
+from megalodon_jax.training.step import abstract_model
+
+needs_tpu_compiler = pytest.mark.skipif(
+    not topologies.has_tpu_compiler(), reason="libtpu is not installed: pip install -e '.[aot]'"
+)
+CONFIG = TrainConfig(
+    model=ModelConfig(
+        num_layers=3, model_dim=32, z_dim=16, value_dim=32, num_heads=2, ffn_hidden_dim=48,
+        cema_ndim=4, chunk_size=16, vocab_size=64, norm_num_groups=4, cema_implementation="xla",
+        timestep_norm_implementation="xla", attention_implementation="xla",
+    ),
+    data=DataConfig(batch_size=4, seq_len=64),
+    loss_chunk_size=64,
+)  # fmt: skip
+SMALL_CHIP = chips.Chip("small", 2**24, 1e9, 1e9, 1e8, 0, 0, None)
+TOML = """
+loss_chunk_size = 64
+[model]
+num_layers = 1
+model_dim = 32
+z_dim = 16
+value_dim = 32
+num_heads = 2
+ffn_hidden_dim = 48
+cema_ndim = 4
+chunk_size = 16
+vocab_size = 64
+norm_num_groups = 4
+attention_implementation = "xla"
+cema_implementation = "xla"
+timestep_norm_implementation = "xla"
+[data]
+batch_size = 4
+seq_len = 64
+"""
+
+
+def known(value):
+    assert value is not None
+    return value
+
+
+def products_per_token(config):
+    """FLOPs of the matrix products of weights, forward and backward, from the shapes of weights."""
+    params = abstract_model(config.model)[1]
+    sizes = [
+        math.prod(leaf.shape)
+        for path, leaf in jax.tree.leaves_with_path(params)
+        if "kernel" in jax.tree_util.keystr(path)
+    ]
+    return 6 * sum(sizes)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cpu_is_a_chip():
+    """CPU devices stand for a machine: they compile a small step in seconds, TPUs in a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(chips.CHIPS, "cpu", SMALL_CHIP)
+        yield
+
+
+@pytest.fixture(scope="module")
+def plan(cpu_is_a_chip):
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2, model=2))
+    return make_plan(config, jax.devices()[:4])
+
+
+def test_memory(plan):
+    assert plan.fits
+    assert (plan.chip, plan.devices, plan.tokens_per_step) == ("small", 4, 256)
+    memory = known(plan.memory)
+    whole = sum(4 * math.prod(p.shape) for p in jax.tree.leaves(abstract_model(CONFIG.model)[1]))
+    # Vectors are not split over `data`, matrices are.
+    assert whole / 4 < memory.parameters < whole / 2
+    assert memory.optimizer == 2 * memory.parameters + 8
+    assert memory.parameters + memory.optimizer < memory.arguments <= memory.peak
+    assert memory.available == SMALL_CHIP.hbm_bytes
+
+
+def test_flops_of_all_layers(plan):
+    # More than the weights' products: attention; and less than with a fourth layer.
+    least = products_per_token(CONFIG)
+    assert least < plan.compiled_flops_per_token < 2 * least
+    fewer = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_layers=1))
+    assert plan.compiled_flops_per_token > 2 * products_per_token(fewer)
+
+
+def test_collectives_run_over_the_axes_in_use(plan):
+    assert {axis for one in plan.collectives for axis in one.axes.split("+")} == {"data", "model"}
+    gathered = [one for one in plan.collectives if (one.kind, one.axes) == ("all-gather", "data")]
+    # FSDP: every layer's weights, forward and backward.
+    assert gathered
+    assert gathered[0].count >= 2 * CONFIG.model.num_layers
+
+
+def test_report_and_json(plan):
+    text = format_plan(plan)
+    assert "4 x small" in text
+    assert "estimated tokens/s" in text
+    assert "cema xla" in text
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+@needs_tpu_compiler
+@pytest.mark.slow
+def test_the_real_kernels_are_compiled():
+    model = dataclasses.replace(
+        CONFIG.model, num_layers=2, model_dim=256, z_dim=128, value_dim=256, chunk_size=128,
+        dtype="bfloat16", cema_implementation=None, timestep_norm_implementation=None,
+        attention_implementation=None,
+    )  # fmt: skip
+    config = dataclasses.replace(CONFIG, model=model, data=DataConfig(batch_size=4, seq_len=1024))
+    config = dataclasses.replace(config, mesh=MeshConfig(data=4))
+    plan = make_plan(config, topologies.find_devices("v5e:2x2"))
+    assert set(plan.implementations) == {"cema", "timestep_norm", "chunk_attention", "rowwise"}
+    # Forward and backward in each layer.
+    assert plan.implementations["cema"] == "pallas_tpu (4 calls)"
+    assert plan.implementations["chunk_attention"] == "pallas_tpu (4 calls)"
+    assert plan.implementations["timestep_norm"].startswith("pallas_tpu")
+    assert plan.implementations["rowwise"] == "xla"
+
+
+@pytest.mark.skipif(
+    not topologies.has_cuda_compiler(),
+    reason="jax-cuda13-plugin is not installed: pip install -e '.[aot]'",
+)
+@pytest.mark.slow
+def test_h200():
+    plan = make_plan(CONFIG, topologies.find_devices("h200:1"))
+    assert plan.fits
+    assert plan.collectives == ()
+    assert known(plan.roofline).compiler is None
+    assert products_per_token(CONFIG) < plan.compiled_flops_per_token
+    assert known(plan.memory).peak >= known(plan.memory).arguments
+
+
+@needs_tpu_compiler
+@pytest.mark.slow
+def test_what_does_not_fit_is_a_plan_and_exit_code_1(tmp_path, capsys):
+    (tmp_path / "run.toml").write_text(TOML)
+    arguments = ["plan", "--config", str(tmp_path / "run.toml"), "--topology", "v5e:1x1"]
+    # An embedding of 8 GiB, with moments: the compiler refuses.
+    arguments += ["--model.vocab_size", "67108864", "--json", str(tmp_path / "plan.json")]
+    assert main(arguments) == 1
+    plan = Plan.from_dict(json.loads((tmp_path / "plan.json").read_text()))
+    assert not plan.fits
+    assert plan.memory is None
+    assert "RESOURCE_EXHAUSTED" in plan.problem
+    captured = capsys.readouterr()
+    assert "DOES NOT FIT" in captured.out
+    assert "compiling" in captured.err
+
+
+def test_too_large_for_the_chip(plan, monkeypatch):
+    less = dataclasses.replace(SMALL_CHIP, hbm_bytes=known(plan.memory).arguments - 1)
+    monkeypatch.setitem(chips.CHIPS, "cpu", less)
+    small = make_plan(CONFIG, jax.devices()[:1])
+    assert not small.fits
+    assert f"needs {known(small.memory).peak:,} bytes" in small.problem
+    assert "DOES NOT FIT" in format_plan(small)
+
+
+@pytest.mark.slow
+def test_sweep_of_two(monkeypatch, plan):
+    monkeypatch.setattr(sweep_module, "_REMATS", ("block",))
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_layers=1))
+    lines = []
+    plans = sweep(config, jax.devices()[:2], max_candidates=2, progress=lines.append)
+    assert {(one.mesh["data"], one.mesh["chunk"]) for one in plans} == {(2, 1), (1, 2)}
+    speeds = [known(one.roofline).tokens_per_second_serial for one in plans]
+    assert speeds == sorted(speeds, reverse=True)
+    assert sum("candidate" in line for line in lines) == 2
+    misfit = dataclasses.replace(plan, fits=False, roofline=None, problem="too large")
+    assert rank([misfit, plans[0]]) == [plans[0], misfit]
+    assert "does not fit" in format_ranking([plans[0], misfit])
+
+
+@needs_tpu_compiler
+def test_meshes_that_cannot_hold_the_weights_are_not_tried():
+    config = load_config(configs_dir() / "paper_7b.toml")
+    meshes = find_meshes(config, topologies.find_devices("v5e:16x16"))
+    assert meshes[0] == MeshConfig(data=128, chunk=2)
+    # 16 bytes for each of 7.4e9 weights on 16 GiB.
+    assert all(mesh.data * mesh.model >= 7 for mesh in meshes)
+    assert all(mesh.model <= 4 for mesh in meshes)
+    with pytest.raises(ConfigError, match="no mesh of 1 devices suits this run"):
+        find_meshes(config, topologies.find_devices("v5e:1x1"))
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize(
+    ("name", "sizes", "count", "rates"),
+    [
+        # All of a 16 x 16 torus: two links of 50 GB/s in each dimension.
+        ("v5e:16x16", {"data": 256}, 256, {"data": 200e9}),
+        ("v5p:4x4x8", {"data": 128}, 128, {"data": 600e9}),
+        # One dimension of 4, a ring, goes to `model`.
+        ("v5p:4x4x8", {"data": 32, "model": 4}, 128, {"data": 400e9, "model": 200e9}),
+        # Four by four is no ring on v6e.
+        ("v6e:4x4", {"data": 4, "model": 4}, 16, {"data": 100e9, "model": 100e9}),
+        # JAX's v4 is a whole chip, its tpu7x is half of one.
+        ("v4:2x2x1", {"data": 4}, 4, {"data": 100e9}),
+        ("tpu7x:2x2x1", {"data": 8}, 8, {"data": 100e9}),
+    ],
+)
+def test_links(name, sizes, count, rates):
+    devices = topologies.find_devices(name)
+    assert len(devices) == count
+    machine = machine_of(make_mesh(MeshConfig(**sizes), devices))
+    assert machine.chip.name == name.partition(":")[0]
+    assert {axis: machine.link_rate([axis]) for axis in rates} == rates
+
+
+@needs_tpu_compiler
+def test_several_slices():
+    devices = topologies.find_devices("v5p:2x2x2x2slices")
+    machine = machine_of(make_mesh(MeshConfig(replica=2, data=8), devices))
+    assert (machine.slices(["replica"]), machine.slices(["data"])) == (2, 1)
+    gradient = Collective("all-reduce", ("replica", "data"), 16, 1600, 1, "")
+    estimate = make_roofline(
+        machine, flops=1, hbm_bytes=1, collectives=[gradient], cycles=0, tokens=1
+    )
+    # Inside a slice 2 * 7/8 of it; over the network an eighth there, an eighth back.
+    assert estimate.links["replica+data"] == pytest.approx(2 * 7 / 8 * 1600 / 300e9)
+    assert estimate.network == pytest.approx(200 / 6.25e9)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v9:2x2", r"no topology 'v9:2x2'; there are: v4:2x2x1"),
+        ("v5e", "no topology 'v5e'"),
+        ("v5e:2x2x2", "v5e is a torus of 2 dimensions"),
+        ("h200:8", "use h200:1"),
+    ],
+)
+def test_unknown_topologies(name, message):
+    with pytest.raises(ConfigError, match=message):
+        topologies.find_devices(name)
+
+
+def test_missing_compilers(monkeypatch):
+    monkeypatch.setattr(topologies, "has_tpu_compiler", lambda: False)
+    topologies.tpu_devices.cache_clear()
+    with pytest.raises(ConfigError, match=r"libtpu, is not installed: pip install -e '\.\[aot\]'"):
+        topologies.find_devices("v5e:2x4")
+
+
+def test_without_a_mesh_the_simplest_is_taken():
+    lines = []
+    run = cli._with_mesh(CONFIG, jax.devices()[:4], lines.append)
+    assert run.mesh == MeshConfig(data=4)
+    assert lines == [
+        "no mesh given for 4 devices; taking --mesh.replica 1 --mesh.data 4 --mesh.chunk 1 "
+        "--mesh.model 1"
+    ]
+    own = dataclasses.replace(CONFIG, mesh=MeshConfig(model=2))
+    assert cli._with_mesh(own, jax.devices()[:4], lines.append) == own
+
+
+def test_command_line_errors(capsys):
+    assert main(["plan", "--topology", "v5e:2x2"]) == 2
+    assert "no config given" in capsys.readouterr().err
+    assert main(["plan", "--config", "first_run"]) == 2
+    assert "no machine given" in capsys.readouterr().err
+    assert main(["plan", "first_run", "--topology", "v5e:2x2", "--mesh.dada", "2"]) == 2
+    assert cli.main.__module__ == "megalodon_jax.plan.cli"
+
+
+@pytest.mark.parametrize("path", sorted((configs_dir() / "pods").glob("*.toml")), ids=str)
+def test_shipped_pods_are_the_papers_run(path):
+    config, paper = load_config(path), load_config(configs_dir() / "paper_7b.toml")
+    sizes = dataclasses.asdict(config.mesh)
+    assert math.prod(sizes.values()) == int(path.stem.split("_")[1])
+    check_fits(config, sizes)
+    same = dataclasses.replace(config, mesh=paper.mesh, run_dir=paper.run_dir, model=paper.model)
+    assert same == paper
+    assert dataclasses.replace(config.model, remat=paper.model.remat) == paper.model
