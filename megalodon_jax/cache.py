@@ -6,7 +6,9 @@ from typing import NamedTuple, Self
 import jax
 import numpy as np
 from jax import numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
+from megalodon_jax.sharding import spec_of
 from megalodon_jax.typing import Array, Bool, Complex64, Int32
 from pallas_kernels.chunk_attention import KeyValueCache
 from pallas_kernels.timestep_norm import TimestepNormState
@@ -84,3 +86,25 @@ class Cache:
             ),
             final_norm=jax.tree.map(pick(0), fresh.final_norm, self.final_norm),
         )
+
+
+def cache_shardings(mesh: Mesh) -> Cache:
+    """Where a cache's arrays go on a mesh: rows over `replica` and `data`, features over `model`.
+
+    A `NamedSharding` in place of every array, for `jax.device_put` and `jax.jit`.
+    """
+
+    def place(*names: str | None) -> NamedSharding:
+        return NamedSharding(mesh, spec_of(names))
+
+    def moments(*layers: str) -> TimestepNormState:
+        groups = place(*layers, "batch", "norm_groups")
+        return TimestepNormState(place(*layers, "batch"), groups, groups)  # type: ignore[arg-type]
+
+    slots = place("layers", "batch", None, "heads", None)
+    layers = LayerCache(
+        KeyValueCache(slots, slots),  # type: ignore[arg-type]
+        moments("layers"),
+        place("layers", "batch", "channels", None),  # type: ignore[arg-type]
+    )
+    return Cache(place("batch"), place("batch"), layers, moments())  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ def h200_device() -> Device:
     """One H200."""
     if not topologies.has_cuda_compiler():
         pytest.skip("the CUDA compiler, jax-cuda13-plugin, is not installed: pip install '.[aot]'")
-    return topologies.h200_device()
+    return topologies.h200_devices()[0]
 
 
 def compile_for(

@@ -38,7 +38,7 @@ class PlanOptions:
     """Compiles a run's training step for a machine that is not there, and says what it costs."""
 
     topology: str = ""
-    """The machine, such as v5p:4x4x8, v5e:16x16, v6e:16x16x2slices or h200:1."""
+    """The machine, such as v5p:4x4x8, v5e:16x16, v6e:16x16x2slices or h200:8."""
     slices: int = 1
     """How many such TPUs, connected by the data center's network."""
     sweep: bool = False

@@ -41,7 +41,7 @@ dnn_version_info { major: 9 minor: 12 }
 """
 KNOWN = (
     "v4:2x2x1, v5e:2x2 (4x4, 16x16, ...), v5p:2x2x1 (4x4x8, ...), v6e:2x2 (16x16, ...), "
-    "tpu7x:2x2x1, and h200:1"
+    "tpu7x:2x2x1, and h200:1 to h200:8"
 )
 _DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
 _NAME = re.compile(r"(\w+):(\d+(?:x\d+)*)(?:x(\d+)slices)?")
@@ -53,8 +53,8 @@ def find_devices(name: str, *, slices: int = 1) -> list[Device]:
     """Devices of a machine by its name, for compiling only.
 
     Args:
-      name: a TPU and the shape of its torus, "v5p:4x4x8" (chips); or "h200:1". "v5e:16x16x2slices"
-        is the same as `slices=2`.
+      name: a TPU and the shape of its torus, "v5p:4x4x8" (chips); or GPUs of one host, "h200:2".
+        "v5e:16x16x2slices" is the same as `slices=2`.
       slices: how many such TPUs, connected by the data center's network.
 
     Raises:
@@ -70,11 +70,9 @@ def find_devices(name: str, *, slices: int = 1) -> list[Device]:
             raise ConfigError(f"topology {name!r} and {slices} slices contradict each other")
         slices = int(match[3])
     if kind == "h200":
-        if match[2] != "1" or slices > 1:
-            raise ConfigError(
-                f"topology {name!r}: the CUDA compiler without a GPU knows one device, use h200:1"
-            )
-        return [h200_device()]
+        if match[2] not in map(str, range(1, 9)) or slices > 1:
+            raise ConfigError(f"topology {name!r}: GPUs are those of one host, h200:1 to h200:8")
+        return list(h200_devices(int(match[2])))
     shape = tuple(int(size) for size in match[2].split("x"))
     if len(shape) != _DIMENSIONS[kind]:
         raise ConfigError(
@@ -117,8 +115,8 @@ def tpu_devices(name: str, slices: int = 1) -> tuple[Device, ...]:
 
 
 @functools.cache
-def h200_device() -> Device:
-    """One H200.
+def h200_devices(count: int = 1) -> tuple[Device, ...]:
+    """H200s of one host.
 
     Raises:
       ConfigError: the CUDA plugin is not installed.
@@ -129,9 +127,10 @@ def h200_device() -> Device:
         raise ConfigError(
             "the CUDA compiler, jax-cuda13-plugin, is not installed: pip install -e '.[aot]'"
         )
-    return topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=H200, topology="1x1x1"
-    ).devices[0]
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=H200, topology=f"1x1x{count}"
+    )
+    return tuple(topology.devices)
 
 
 def has_tpu_compiler() -> bool:

@@ -28,6 +28,10 @@ from megalodon_jax.sharding import check_fits, make_mesh
 from megalodon_jax.training.cli import main
 from megalodon_jax.training.step import abstract_model
 
+needs_cuda_compiler = pytest.mark.skipif(
+    not topologies.has_cuda_compiler(),
+    reason="jax-cuda13-plugin is not installed: pip install -e '.[aot]'",
+)
 needs_tpu_compiler = pytest.mark.skipif(
     not topologies.has_tpu_compiler(), reason="libtpu is not installed: pip install -e '.[aot]'"
 )
@@ -148,10 +152,26 @@ def test_the_real_kernels_are_compiled():
     assert plan.implementations["rowwise"] == "xla"
 
 
-@pytest.mark.skipif(
-    not topologies.has_cuda_compiler(),
-    reason="jax-cuda13-plugin is not installed: pip install -e '.[aot]'",
-)
+@needs_cuda_compiler
+@pytest.mark.slow
+def test_two_h200s_run_the_kernels_on_their_parts_of_a_sequence():
+    model = dataclasses.replace(
+        CONFIG.model, num_layers=1, model_dim=1024, z_dim=64, value_dim=1024, ffn_hidden_dim=1024,
+        chunk_size=512, dtype="bfloat16", norm_num_groups=32, cema_implementation=None,
+        timestep_norm_implementation=None, attention_implementation=None,
+    )  # fmt: skip
+    config = dataclasses.replace(CONFIG, model=model, data=DataConfig(batch_size=1, seq_len=4096))
+    config = dataclasses.replace(config, mesh=MeshConfig(chunk=2))
+    plan = make_plan(config, topologies.find_devices("h200:2"))
+    kinds = {name.partition(" ")[0] for name in plan.implementations.values()}
+    assert kinds == {"mosaic_gpu"}
+    # The states of CEMA, of two TimestepNorms, and positions; two that wait together may be one.
+    (gathers,) = (one for one in plan.collectives if one.kind == "all-gather")
+    assert gathers.axes == "chunk"
+    assert 3 <= gathers.count <= 4
+
+
+@needs_cuda_compiler
 @pytest.mark.slow
 def test_h200():
     plan = make_plan(CONFIG, topologies.find_devices("h200:1"))
@@ -259,7 +279,7 @@ def test_several_slices():
         ("v9:2x2", r"no topology 'v9:2x2'; there are: v4:2x2x1"),
         ("v5e", "no topology 'v5e'"),
         ("v5e:2x2x2", "v5e is a torus of 2 dimensions"),
-        ("h200:8", "use h200:1"),
+        ("h200:16", "h200:1 to h200:8"),
     ],
 )
 def test_unknown_topologies(name, message):

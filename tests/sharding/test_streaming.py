@@ -1,0 +1,49 @@
+"""A stream whose cache is split by rows and features, against the same stream on one device."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax import numpy as jnp
+
+from megalodon_jax import Megalodon, ModelConfig
+from megalodon_jax.cache import cache_shardings
+from megalodon_jax.config import MeshConfig
+from megalodon_jax.sharding import make_mesh, shardings_of
+
+CONFIG = ModelConfig(
+    num_layers=2, model_dim=32, z_dim=16, value_dim=32, num_heads=2, ffn_hidden_dim=48,
+    cema_ndim=4, chunk_size=8, vocab_size=64, norm_num_groups=4, norm_prior_count=3,
+)  # fmt: skip
+PIECES = (11, 1, 11, 1)
+
+
+def stream(model, tokens, cache):
+    """Scores of pieces, and the last cache."""
+    call = nnx.jit(lambda model, tokens, cache: model(tokens, cache=cache))
+    found, start = [], 0
+    for length in PIECES:
+        logits, cache = call(model, tokens[:, start : start + length], cache)
+        found.append(logits)
+        start += length
+    return jnp.concatenate(found, axis=1), cache
+
+
+@pytest.mark.slow
+def test_a_split_cache_gives_what_a_whole_one_gives():
+    model = Megalodon(CONFIG, rngs=nnx.Rngs(0))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (4, sum(PIECES))), jnp.int32)
+    due, due_cache = stream(model, tokens, model.init_cache(4))
+    mesh = make_mesh(MeshConfig(data=2, model=2), jax.devices()[:4])
+    graphdef, params = nnx.split(model, nnx.Param)
+    split = nnx.merge(graphdef, jax.device_put(params, shardings_of(params, mesh)))
+    places = cache_shardings(mesh)
+    with jax.set_mesh(mesh):
+        logits, cache = stream(split, tokens, jax.device_put(model.init_cache(4), places))
+    np.testing.assert_allclose(logits, due, rtol=0, atol=2e-5)
+    leaves = zip(*map(jax.tree.leaves, (cache, due_cache, places)), strict=True)
+    for mine, expected, place in leaves:
+        np.testing.assert_allclose(mine, expected, rtol=0, atol=2e-5)
+        assert mine.sharding.is_equivalent_to(place, mine.ndim)
+    keys = cache.layers.keys_and_values.key
+    assert keys.addressable_shards[0].data.size == keys.size // 4
