@@ -394,16 +394,9 @@ class TrainConfig:
     """Also log to this Weights & Biases project; empty: no."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, f"steps is {self.steps}; must be at least 1")
-        _require(
-            self.loss_chunk_size >= 1,
-            f"loss_chunk_size is {self.loss_chunk_size}; must be at least 1",
-        )
-        _require(
-            self.keep_checkpoints >= 1,
-            f"keep_checkpoints is {self.keep_checkpoints}; must be at least 1",
-        )
-        _require(self.log_every >= 1, f"log_every is {self.log_every}; must be at least 1")
+        for name in ("steps", "loss_chunk_size", "keep_checkpoints", "log_every"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} is {value}; must be at least 1")
 
 
 def load_config(path: str | Path) -> TrainConfig:

@@ -7,6 +7,7 @@ import pytest
 
 from megalodon_jax.config import (
     ConfigError,
+    MeshConfig,
     ModelConfig,
     TrainConfig,
     config_from_dict,
@@ -40,10 +41,21 @@ def test_presets_are_the_named_sizes():
 
 def test_preset_with_overrides_and_unknown_preset():
     assert ModelConfig.from_preset("mega1.3B", dtype="bfloat16").dtype == "bfloat16"
-    with pytest.raises(ConfigError, match=r"no preset 'mega1\.4B'; did you mean 'mega1\.3B'\?"):
+    with pytest.raises(
+        ConfigError, match=r"no model preset 'mega1\.4B'; did you mean 'mega1\.3B'\?"
+    ):
         ModelConfig.from_preset("mega1.4B")
     with pytest.raises(ConfigError, match=r"unknown key 'chunksize' in model; .*'chunk_size'"):
         ModelConfig.from_preset("mega1.3B", chunksize=3)
+
+
+def test_meshes_have_presets_too():
+    assert MeshConfig.from_preset("released") == MeshConfig(data=128, chunk=2)
+    assert config_from_dict({"mesh": {"preset": "fsdp_model", "model": 4}}).mesh == MeshConfig(
+        data=-1, model=4
+    )
+    with pytest.raises(ConfigError, match="no mesh preset 'fdsp'; did you mean 'fsdp'"):
+        config_from_dict({"mesh": {"preset": "fdsp"}})
 
 
 def test_shipped_files_load():
