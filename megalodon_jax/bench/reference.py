@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> dict[str, list[float]]:
     others = [name for name in ways if name != "float32"]
     for name in others:
         found = gradients(ways[name], first)
-        errors = {key: _distance(found[key], due[key]) for key in due}
+        errors = {key: relative_distance(found[key], due[key]) for key in due}
         worst = max(errors, key=errors.__getitem__)
         print(
             f"  {name:9} median {statistics.median(errors.values()):.1e}  worst "
@@ -142,7 +142,8 @@ def run(options: argparse.Namespace) -> dict[str, list[float]]:
     return curves
 
 
-def _distance(found: np.ndarray, due: np.ndarray) -> float:
+def relative_distance(found: np.ndarray, due: np.ndarray) -> float:
+    """L2 norm of the difference over that of `due`; 0 where `due` is 0."""
     size = np.linalg.norm(due)
     return float(np.linalg.norm(found - due) / size) if size else 0.0
 

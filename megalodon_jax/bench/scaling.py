@@ -54,6 +54,11 @@ class ScalingRow:
     reason: str | None = None
 
 
+def mesh_along(name: str, devices: int) -> MeshConfig:
+    """The mesh of which one axis, by its name in `MESHES`, takes all devices."""
+    return MeshConfig(**{_AXIS_OF[name]: devices})
+
+
 def cases(options: argparse.Namespace, devices: int) -> Iterator[tuple[ScalingRow, TrainConfig]]:
     """What is measured, without numbers, and the run it belongs to; one device comes first."""
     base = Case(options.preset, options.rows, options.length, options.remat).config()
@@ -66,10 +71,9 @@ def cases(options: argparse.Namespace, devices: int) -> Iterator[tuple[ScalingRo
             more = devices if scaling == "weak" else 1
             size = (rows, length * more) if mesh == "chunk" else (rows * more, length)
             data = dataclasses.replace(base.data, batch_size=size[0], seq_len=size[1])
-            split = MeshConfig(**{_AXIS_OF[mesh]: devices})
             yield (
                 ScalingRow(mesh, scaling, devices, *size),
-                dataclasses.replace(base, data=data, mesh=split),
+                dataclasses.replace(base, data=data, mesh=mesh_along(mesh, devices)),
             )
 
 

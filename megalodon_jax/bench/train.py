@@ -109,7 +109,7 @@ def time_step(
     """
     rows, length = config.data.batch_size, config.data.seq_len
     mesh = mesh_of(config)
-    batch = _random_batch(rows, length, config.model.vocab_size, documents)
+    batch = random_batch(rows, length, config.model.vocab_size, documents)
     batch = jax.device_put(batch, batch_sharding(mesh, leading=1))
     graphdef, state = init_state(config, mesh)
     started = time.perf_counter()
@@ -135,7 +135,8 @@ def time_step(
     )
 
 
-def _random_batch(rows: int, length: int, vocab_size: int, documents: int) -> Batch:
+def random_batch(rows: int, length: int, vocab_size: int, documents: int) -> Batch:
+    """One batch (1, B, L) of random tokens in `documents` documents; 0: no segment ids."""
     tokens = np.random.default_rng(0).integers(0, vocab_size, (1, rows, length + 1))
     numbers = np.arange(length) * max(1, documents) // length + 1
     batch = Batch(

@@ -273,6 +273,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 # Modules with a `main` that takes the arguments.
 BENCHMARKS = {
+    "agreement": "megalodon_jax.bench.agreement",
     "ops": "megalodon_jax.bench.ops",
     "reference": "megalodon_jax.bench.reference",
     "scaling": "megalodon_jax.bench.scaling",

@@ -8,6 +8,7 @@ from jaxtyping import Array, Complex, Float, Int32
 from pallas_kernels.cema.block_sizes import SHORTEST_GPU_LENGTH, SHORTEST_TPU_LENGTH
 from pallas_kernels.cema.last_state import last_state
 from pallas_kernels.cema.mosaic_gpu import cema_mosaic_gpu
+from pallas_kernels.cema.mosaic_gpu_stream import TILE
 from pallas_kernels.cema.pallas_tpu import cema_pallas_tpu
 from pallas_kernels.cema.parts import cema_of_part
 from pallas_kernels.cema.reference import cema_reference
@@ -71,6 +72,10 @@ def cema(
     if sequence_axis is not None:
         if state is not None:
             raise ValueError("a sequence split over devices starts from no state; pass None")
+        if implementation == "mosaic_gpu" and x.shape[1] % TILE == 0:
+            return cema_mosaic_gpu(
+                x, params, None, segment_ids, split=block_size, sequence_axis=sequence_axis
+            )
 
         def run(entering: Array | None) -> CemaOutput:
             return cema(

@@ -97,7 +97,7 @@ class _Operands(NamedTuple):
     Attributes:
       tables: the parameters.
       documents: borders.
-      initial: the state before every row.
+      initial: the state before every row; backward, e after it, for the row's last split alone.
       summaries: what splits hand on; without the row's last split, backward without its first.
       entering: the state entering every split.
     """
@@ -197,12 +197,13 @@ def _enter_document(operands: _Operands, place: Place, order: int) -> Any:
     return restart
 
 
-def _summary_kernel(split, stage, x, operands, summaries, *, geometry: Geometry, backward: bool):
+def _summary_kernel(
+    split, stage, x, operands, summaries, *, geometry: Geometry, first_split: int, backward: bool
+):
     """What a split adds to the state after it, or before it if backward, from its tokens alone."""
     order = geometry.order
     zeros = recurrence.zeros(order), recurrence.zeros(order)
-    # Backward, the row's first split has nobody to hand anything to.
-    place = geometry.find_place(split + 1 if backward else split)
+    place = geometry.find_place(split + first_split)
     # Tokens farther from the border than the horizon leave nothing there.
     count = jnp.minimum(place.count, _find_horizon(operands.tables, place))
     first = place.first if backward else place.first + place.count - count
@@ -252,6 +253,10 @@ def _gradient_kernel(split, stage, x, dy, operands, results, *, geometry: Geomet
     channels = place.channels
     zeros = recurrence.zeros(order), recurrence.zeros(order)
     e = _fold(zeros, operands, place, geometry, backward=True)
+    if operands.initial is not None:
+        after = recurrence.load_complex(operands.initial.at[place.row], order, channels)
+        is_last = split == geometry.splits - 1
+        e = jax.tree.map(partial(streams.select, is_last), after, e)
     system = recurrence.load_system(tables, order, channels)
     weights = recurrence.load_weights(tables, order, channels)
     e = recurrence.to_pair(e, tables, channels)
@@ -295,18 +300,45 @@ def _per_channel(geometry: Geometry, *shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _summarize(x, operands: _Operands, geometry: Geometry, interpret, *, backward) -> Array | None:
+    """Of the splits that hand something to another one of the row."""
     if geometry.splits == 1:
         return None
+    # Backward, the row's first split has nobody to hand anything to.
+    splits = range(int(backward), geometry.splits - 1 + int(backward))
+    return _launch_summaries(x, operands, geometry, splits, interpret, backward=backward)
+
+
+def _launch_summaries(
+    x, operands: _Operands, geometry: Geometry, splits: range, interpret, *, backward
+) -> Array:
     return streams.launch(
-        partial(_summary_kernel, geometry=geometry, backward=backward),
+        partial(_summary_kernel, geometry=geometry, first_split=splits.start, backward=backward),
         (x, operands),
-        _per_channel(geometry, geometry.splits - 1, 2, geometry.order),
+        _per_channel(geometry, len(splits), 2, geometry.order),
         name="cema_summaries",
-        grid=(geometry.blocks, geometry.splits - 1, geometry.rows),
+        grid=(geometry.blocks, len(splits), geometry.rows),
         staged=[x.dtype],
         arrivals=1,
         interpret=interpret,
     )
+
+
+def summarize_splits(
+    x: Float[Array, "B L D"],
+    tables: Tables,
+    documents: Documents | None,
+    geometry: Geometry,
+    *,
+    backward: bool,
+    interpret: Any,
+) -> Float[Array, "B S 2 N D"]:
+    """What every split adds to the state after it, in units of p, from its tokens alone.
+
+    With `backward`, x is dy, and it is e at the split's first token.
+    """
+    operands = _Operands(tables, documents)
+    splits = range(geometry.splits)
+    return _launch_summaries(x, operands, geometry, splits, interpret, backward=backward)
 
 
 def run_forward(
@@ -319,14 +351,17 @@ def run_forward(
     out_dtype: Any,
     with_entering: bool,
     interpret: Any,
+    summaries: Float[Array, "B S 2 N D"] | None = None,
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B 2 N D"], Float[Array, "B S 2 N D"] | None]:
     """y, the last state of every row and the state entering every split, states in units of p.
 
-    The last state of a packed row without tokens is undefined.
+    The last state of a packed row without tokens is undefined. `summaries` are those of
+    `summarize_splits`, if they are known.
     """
     entering = _per_channel(geometry, geometry.splits, 2, geometry.order)
     operands = _Operands(tables, documents, initial)
-    summaries = _summarize(x, operands, geometry, interpret, backward=False)
+    if summaries is None:
+        summaries = _summarize(x, operands, geometry, interpret, backward=False)
     return streams.launch(
         partial(_output_kernel, geometry=geometry),
         (x, operands._replace(summaries=summaries)),
@@ -373,10 +408,20 @@ def run_backward(
     *,
     out_dtype: Any,
     interpret: Any,
+    after: Float[Array, "B 2 N D"] | None = None,
+    summaries: Float[Array, "B S 2 N D"] | None = None,
 ) -> Gradients:
-    """Gradients of Σ y dy from the states that `run_forward` found to enter the splits."""
+    """Gradients of Σ y dy from the states that `run_forward` found to enter the splits.
+
+    `after` is e at the token after every row, if the row goes on elsewhere; `summaries` are those
+    of `summarize_splits`, if they are known, with what `after` leaves of the last split in it.
+    """
     operands = _Operands(tables, documents)
-    summaries = _summarize(dy, operands, geometry, interpret, backward=True)
+    if summaries is None:
+        summaries = _summarize(dy, operands, geometry, interpret, backward=True)
+    else:
+        summaries = summaries[:, 1:] if geometry.splits > 1 else None
+    operands = operands._replace(initial=after)
     order, splits = geometry.order, geometry.splits
     shapes = Gradients(
         jax.ShapeDtypeStruct(x.shape, out_dtype),

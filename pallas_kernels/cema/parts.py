@@ -1,13 +1,27 @@
 """CEMA over a sequence that is split over devices."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Complex, Float, Int32
 
 from pallas_kernels import sequence_parts
 from pallas_kernels.cema.coefficients import pack, powers, unpack
 from pallas_kernels.cema.types import CemaOutput, CemaParams
+
+
+class Links(NamedTuple):
+    """How states pass from part to part.
+
+    Attributes:
+      parts: documents of all parts, leading axis S.
+      decays: q^tokens, what every part leaves of the state before it, packed.
+    """
+
+    parts: sequence_parts.Part
+    decays: Float[Array, "S B D 2N"]
 
 
 def cema_of_part(
@@ -30,17 +44,44 @@ def cema_of_part(
       summarize: the state after this part of a document that begins with it, or in it.
       run: CEMA of this part from a state.
     """
-    rows, length, channels = x.shape
-    part = sequence_parts.describe(segment_ids, rows, length)
-    parts, summaries = sequence_parts.gather(part, pack(summarize()), axis)
-    # q^tokens for every part and row: what a part leaves of the state before it.
+    part = sequence_parts.describe(segment_ids, *x.shape[:2])
+    return run(enter(summarize(), part, params, axis)[0])
+
+
+def enter(
+    own: Complex[Array, "B D N"], part: sequence_parts.Part, params: CemaParams, axis: str
+) -> tuple[Complex[Array, "B D N"], Links]:
+    """The state before this device's tokens, from what every device finds of its own alone.
+
+    Args:
+      own: the state after this device's last document, as if it had begun here.
+      part: this device's documents.
+      params: CEMA's parameters.
+      axis: mesh axis over which the sequence is split.
+    """
+    parts, summaries = sequence_parts.gather(part, pack(own), axis)
+    # For every part and row.
     exponents = parts.tokens.reshape(-1)
-    decays = jnp.moveaxis(powers(params, exponents), -1, 0).reshape(
-        *parts.tokens.shape, channels, -1
-    )
+    decays = jnp.moveaxis(powers(params, exponents), -1, 0)
+    links = Links(parts, pack(decays).reshape(*parts.tokens.shape, *decays.shape[1:-1], -1))
+    return _fold(summaries, links, axis), links
 
+
+def enter_backward(e: Complex[Array, "B D N"], links: Links, axis: str) -> Complex[Array, "B D N"]:
+    """The transpose of `enter`: from every device's e at its first token to e after its last.
+
+    One reduce-scatter, the mirror of the gather.
+    """
+
+    def through(own: Complex[Array, "B D N"]) -> Complex[Array, "B D N"]:
+        return _fold(jax.lax.all_gather(pack(own), axis), links, axis)
+
+    return jax.linear_transpose(through, e)(e)[0]
+
+
+def _fold(summaries: Float[Array, "S B D 2N"], links: Links, axis: str) -> Complex[Array, "B D N"]:
     def append(before: Array, summary: Array, number: int) -> Array:
-        return decays[number] * before + unpack(summary)
+        return unpack(links.decays[number]) * before + unpack(summary)
 
-    fresh = jnp.zeros_like(decays[0])
-    return run(sequence_parts.fold(parts, summaries, fresh, append, axis))
+    fresh = jnp.zeros_like(unpack(summaries[0]))
+    return sequence_parts.fold(links.parts, summaries, fresh, append, axis)
