@@ -14,7 +14,7 @@ from megalodon_jax.config import ModelConfig, Remat
 from megalodon_jax.modules.attention import TokenPlaces
 from megalodon_jax.modules.block import Block
 from megalodon_jax.modules.dropout import dropout, split_key
-from megalodon_jax.modules.linear import PRODUCT, PROJECTION, WEIGHT
+from megalodon_jax.modules.linear import GATHERED, PRODUCT, PROJECTION, WEIGHT
 from megalodon_jax.modules.parameters import axis_names, embedding_initializer
 from megalodon_jax.modules.rotary import rotation
 from megalodon_jax.modules.timestep_norm import TimestepNorm
@@ -27,7 +27,7 @@ from pallas_kernels.residuals import Operation
 # What the backward pass of a block finds beside the block's input; it computes the rest again.
 # States gathered from other devices are small, and never gathered twice.
 SAVED_NAMES: dict[Remat, tuple[str, ...]] = {
-    "none": (PROJECTION, PRODUCT, *get_args(Operation)),
+    "none": (PROJECTION, PRODUCT, GATHERED, *get_args(Operation)),
     "inputs": (PRODUCT, "chunk_attention", "sequence_parts"),
     "dots": (PROJECTION, PRODUCT, "sequence_parts"),
     "block": ("sequence_parts",),
@@ -238,8 +238,8 @@ class Megalodon(nnx.Module):
             return constrain(out, "batch", "length", "channels"), layer_cache
 
         saved = SAVED_NAMES[self.config.remat]
-        if not self.config.scan_layers and self.config.remat == "none" and not is_split():
-            # Rounded once a step. A loop would copy them instead, and a mesh keep them gathered.
+        if not self.config.scan_layers and self.config.remat == "none" and axis_size("data") == 1:
+            # Rounded once a step. A loop would copy them instead, and FSDP keep them gathered.
             saved = (*saved, WEIGHT)
         run_layer = jax.checkpoint(
             run_layer,
@@ -250,7 +250,11 @@ class Megalodon(nnx.Module):
         if self.config.scan_layers:
             return jax.lax.scan(run_layer, x, stacked)
         caches = []
-        for layer in _unstack(stacked, self.config.num_layers):
+        layers = _unstack(stacked, self.config.num_layers)
+        for number, layer in enumerate(layers, start=1):
+            if is_split() and number < len(layers):
+                x, following = _reduce_in_turn(x, layers[number][0])
+                layers[number] = (following, *layers[number][1:])
             x, layer_cache = run_layer(x, layer)
             caches.append(layer_cache)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
@@ -290,6 +294,22 @@ def _unstack(stacked: Any, count: int) -> list[Any]:
         jax.tree.unflatten(structure, [piece.squeeze(0) for piece in layer])
         for layer in zip(*pieces, strict=True)
     ]
+
+
+@jax.custom_vjp
+def _reduce_in_turn(x: Array, following: Any) -> tuple[Array, Any]:
+    """A block's input and the next block's parameters, unchanged.
+
+    Backward, no device goes on to the block before until the next block's gradients are reduced
+    over devices: so they are while this block goes backward, and not all of them in the end.
+    """
+    return x, following
+
+
+_reduce_in_turn.defvjp(
+    lambda x, following: ((x, following), None),
+    lambda _, gradients: jax.lax.optimization_barrier(gradients),
+)
 
 
 def _document_positions(

@@ -10,12 +10,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from megalodon_jax.config import DType, ModelConfig
 from megalodon_jax.modules.parameters import kernel_initializer, parameter
-from megalodon_jax.sharding import constrain
+from megalodon_jax.sharding import axis_size, constrain
 from megalodon_jax.typing import Array, Float, Float32
 
-# Names for policies of `jax.checkpoint`: what attention is made of, any other product, and a weight
-# rounded to the products' type.
-PROJECTION, PRODUCT, WEIGHT = "projection", "product", "weight"
+# Names for policies of `jax.checkpoint`: what attention is made of, any other product, a weight
+# rounded to the products' type, and features gathered from the devices that share the matrices.
+PROJECTION, PRODUCT, WEIGHT, GATHERED = "projection", "product", "weight", "gathered"
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -40,6 +40,8 @@ def mixed_matmul(
 
 def _forward(x: Array, kernel: Array, dtype: DType, axes: tuple[str | None, str | None]):
     rounded = _place(x.astype(dtype), axes[0])
+    if axes[0] == "embed" and axis_size("model") > 1:
+        rounded = checkpoint_name(rounded, GATHERED)
     rounded_kernel = constrain(kernel.astype(dtype), *map(_gathered, axes))
     rounded_kernel = checkpoint_name(rounded_kernel, WEIGHT)
     # An empty array carries the operands' own types to the backward pass.

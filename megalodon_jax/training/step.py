@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from megalodon_jax.config import ModelConfig, TrainConfig
@@ -151,12 +152,15 @@ def make_train_step(
     optimizer = make_optimizer(config.optim, total_steps=config.steps)
     schedule = learning_rate_schedule(config.optim, total_steps=config.steps)
     sums_and_gradient = _make_sums_and_gradient(graphdef, config)
+    on_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm")
 
     def step(state: TrainState, batches: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             sums, gradient = sums_and_gradient(state.params, batches, key)
         gradient = jax.lax.with_sharding_constraint(gradient, places.params)
+        if on_gpu and mesh.size > 1:
+            gradient = jax.tree.map(_row_major, gradient)
         # A batch of padding alone has weight 0; its gradient is 0 and must not become NaN.
         weight = jnp.maximum(sums.weight_sum, 1.0)
         gradient = jax.tree.map(lambda leaf: leaf / weight, gradient)
@@ -171,7 +175,6 @@ def make_train_step(
         )
         return TrainState(state.step + 1, apply_updates(state.params, updates), opt_state), metrics
 
-    on_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm")
     return jax.jit(
         step,
         donate_argnums=0,
@@ -179,6 +182,15 @@ def make_train_step(
         out_shardings=(places, NamedSharding(mesh, PartitionSpec())),
         compiler_options=_GPU_OPTIONS if on_gpu else None,
     )
+
+
+def _row_major(gradient: Array) -> Array:
+    """The gradient in the order of its parameter's numbers.
+
+    A matrix that is scattered along its columns comes transposed. The optimizer would go on so, and
+    three copies would bring parameters and moments back.
+    """
+    return with_layout_constraint(gradient, Layout(tuple(range(gradient.ndim))))
 
 
 def make_eval_step(
