@@ -9,7 +9,6 @@ from float32; a mesh may differ by about as much. What the FSDP mesh saves one d
 """
 
 import argparse
-import contextlib
 import dataclasses
 import statistics
 import tempfile
@@ -21,12 +20,12 @@ import numpy as np
 import optax
 
 from megalodon_jax.bench.reference import relative_distance
-from megalodon_jax.bench.scaling import MESHES, mesh_along
-from megalodon_jax.bench.train import Case, random_batch, small
+from megalodon_jax.bench.scaling import MESHES, Begun, begin, compiler_pool, mesh_along
+from megalodon_jax.bench.train import Case, small, use_all_memory
 from megalodon_jax.config import ConfigError, MeshConfig, TrainConfig, preset_names
 from megalodon_jax.sharding import batch_sharding
 from megalodon_jax.training.checkpoint import RunCheckpoints
-from megalodon_jax.training.step import TrainState, init_state, make_train_step, mesh_of
+from megalodon_jax.training.step import TrainState, init_state
 
 # A mesh's bfloat16 may be this much farther from float32 than one device's is.
 MARGIN = 1.25
@@ -73,18 +72,17 @@ class AgreementRow:
         return all(mine <= MARGIN * alone for mine, alone in (medians, worsts))  # type: ignore
 
 
-def train(config: TrainConfig, *, documents: int, steps: int) -> Trained:
+def train(begun: Begun, steps: int) -> Trained:
     """Some steps on one random batch, over the run's mesh."""
-    data, mesh = config.data, mesh_of(config)
-    batch = random_batch(data.batch_size, data.seq_len, config.model.vocab_size, documents)
+    assert begun.step is not None
+    assert begun.compiled is not None
+    compiled: Any = begun.compiled.result()[0]
+    config, mesh, batch = begun.step[:3]
     batch = jax.device_put(batch, batch_sharding(mesh, leading=1))
-    graphdef, state = init_state(config, mesh)
-    exact = config.model.dtype == "float32"
-    with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
-        step: Any = make_train_step(graphdef, config, mesh).lower(state, batch).compile()
+    state = init_state(config, mesh)[1]
     losses, gradients = [], {}
     for number in range(steps):
-        state, metrics = step(state, batch)
+        state, metrics = compiled(state, batch)
         losses.append(float(metrics.loss))
         if number == 0:
             # After one step the first moments are the gradients, all times one number.
@@ -102,32 +100,56 @@ def run(options: argparse.Namespace) -> tuple[list[AgreementRow], bool]:
     devices = len(jax.devices())
     if devices < 2:
         raise ConfigError("bench agreement compares several devices with one, and there is one")
+    config = _configuration(options, devices)
+    begun = _begin_all(config, options, devices)
     print(f"{devices} x {jax.devices()[0].device_kind}, jax {jax.__version__}\n{_HEADER}")
-    config, rows, is_same = _configuration(options, devices), [], True
-    for documents in (0, 3):
-        amount = {"documents": documents, "steps": options.steps}
-        exact = dataclasses.replace(config.model, dtype="float32")
-        due = train(dataclasses.replace(config, model=exact), **amount).gradients
-        alone = train(config, **amount)
-        own = _distances(alone.gradients, due)
+    rows, is_same = [], True
+    for documents in options.documents:
+        due, alone = (train(begun[name, documents], options.steps) for name in ("exact", "one"))
         for mesh in options.mesh:
-            split = dataclasses.replace(config, mesh=mesh_along(mesh, devices))
-            try:
-                trained = train(split, **amount)
-            except ConfigError as error:
-                rows.append(AgreementRow(mesh, documents, reason=str(error)))
+            step = begun[mesh, documents]
+            if step.step is None:
+                rows.append(AgreementRow(mesh, documents, reason=step.reason))
             else:
-                distances = _distances(trained.gradients, due)
-                apart = np.abs(np.subtract(trained.losses, alone.losses)) / np.abs(alone.losses)
-                rows.append(
-                    AgreementRow(mesh, documents, *distances, *own, loss_apart=float(apart.max()))
-                )
-                if mesh == "fsdp" and documents == 0:
+                trained = train(step, options.steps)
+                rows.append(_compare(mesh, documents, trained, alone, due))
+                if mesh == "fsdp" and documents == options.documents[0]:
                     is_same = restores(trained.state, config, options.steps)
+                    verdict = "bit for bit" if is_same else "CHANGED"
+                    print(f"what fsdp saves, one device restores {verdict}")
             print(_format(rows[-1]), flush=True)
-    if "fsdp" in options.mesh:
-        print(f"what fsdp saves, one device restores {'bit for bit' if is_same else 'CHANGED'}")
     return rows, is_same
+
+
+def _begin_all(
+    config: TrainConfig, options: argparse.Namespace, devices: int
+) -> dict[tuple[str, int], Begun]:
+    """All steps by what they run over and their documents."""
+    begun = {}
+    with compiler_pool() as pool:
+        for documents in options.documents:
+            model = dataclasses.replace(config.model, dtype="float32")
+            with jax.default_matmul_precision("highest"):
+                exact = dataclasses.replace(config, model=model)
+                begun["exact", documents] = begin(exact, pool, documents=documents)
+            begun["one", documents] = begin(config, pool, documents=documents)
+            for name in options.mesh:
+                split = dataclasses.replace(config, mesh=mesh_along(name, devices))
+                begun[name, documents] = begin(split, pool, documents=documents)
+    return begun
+
+
+def _compare(
+    mesh: str, documents: int, trained: Trained, alone: Trained, due: Trained
+) -> AgreementRow:
+    apart = np.abs(np.subtract(trained.losses, alone.losses)) / np.abs(alone.losses)
+    return AgreementRow(
+        mesh,
+        documents,
+        *_distances(trained.gradients, due.gradients),
+        *_distances(alone.gradients, due.gradients),
+        loss_apart=float(apart.max()),
+    )
 
 
 def restores(state: TrainState, config: TrainConfig, step: int) -> bool:
@@ -179,6 +201,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=preset_names(), default="mega1.3B")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--mesh", nargs="+", choices=MESHES, default=MESHES)
+    parser.add_argument(
+        "--documents", nargs="+", type=int, default=(0, 3), help="packed into a row; 0: no ids"
+    )
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="a shape for a CPU")
     return parser
@@ -189,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns 1 if a mesh is farther from float32 than one device, or a checkpoint changed.
     """
+    use_all_memory()
     rows, is_same = run(make_parser().parse_args(argv))
     return 0 if is_same and all(row.agrees for row in rows) else 1
 

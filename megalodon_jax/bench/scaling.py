@@ -4,19 +4,30 @@
 
 One device takes (rows, length); n devices take n times as much (weak scaling: n times the rows, or
 n times the length where the sequence is split), or just as much (strong scaling). Efficiency is the
-tokens per second over n times those of one device. The step is that of `megalodon bench train`.
+tokens per second over n times those of one device. The step is that of `megalodon bench train`. All
+steps are compiled side by side, then measured one after another.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 
-from megalodon_jax.bench.train import Case, StepTiming, small, time_step, use_all_memory
+from megalodon_jax.bench.train import (
+    Case,
+    LoweredStep,
+    StepTiming,
+    lower_step,
+    small,
+    time_compiled,
+    use_all_memory,
+)
 from megalodon_jax.config import ConfigError, MeshConfig, Remat, TrainConfig, preset_names
 
 Scaling = Literal["one", "weak", "strong"]
@@ -77,19 +88,41 @@ def cases(options: argparse.Namespace, devices: int) -> Iterator[tuple[ScalingRo
             )
 
 
-def measure(row: ScalingRow, config: TrainConfig, alone: float | None, steps: int) -> ScalingRow:
+class Begun(NamedTuple):
+    """A step that is being compiled, or the reason why it cannot be."""
+
+    step: LoweredStep | None
+    compiled: Future[tuple[jax.stages.Compiled, float]] | None
+    reason: str | None
+
+
+def begin(config: TrainConfig, pool: Executor, *, documents: int = 0) -> Begun:
+    """Traces a run's step, which takes Python, and has it compiled in the pool, which does not."""
+    try:
+        step = lower_step(config, documents=documents)
+    except ConfigError as error:
+        return Begun(None, None, str(error))
+    return Begun(step, pool.submit(step.compile), None)
+
+
+def compiler_pool() -> ThreadPoolExecutor:
+    """Threads for so many compilers as this machine has room for."""
+    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))
+
+
+def measure(row: ScalingRow, begun: Begun, alone: float | None, steps: int) -> ScalingRow:
     """The row with numbers, or with the reason why the mesh or the memory does not allow them.
 
     Args:
       row: what to measure.
-      config: the run it belongs to.
+      begun: its step.
       alone: tokens per second of one device, None if that is what this row measures.
       steps: how many are timed.
     """
+    if begun.step is None or begun.compiled is None:
+        return dataclasses.replace(row, reason=begun.reason)
     try:
-        timing = time_step(config, steps=steps, profile=True)
-    except ConfigError as error:
-        return dataclasses.replace(row, reason=str(error))
+        timing = time_compiled(begun.step, *begun.compiled.result(), steps=steps, profile=True)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -121,11 +154,15 @@ def run(options: argparse.Namespace) -> list[ScalingRow]:
     if devices < 2:
         raise ConfigError("bench scaling compares several devices with one, and there is one")
     kind = jax.devices()[0].device_kind
+    todo = list(cases(options, devices))
+    # Measured only then, for compilers also try out matrix products on the devices.
+    with compiler_pool() as pool:
+        begun = [begin(config, pool) for _, config in todo]
     print(f"{devices} x {kind}, jax {jax.__version__}\n{_HEADER}", flush=True)
     measured: list[ScalingRow] = []
     alone = None
-    for row, config in cases(options, devices):
-        done = measure(row, config, alone, options.steps)
+    for (row, _), step in zip(todo, begun, strict=True):
+        done = measure(row, step, alone, options.steps)
         alone = done.tokens_per_second if alone is None else alone
         measured.append(done)
         print(_format(done), flush=True)

@@ -18,17 +18,25 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from megalodon_jax.bench.ceilings import measure_ceilings
 from megalodon_jax.bench.kernel_times import KernelTimes, kernel_times
 from megalodon_jax.config import DataConfig, ModelConfig, Remat, TrainConfig, preset_names
 from megalodon_jax.sharding import batch_sharding
 from megalodon_jax.training.metrics import PEAK_FLOPS, model_flops_per_token
-from megalodon_jax.training.step import TrainState, init_state, make_train_step, mesh_of
+from megalodon_jax.training.step import (
+    TrainState,
+    abstract_model,
+    abstract_state,
+    init_state,
+    make_train_step,
+    mesh_of,
+)
 from megalodon_jax.typing import Batch
 
 WARM_UP = 3
@@ -100,6 +108,44 @@ class StepTiming:
     kernels: list[KernelTimes]
 
 
+class LoweredStep(NamedTuple):
+    """A step that is traced, ready to be compiled: in another thread, if several are.
+
+    Attributes:
+      config: the run it belongs to.
+      mesh: its devices.
+      batch: what it is called with, on the host.
+      lowered: the step.
+      seconds: how long tracing took.
+    """
+
+    config: TrainConfig
+    mesh: Mesh
+    batch: Batch
+    lowered: Any
+    seconds: float
+
+    def compile(self) -> tuple[jax.stages.Compiled, float]:
+        """The step, and the seconds that it took to compile."""
+        started = time.perf_counter()
+        return self.lowered.compile(), time.perf_counter() - started
+
+
+def lower_step(config: TrainConfig, *, documents: int = 0) -> LoweredStep:
+    """Traces a run's step over its mesh; rows have `documents` documents, 0: no segment ids."""
+    started = time.perf_counter()
+    data, mesh = config.data, mesh_of(config)
+    batch = random_batch(data.batch_size, data.seq_len, config.model.vocab_size, documents)
+    place = batch_sharding(mesh, leading=1)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), batch
+    )
+    graphdef = abstract_model(config.model)[0]
+    step: Any = make_train_step(graphdef, config, mesh)
+    lowered = step.lower(abstract_state(config, mesh), shapes)
+    return LoweredStep(config, mesh, batch, lowered, time.perf_counter() - started)
+
+
 def time_step(
     config: TrainConfig, *, documents: int = 0, steps: int = 10, profile: bool = False
 ) -> StepTiming:
@@ -107,20 +153,29 @@ def time_step(
 
     Rows have `documents` documents; 0: no segment ids.
     """
-    rows, length = config.data.batch_size, config.data.seq_len
-    mesh = mesh_of(config)
-    batch = random_batch(rows, length, config.model.vocab_size, documents)
-    batch = jax.device_put(batch, batch_sharding(mesh, leading=1))
-    graphdef, state = init_state(config, mesh)
-    started = time.perf_counter()
-    compiled = make_train_step(graphdef, config, mesh).lower(state, batch).compile()
-    compile_seconds = time.perf_counter() - started
+    step = lower_step(config, documents=documents)
+    return time_compiled(step, *step.compile(), steps=steps, profile=profile)
+
+
+def time_compiled(
+    step: LoweredStep,
+    compiled: jax.stages.Compiled,
+    compile_seconds: float,
+    *,
+    steps: int = 10,
+    profile: bool = False,
+) -> StepTiming:
+    """Times a step that is compiled, from fresh weights."""
+    config, mesh = step.config, step.mesh
+    batch = jax.device_put(step.batch, batch_sharding(mesh, leading=1))
+    state = init_state(config, mesh)[1]
     seconds = []
     for _ in range(WARM_UP + steps):
         started = time.perf_counter()
         state, metrics = compiled(state, batch)
         jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - started)
+    rows, length = config.data.batch_size, config.data.seq_len
     tokens_per_second = rows * length / statistics.median(seconds[WARM_UP:])
     memory = compiled.memory_analysis()
     assert memory is not None
@@ -130,7 +185,7 @@ def time_step(
         tokens_per_second * model_flops_per_token(config.model, seq_len=length),
         memory.temp_size_in_bytes + memory.argument_size_in_bytes + results,
         memory.argument_size_in_bytes,
-        compile_seconds,
+        step.seconds + compile_seconds,
         kernel_times(_stepper(compiled, state, batch)) if profile else [],
     )
 

@@ -58,6 +58,9 @@ _GPU_OPTIONS = {
     "xla_gpu_dot_merger_threshold_mb": 0,
     # Values round where the code says. Otherwise float32 gradients are stored for two readers.
     "xla_allow_excess_precision": False,
+    # Over several devices a block's weights are gathered together, and its gradients scattered.
+    "xla_gpu_all_gather_combine_threshold_bytes": 128 << 20,
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": 256 << 20,
 }
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 EvalStep = Callable[[nnx.State, Batch], LossOutput]

@@ -114,7 +114,7 @@ def run_gradients(
     params: CemaParams,
     tables: list[Tables],
     documents: Documents | None,
-    entering: list[Array],
+    entering: list[Any],
     state: Complex[Array, "B D N"] | None,
     *,
     after: Complex[Array, "B D N"] | None = None,

@@ -38,7 +38,7 @@ class _Kept(NamedTuple):
     segment_ids: Array | None
     documents: Documents | None
     tables: list[Tables]
-    entering: list[Array]
+    entering: list[Array | None]
     links: Links
 
 

@@ -39,6 +39,8 @@ MESHES = {
     "chunk, model": MeshConfig(chunk=4, model=2),
 }
 del MESHES["single"]
+# The others run their blocks in one loop.
+WRITTEN_OUT = {"data", "fsdp", "all", "replica, chunk"}
 STEPS = 10
 
 
@@ -65,8 +67,9 @@ class Trained(NamedTuple):
     step: jax.stages.Compiled
 
 
-def train(mesh_config):
-    config = dataclasses.replace(CONFIG, mesh=mesh_config)
+def train(mesh_config, scan_layers=True):
+    model = dataclasses.replace(CONFIG.model, scan_layers=scan_layers)
+    config = dataclasses.replace(CONFIG, model=model, mesh=mesh_config)
     devices = jax.devices()[:1] if mesh_config == MeshConfig() else None
     mesh = make_mesh(config.mesh, devices)
     graphdef, state = init_state(config, mesh)
@@ -94,7 +97,7 @@ def alone():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_equals_one_device(name, alone):
-    split = train(MESHES[name])
+    split = train(MESHES[name], scan_layers=name not in WRITTEN_OUT)
     np.testing.assert_allclose(split.numbers[0], alone.numbers[0], rtol=1e-5)
     for path, due in alone.gradients.items():
         error = np.linalg.norm(split.gradients[path] - due) / np.linalg.norm(due)
