@@ -101,8 +101,10 @@ def run(options: argparse.Namespace) -> tuple[list[AgreementRow], bool]:
     if devices < 2:
         raise ConfigError("bench agreement compares several devices with one, and there is one")
     config = _configuration(options, devices)
+    kind = jax.devices()[0].device_kind
+    print(f"{devices} x {kind}, jax {jax.__version__}; compiling", flush=True)
     begun = _begin_all(config, options, devices)
-    print(f"{devices} x {jax.devices()[0].device_kind}, jax {jax.__version__}\n{_HEADER}")
+    print(_HEADER, flush=True)
     rows, is_same = [], True
     for documents in options.documents:
         due, alone = (train(begun[name, documents], options.steps) for name in ("exact", "one"))
@@ -116,7 +118,7 @@ def run(options: argparse.Namespace) -> tuple[list[AgreementRow], bool]:
                 if mesh == "fsdp" and documents == options.documents[0]:
                     is_same = restores(trained.state, config, options.steps)
                     verdict = "bit for bit" if is_same else "CHANGED"
-                    print(f"what fsdp saves, one device restores {verdict}")
+                    print(f"what fsdp saves, one device restores {verdict}", flush=True)
             print(_format(rows[-1]), flush=True)
     return rows, is_same
 

@@ -75,6 +75,10 @@ def cases(options: argparse.Namespace, devices: int) -> Iterator[tuple[ScalingRo
     base = Case(options.preset, options.rows, options.length, options.remat).config()
     if options.small:
         base = small(base)
+    if options.layers:
+        base = dataclasses.replace(
+            base, model=dataclasses.replace(base.model, num_layers=options.layers)
+        )
     rows, length = base.data.batch_size, base.data.seq_len
     yield ScalingRow("one", "one", 1, rows, length), base
     for mesh in options.mesh:
@@ -155,10 +159,11 @@ def run(options: argparse.Namespace) -> list[ScalingRow]:
         raise ConfigError("bench scaling compares several devices with one, and there is one")
     kind = jax.devices()[0].device_kind
     todo = list(cases(options, devices))
+    print(f"{devices} x {kind}, jax {jax.__version__}; compiling {len(todo)} steps", flush=True)
     # Measured only then, for compilers also try out matrix products on the devices.
     with compiler_pool() as pool:
         begun = [begin(config, pool) for _, config in todo]
-    print(f"{devices} x {kind}, jax {jax.__version__}\n{_HEADER}", flush=True)
+    print(_HEADER, flush=True)
     measured: list[ScalingRow] = []
     alone = None
     for (row, _), step in zip(todo, begun, strict=True):
@@ -199,6 +204,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=preset_names(), default="mega1.3B")
     parser.add_argument("--rows", type=int, default=4, help="of one device")
     parser.add_argument("--length", type=int, default=4096, help="of one device")
+    parser.add_argument(
+        "--layers", type=int, default=0, help="fewer than the preset's compile sooner; 0: all"
+    )
     parser.add_argument("--remat", choices=get_args(Remat), default="none")
     parser.add_argument("--mesh", nargs="+", choices=MESHES, default=MESHES)
     parser.add_argument(

@@ -290,7 +290,8 @@ def _usage() -> str:
         "  convert SOURCE TARGET [--config CONFIG.toml]\n"
         "  plan --config CONFIG.toml --topology v5p:4x4x8 [--mesh.data 128] [--sweep]\n"
         "  bench ops [--op cema] [--check]\n"
-        "  bench train [--preset mega200M] [--profile]\n\n"
+        "  bench train [--preset mega200M] [--profile]\n"
+        "  bench scaling | agreement [--preset mega1.3B]\n\n"
         f"Shipped configs: {', '.join(shipped())}. `megalodon COMMAND --help` lists the options; "
         "--debug shows tracebacks."
     )
