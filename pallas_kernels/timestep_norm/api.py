@@ -97,6 +97,10 @@ def timestep_norm(
 
     if sequence_axis is None:
         return run(state)
+    if name == "mosaic_gpu":
+        return mosaic_gpu.timestep_norm(
+            x, scale, bias, num_groups, eps, state, prior, segment_ids, sequence_axis=sequence_axis
+        )
     return timestep_norm_of_part(x, num_groups, prior, segment_ids, sequence_axis, run)
 
 

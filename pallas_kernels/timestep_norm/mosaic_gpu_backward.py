@@ -93,9 +93,11 @@ def _slopes(
     return s, -(each * sums[0]) - 2.0 * (offset * s)
 
 
-def slopes_kernel(inputs: Inputs, results: Any, memory: Memory, *, geometry: Geometry):
-    """Writes S and T of what every split but the first hands on."""
-    place = tiles.find_place(geometry, first_split=1)
+def slopes_kernel(
+    inputs: Inputs, results: Any, memory: Memory, *, geometry: Geometry, first_split: int
+):
+    """Writes S and T of what every split from `first_split` on hands on."""
+    place = tiles.find_place(geometry, first_split)
     scale = tiles.load_columns(inputs.scale, place.columns)
     zero = tiles.fill((HALF,), ROWS)
 
@@ -141,7 +143,7 @@ def slopes_kernel(inputs: Inputs, results: Any, memory: Memory, *, geometry: Geo
     for i, group in enumerate(place.groups):
         for j in range(2):
             total = tiles.load_lanes(memory.stats.at[i, j]).sum()
-            results[place.row, place.split - 1, group, j] = total
+            results[place.row, place.split - first_split, group, j] = total
 
 
 class Gradients(NamedTuple):

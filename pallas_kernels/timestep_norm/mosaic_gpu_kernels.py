@@ -48,7 +48,7 @@ class Documents(NamedTuple):
       tokens: for every tile and token: count after it, tokens since its document's first, tokens
         to its document's last, and flags: VALID if it is not padding; STARTS at a document's first
         token; LATER in all documents but the row's first; TAIL if no document of its split starts
-        after it; HEAD if its document started before its split.
+        after it; HEAD if its document started before its split, or is the row's first.
       starts: whether a document starts in a tile, 0 or 1.
       initial: mean and count times variance that the row's first document starts from, then those
         of later ones.

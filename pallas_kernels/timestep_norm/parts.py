@@ -1,9 +1,11 @@
 """TimestepNorm over a sequence that is split over devices."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels import sequence_parts
 from pallas_kernels.timestep_norm.interface import (
@@ -11,6 +13,20 @@ from pallas_kernels.timestep_norm.interface import (
     TimestepNormState,
     moments_dtype,
 )
+
+
+class Links(NamedTuple):
+    """How moments pass from part to part.
+
+    Attributes:
+      parts: documents of all parts, leading axis S.
+      mean: of every part's last document there.
+      var: likewise.
+    """
+
+    parts: sequence_parts.Part
+    mean: Float[Array, "S B G"]
+    var: Float[Array, "S B G"]
 
 
 def timestep_norm_of_part(
@@ -42,19 +58,82 @@ def timestep_norm_of_part(
     mean = jnp.sum(jnp.where(weight, groups, 0), axis=(1, 3)) / size
     apart = jnp.where(weight, groups - mean[:, None, :, None], 0)
     var = jnp.sum(jnp.square(apart), axis=(1, 3)) / size
+    return run(enter(part, mean, var, prior, axis)[0])
+
+
+def enter(
+    part: sequence_parts.Part,
+    mean: Float[Array, "B G"],
+    var: Float[Array, "B G"],
+    prior: TimestepNormState,
+    axis: str,
+) -> tuple[TimestepNormState, Links]:
+    """The moments before this device's tokens, from what every device finds of its own alone.
+
+    Args:
+      part: this device's documents.
+      mean: of the last document's tokens here.
+      var: likewise.
+      prior: what every document starts from.
+      axis: mesh axis over which the sequence is split.
+    """
     parts, (means, variances) = sequence_parts.gather(part, (mean, var), axis)
+    links = Links(parts, means, variances)
+    nothing = jnp.zeros_like(means), jnp.zeros_like(variances)
+    return _fold(links, prior, nothing, axis), links
+
+
+def enter_backward(
+    links: Links,
+    prior: TimestepNormState,
+    d_mean: Float[Array, "B G"],
+    d_var: Float[Array, "B G"],
+    axis: str,
+) -> tuple[Float[Array, "B G"], Float[Array, "B G"]]:
+    """From gradients of the moments before every part to those of the moments after it.
+
+    One reduce-scatter, the mirror of the gather.
+    """
+
+    def entering(mean: Array, var: Array) -> tuple[Array, Array]:
+        return _fold(links, prior, (mean, var), axis)[1:]
+
+    nothing = jnp.zeros_like(links.mean), jnp.zeros_like(links.var)
+    of_all = jnp.stack(jax.vjp(entering, *nothing)[1]((d_mean, d_var)), axis=1)
+    own = jax.lax.psum_scatter(of_all, axis, scatter_dimension=0)
+    return own[0], own[1]
+
+
+def goes_on(links: Links, axis: str) -> Bool[Array, " B"]:
+    """Whether this device's first document has tokens in the parts before."""
+    fresh = jnp.zeros(links.parts.first.shape[1], jnp.int32)
+
+    def append(before: Array, summary: None, number: int) -> Array:
+        del summary, number
+        return jnp.ones_like(before)
+
+    return sequence_parts.fold(links.parts, None, fresh, append, axis) == 1
+
+
+def _fold(
+    links: Links, prior: TimestepNormState, changes: tuple[Array, Array], axis: str
+) -> TimestepNormState:
+    """What this part's first document starts from, had the moments after every part changed so."""
 
     def append(before: TimestepNormState, summary, number: int) -> TimestepNormState:
-        tokens = parts.tokens[number]
+        mean, var, more_mean, more_var = summary
+        tokens = links.parts.tokens[number]
         count = before.count + tokens
         share = (tokens / jnp.maximum(count, 1)).astype(mean.dtype)[:, None]
-        step = summary[0] - before.mean
-        merged = (1 - share) * before.var + share * summary[1] + (1 - share) * share * step**2
-        return TimestepNormState(count, before.mean + share * step, merged)
+        step = mean - before.mean
+        merged = (1 - share) * before.var + share * var + (1 - share) * share * step**2
+        return TimestepNormState(count, before.mean + share * step + more_mean, merged + more_var)
 
+    rows, groups = links.mean.shape[1:]
     fresh = TimestepNormState(
         jnp.broadcast_to(prior.count, (rows,)),
-        jnp.broadcast_to(prior.mean, (rows, num_groups)),
-        jnp.broadcast_to(prior.var, (rows, num_groups)),
+        jnp.broadcast_to(prior.mean, (rows, groups)),
+        jnp.broadcast_to(prior.var, (rows, groups)),
     )
-    return run(sequence_parts.fold(parts, (means, variances), fresh, append, axis))
+    summaries = links.mean, links.var, *changes
+    return sequence_parts.fold(links.parts, summaries, fresh, append, axis)

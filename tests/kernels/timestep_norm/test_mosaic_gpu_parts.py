@@ -1,0 +1,106 @@
+"""Hopper's kernels on a sequence that several devices share, against the recurrence on one.
+
+Kernels of several devices cannot be interpreted at once. Parts therefore lie along an axis of
+`jax.vmap`, whose collectives are those of a mesh, and the kernels run one part after another.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.custom_batching import sequential_vmap
+
+from pallas_kernels.target import interpreted
+from pallas_kernels.timestep_norm import TimestepNormState, mosaic_gpu, mosaic_gpu_tiles, timestep_norm
+
+PARTS, GROUPS = 3, 2
+# Rows of 768 tokens over three parts, in splits of 128: one document; borders within parts, at
+# theirs, at a split's; padding at ends, at starts, inside a document, for a whole part.
+RUNS = [
+    [(1, 768)],
+    [(1, 100), (2, 300), (3, 240), (4, 128)],
+    [(0, 130), (1, 126), (2, 200), (0, 100), (2, 212)],
+    [(1, 256), (0, 256), (2, 256)],
+    [(1, 200), (0, 312), (1, 100), (0, 156)],
+]
+
+
+def segment_ids():
+    return jnp.asarray([np.concatenate([np.full(n, i) for i, n in runs]) for runs in RUNS])
+
+
+@pytest.fixture
+def one_part_after_another(monkeypatch):
+    launch = mosaic_gpu_tiles.launch
+
+    def launch_each(kernel, inputs, out_type, **options):
+        @sequential_vmap
+        def run(inputs):
+            return launch(kernel, inputs, out_type, **options)
+
+        return run(inputs)
+
+    monkeypatch.setattr(mosaic_gpu_tiles, "launch", launch_each)
+    # Two splits of every part.
+    monkeypatch.setattr(mosaic_gpu, "SHORTEST_SPLIT", 1)
+
+
+def to_parts(a):
+    return jnp.moveaxis(a.reshape(a.shape[0], PARTS, -1, *a.shape[2:]), 1, 0)
+
+
+def from_parts(a):
+    a = jnp.moveaxis(a, 0, 1)
+    return a.reshape(a.shape[0], -1, *a.shape[3:])
+
+
+def outputs_and_gradients(x, cotangents, parameters, ids, count, axis, **options):
+    """y, then gradients of x, scale, bias and the prior's moments."""
+
+    def run(x, ids, cot_y, cot_mean, cot_var):
+        def total(x, scale, bias, mean, var):
+            y, state = timestep_norm(
+                x, scale, bias, num_groups=GROUPS, segment_ids=ids, sequence_axis=axis,
+                prior=TimestepNormState(jnp.int32(count), mean, var), **options,
+            )  # fmt: skip
+            of_state = jnp.sum(state.mean * cot_mean) + jnp.sum(state.var * cot_var)
+            return jnp.sum(y * cot_y) + of_state, y
+
+        (_, y), gradients = jax.value_and_grad(total, (0, 1, 2, 3, 4), has_aux=True)(x, *parameters)
+        return y, *gradients
+
+    if axis is None:
+        return jax.jit(run)(x, ids, *cotangents)
+    # Only the last part's state is the row's.
+    states = [jnp.stack([*[jnp.zeros_like(a)] * (PARTS - 1), a]) for a in cotangents[1:]]
+    split = [None if a is None else to_parts(a) for a in (x, ids, cotangents[0])]
+    axes = [None if a is None else 0 for a in (*split, *states)]
+    over = jax.jit(jax.vmap(run, axis_name=axis, in_axes=axes))
+    y, dx, *others = over(*split, *states)
+    return from_parts(y), from_parts(dx), *(a.sum(axis=0) for a in others)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("packed", "count"), [(False, 0), (True, 5)])
+def test_parts_equal_the_recurrence(packed, count, one_part_after_another):
+    rng = np.random.default_rng(3)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    ids = segment_ids() if packed else None
+    rows, width = len(RUNS) if packed else 1, 32
+    x = normal(rows, 768, width) + 3
+    parameters = normal(width), normal(width), normal(GROUPS), jnp.exp(normal(GROUPS))
+    cotangents = normal(rows, 768, width), 9 * normal(rows, GROUPS), 9 * normal(rows, GROUPS)
+    arguments = (x, cotangents, parameters, ids, count)
+    due = outputs_and_gradients(*arguments, None, implementation="reference")
+    with interpreted():
+        found = outputs_and_gradients(*arguments, "chunk", implementation="mosaic_gpu")
+    names = ("y", "x", "scale", "bias", "mean", "var")
+    for name, mine, expected in zip(names, found, due, strict=True):
+        if count == 0 and name in ("mean", "var"):
+            # A prior of no tokens counts for nothing.
+            continue
+        error = np.linalg.norm(mine - expected) / np.linalg.norm(expected)
+        assert error <= 1e-5, (name, error)
