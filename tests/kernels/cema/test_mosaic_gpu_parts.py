@@ -1,17 +1,13 @@
-"""Hopper's kernels on a sequence that several devices share, against the recurrence on one.
-
-Kernels of several devices cannot be interpreted at once. Parts therefore lie along an axis of
-`jax.vmap`, whose collectives are those of a mesh, and the kernels run one part after another.
-"""
+"""Hopper's kernels on a sequence that several devices share, against the recurrence on one."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.custom_batching import sequential_vmap
 
-from pallas_kernels.cema import CemaParams, cema, mosaic_gpu_kernels
+from pallas_kernels.cema import CemaParams, cema, mosaic_gpu_stream
 from pallas_kernels.target import interpreted
+from tests.kernels.parts import at_last_part, from_parts, in_turn, to_parts
 
 PARTS = 2
 # As test_contract.py asks of these kernels.
@@ -33,16 +29,7 @@ def segment_ids():
 
 @pytest.fixture
 def one_part_after_another(monkeypatch):
-    launch = mosaic_gpu_kernels.streams.launch
-
-    def launch_each(kernel, operands, out_type, **options):
-        @sequential_vmap
-        def run(operands):
-            return launch(kernel, operands, out_type, **options)
-
-        return run(operands)
-
-    monkeypatch.setattr(mosaic_gpu_kernels.streams, "launch", launch_each)
+    monkeypatch.setattr(mosaic_gpu_stream, "launch", in_turn(mosaic_gpu_stream.launch))
 
 
 def outputs_and_gradients(case, **options):
@@ -63,22 +50,11 @@ def outputs_and_gradients(case, **options):
     params = CemaParams(*(jnp.asarray(value, jnp.float32) for value in case.params))
     if axis is None:
         return jax.jit(run)(*arrays, state, params)
-    # Only the last part's state is the row's.
-    states = jnp.stack([*[jnp.zeros_like(state)] * (PARTS - 1), state])
-    split = [None if a is None else to_parts(a) for a in arrays]
+    split = [to_parts(a, PARTS) for a in arrays]
     axes = [None if a is None else 0 for a in arrays]
     run_parts = jax.vmap(run, axis_name=axis, in_axes=(*axes, 0, None))
-    y, dx, d_params = jax.jit(run_parts)(*split, states, params)
+    y, dx, d_params = jax.jit(run_parts)(*split, at_last_part(state, PARTS), params)
     return from_parts(y), from_parts(dx), jax.tree.map(lambda leaf: leaf.sum(axis=0), d_params)
-
-
-def to_parts(a):
-    return jnp.moveaxis(a.reshape(a.shape[0], PARTS, -1, *a.shape[2:]), 1, 0)
-
-
-def from_parts(a):
-    a = jnp.moveaxis(a, 0, 1)
-    return a.reshape(a.shape[0], -1, *a.shape[3:])
 
 
 @pytest.mark.parametrize(

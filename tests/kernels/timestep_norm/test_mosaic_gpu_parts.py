@@ -1,17 +1,18 @@
-"""Hopper's kernels on a sequence that several devices share, against the recurrence on one.
-
-Kernels of several devices cannot be interpreted at once. Parts therefore lie along an axis of
-`jax.vmap`, whose collectives are those of a mesh, and the kernels run one part after another.
-"""
+"""Hopper's kernels on a sequence that several devices share, against the recurrence on one."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.custom_batching import sequential_vmap
 
 from pallas_kernels.target import interpreted
-from pallas_kernels.timestep_norm import TimestepNormState, mosaic_gpu, mosaic_gpu_tiles, timestep_norm
+from pallas_kernels.timestep_norm import (
+    TimestepNormState,
+    mosaic_gpu,
+    mosaic_gpu_tiles,
+    timestep_norm,
+)
+from tests.kernels.parts import at_last_part, from_parts, in_turn, to_parts
 
 PARTS, GROUPS = 3, 2
 # Rows of 768 tokens over three parts, in splits of 128: one document; borders within parts, at
@@ -31,27 +32,9 @@ def segment_ids():
 
 @pytest.fixture
 def one_part_after_another(monkeypatch):
-    launch = mosaic_gpu_tiles.launch
-
-    def launch_each(kernel, inputs, out_type, **options):
-        @sequential_vmap
-        def run(inputs):
-            return launch(kernel, inputs, out_type, **options)
-
-        return run(inputs)
-
-    monkeypatch.setattr(mosaic_gpu_tiles, "launch", launch_each)
+    monkeypatch.setattr(mosaic_gpu_tiles, "launch", in_turn(mosaic_gpu_tiles.launch))
     # Two splits of every part.
     monkeypatch.setattr(mosaic_gpu, "SHORTEST_SPLIT", 1)
-
-
-def to_parts(a):
-    return jnp.moveaxis(a.reshape(a.shape[0], PARTS, -1, *a.shape[2:]), 1, 0)
-
-
-def from_parts(a):
-    a = jnp.moveaxis(a, 0, 1)
-    return a.reshape(a.shape[0], -1, *a.shape[3:])
 
 
 def outputs_and_gradients(x, cotangents, parameters, ids, count, axis, **options):
@@ -71,9 +54,8 @@ def outputs_and_gradients(x, cotangents, parameters, ids, count, axis, **options
 
     if axis is None:
         return jax.jit(run)(x, ids, *cotangents)
-    # Only the last part's state is the row's.
-    states = [jnp.stack([*[jnp.zeros_like(a)] * (PARTS - 1), a]) for a in cotangents[1:]]
-    split = [None if a is None else to_parts(a) for a in (x, ids, cotangents[0])]
+    states = [at_last_part(a, PARTS) for a in cotangents[1:]]
+    split = [to_parts(a, PARTS) for a in (x, ids, cotangents[0])]
     axes = [None if a is None else 0 for a in (*split, *states)]
     over = jax.jit(jax.vmap(run, axis_name=axis, in_axes=axes))
     y, dx, *others = over(*split, *states)
