@@ -31,14 +31,18 @@ def reader(directory: Path) -> ocp.CheckpointManager:
 def abandoned_reads_kept_quiet() -> Iterator[None]:
     """Hides what Orbax leaves behind when one of many reads fails: the others end in a closed loop.
 
-    They end some time later, each with a traceback that says nothing of the checkpoint, so after a
-    failure the filter stays. Anything else still reaches the hook that was there before.
+    They end some time later, or never begin, each with a traceback that says nothing of the
+    checkpoint, so after a failure the filter stays. Anything else still reaches the hook that was
+    there before.
     """
     before = sys.unraisablehook
 
     def report_others(unraisable: Any) -> None:
         error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        ended = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        # A warning, which comes here where warnings are errors.
+        never_began = isinstance(error, RuntimeWarning) and "was never awaited" in str(error)
+        if not (ended or never_began):
             before(unraisable)
 
     sys.unraisablehook = report_others

@@ -107,6 +107,7 @@ def find_rows(
     segment_ids: Array | None,
     length: int,
 ) -> Rows:
+    """Where the tokens of rows stand; `length` is without what fills the last tile."""
     if segment_ids is None:
         return Rows(state_count, prior_count, state_count + length, None, None, None)
     L = segment_ids.shape[1]
