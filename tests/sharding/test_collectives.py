@@ -1,6 +1,8 @@
 """What devices tell each other in a training step, counted in the compiled program."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from megalodon_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from megalodon_jax.plan.hlo import Collective, find_collectives
 from megalodon_jax.sharding import make_mesh
-from megalodon_jax.training.step import abstract_state, init_state, make_train_step
+from megalodon_jax.training.step import abstract_model, abstract_state, make_train_step
 from megalodon_jax.typing import Batch
 
 LAYERS, WIDTH, ORDER, GROUPS, ROWS, LENGTH = 3, 32, 4, 4, 8, 256
@@ -26,16 +28,21 @@ FLOAT = 4
 
 def collectives(packed=False, remat="none", **sizes) -> list[Collective]:
     """Of a step over eight devices, but those that tell nothing or one number."""
-    model = dataclasses.replace(CONFIG.model, remat=remat)
+    step, mesh = lowered(packed, remat=remat, **sizes)
+    found = find_collectives(step.compile().as_text(), mesh)
+    return [one for one in found if one.group_size > 1 and one.bytes > 64]
+
+
+def lowered(packed=False, remat="none", scan_layers=True, **sizes):
+    """A step, and its mesh."""
+    model = dataclasses.replace(CONFIG.model, remat=remat, scan_layers=scan_layers)
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(**sizes), model=model)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, jax.devices()[: math.prod(sizes.values())])
     shape = (1, ROWS, LENGTH)
     tokens, weights = jax.ShapeDtypeStruct(shape, "int32"), jax.ShapeDtypeStruct(shape, "float32")
     batch = Batch(tokens, tokens, tokens if packed else None, weights)
-    graphdef = init_state(config, mesh)[0]
-    step = make_train_step(graphdef, config, mesh).lower(abstract_state(config, mesh), batch)
-    found = find_collectives(step.compile().as_text(), mesh)
-    return [one for one in found if one.group_size > 1 and one.bytes > 64]
+    graphdef = abstract_model(config.model)[0]
+    return make_train_step(graphdef, config, mesh).lower(abstract_state(config, mesh), batch), mesh
 
 
 def total(found, kind, axes):
@@ -103,9 +110,19 @@ def test_fsdp_gathers_one_layers_weights_and_no_activations(sizes):
     over_both = [one for one in found if one.kind == "all-gather" and len(one.axes) > 1]
     assert not over_both
     if split > 1:
-        # Tensor parallelism gathers activations, which are of no weight's size.
-        activations = ROWS // sizes["data"] * LENGTH * FLOAT
-        assert all(size % activations == 0 for size in total(found, "all-gather", ("model",)))
+        # Tensor parallelism gathers activations: what goes into three groups of products of a block
+        # once, the gradients of two results, and the same once each at the model's ends.
+        activations = ROWS // sizes["data"] * LENGTH * WIDTH * FLOAT
+        assert total(found, "all-gather", ("model",)) == {activations: 5 * LAYERS + 2}
+
+
+@pytest.mark.parametrize(("devices", "count"), [(8, LAYERS - 1), (1, 0)])
+def test_a_blocks_gradients_are_reduced_while_the_block_before_goes_backward(devices, count):
+    text = lowered(scan_layers=False, data=devices)[0].as_text()
+    barriers = re.findall(r"optimization_barrier (.*) : ", text)
+    of_a_block = len(jax.tree.leaves(abstract_model(CONFIG.model)[1]["layers"]))
+    # They, and the gradient that goes on.
+    assert sum(line.count("%") == of_a_block + 1 for line in barriers) == count
 
 
 def test_no_parameter_is_whole_on_any_device():
