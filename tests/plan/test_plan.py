@@ -169,6 +169,11 @@ def test_two_h200s_run_the_kernels_on_their_parts_of_a_sequence():
     (gathers,) = (one for one in plan.collectives if one.kind == "all-gather")
     assert gathers.axes == "chunk"
     assert 3 <= gathers.count <= 4
+    # The same states' gradients, once. What is handed on is summed by kernels, two each way.
+    (scatters,) = (one for one in plan.collectives if one.kind == "reduce-scatter")
+    assert (scatters.axes, scatters.count) == ("chunk", 3)
+    assert plan.implementations["cema"] == "mosaic_gpu (4 calls)"
+    assert plan.implementations["timestep_norm"] == "mosaic_gpu (8 calls)"
 
 
 @needs_cuda_compiler
