@@ -39,37 +39,38 @@ class Trained(NamedTuple):
     state: TrainState
 
 
-@dataclasses.dataclass(frozen=True)
-class AgreementRow:
-    """What one mesh computed; distances are relative L2.
+class Distances(NamedTuple):
+    """Of gradients from float32's, relative L2: of the median tensor, and of the worst."""
+
+    median: float
+    worst: float
+
+
+class AgreementRow(NamedTuple):
+    """What one mesh computed.
 
     Attributes:
       mesh: which axis takes the devices.
       documents: packed into a row; 0: no segment ids.
-      median: of all tensors, the gradient's distance from float32.
-      worst: the largest of them.
-      median_alone: the same of one device in bfloat16.
-      worst_alone: the same of one device in bfloat16.
+      split: the mesh's gradients; None if it cannot run.
+      alone: one device's, in bfloat16 too.
       loss_apart: largest difference of a loss from one device's, relative.
-      reason: why there are no numbers.
+      reason: why it cannot run.
     """
 
     mesh: str
     documents: int
-    median: float | None = None
-    worst: float | None = None
-    median_alone: float | None = None
-    worst_alone: float | None = None
-    loss_apart: float | None = None
+    split: Distances | None
+    alone: Distances
+    loss_apart: float = 0.0
     reason: str | None = None
 
     @property
     def agrees(self) -> bool:
         """Whether the mesh is as near to float32 as one device is, or cannot run at all."""
-        if None in (self.median, self.worst, self.median_alone, self.worst_alone):
-            return self.reason is not None
-        medians, worsts = (self.median, self.median_alone), (self.worst, self.worst_alone)
-        return all(mine <= MARGIN * alone for mine, alone in (medians, worsts))  # type: ignore
+        if self.split is None:
+            return True
+        return all(mine <= MARGIN * its for mine, its in zip(self.split, self.alone, strict=True))
 
 
 def train(begun: Begun, steps: int) -> Trained:
@@ -107,14 +108,17 @@ def run(options: argparse.Namespace) -> tuple[list[AgreementRow], bool]:
     print(_HEADER, flush=True)
     rows, is_same = [], True
     for documents in options.documents:
-        due, alone = (train(begun[name, documents], options.steps) for name in ("exact", "one"))
+        due, one = (train(begun[name, documents], options.steps) for name in ("exact", "one"))
+        alone = _distances(one.gradients, due.gradients)
         for mesh in options.mesh:
             step = begun[mesh, documents]
             if step.step is None:
-                rows.append(AgreementRow(mesh, documents, reason=step.reason))
+                rows.append(AgreementRow(mesh, documents, None, alone, reason=step.reason))
             else:
                 trained = train(step, options.steps)
-                rows.append(_compare(mesh, documents, trained, alone, due))
+                split = _distances(trained.gradients, due.gradients)
+                apart = np.abs(np.subtract(trained.losses, one.losses) / one.losses).max()
+                rows.append(AgreementRow(mesh, documents, split, alone, float(apart)))
                 if mesh == "fsdp" and documents == options.documents[0]:
                     is_same = restores(trained.state, config, options.steps)
                     verdict = "bit for bit" if is_same else "CHANGED"
@@ -141,19 +145,6 @@ def _begin_all(
     return begun
 
 
-def _compare(
-    mesh: str, documents: int, trained: Trained, alone: Trained, due: Trained
-) -> AgreementRow:
-    apart = np.abs(np.subtract(trained.losses, alone.losses)) / np.abs(alone.losses)
-    return AgreementRow(
-        mesh,
-        documents,
-        *_distances(trained.gradients, due.gradients),
-        *_distances(alone.gradients, due.gradients),
-        loss_apart=float(apart.max()),
-    )
-
-
 def restores(state: TrainState, config: TrainConfig, step: int) -> bool:
     """Whether a state that is saved where it lives comes back the same under `config`'s mesh."""
     with tempfile.TemporaryDirectory() as folder, RunCheckpoints(folder) as checkpoints:
@@ -174,9 +165,9 @@ def _configuration(options: argparse.Namespace, devices: int) -> TrainConfig:
     return dataclasses.replace(config, model=model, data=data, mesh=MeshConfig())
 
 
-def _distances(found: dict[str, np.ndarray], due: dict[str, np.ndarray]) -> tuple[float, float]:
+def _distances(found: dict[str, np.ndarray], due: dict[str, np.ndarray]) -> Distances:
     distances = [relative_distance(found[name], due[name]) for name in due]
-    return statistics.median(distances), max(distances)
+    return Distances(statistics.median(distances), max(distances))
 
 
 _HEADER = (
@@ -188,10 +179,9 @@ _HEADER = (
 
 def _format(row: AgreementRow) -> str:
     start = f"{row.mesh:6} {row.documents:9} "
-    if row.reason is not None:
-        return start + row.reason
-    numbers = (row.median, row.worst, row.median_alone, row.worst_alone)
-    text = " ".join(f"{number:9.2e}" for number in numbers)
+    if row.split is None:
+        return f"{start}{row.reason}"
+    text = " ".join(f"{number:9.2e}" for number in (*row.split, *row.alone))
     return f"{start}{text} {row.loss_apart:10.1e}{'' if row.agrees else '   TOO FAR'}"
 
 

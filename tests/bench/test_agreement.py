@@ -18,8 +18,9 @@ def test_a_mesh_of_eight_devices_agrees_with_one(capsys):
 
 
 def test_what_is_too_far_is_said(monkeypatch, capsys):
-    near = agreement.AgreementRow("fsdp", 0, 1.0e-2, 2e-2, 1e-2, 2e-2, 0.0)
-    far = agreement.AgreementRow("chunk", 0, 1.3e-2, 2e-2, 1e-2, 2e-2, 0.0)
+    alone, worse = agreement.Distances(1e-2, 2e-2), agreement.Distances(1.3e-2, 2e-2)
+    near = agreement.AgreementRow("fsdp", 0, alone, alone)
+    far = agreement.AgreementRow("chunk", 0, worse, alone)
     assert near.agrees
     assert not far.agrees
     for rows, is_same, code in ([near], True, 0), ([near, far], True, 1), ([near], False, 1):
