@@ -20,9 +20,16 @@ import numpy as np
 import optax
 
 from megalodon_jax.bench.reference import relative_distance
-from megalodon_jax.bench.scaling import MESHES, Begun, begin, compiler_pool, mesh_along
+from megalodon_jax.bench.scaling import (
+    MESHES,
+    Begun,
+    begin,
+    compiler_pool,
+    count_devices,
+    mesh_along,
+)
 from megalodon_jax.bench.train import Case, small, use_all_memory
-from megalodon_jax.config import ConfigError, MeshConfig, TrainConfig, preset_names
+from megalodon_jax.config import MeshConfig, TrainConfig, preset_names
 from megalodon_jax.sharding import batch_sharding
 from megalodon_jax.training.checkpoint import RunCheckpoints
 from megalodon_jax.training.step import TrainState, init_state
@@ -75,8 +82,6 @@ class AgreementRow(NamedTuple):
 
 def train(begun: Begun, steps: int) -> Trained:
     """Some steps on one random batch, over the run's mesh."""
-    assert begun.step is not None
-    assert begun.compiled is not None
     compiled: Any = begun.compiled.result()[0]
     config, mesh, batch = begun.step[:3]
     batch = jax.device_put(batch, batch_sharding(mesh, leading=1))
@@ -98,9 +103,7 @@ def run(options: argparse.Namespace) -> tuple[list[AgreementRow], bool]:
     Raises:
       ConfigError: there is one device only.
     """
-    devices = len(jax.devices())
-    if devices < 2:
-        raise ConfigError("bench agreement compares several devices with one, and there is one")
+    devices = count_devices("bench agreement")
     config = _configuration(options, devices)
     kind = jax.devices()[0].device_kind
     print(f"{devices} x {kind}, jax {jax.__version__}; compiling", flush=True)
@@ -112,8 +115,8 @@ def run(options: argparse.Namespace) -> tuple[list[AgreementRow], bool]:
         alone = _distances(one.gradients, due.gradients)
         for mesh in options.mesh:
             step = begun[mesh, documents]
-            if step.step is None:
-                rows.append(AgreementRow(mesh, documents, None, alone, reason=step.reason))
+            if isinstance(step, str):
+                rows.append(AgreementRow(mesh, documents, None, alone, reason=step))
             else:
                 trained = train(step, options.steps)
                 split = _distances(trained.gradients, due.gradients)
@@ -129,8 +132,8 @@ def run(options: argparse.Namespace) -> tuple[list[AgreementRow], bool]:
 
 def _begin_all(
     config: TrainConfig, options: argparse.Namespace, devices: int
-) -> dict[tuple[str, int], Begun]:
-    """All steps by what they run over and their documents."""
+) -> dict[tuple[str, int], Any]:
+    """What `begin` gave for every step, by what it runs over and its documents."""
     begun = {}
     with compiler_pool() as pool:
         for documents in options.documents:

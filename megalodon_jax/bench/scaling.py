@@ -93,20 +93,30 @@ def cases(options: argparse.Namespace, devices: int) -> Iterator[tuple[ScalingRo
 
 
 class Begun(NamedTuple):
-    """A step that is being compiled, or the reason why it cannot be."""
+    """A step that is being compiled; the result is the step and the seconds it took."""
 
-    step: LoweredStep | None
-    compiled: Future[tuple[jax.stages.Compiled, float]] | None
-    reason: str | None
+    step: LoweredStep
+    compiled: Future[tuple[jax.stages.Compiled, float]]
 
 
-def begin(config: TrainConfig, pool: Executor, *, documents: int = 0) -> Begun:
-    """Traces a run's step, which takes Python, and has it compiled in the pool, which does not."""
+def begin(config: TrainConfig, pool: Executor, *, documents: int = 0) -> Begun | str:
+    """Traces a run's step, which takes Python, and has it compiled in the pool, which does not.
+
+    Returns the reason instead where the run does not fit its mesh.
+    """
     try:
         step = lower_step(config, documents=documents)
     except ConfigError as error:
-        return Begun(None, None, str(error))
-    return Begun(step, pool.submit(step.compile), None)
+        return str(error)
+    return Begun(step, pool.submit(step.compile))
+
+
+def count_devices(benchmark: str) -> int:
+    """All devices; raises `ConfigError` if there is one only."""
+    devices = len(jax.devices())
+    if devices < 2:
+        raise ConfigError(f"{benchmark} compares several devices with one, and there is one")
+    return devices
 
 
 def compiler_pool() -> ThreadPoolExecutor:
@@ -114,17 +124,17 @@ def compiler_pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))
 
 
-def measure(row: ScalingRow, begun: Begun, alone: float | None, steps: int) -> ScalingRow:
+def measure(row: ScalingRow, begun: Begun | str, alone: float | None, steps: int) -> ScalingRow:
     """The row with numbers, or with the reason why the mesh or the memory does not allow them.
 
     Args:
       row: what to measure.
-      begun: its step.
+      begun: its step, or the reason why it has none.
       alone: tokens per second of one device, None if that is what this row measures.
       steps: how many are timed.
     """
-    if begun.step is None or begun.compiled is None:
-        return dataclasses.replace(row, reason=begun.reason)
+    if isinstance(begun, str):
+        return dataclasses.replace(row, reason=begun)
     try:
         timing = time_compiled(begun.step, *begun.compiled.result(), steps=steps, profile=True)
     except jax.errors.JaxRuntimeError as error:
@@ -154,9 +164,7 @@ def run(options: argparse.Namespace) -> list[ScalingRow]:
     Raises:
       ConfigError: there is one device only.
     """
-    devices = len(jax.devices())
-    if devices < 2:
-        raise ConfigError("bench scaling compares several devices with one, and there is one")
+    devices = count_devices("bench scaling")
     kind = jax.devices()[0].device_kind
     todo = list(cases(options, devices))
     print(f"{devices} x {kind}, jax {jax.__version__}; compiling {len(todo)} steps", flush=True)

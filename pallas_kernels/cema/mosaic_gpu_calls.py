@@ -1,7 +1,7 @@
 """CEMA's Hopper kernels on all orders: their tables and documents, and gradients from their sums.
 
-States are in units of p here, as the kernels keep them; a list has an entry for every group of
-orders that one call takes.
+The kernels keep states in units of p; a list has an entry for every group of orders that one call
+takes.
 """
 
 from typing import Any, NamedTuple
@@ -34,6 +34,18 @@ class Options(NamedTuple):
 
     split: int
     interpret: Any
+
+
+class Onward(NamedTuple):
+    """What a row that goes on elsewhere knows when its gradients are made.
+
+    Attributes:
+      after: e at the token after every row.
+      summaries: what `summarize` gave for dy.
+    """
+
+    after: Complex[Array, "B D N"]
+    summaries: list[Array]
 
 
 class Modes(NamedTuple):
@@ -117,8 +129,7 @@ def run_gradients(
     entering: list[Any],
     state: Complex[Array, "B D N"] | None,
     *,
-    after: Complex[Array, "B D N"] | None = None,
-    summaries: list[Array] | None = None,
+    onward: Onward | None = None,
 ) -> tuple[Array, CemaParams, Array | None]:
     """Gradients of Σ y dy in x, the parameters and the state.
 
@@ -131,16 +142,16 @@ def run_gradients(
       documents: borders.
       entering: what `run_outputs` gave.
       state: before every row, if there is one that gradients are asked for.
-      after: e at the token after every row, of a row that goes on elsewhere; needs `summaries`.
-      summaries: what `summarize` gave for dy, if it is known.
+      onward: of rows that go on elsewhere.
     """
     groups = order_groups(params.alpha.shape[1])
-    onward = None if after is None else to_rows(after)
-    if after is not None and summaries is not None:
-        passed = to_rows(_through_last_split(options, after, params, documents, x.shape[1]))
+    after = summaries = None
+    if onward is not None:
+        after = to_rows(onward.after)
+        passed = to_rows(_through_last_split(options, onward.after, params, documents, x.shape[1]))
         summaries = [
             rows.at[:, -1].add(passed[:, :, group])
-            for rows, group in zip(summaries, groups, strict=True)
+            for rows, group in zip(onward.summaries, groups, strict=True)
         ]
     results = [
         run_backward(
@@ -152,7 +163,7 @@ def run_gradients(
             find_geometry(options, x, group),
             out_dtype=x.dtype if len(groups) == 1 else jnp.float32,
             interpret=options.interpret,
-            after=None if onward is None else onward[:, :, group],
+            after=None if after is None else after[:, :, group],
             summaries=None if summaries is None else summaries[i],
         )
         for i, group in enumerate(groups)
@@ -175,8 +186,8 @@ def summarize(
 ) -> tuple[list[Array], Complex[Array, "B D N"]]:
     """What every split hands on, and what a row does, both from their own tokens alone.
 
-    Forward that is the state after the row's last token, in units of p; if padding follows it, the
-    state has decayed. Backward x is dy, and it is e at the row's first token.
+    Forward that is the state after the row's last token; if padding follows it, the state has
+    decayed. Backward x is dy, and it is e at the row's first token.
     """
     groups = order_groups(params.alpha.shape[1])
     summaries = [
@@ -194,16 +205,15 @@ def summarize(
     starts = options.split * jnp.arange(splits, dtype=jnp.int32)
     between = starts if backward else length - jnp.minimum(starts + options.split, length)
     factors = jnp.moveaxis(coefficients.powers(params, between), -1, 0)
+    handed = from_rows(jnp.concatenate(summaries, axis=3))
     if documents is not None:
         # Only what no document's start lies in the way of.
         onward = documents.hands_on if backward else documents.hands_on[:, ::-1]
         open_way = jnp.cumprod(jnp.pad(onward[:, :-1], ((0, 0), (1, 0)), constant_values=1), 1)
         open_way = open_way if backward else open_way[:, ::-1]
-    else:
-        open_way = jnp.ones((1, splits), jnp.int32)
-    handed = from_rows(jnp.concatenate(summaries, axis=3))
-    handed = jnp.where(open_way[..., None, None] == 1, handed, 0)
-    return summaries, (factors * handed).sum(axis=1)
+        handed = jnp.where(open_way[..., None, None] == 1, handed, 0)
+    total = (factors * handed).sum(axis=1)
+    return summaries, total if backward else total * find_unit(params)
 
 
 def _through_last_split(

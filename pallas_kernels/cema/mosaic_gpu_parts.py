@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import sequence_parts
 from pallas_kernels.cema.last_state import last_state
 from pallas_kernels.cema.mosaic_gpu_calls import (
+    Onward,
     Options,
     find_documents,
-    find_unit,
     make_tables,
     run_gradients,
     run_outputs,
@@ -75,7 +75,7 @@ def _forward(options, axis, x, params, segment_ids, *, with_entering):
         params,
         tables,
         documents,
-        before * find_unit(params),
+        before,
         summaries=summaries,
         with_entering=with_entering,
     )
@@ -91,21 +91,12 @@ def _backward_rule(options, axis, kept, cotangents):
     dy, d_last = cotangents
     dy = jnp.zeros_like(x) if isinstance(dy, SymbolicZero) else dy
     summaries, first = summarize(options, dy, params, tables, documents, backward=True)
-    dx, d_params, _ = run_gradients(
-        options,
-        x,
-        dy,
-        params,
-        tables,
-        documents,
-        entering,
-        None,
-        after=enter_backward(first, links, axis),
-        summaries=summaries,
+    onward = Onward(enter_backward(first, links, axis), summaries)
+    *gradients, _ = run_gradients(
+        options, x, dy, params, tables, documents, entering, None, onward=onward
     )
-    gradients = dx, d_params
     if not isinstance(d_last, SymbolicZero):
-        gradients = _add_last_state(gradients, axis, x, params, segment_ids, d_last)
+        gradients = _add_last_state(tuple(gradients), axis, x, params, segment_ids, d_last)
     return *gradients, None
 
 
