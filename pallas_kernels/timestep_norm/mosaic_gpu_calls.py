@@ -228,10 +228,6 @@ def backward(
     affine = out.affine.sum(axis=(0, 1))
     state_count = rows.state_count[:, None].astype(jnp.float32)
 
-    def times(count, sums):
-        # A count of 0 makes nothing of any sum.
-        return jnp.where(count > 0, count * sums, 0)
-
     if rows.some is None:
         s, t = out.initial[:, 0, :, 0], out.initial[:, 0, :, 1]
         d_state = times(state_count, t), times(state_count, s)
@@ -270,7 +266,19 @@ def _enter(
         is_linked = rows.links.forward
     if summaries is None:
         return jnp.stack([mean, jnp.zeros_like(mean), count * var], axis=-1)
-    # (B, S, J, G): split S gets from split J.
+    _, pivot, sums, squares = merge_splits(count, mean, var, summaries, is_linked)
+    return jnp.stack([pivot, sums, squares], axis=-1)
+
+
+def merge_splits(
+    count: Float[Array, "B T 1"],
+    mean: Float[Array, "B T G"],
+    var: Float[Array, "B T G"],
+    summaries: Float[Array, "B J G 4"],
+    is_linked: Bool[Array, "B T J"],
+) -> tuple[Array, Array, Array, Array]:
+    """Tokens, pivot, sum around it and squares of each T: what it had, and its splits (Chan)."""
+    # (B, T, J, G): T gets from split J.
     linked = is_linked[..., None]
     n, middle, offset, squares = (summaries[:, None, ..., j] for j in range(4))
 
@@ -287,7 +295,7 @@ def _enter(
     squares = count * (var + jnp.square(mean - pivot - center)) + total(
         squares + n * jnp.square(away - center[:, :, None])
     )
-    return jnp.stack([pivot, sums, squares], axis=-1)
+    return all_tokens, pivot, sums, squares
 
 
 def _enter_backward(
@@ -306,10 +314,7 @@ def _enter_backward(
         if last_tiles.shape[2] < geometry.splits:
             last_tiles = jnp.concatenate([last_tiles, kept.tokens[:, :, -1:, 2, -1]], axis=2)
         pivot = jnp.swapaxes(last_tiles, 1, 2)
-    each = 1 / jnp.maximum(kept.rows.last_count, 1).astype(jnp.float32)[:, None, None]
-    s, mean = d_var[:, None] * each, kept.last_mean[:, None]
-    t = d_mean[:, None] * each - 2 * (mean - pivot) * s
-    s = jnp.broadcast_to(s, t.shape)
+    s, t = slopes_at_end(pivot, d_mean, d_var, kept)
     if slopes is None:
         return jnp.stack([s, t], axis=-1)
     number = jnp.arange(geometry.splits)
@@ -318,13 +323,43 @@ def _enter_backward(
         is_linked = is_linked & kept.rows.links.backward[..., :-1]
         reaches_end = kept.rows.links.backward[..., -1:]
         s, t = jnp.where(reaches_end, s, 0), jnp.where(reaches_end, t, 0)
+    sums = add_slopes((s, t), pivot, slopes, kept.entering[:, 1:, :, 0], is_linked)
+    return jnp.stack(sums, axis=-1)
+
+
+def slopes_at_end(
+    pivot: Float[Array, "B T G"],
+    d_mean: Float[Array, "B G"],
+    d_var: Float[Array, "B G"],
+    kept: Kept,
+) -> tuple[Float[Array, "B T G"], Float[Array, "B T G"]]:
+    """S and T, around each pivot, of the gradients of the row's last moments."""
+    each = 1 / jnp.maximum(kept.rows.last_count, 1).astype(jnp.float32)[:, None, None]
+    s, mean = d_var[:, None] * each, kept.last_mean[:, None]
+    t = d_mean[:, None] * each - 2 * (mean - pivot) * s
+    return jnp.broadcast_to(s, t.shape), t
+
+
+def add_slopes(
+    sums: tuple[Float[Array, "B T G"], Float[Array, "B T G"]],
+    pivot: Float[Array, "B T G"],
+    slopes: Float[Array, "B J G 2"],
+    their_pivot: Float[Array, "B J G"],
+    is_linked: Bool[Array, "B T J"],
+) -> tuple[Float[Array, "B T G"], Float[Array, "B T G"]]:
+    """S and T with those of linked splits, which are around the splits' own pivots."""
     linked = is_linked[..., None]
-    their_pivot = kept.entering[:, None, 1:, :, 0]
     split_s, split_t = slopes[:, None, ..., 0], slopes[:, None, ..., 1]
-    split_t = split_t - 2 * (their_pivot - pivot[:, :, None]) * split_s
-    s = s + jnp.where(linked, split_s, 0).sum(axis=2)
-    t = t + jnp.where(linked, split_t, 0).sum(axis=2)
-    return jnp.stack([s, t], axis=-1)
+    split_t = split_t - 2 * (their_pivot[:, None] - pivot[:, :, None]) * split_s
+    return (
+        sums[0] + jnp.where(linked, split_s, 0).sum(axis=2),
+        sums[1] + jnp.where(linked, split_t, 0).sum(axis=2),
+    )
+
+
+def times(count: Float[Array, "..."], sums: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The product; a count of 0 makes nothing of any sum."""
+    return jnp.where(count > 0, count * sums, 0)
 
 
 def _launch(options: Options, kernel, inputs, out_type, *, name, splits, read, written, sums):

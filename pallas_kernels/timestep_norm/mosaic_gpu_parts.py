@@ -19,13 +19,17 @@ from pallas_kernels.timestep_norm.mosaic_gpu_calls import (
     Options,
     Pair,
     Rows,
+    add_slopes,
     backward,
     describe_documents,
     find_rows,
     forward,
     inputs_backward,
+    merge_splits,
     run_moments,
     run_slopes,
+    slopes_at_end,
+    times,
 )
 from pallas_kernels.timestep_norm.mosaic_gpu_kernels import Inputs
 from pallas_kernels.timestep_norm.parts import Links, enter, enter_backward, goes_on
@@ -113,17 +117,15 @@ normalize_part.defvjp(partial(_forward, with_kept=True), _backward)
 
 
 def _own_moments(summaries: Float[Array, "B S G 4"], rows: Rows) -> Pair:
-    """Mean and variance of the row's last document in this part, by Chan's rule."""
-    n, middle, offset, squares = (summaries[..., j] for j in range(4))
-    if rows.links is not None:
-        n = jnp.where(rows.links.last[..., None], n, 0)
-        squares = jnp.where(rows.links.last[..., None], squares, 0)
-    each = 1 / jnp.maximum(n.sum(axis=1), 1)
-    pivot = (n * (middle + offset)).sum(axis=1) * each
-    away = (middle - pivot[:, None]) + offset
-    rest = (n * away).sum(axis=1) * each
-    away = away - rest[:, None]
-    return pivot + rest, (squares + n * jnp.square(away)).sum(axis=1) * each
+    """Mean and variance of the row's last document in this part."""
+    B, splits, groups, _ = summaries.shape
+    is_last = jnp.ones((B, splits), bool) if rows.links is None else rows.links.last
+    nothing = jnp.zeros((B, 1, groups), jnp.float32)
+    n, pivot, sums, squares = merge_splits(
+        nothing[..., :1], nothing, nothing, summaries, is_last[:, None]
+    )
+    each = 1 / jnp.maximum(n, 1)
+    return (pivot + sums * each)[:, 0], (squares * each)[:, 0]
 
 
 def _before_first_token(
@@ -134,20 +136,15 @@ def _before_first_token(
     state: TimestepNormState,
 ) -> Pair:
     """Gradients of the moments before this part, from this part's outputs and last moments."""
-    links, rows = kept.rows.links, kept.rows
-    each = 1 / jnp.maximum(rows.last_count, 1).astype(jnp.float32)[:, None]
-    s = d_var * each
-    t = d_mean * each - 2 * (kept.last_mean - state.mean) * s
-    of_s, of_t = slopes[..., 0], slopes[..., 1]
-    of_t = of_t - 2 * (kept.entering[..., 0] - state.mean[:, None]) * of_s
-    if links is not None:
-        ends, begins = links.first[:, -1:], links.first[:, :-1, None]
+    rows, pivot = kept.rows, state.mean[:, None]
+    s, t = slopes_at_end(pivot, d_mean, d_var, kept)
+    begins = jnp.ones(slopes.shape[:2], bool)
+    if rows.links is not None:
+        ends, begins = rows.links.first[:, None, -1:], rows.links.first[:, :-1]
         s, t = jnp.where(ends, s, 0), jnp.where(ends, t, 0)
-        of_s, of_t = jnp.where(begins, of_s, 0), jnp.where(begins, of_t, 0)
-    s, t = s + of_s.sum(axis=1), t + of_t.sum(axis=1)
+    sums = add_slopes((s, t), pivot, slopes, kept.entering[..., 0], begins[:, None])
     count = state.count[:, None].astype(jnp.float32)
-    # A count of 0 makes nothing of any sum.
-    before_mean, before_var = (jnp.where(count > 0, count * total, 0) for total in (t, s))
+    before_var, before_mean = (times(count, total[:, 0]) for total in sums)
     if rows.some is None:
         return before_mean, before_var
     some = rows.some[:, None]

@@ -84,3 +84,25 @@ def test_parts_equal_the_recurrence(packed, count, one_part_after_another):
             continue
         error = np.linalg.norm(mine - expected) / np.linalg.norm(expected)
         assert error <= 1e-5, (name, error)
+
+
+@pytest.mark.slow
+def test_what_another_document_holds_stays_there(one_part_after_another):
+    ids = jnp.asarray([[1] * 128 + [2] * 640])
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(1, LENGTH, 32)), jnp.float32)
+    ones = jnp.ones(32)
+
+    @jax.jit
+    def outputs(x):
+        def of_part(x, ids):
+            return timestep_norm(
+                x, ones, ones, num_groups=GROUPS, segment_ids=ids, sequence_axis="chunk",
+                implementation="mosaic_gpu",
+            ).y  # fmt: skip
+
+        run = jax.vmap(of_part, axis_name="chunk")
+        return from_parts(run(to_parts(x, PARTS), to_parts(ids, PARTS)))
+
+    with interpreted():
+        quiet, loud = outputs(x)[:, 128:], outputs(x.at[:, :128].set(jnp.nan))[:, 128:]
+    np.testing.assert_array_equal(loud, quiet)
