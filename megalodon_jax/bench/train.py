@@ -4,14 +4,16 @@
     megalodon bench train --preset mega200M --rows 8 --length 2048 --profile
 
 The step is the training loop's own: forward, backward, clipping, AdamW, float32 weights, bfloat16
-compute, on random tokens; the median of `--steps` steps after three to warm up, by host clock. MFU
-counts the FLOPs of `model_flops_per_token` over the data sheet's peak, and over what a large matrix
-product reaches in the same run. JAX is given 95 % of a GPU's memory, unless
-XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; a case that does not fit is reported so.
+compute, on random tokens. As in the loop, the device is given a step before it has ended the one
+before; the median of `--steps` steps after three to warm up, by host clock. MFU counts the FLOPs of
+`model_flops_per_token` over the data sheet's peak, and over what a large matrix product reaches in
+the same run. JAX is given 95 % of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says
+otherwise; a case that does not fit is reported so.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -169,14 +171,18 @@ def time_compiled(
     config, mesh = step.config, step.mesh
     batch = jax.device_put(step.batch, batch_sharding(mesh, leading=1))
     state = init_state(config, mesh)[1]
-    seconds = []
-    for _ in range(WARM_UP + steps):
-        started = time.perf_counter()
+    ends: list[float] = []
+    before = None
+    for _ in range(WARM_UP + steps + 1):
         state, metrics = compiled(state, batch)
-        jax.block_until_ready((state, metrics))
-        seconds.append(time.perf_counter() - started)
+        if before is not None:
+            jax.block_until_ready(before)
+            ends.append(time.perf_counter())
+        before = metrics
+    jax.block_until_ready(state)
+    seconds = [end - start for start, end in itertools.pairwise(ends[WARM_UP - 1 :])]
     rows, length = config.data.batch_size, config.data.seq_len
-    tokens_per_second = rows * length / statistics.median(seconds[WARM_UP:])
+    tokens_per_second = rows * length / statistics.median(seconds)
     memory = compiled.memory_analysis()
     assert memory is not None
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
