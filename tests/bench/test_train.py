@@ -10,6 +10,7 @@ from megalodon_jax.bench.train import CASES
 from megalodon_jax.training.cli import main
 
 
+@pytest.mark.slow
 def test_one_case_from_the_command_line(tmp_path, capsys):
     file = tmp_path / "steps.json"
     arguments = ["--preset", "mega200M", "--documents", "3", "--scan_layers", "--steps", "1"]

@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 from jax import numpy as jnp
 
@@ -37,6 +38,7 @@ def loss_sum(graphdef, params, tokens, targets, segment_ids):
     return cross_entropy(hidden, model.output_matrix(), targets, weights).loss_sum
 
 
+@pytest.mark.slow
 def test_packed_equals_alone(small_model_with_prior: Megalodon):
     model = small_model_with_prior
     documents, tokens, targets, segment_ids = packed(np.random.default_rng(2))

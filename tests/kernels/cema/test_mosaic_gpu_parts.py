@@ -57,6 +57,7 @@ def outputs_and_gradients(case, **options):
     return from_parts(y), from_parts(dx), jax.tree.map(lambda leaf: leaf.sum(axis=0), d_params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "split", "packed", "with_state"),
     [(128, 32, True, False), (192, 64, False, True)],
