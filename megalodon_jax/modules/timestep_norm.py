@@ -10,6 +10,7 @@ from megalodon_jax.typing import Array, Float, Int32
 from pallas_kernels.timestep_norm import (
     TimestepNormOutput,
     TimestepNormState,
+    before_rows,
     timestep_norm,
 )
 
@@ -90,11 +91,7 @@ class TimestepNorm(nnx.Module):
             # Arrays of their own, so that a cache may be donated.
             mean, var = (jnp.zeros((batch_size, self.num_groups), jnp.float32) for _ in range(2))
             return TimestepNormState(jnp.zeros(batch_size, jnp.int32), mean, var)
-        return TimestepNormState(
-            jnp.broadcast_to(prior.count, (batch_size,)),
-            jnp.broadcast_to(prior.mean, (batch_size, self.num_groups)),
-            jnp.broadcast_to(prior.var, (batch_size, self.num_groups)),
-        )
+        return before_rows(prior, batch_size)
 
     def _prior(self) -> TimestepNormState | None:
         if self.prior_mean is None or self.prior_logv is None:

@@ -10,6 +10,7 @@ from pallas_kernels.timestep_norm import mosaic_gpu, pallas_tpu, reference, xla
 from pallas_kernels.timestep_norm.interface import (
     TimestepNormOutput,
     TimestepNormState,
+    before_rows,
     moments_dtype,
 )
 from pallas_kernels.timestep_norm.parts import timestep_norm_of_part
@@ -84,11 +85,7 @@ def timestep_norm(
     dtype = moments_dtype(x.dtype)
     prior = _as_moments(_empty_prior(num_groups) if prior is None else prior, dtype)
     if state is None:
-        state = TimestepNormState(
-            jnp.broadcast_to(prior.count, (B,)),
-            jnp.broadcast_to(prior.mean, (B, num_groups)),
-            jnp.broadcast_to(prior.var, (B, num_groups)),
-        )
+        state = before_rows(prior, B)
     else:
         state = _as_moments(state, dtype)
 

@@ -36,6 +36,11 @@ class TimestepNormOutput(NamedTuple):
     state: TimestepNormState
 
 
+def before_rows(prior: TimestepNormState, rows: int) -> TimestepNormState:
+    """The moments before the first token of so many rows, each of which starts from the prior."""
+    return TimestepNormState(*(jnp.broadcast_to(part, (rows, *part.shape)) for part in prior))
+
+
 def moments_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype of moments: float32, or float64 for float64 input."""
     return jnp.promote_types(dtype, jnp.float32)

@@ -13,9 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.residuals import keep
 from pallas_kernels.timestep_norm import mosaic_gpu_tiles as tiles
-from pallas_kernels.timestep_norm.interface import (
-    document_starts,
-)
+from pallas_kernels.timestep_norm.interface import document_starts
 from pallas_kernels.timestep_norm.mosaic_gpu_backward import (
     Gradients,
     gradients_kernel,

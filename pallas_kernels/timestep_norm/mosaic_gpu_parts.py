@@ -32,7 +32,7 @@ from pallas_kernels.timestep_norm.mosaic_gpu_calls import (
     times,
 )
 from pallas_kernels.timestep_norm.mosaic_gpu_kernels import Inputs
-from pallas_kernels.timestep_norm.parts import Links, enter, enter_backward, goes_on
+from pallas_kernels.timestep_norm.parts import Links, enter, enter_backward
 
 
 class Tokens(NamedTuple):
@@ -80,6 +80,7 @@ def _forward(options, axis, x, scale, bias, prior, tokens, *, with_kept):
     B, L, _ = x.shape
     part = sequence_parts.describe(tokens.segment_ids, B, L)
     find = partial(find_rows, geometry, segment_ids=tokens.segment_ids, length=L)
+    # What this part adds up, as if every row began in it with nothing.
     rows = find(jnp.zeros(B, jnp.int32), tokens.prior_count)
     nothing = jnp.zeros((B, geometry.groups), jnp.float32)
     documents = describe_documents(rows, (nothing, nothing), prior)
@@ -105,7 +106,8 @@ def _backward(options, axis, kept_part, cotangents):
     dx, d_scale, d_bias, d_state, d_prior, _ = backward(
         options, kept, (dy, d_mean + more_mean, d_var + more_var), slopes=slopes
     )
-    is_fresh = ~goes_on(links, axis)[:, None]
+    # Its first document has no tokens in the parts before.
+    is_fresh = (state.count == prior.count)[:, None]
     d_prior = tuple(
         of_later + jnp.where(is_fresh, of_first, 0).sum(axis=0)
         for of_later, of_first in zip(d_prior, d_state, strict=True)

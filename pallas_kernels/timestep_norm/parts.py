@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import sequence_parts
 from pallas_kernels.timestep_norm.interface import (
     TimestepNormOutput,
     TimestepNormState,
+    before_rows,
     moments_dtype,
 )
 
@@ -104,17 +105,6 @@ def enter_backward(
     return own[0], own[1]
 
 
-def goes_on(links: Links, axis: str) -> Bool[Array, " B"]:
-    """Whether this device's first document has tokens in the parts before."""
-    fresh = jnp.zeros(links.parts.first.shape[1], jnp.int32)
-
-    def append(before: Array, summary: None, number: int) -> Array:
-        del summary, number
-        return jnp.ones_like(before)
-
-    return sequence_parts.fold(links.parts, None, fresh, append, axis) == 1
-
-
 def _fold(
     links: Links, prior: TimestepNormState, changes: tuple[Array, Array], axis: str
 ) -> TimestepNormState:
@@ -129,11 +119,6 @@ def _fold(
         merged = (1 - share) * before.var + share * var + (1 - share) * share * step**2
         return TimestepNormState(count, before.mean + share * step + more_mean, merged + more_var)
 
-    rows, groups = links.mean.shape[1:]
-    fresh = TimestepNormState(
-        jnp.broadcast_to(prior.count, (rows,)),
-        jnp.broadcast_to(prior.mean, (rows, groups)),
-        jnp.broadcast_to(prior.var, (rows, groups)),
-    )
+    fresh = before_rows(prior, links.mean.shape[1])
     summaries = links.mean, links.var, *changes
     return sequence_parts.fold(links.parts, summaries, fresh, append, axis)
