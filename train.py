@@ -2,7 +2,7 @@
 
 import sys
 
-from megalodon_jax.training.cli import main
+from megalodon_jax.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,7 +1,8 @@
 """MEGALODON in JAX: a language model with unlimited context (Ma et al. 2024, arXiv 2404.08801)."""
 
 from megalodon_jax.cache import Cache, LayerCache
-from megalodon_jax.config import ConfigError, ModelConfig, TrainConfig, load_config
+from megalodon_jax.config import ModelConfig, TrainConfig, load_config
+from megalodon_jax.errors import ConfigError
 from megalodon_jax.loss import LossOutput, cross_entropy
 from megalodon_jax.model import HiddenOutput, Megalodon, ModelOutput
 from megalodon_jax.typing import Batch

@@ -8,7 +8,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from megalodon_jax.sharding import spec_of
+from megalodon_jax.parallel.sharding import partition_spec
 from megalodon_jax.typing import Array, Bool, Complex64, Int32
 from pallas_kernels.chunk_attention import KeyValueCache
 from pallas_kernels.timestep_norm import TimestepNormState
@@ -95,7 +95,7 @@ def cache_shardings(mesh: Mesh) -> Cache:
     """
 
     def place(*names: str | None) -> NamedSharding:
-        return NamedSharding(mesh, spec_of(names))
+        return NamedSharding(mesh, partition_spec(*names))
 
     def moments(*layers: str) -> TimestepNormState:
         groups = place(*layers, "batch", "norm_groups")

@@ -6,7 +6,12 @@ from typing import NamedTuple
 import jax
 from jax import numpy as jnp
 
-from megalodon_jax.sharding import axes, axis_size, is_split, mapped
+from megalodon_jax.parallel.sharding import (
+    axis_size,
+    has_multiple_devices,
+    partition_spec,
+    shard_map_logical,
+)
 from megalodon_jax.typing import Array, Bool, Float, Float32, Int32
 
 
@@ -50,7 +55,7 @@ def cross_entropy(
       chunk_size: tokens whose scores exist at a time.
     """
     options = {"z_loss": z_loss, "chunk_size": chunk_size}
-    if not is_split():
+    if not has_multiple_devices():
         return _sums(hidden, output_matrix, targets, weights, vocab_axis=None, **options)
     vocab_axis = "model" if axis_size("model") > 1 else None
 
@@ -58,11 +63,16 @@ def cross_entropy(
         sums = _sums(*arrays, vocab_axis=vocab_axis, **options)
         return jax.lax.psum(sums, ("replica", "data", "chunk"))
 
-    tokens = axes("batch", "length")
-    return mapped(
+    tokens = partition_spec("batch", "length")
+    return shard_map_logical(
         of_part,
-        inputs=(axes("batch", "length", None), axes(None, "vocab"), tokens, tokens),
-        outputs=LossOutput(*[axes()] * 4),
+        inputs=(
+            partition_spec("batch", "length", None),
+            partition_spec(None, "vocab"),
+            tokens,
+            tokens,
+        ),
+        outputs=LossOutput(*[partition_spec()] * 4),
     )(hidden, output_matrix, targets, weights)
 
 

@@ -11,26 +11,33 @@ from jax import numpy as jnp
 
 from megalodon_jax.cache import Cache, LayerCache
 from megalodon_jax.config import ModelConfig, Remat
-from megalodon_jax.modules.attention import TokenPlaces
+from megalodon_jax.modules.attention import PositionInfo
 from megalodon_jax.modules.block import Block
 from megalodon_jax.modules.dropout import dropout, split_key
 from megalodon_jax.modules.linear import GATHERED, PRODUCT, PROJECTION, WEIGHT
 from megalodon_jax.modules.parameters import axis_names, embedding_initializer
 from megalodon_jax.modules.rotary import rotation
 from megalodon_jax.modules.timestep_norm import TimestepNorm
-from megalodon_jax.sharding import axes, axis_size, constrain, is_split, mapped, sequence_axis
+from megalodon_jax.parallel.sharding import (
+    axis_size,
+    constrain,
+    has_multiple_devices,
+    partition_spec,
+    sequence_axis,
+    shard_map_logical,
+)
 from megalodon_jax.typing import Array, Bool, Float, Float32, Int32, PRNGKey
-from pallas_kernels import sequence_parts
 from pallas_kernels.chunk_attention import KeyValueCache
-from pallas_kernels.residuals import Operation
+from pallas_kernels.common import context_parallel
+from pallas_kernels.common.residuals import Operation
 
 # What the backward pass of a block finds beside the block's input; it computes the rest again.
 # States gathered from other devices are small, and never gathered twice.
 SAVED_NAMES: dict[Remat, tuple[str, ...]] = {
     "none": (PROJECTION, PRODUCT, GATHERED, *get_args(Operation)),
-    "inputs": (PRODUCT, "chunk_attention", "sequence_parts"),
-    "dots": (PROJECTION, PRODUCT, "sequence_parts"),
-    "block": ("sequence_parts",),
+    "inputs": (PRODUCT, "chunk_attention", "context_parallel"),
+    "dots": (PROJECTION, PRODUCT, "context_parallel"),
+    "block": ("context_parallel",),
 }
 
 
@@ -132,7 +139,7 @@ class Megalodon(nnx.Module):
             cache = self._start_new_documents(cache, segment_ids)
         positions = _document_positions(tokens.shape, segment_ids, cache)
         angles_at = jnp.arange(tokens.shape[1])[None] if positions is None else positions
-        places = TokenPlaces(
+        places = PositionInfo(
             rotation(angles_at % config.chunk_size, config.head_dim, config.rope_base),
             positions,
             segment_ids,
@@ -153,7 +160,7 @@ class Megalodon(nnx.Module):
 
     def _embedded(self, tokens: Int32[Array, "B L"]) -> Float[Array, "B L D"]:
         def look_up(table: Array, tokens: Array) -> Array:
-            if not is_split():
+            if not has_multiple_devices():
                 return jnp.take(table, tokens, axis=0)
             # Every device has some of the vocabulary, and gives what channels are not its own away.
             if axis_size("data") > 1:
@@ -166,10 +173,10 @@ class Megalodon(nnx.Module):
             is_known = (tokens >= 0) & (tokens < self.config.vocab_size)
             return jnp.where(is_known[..., None], x, jnp.nan)
 
-        x = mapped(
+        x = shard_map_logical(
             look_up,
-            inputs=(axes("vocab", "embed"), axes("batch", "length")),
-            outputs=axes("batch", "length", "channels"),
+            inputs=(partition_spec("vocab", "embed"), partition_spec("batch", "length")),
+            outputs=partition_spec("batch", "length", "channels"),
         )(self.embed.embedding[...], tokens)
         # Rounded after it, so that the gradient of a token that comes often adds up in float32.
         return x.astype(self.config.dtype)
@@ -224,7 +231,7 @@ class Megalodon(nnx.Module):
     def _run_layers(
         self,
         x: Float[Array, "B L D"],
-        places: TokenPlaces,
+        places: PositionInfo,
         cache: Cache | None,
         key: PRNGKey | None,
     ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
@@ -252,8 +259,8 @@ class Megalodon(nnx.Module):
         caches = []
         layers = _unstack(stacked, self.config.num_layers)
         for number, layer in enumerate(layers, start=1):
-            if is_split() and number < len(layers):
-                x, following = _reduce_in_turn(x, layers[number][0])
+            if has_multiple_devices() and number < len(layers):
+                x, following = _serialize_grad_reduction(x, layers[number][0])
                 layers[number] = (following, *layers[number][1:])
             x, layer_cache = run_layer(x, layer)
             caches.append(layer_cache)
@@ -297,7 +304,7 @@ def _unstack(stacked: Any, count: int) -> list[Any]:
 
 
 @jax.custom_vjp
-def _reduce_in_turn(x: Array, following: Any) -> tuple[Array, Any]:
+def _serialize_grad_reduction(x: Array, following: Any) -> tuple[Array, Any]:
     """A block's input and the next block's parameters, unchanged.
 
     Backward, no device goes on to the block before until the next block's gradients are reduced
@@ -306,7 +313,7 @@ def _reduce_in_turn(x: Array, following: Any) -> tuple[Array, Any]:
     return x, following
 
 
-_reduce_in_turn.defvjp(
+_serialize_grad_reduction.defvjp(
     lambda x, following: ((x, following), None),
     lambda _, gradients: jax.lax.optimization_barrier(gradients),
 )
@@ -326,12 +333,14 @@ def _document_positions(
         border = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
         start = jax.lax.cummax(jnp.where(border, columns, 0), axis=1)
         if (axis := sequence_axis()) is not None:
-            carried = sequence_parts.tokens_before(segment_ids, axis)
+            carried = context_parallel.tokens_before_shard(segment_ids, axis)
         return columns - start + jnp.where(start == 0, carried[:, None], 0)
 
-    tokens = axes("batch", "length")
+    tokens = partition_spec("batch", "length")
     carried = jnp.zeros(shape[0], jnp.int32) if cache is None else cache.position
-    return mapped(find, inputs=(tokens, axes("batch")), outputs=tokens)(segment_ids, carried)
+    return shard_map_logical(find, inputs=(tokens, partition_spec("batch")), outputs=tokens)(
+        segment_ids, carried
+    )
 
 
 def _after_last_token(

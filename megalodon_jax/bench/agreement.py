@@ -29,9 +29,10 @@ from megalodon_jax.bench.scaling import (
     mesh_along,
 )
 from megalodon_jax.bench.train import Case, small, use_all_memory
-from megalodon_jax.config import MeshConfig, TrainConfig, preset_names
-from megalodon_jax.sharding import batch_sharding
-from megalodon_jax.training.checkpoint import RunCheckpoints
+from megalodon_jax.checkpoints import RunCheckpoints
+from megalodon_jax.config import MeshConfig, TrainConfig
+from megalodon_jax.parallel.sharding import batch_sharding
+from megalodon_jax.presets import preset_names
 from megalodon_jax.training.step import TrainState, init_state
 
 # A mesh's bfloat16 may be this much farther from float32 than one device's is.

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.cema import CemaParams, Implementation, cema
+from pallas_kernels.cema import CemaParams, cema
+from pallas_kernels.common.dispatch import Implementation
 
 
 class MemoryUse(NamedTuple):

@@ -28,7 +28,9 @@ from megalodon_jax.bench.train import (
     time_compiled,
     use_all_memory,
 )
-from megalodon_jax.config import ConfigError, MeshConfig, Remat, TrainConfig, preset_names
+from megalodon_jax.config import MeshConfig, Remat, TrainConfig
+from megalodon_jax.errors import ConfigError
+from megalodon_jax.presets import preset_names
 
 Scaling = Literal["one", "weak", "strong"]
 # What is measured by default: the axes that each take all devices.

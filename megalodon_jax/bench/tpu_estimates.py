@@ -23,10 +23,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.cema import CemaParams, cema
-from pallas_kernels.cema.pallas_tpu_layout import CHANNELS
-from pallas_kernels.cema.tpu_block_sizes import tile_for
+from pallas_kernels.cema.pallas_tpu.block_sizes import tile_for
+from pallas_kernels.cema.pallas_tpu.layout import CHANNELS
 from pallas_kernels.timestep_norm import timestep_norm
-from pallas_kernels.timestep_norm.tpu_block_sizes import choose_blocks
+from pallas_kernels.timestep_norm.pallas_tpu.block_sizes import choose_blocks
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1"}
 # GHz of a core and GB/s of its memory, from Google Cloud's pages on each generation.

@@ -28,8 +28,10 @@ from jax.sharding import Mesh
 
 from megalodon_jax.bench.ceilings import measure_ceilings
 from megalodon_jax.bench.kernel_times import KernelTimes, kernel_times
-from megalodon_jax.config import DataConfig, ModelConfig, Remat, TrainConfig, preset_names
-from megalodon_jax.sharding import batch_sharding
+from megalodon_jax.config import DataConfig, ModelConfig, Remat, TrainConfig
+from megalodon_jax.parallel.mesh import resolve_mesh
+from megalodon_jax.parallel.sharding import batch_sharding
+from megalodon_jax.presets import preset_names
 from megalodon_jax.training.metrics import PEAK_FLOPS, model_flops_per_token
 from megalodon_jax.training.step import (
     TrainState,
@@ -37,7 +39,6 @@ from megalodon_jax.training.step import (
     abstract_state,
     init_state,
     make_train_step,
-    mesh_of,
 )
 from megalodon_jax.typing import Batch
 
@@ -136,7 +137,7 @@ class LoweredStep(NamedTuple):
 def lower_step(config: TrainConfig, *, documents: int = 0) -> LoweredStep:
     """Traces a run's step over its mesh; rows have `documents` documents, 0: no segment ids."""
     started = time.perf_counter()
-    data, mesh = config.data, mesh_of(config)
+    data, mesh = config.data, resolve_mesh(config)
     batch = random_batch(data.batch_size, data.seq_len, config.model.vocab_size, documents)
     place = batch_sharding(mesh, leading=1)
     shapes = jax.tree.map(

@@ -4,7 +4,6 @@ Importing this package needs only numpy; the libraries for loading and for file 
 when they are used.
 """
 
-from megalodon_jax.data.errors import DataError
 from megalodon_jax.data.loader import Loader, make_loader, merge_states
 from megalodon_jax.data.packing import CountedBatch
 from megalodon_jax.data.sources import Document, Source, Split, open_source
@@ -15,6 +14,7 @@ from megalodon_jax.data.tokenizer import (
     count_bytes,
     load_tokenizer,
 )
+from megalodon_jax.errors import DataError
 
 __all__ = [
     "ByteTokenizer", "CountedBatch", "CountedTokens", "DataError", "Document", "Loader", "Source",

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from megalodon_jax.config import DataConfig
-from megalodon_jax.data.errors import DataError
 from megalodon_jax.data.packing import CountedBatch
 from megalodon_jax.data.sources import Source, Split, open_source
 from megalodon_jax.data.tokenizer import Tokenizer
+from megalodon_jax.errors import DataError
 from megalodon_jax.typing import Batch
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from megalodon_jax.config import DataConfig
-from megalodon_jax.data.errors import DataError
 from megalodon_jax.data.text_files import TextFile, find_files, naming, open_files, text_of_field
+from megalodon_jax.errors import DataError
 
 Split = Literal["train", "heldout"]
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from megalodon_jax.data.errors import DataError
+from megalodon_jax.errors import DataError
 
 # One lock for all files: only the first access to a file's content waits.
 _LOAD_LOCK = threading.Lock()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Int, Int32, Int64
 
-from megalodon_jax.data.errors import DataError
+from megalodon_jax.errors import DataError
 
 BYTE_VALUES = 256
 

@@ -8,13 +8,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from megalodon_jax.config import (
-    ModelConfig,
-    TrainConfig,
-    config_from_dict,
-    load_config,
-    preset_names,
-)
+from megalodon_jax.checkpoints import load_model, save_model
+from megalodon_jax.config import ModelConfig, TrainConfig, config_from_dict, load_config
+from megalodon_jax.errors import ConvertError
 from megalodon_jax.interop.released import (
     from_state_dict,
     read_released_checkpoint,
@@ -22,13 +18,9 @@ from megalodon_jax.interop.released import (
 )
 from megalodon_jax.interop.torch_file import read_torch_file
 from megalodon_jax.model import Megalodon
-from megalodon_jax.training.checkpoint import load_model, save_model
+from megalodon_jax.presets import preset_names
 
 CONFIG_KEY = "megalodon_config"
-
-
-class ConvertError(ValueError):
-    """A conversion that cannot be done; the message says why and what to give instead."""
 
 
 def convert(source: str | Path, target: str | Path, config: str | None = None) -> None:

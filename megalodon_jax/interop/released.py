@@ -12,15 +12,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from flax import nnx
 
-from megalodon_jax.config import ConfigError, ModelConfig
+from megalodon_jax.config import ModelConfig
+from megalodon_jax.errors import ConfigError, StateDictError
 from megalodon_jax.model import Megalodon
 from megalodon_jax.modules.rotary import rotary_frequencies
 
 Layout = Literal["same", "transposed"]
-
-
-class StateDictError(ValueError):
-    """A state dict that does not fit the model; the message names the entries."""
 
 
 class Entry(NamedTuple):

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from megalodon_jax.errors import TorchFileError
+
 _STORAGE_DTYPES = {
     "DoubleStorage": np.float64,
     "FloatStorage": np.float32,
@@ -21,10 +23,6 @@ _STORAGE_DTYPES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
-
-
-class TorchFileError(ValueError):
-    """A file that is not a torch checkpoint, or one that holds more than tensors."""
 
 
 class _StorageType(NamedTuple):

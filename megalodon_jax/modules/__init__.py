@@ -1,6 +1,6 @@
 """The model's parts, each usable alone."""
 
-from megalodon_jax.modules.attention import AttentionOutput, MegaAttention, TokenPlaces
+from megalodon_jax.modules.attention import AttentionOutput, MegaAttention, PositionInfo
 from megalodon_jax.modules.block import Block, BlockOutput
 from megalodon_jax.modules.cema import CEMA
 from megalodon_jax.modules.feed_forward import FeedForward
@@ -16,10 +16,10 @@ __all__ = [
     "FeedForward",
     "LayerNorm",
     "MegaAttention",
+    "PositionInfo",
     "RMSNorm",
     "Rotation",
     "TimestepNorm",
-    "TokenPlaces",
     "rotate",
     "rotation",
 ]

@@ -17,7 +17,12 @@ from megalodon_jax.modules.norms import RMSNorm, rms_normalize
 from megalodon_jax.modules.parameters import parameter
 from megalodon_jax.modules.rotary import Rotation, rotate
 from megalodon_jax.modules.timestep_norm import TimestepNorm
-from megalodon_jax.sharding import axes, fold_in_place, mapped, sequence_axis
+from megalodon_jax.parallel.sharding import (
+    fold_in_device_index,
+    partition_spec,
+    sequence_axis,
+    shard_map_logical,
+)
 from megalodon_jax.typing import Array, Float, Int32, PRNGKey
 from pallas_kernels.chunk_attention import (
     AttentionDropout,
@@ -27,7 +32,7 @@ from pallas_kernels.chunk_attention import (
 )
 
 
-class TokenPlaces(NamedTuple):
+class PositionInfo(NamedTuple):
     """Where the tokens of a call stand: what every layer needs to know beside their features.
 
     Attributes:
@@ -73,7 +78,7 @@ class MegaAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        places: TokenPlaces,
+        places: PositionInfo,
         *,
         cache: LayerCache | None = None,
         dropout_key: PRNGKey | None = None,
@@ -87,7 +92,7 @@ class MegaAttention(nnx.Module):
     def product(
         self,
         x: Float[Array, "B L D"],
-        places: TokenPlaces,
+        places: PositionInfo,
         *,
         cache: LayerCache | None = None,
         dropout_key: PRNGKey | None = None,
@@ -108,7 +113,7 @@ class MegaAttention(nnx.Module):
             self.wv.offset,
             features="value",
             dtype=config.dtype,
-            implementation=config.rowwise_implementation,
+            implementation=config.implementation_of("rowwise"),
         )
         value = value.reshape(*u.shape[:2], config.num_heads, config.value_head_dim)
         attended, keys_and_values = self._attend(
@@ -123,7 +128,7 @@ class MegaAttention(nnx.Module):
             attended.reshape(*u.shape[:2], -1),
             features="value",
             dtype=gate_dtype(config.dtype, config.hidden_dropout, gate_key),
-            implementation=config.rowwise_implementation,
+            implementation=config.implementation_of("rowwise"),
         )
         gated = dropout(gated, config.hidden_dropout, gate_key)
         product = checkpoint_name(self.wh1.product(m) + self.wh2.product(gated), PRODUCT)
@@ -150,7 +155,7 @@ class MegaAttention(nnx.Module):
     def _attend(
         self,
         heads: tuple[Array, Array, Array],
-        places: TokenPlaces,
+        places: PositionInfo,
         cache: KeyValueCache | None,
         key: PRNGKey | None,
     ) -> ChunkAttentionOutput:
@@ -164,21 +169,24 @@ class MegaAttention(nnx.Module):
                 segment_ids=segment_ids,
                 cache=cache,
                 dropout=self._attention_dropout(key),
-                implementation=config.attention_implementation,
+                implementation=config.implementation_of("attention"),
                 sequence_axis=sequence_axis(),
             )
 
-        tokens, slots = axes("batch", "length"), axes("batch", None, "heads", None)
-        features = axes("batch", "length", "heads", None)
+        tokens, slots = (
+            partition_spec("batch", "length"),
+            partition_spec("batch", None, "heads", None),
+        )
+        features = partition_spec("batch", "length", "heads", None)
         caches = None if cache is None else KeyValueCache(slots, slots)
-        return mapped(
+        return shard_map_logical(
             attend,
             inputs=(
                 (features,) * 3,
                 None if places.positions is None else tokens,
                 None if places.segment_ids is None else tokens,
                 caches,
-                None if key is None else axes(),
+                None if key is None else partition_spec(),
             ),
             outputs=ChunkAttentionOutput(features, caches),
         )(heads, places.positions, places.segment_ids, cache, key)
@@ -188,6 +196,6 @@ class MegaAttention(nnx.Module):
             return None
         return AttentionDropout(
             rate=self.config.attention_dropout,
-            key=fold_in_place(key),
+            key=fold_in_device_index(key),
             mode=self.config.attention_dropout_mode,
         )

@@ -6,7 +6,7 @@ from flax import nnx
 
 from megalodon_jax.cache import LayerCache
 from megalodon_jax.config import ModelConfig
-from megalodon_jax.modules.attention import MegaAttention, TokenPlaces
+from megalodon_jax.modules.attention import MegaAttention, PositionInfo
 from megalodon_jax.modules.dropout import is_dropping, split_key
 from megalodon_jax.modules.feed_forward import FeedForward
 from megalodon_jax.typing import Array, Float, PRNGKey
@@ -30,7 +30,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        places: TokenPlaces,
+        places: PositionInfo,
         *,
         cache: LayerCache | None = None,
         dropout_key: PRNGKey | None = None,

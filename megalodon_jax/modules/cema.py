@@ -6,11 +6,12 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from megalodon_jax.config import CemaImplementation, ModelConfig
+from megalodon_jax.config import ModelConfig
 from megalodon_jax.modules.parameters import parameter, truncated_normal
-from megalodon_jax.sharding import axes, mapped, sequence_axis
+from megalodon_jax.parallel.sharding import partition_spec, sequence_axis, shard_map_logical
 from megalodon_jax.typing import Array, Complex64, Float, Int32
 from pallas_kernels.cema import CemaOutput, CemaParams, cema
+from pallas_kernels.common.dispatch import Implementation
 
 
 class CEMA(nnx.Module):
@@ -24,7 +25,7 @@ class CEMA(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, N = config.model_dim, config.cema_ndim
-        self.implementation: CemaImplementation | None = config.cema_implementation
+        self.implementation: Implementation | None = config.implementation_of("cema")
         self.alpha = parameter(0.2 * jax.random.normal(rngs.params(), (D, N)), "channels", None)
         self.delta = parameter(0.2 * jax.random.normal(rngs.params(), (D, N)), "channels", None)
         self.theta = parameter(_theta_start(rngs.params(), D), "channels")
@@ -50,20 +51,25 @@ class CEMA(nnx.Module):
             return cema(
                 x,
                 params,
-                state=state,
+                initial_state=state,
                 segment_ids=segment_ids,
                 implementation=self.implementation,
                 sequence_axis=sequence_axis(),
             )
 
-        features, states = axes("batch", "length", "channels"), axes("batch", "channels", None)
-        return mapped(
+        features, states = (
+            partition_spec("batch", "length", "channels"),
+            partition_spec("batch", "channels", None),
+        )
+        return shard_map_logical(
             average,
             inputs=(
                 features,
-                CemaParams(*(axes("channels", *[None] * (value.ndim - 1)) for value in params)),
+                CemaParams(
+                    *(partition_spec("channels", *[None] * (value.ndim - 1)) for value in params)
+                ),
                 None if state is None else states,
-                None if segment_ids is None else axes("batch", "length"),
+                None if segment_ids is None else partition_spec("batch", "length"),
             ),
             outputs=CemaOutput(features, states),
         )(x, params, state, segment_ids)

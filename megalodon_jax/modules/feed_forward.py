@@ -3,13 +3,14 @@
 from flax import nnx
 from jax import numpy as jnp
 
-from megalodon_jax.config import DType, ModelConfig, RowwiseImplementation
+from megalodon_jax.config import DType, ModelConfig
 from megalodon_jax.modules.activations import silu, silu_gate
 from megalodon_jax.modules.dropout import dropout, gate_dtype, split_key
 from megalodon_jax.modules.linear import PRODUCT, Linear
 from megalodon_jax.modules.norms import LayerNorm
 from megalodon_jax.modules.parameters import parameter
 from megalodon_jax.typing import Array, Float, PRNGKey
+from pallas_kernels.common.dispatch import Implementation
 
 
 class FeedForward(nnx.Module):
@@ -24,7 +25,7 @@ class FeedForward(nnx.Module):
         self.hidden_dropout = config.hidden_dropout
         self.output_dropout = config.dropout
         self.dtype: DType = config.dtype
-        self.implementation: RowwiseImplementation | None = config.rowwise_implementation
+        self.implementation: Implementation | None = config.implementation_of("rowwise")
         self.norm = LayerNorm(config)
         self.fc1 = Linear(config, D, F, ("embed", "ffn"), use_bias=False, rngs=rngs)
         self.fc2 = Linear(config, F, D, ("ffn", "embed"), use_bias=False, rngs=rngs)

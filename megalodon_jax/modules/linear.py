@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from megalodon_jax.config import DType, ModelConfig
 from megalodon_jax.modules.parameters import kernel_initializer, parameter
-from megalodon_jax.sharding import axis_size, constrain
+from megalodon_jax.parallel.sharding import axis_size, constrain
 from megalodon_jax.typing import Array, Float, Float32
 
 # Names for policies of `jax.checkpoint`: what attention is made of, any other product, a weight

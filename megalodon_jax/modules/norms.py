@@ -6,10 +6,11 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from megalodon_jax.config import ModelConfig, RowwiseImplementation
+from megalodon_jax.config import ModelConfig
 from megalodon_jax.modules.parameters import parameter
-from megalodon_jax.sharding import axes, axis_size, mapped
+from megalodon_jax.parallel.sharding import axis_size, partition_spec, shard_map_logical
 from megalodon_jax.typing import Array, Float
+from pallas_kernels.common.dispatch import Implementation
 from pallas_kernels.rowwise import layer_norm, rms_norm
 
 
@@ -25,7 +26,7 @@ class RMSNorm(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.eps = config.norm_eps
         self.dtype = config.dtype
-        self.implementation: RowwiseImplementation | None = config.rowwise_implementation
+        self.implementation: Implementation | None = config.implementation_of("rowwise")
         zeros = jnp.zeros(config.model_dim, config.param_dtype)
         self.weight = parameter(zeros, "channels") if config.norm_affine else None
 
@@ -44,7 +45,7 @@ class LayerNorm(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.eps = config.norm_eps
         self.dtype = config.dtype
-        self.implementation: RowwiseImplementation | None = config.rowwise_implementation
+        self.implementation: Implementation | None = config.implementation_of("rowwise")
         zeros = jnp.zeros(config.model_dim, config.param_dtype)
         self.weight = parameter(zeros, "channels") if config.norm_affine else None
         self.bias = parameter(zeros, "channels") if config.norm_affine else None
@@ -79,9 +80,9 @@ def _of_rows(function: Callable[..., Array], x: Array, *others: Array | None) ->
     if x.ndim != 3 or axis_size("model") > 1:
         # Rows are split over devices: the compiler adds up their sums.
         return function(x, *others)
-    tokens, vector = axes("batch", "length", None), axes(None)
+    tokens, vector = partition_spec("batch", "length", None), partition_spec(None)
     places = [None if a is None else tokens if a.ndim == 3 else vector for a in others]
-    return mapped(function, inputs=(tokens, *places), outputs=tokens)(x, *others)
+    return shard_map_logical(function, inputs=(tokens, *places), outputs=tokens)(x, *others)
 
 
 def _scale(weight: nnx.Param | None, x: Array) -> Float[Array, " D"] | None:

@@ -3,10 +3,16 @@
 from flax import nnx
 from jax import numpy as jnp
 
-from megalodon_jax.config import Implementation, ModelConfig
+from megalodon_jax.config import ModelConfig
 from megalodon_jax.modules.parameters import parameter
-from megalodon_jax.sharding import axes, axis_size, mapped, sequence_axis
+from megalodon_jax.parallel.sharding import (
+    axis_size,
+    partition_spec,
+    sequence_axis,
+    shard_map_logical,
+)
 from megalodon_jax.typing import Array, Float, Int32
+from pallas_kernels.common.dispatch import Implementation
 from pallas_kernels.timestep_norm import (
     TimestepNormOutput,
     TimestepNormState,
@@ -28,7 +34,7 @@ class TimestepNorm(nnx.Module):
         self.num_groups = config.norm_num_groups
         self.eps = config.norm_eps
         self.dtype = config.dtype
-        self.implementation: Implementation | None = config.timestep_norm_implementation
+        self.implementation: Implementation | None = config.implementation_of("timestep_norm")
         self.weight = parameter(jnp.zeros(config.model_dim, config.param_dtype), "channels")
         self.bias = parameter(jnp.zeros(config.model_dim, config.param_dtype), "channels")
         self.prior_count = config.norm_prior_count
@@ -53,25 +59,32 @@ class TimestepNorm(nnx.Module):
                 bias,
                 num_groups=self.num_groups // axis_size("model"),
                 eps=self.eps,
-                state=state,
+                initial_state=state,
                 prior=prior,
                 segment_ids=segment_ids,
                 implementation=self.implementation,
                 sequence_axis=sequence_axis(),
             )
 
-        features, channels = axes("batch", "length", "channels"), axes("channels")
-        moments = TimestepNormState(axes("batch"), *[axes("batch", "norm_groups")] * 2)
+        features, channels = (
+            partition_spec("batch", "length", "channels"),
+            partition_spec("channels"),
+        )
+        moments = TimestepNormState(
+            partition_spec("batch"), *[partition_spec("batch", "norm_groups")] * 2
+        )
         prior = self._prior()
-        y, last = mapped(
+        y, last = shard_map_logical(
             normalize,
             inputs=(
                 features,
                 channels,
                 channels,
                 None if state is None else moments,
-                None if prior is None else TimestepNormState(axes(), *[axes("norm_groups")] * 2),
-                None if segment_ids is None else axes("batch", "length"),
+                None
+                if prior is None
+                else TimestepNormState(partition_spec(), *[partition_spec("norm_groups")] * 2),
+                None if segment_ids is None else partition_spec("batch", "length"),
             ),
             outputs=TimestepNormOutput(features, moments),
         )(

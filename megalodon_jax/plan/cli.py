@@ -24,7 +24,8 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from megalodon_jax.config import ConfigError, MeshConfig, TrainConfig, load_config
+from megalodon_jax.config import MeshConfig, TrainConfig, load_config
+from megalodon_jax.errors import ConfigError
 from megalodon_jax.plan.plan import Progress, make_plan
 from megalodon_jax.plan.report import format_plan, format_ranking
 from megalodon_jax.plan.sweep import find_meshes, sweep
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]) -> PlanOptions:
-    from megalodon_jax.training.cli import find_config
+    from megalodon_jax.presets import find_config
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")

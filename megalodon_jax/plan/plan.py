@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from megalodon_jax.chips import Machine, describe_machine
 from megalodon_jax.config import TrainConfig
-from megalodon_jax.plan.chips import Machine, machine_of
+from megalodon_jax.parallel.mesh import make_mesh
+from megalodon_jax.parallel.sharding import batch_sharding
 from megalodon_jax.plan.costs import Kernel, count_hbm_bytes, estimated_cycles, find_kernels
 from megalodon_jax.plan.hlo import Collective, count_dot_flops, find_collectives, parse_program
 from megalodon_jax.plan.roofline import Roofline, make_roofline
-from megalodon_jax.sharding import batch_sharding, make_mesh
 from megalodon_jax.training.metrics import model_flops_per_token
 from megalodon_jax.training.step import TrainState, abstract_model, abstract_state, make_train_step
 from megalodon_jax.typing import Batch
@@ -144,7 +145,7 @@ def make_plan(
       ConfigError: the run cannot be split over the mesh, or nothing is known of the chip.
     """
     mesh = make_mesh(config.mesh, devices)
-    machine = machine_of(mesh)
+    machine = describe_machine(mesh)
     state = abstract_state(config, mesh)
     started = time.monotonic()
     progress(f"tracing the step for {mesh.size} x {machine.chip.name}, {_sizes(mesh)}")

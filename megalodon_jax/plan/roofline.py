@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megalodon_jax.plan.chips import Machine
+from megalodon_jax.chips import Machine
 from megalodon_jax.plan.hlo import Collective
 
 # GHz of a TPU's core, from Google Cloud's pages on each generation.

@@ -7,10 +7,11 @@ from typing import Any, get_args
 
 import jax
 
-from megalodon_jax.config import ConfigError, MeshConfig, Remat, TrainConfig
-from megalodon_jax.plan.chips import machine_of
+from megalodon_jax.chips import describe_machine
+from megalodon_jax.config import MeshConfig, Remat, TrainConfig
+from megalodon_jax.errors import ConfigError
+from megalodon_jax.parallel.mesh import check_fits, make_mesh
 from megalodon_jax.plan.plan import Plan, Progress, make_plan
-from megalodon_jax.sharding import check_fits, make_mesh
 from megalodon_jax.training.step import abstract_model
 
 # From the least memory to the most.
@@ -71,7 +72,7 @@ def find_meshes(config: TrainConfig, devices: Sequence[Any]) -> list[MeshConfig]
     parameters = sum(
         math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_model(config.model)[1])
     )
-    room = machine_of(make_mesh(MeshConfig(data=-1, replica=slices), devices)).hbm_bytes
+    room = describe_machine(make_mesh(MeshConfig(data=-1, replica=slices), devices)).hbm_bytes
     found, problem = [], ""
     for data, chunk, model in _factors(len(devices) // slices):
         sizes = {"replica": slices, "data": data, "chunk": chunk, "model": model}

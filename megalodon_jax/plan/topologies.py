@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any
 
-from megalodon_jax.config import ConfigError
+from megalodon_jax.errors import ConfigError
 
 # What XLA wants to know of a GPU (GpuTargetConfigProto): NVIDIA's data sheet of the H200 SXM, and
 # the limits of compute capability 9.0 in the CUDA C++ programming guide.

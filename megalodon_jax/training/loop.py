@@ -22,22 +22,24 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from megalodon_jax.config import ConfigError, TrainConfig
+from megalodon_jax.checkpoints import RunCheckpoints, load_latest_valid, load_params
+from megalodon_jax.config import TrainConfig
 from megalodon_jax.data.loader import Loader, make_loader, merge_states
 from megalodon_jax.data.packing import CountedBatch
 from megalodon_jax.data.tokenizer import Tokenizer, load_tokenizer
+from megalodon_jax.errors import ConfigError, TrainingError
+from megalodon_jax.evaluation import Evaluation, evaluate_batches
 from megalodon_jax.generate import Sampling, stream_text
-from megalodon_jax.processes import (
-    AgreedNumber,
-    gather_json,
+from megalodon_jax.parallel.distributed import (
+    DelayedGlobalMax,
+    all_gather_json,
+    initialize,
     is_main,
     num_shards_of,
     place_batch,
     rows_of_process,
-    start_processes,
 )
-from megalodon_jax.training.checkpoint import RunCheckpoints, load_params, newest_readable
-from megalodon_jax.training.evaluate import Evaluation, evaluate_batches
+from megalodon_jax.parallel.mesh import resolve_mesh
 from megalodon_jax.training.metrics import (
     ProgressDisplay,
     RunLog,
@@ -51,15 +53,10 @@ from megalodon_jax.training.step import (
     init_state,
     make_eval_step,
     make_train_step,
-    mesh_of,
 )
 from megalodon_jax.typing import Batch
 
 SAMPLE_TEMPERATURE = 0.8
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says what is left to go on from."""
 
 
 class TrainResult(NamedTuple):
@@ -94,8 +91,8 @@ def train(config: TrainConfig) -> TrainResult:
       CheckpointError: a checkpoint could not be written, or none could be read to resume from.
       TrainingError: the loss became NaN or infinite.
     """
-    start_processes(config.processes)
-    mesh = mesh_of(config)
+    initialize(config.processes)
+    mesh = resolve_mesh(config)
     rows = rows_of_process(mesh, config.data.batch_size)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(tokenizer, config)
@@ -165,7 +162,7 @@ def _first_state(
             state = state._replace(params=load_params(config.init_from, config, mesh))
         return graphdef, state
     damaged: list[int] = []
-    restored = newest_readable(
+    restored = load_latest_valid(
         checkpoints,
         lambda step: checkpoints.restore(step, config, mesh),
         on_damaged=lambda step, _: damaged.append(step),
@@ -281,7 +278,7 @@ class _Run:
         self.timed_tokens = 0.0
         self.train_loss: float | None = None
         self.clock = _Clock()
-        self.agreed_signal = AgreedNumber(mesh)
+        self.agreed_signal = DelayedGlobalMax(mesh)
 
     def advance(self, stop: _Stop) -> None:
         """Trains until the last step or a signal; saves at the end."""
@@ -437,7 +434,7 @@ class _Run:
         with self.clock.pause():
             self.checkpoints.save(
                 self.state,
-                loader_state=merge_states(gather_json(self.loader.state_dict())),
+                loader_state=merge_states(all_gather_json(self.loader.state_dict())),
                 config=self.config,
                 tokenizer_fingerprint=self.tokenizer.fingerprint(),
             )

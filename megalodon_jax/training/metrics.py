@@ -12,7 +12,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megalodon_jax.config import ConfigError, ModelConfig
+from megalodon_jax.config import ModelConfig
+from megalodon_jax.errors import ConfigError
 
 PEAK_FLOPS: dict[str, float] = {
     # Dense bfloat16 rates of the makers' data sheets, per device as JAX counts devices.

@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from megalodon_jax.config import ModelConfig, TrainConfig
 from megalodon_jax.loss import LossOutput, cross_entropy
 from megalodon_jax.model import Megalodon
-from megalodon_jax.sharding import batch_sharding, check_fits, make_mesh, shardings_of
+from megalodon_jax.parallel.mesh import resolve_mesh
+from megalodon_jax.parallel.sharding import batch_sharding, shardings_of
 from megalodon_jax.training.optim import apply_updates, learning_rate_schedule, make_optimizer
 from megalodon_jax.typing import Array, Batch, Float32, Int32, PRNGKey
 
@@ -78,7 +79,7 @@ def init_state(config: TrainConfig, mesh: Mesh | None = None) -> tuple[nnx.Graph
     Returns:
       The model's static structure, and the state of step 0.
     """
-    mesh = mesh_of(config, mesh)
+    mesh = resolve_mesh(config, mesh)
     optimizer = make_optimizer(config.optim, total_steps=config.steps)
     graphdef = abstract_model(config.model)[0]
 
@@ -97,17 +98,6 @@ def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return graphdef, params
 
 
-def mesh_of(config: TrainConfig, mesh: Mesh | None = None) -> Mesh:
-    """The mesh that is given, or that of the configuration over all devices, if the run fits it.
-
-    Raises:
-      ConfigError: it does not; every size that does not divide is named.
-    """
-    mesh = make_mesh(config.mesh) if mesh is None else mesh
-    check_fits(config, dict(mesh.shape))
-    return mesh
-
-
 def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
     """Where every array of a run's state lives."""
     return shardings_of(_abstract_state(config), mesh)
@@ -115,7 +105,7 @@ def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
 
 def abstract_state(config: TrainConfig, mesh: Mesh | None = None) -> TrainState:
     """Shapes, types and places of a run's `TrainState`, without any memory."""
-    mesh = mesh_of(config, mesh)
+    mesh = resolve_mesh(config, mesh)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         _abstract_state(config),
@@ -150,7 +140,7 @@ def make_train_step(
       config: the run.
       mesh: devices; None: those of `config.mesh`.
     """
-    mesh = mesh_of(config, mesh)
+    mesh = resolve_mesh(config, mesh)
     places = state_shardings(config, mesh)
     optimizer = make_optimizer(config.optim, total_steps=config.steps)
     schedule = learning_rate_schedule(config.optim, total_steps=config.steps)
@@ -200,7 +190,7 @@ def make_eval_step(
     graphdef: nnx.GraphDef, config: TrainConfig, mesh: Mesh | None = None
 ) -> EvalStep:
     """Builds `evaluate(params, batch) -> LossOutput`, jitted: sums over one batch, no dropout."""
-    mesh = mesh_of(config, mesh)
+    mesh = resolve_mesh(config, mesh)
 
     def evaluate(params: nnx.State, batch: Batch) -> LossOutput:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -1,6 +1,6 @@
 """CEMA, the complex exponential moving average of MEGALODON."""
 
-from pallas_kernels.cema.api import Implementation, cema
+from pallas_kernels.cema.api import cema
 from pallas_kernels.cema.types import CemaOutput, CemaParams
 
-__all__ = ["CemaOutput", "CemaParams", "Implementation", "cema"]
+__all__ = ["CemaOutput", "CemaParams", "cema"]

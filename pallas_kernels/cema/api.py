@@ -1,23 +1,23 @@
 """The one public function of CEMA."""
 
-from typing import Literal, get_args
+from typing import get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Int32
 
 from pallas_kernels.cema.block_sizes import SHORTEST_GPU_LENGTH, SHORTEST_TPU_LENGTH
-from pallas_kernels.cema.last_state import last_state
-from pallas_kernels.cema.mosaic_gpu import cema_mosaic_gpu
-from pallas_kernels.cema.mosaic_gpu_stream import TILE
-from pallas_kernels.cema.pallas_tpu import cema_pallas_tpu
-from pallas_kernels.cema.parts import cema_of_part
+from pallas_kernels.cema.context_parallel import cema_of_part
+from pallas_kernels.cema.final_state import last_state
+from pallas_kernels.cema.mosaic_gpu.op import cema_mosaic_gpu
+from pallas_kernels.cema.mosaic_gpu.pipeline import TILE
+from pallas_kernels.cema.pallas_tpu.block_sizes import TPUS_FASTER_THAN_XLA
+from pallas_kernels.cema.pallas_tpu.op import cema_pallas_tpu
 from pallas_kernels.cema.reference import cema_reference
-from pallas_kernels.cema.tpu_block_sizes import TPUS_FASTER_THAN_XLA
 from pallas_kernels.cema.types import CemaOutput, CemaParams
 from pallas_kernels.cema.xla import cema_xla
-from pallas_kernels.target import find_target
+from pallas_kernels.common.dispatch import Implementation
+from pallas_kernels.common.target import find_target
 
-Implementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
 LARGEST_ORDER = 32
 
 
@@ -25,7 +25,7 @@ def cema(
     x: Float[Array, "B L D"],
     params: CemaParams,
     *,
-    state: Complex[Array, "B D N"] | None = None,
+    initial_state: Complex[Array, "B D N"] | None = None,
     segment_ids: Int32[Array, "B L"] | None = None,
     implementation: Implementation | None = None,
     block_size: int | None = None,
@@ -41,7 +41,7 @@ def cema(
     Args:
       x: bfloat16, float32 or float64. Everything inside is computed in the parameters' dtype.
       params: float32, or float64 to compute in float64.
-      state: h before the row's first token; zero if None.
+      initial_state: h before the row's first token; zero if None.
       segment_ids: the document of every token; 0 is padding, which gives 0 and leaves the state
         alone. A document's tokens stand together. Every document but the row's first starts from
         zero, the first from `state`. None: one document, no padding.
@@ -64,13 +64,13 @@ def cema(
         raise ValueError(
             f"CEMA has no implementation {implementation!r}; use one of {', '.join(known)} or None"
         )
-    _check_inputs(x, params, state, segment_ids)
+    _check_inputs(x, params, initial_state, segment_ids)
     if implementation is None:
         implementation = _choose_implementation(x, params)
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size is {block_size}; use a positive number of tokens or None")
     if sequence_axis is not None:
-        if state is not None:
+        if initial_state is not None:
             raise ValueError("a sequence split over devices starts from no state; pass None")
         if implementation == "mosaic_gpu" and x.shape[1] % TILE == 0:
             return cema_mosaic_gpu(
@@ -81,7 +81,7 @@ def cema(
             return cema(
                 x,
                 params,
-                state=entering,
+                initial_state=entering,
                 segment_ids=segment_ids,
                 implementation=implementation,
                 block_size=block_size,
@@ -90,21 +90,21 @@ def cema(
         def summarize() -> Array:
             # A TPU is slow at products of every channel by itself, whatever they leave out.
             if implementation == "pallas_tpu":
-                return run(None).state
+                return run(None).final_state
             return last_state(x, params, None, segment_ids)
 
         return cema_of_part(x, params, segment_ids, sequence_axis, summarize, run)
-    if state is not None:
-        state = state.astype(jnp.result_type(params.alpha, jnp.complex64))
+    if initial_state is not None:
+        initial_state = initial_state.astype(jnp.result_type(params.alpha, jnp.complex64))
     if implementation == "mosaic_gpu":
-        return cema_mosaic_gpu(x, params, state, segment_ids, split=block_size)
+        return cema_mosaic_gpu(x, params, initial_state, segment_ids, split=block_size)
     if implementation == "pallas_tpu":
-        return cema_pallas_tpu(x, params, state, segment_ids, block_size=block_size)
+        return cema_pallas_tpu(x, params, initial_state, segment_ids, block_size=block_size)
     if implementation == "reference":
         if block_size is not None:
             raise ValueError("implementation 'reference' has no blocks; leave block_size out")
-        return cema_reference(x, params, state, segment_ids)
-    return cema_xla(x, params, state, segment_ids, block_size)
+        return cema_reference(x, params, initial_state, segment_ids)
+    return cema_xla(x, params, initial_state, segment_ids, block_size)
 
 
 def _choose_implementation(x: Array, params: CemaParams) -> Implementation:
@@ -123,7 +123,7 @@ def _choose_implementation(x: Array, params: CemaParams) -> Implementation:
 
 
 def _check_inputs(
-    x: Array, params: CemaParams, state: Array | None, segment_ids: Array | None
+    x: Array, params: CemaParams, initial_state: Array | None, segment_ids: Array | None
 ) -> None:
     if x.ndim != 3 or x.shape[1] < 1:
         raise ValueError(f"x has shape {x.shape}; needs (B, L, D) with L >= 1")
@@ -145,11 +145,12 @@ def _check_inputs(
                 f"{name} is {value.dtype} and alpha {params.alpha.dtype}; CEMA's parameters stay "
                 "float32 (or are all float64): bfloat16 cannot hold |q| near 1"
             )
-    if state is not None and (
-        state.shape != (rows, channels, order) or not jnp.iscomplexobj(state)
+    if initial_state is not None and (
+        initial_state.shape != (rows, channels, order) or not jnp.iscomplexobj(initial_state)
     ):
         raise ValueError(
-            f"state is {state.dtype}{state.shape}; needs complex ({rows}, {channels}, {order})"
+            f"initial_state is {initial_state.dtype}{initial_state.shape}; needs complex "
+            f"({rows}, {channels}, {order})"
         )
     if segment_ids is not None and (
         segment_ids.shape != (rows, length) or not jnp.issubdtype(segment_ids.dtype, jnp.integer)

@@ -31,8 +31,8 @@ class CemaOutput(NamedTuple):
 
     Attributes:
       y: output, in the input's dtype.
-      state: h after each row's last token; complex64, complex128 if the parameters are float64.
+      final_state: h after each row's last token; complex64, complex128 for float64 parameters.
     """
 
     y: Float[Array, "B L D"]
-    state: Complex[Array, "B D N"]
+    final_state: Complex[Array, "B D N"]

@@ -21,7 +21,7 @@ from pallas_kernels.cema.segments import (
     rotate_rows,
 )
 from pallas_kernels.cema.types import CemaOutput, CemaParams
-from pallas_kernels.residuals import keep
+from pallas_kernels.common.residuals import name_residuals
 
 
 def cema_xla(
@@ -44,7 +44,7 @@ def cema_xla(
     rolled = _packed(
         rotate_rows(x, lead), params, state, rotate_rows(segment_ids, lead), block_size
     )
-    return CemaOutput(rotate_rows(rolled.y, -lead), rolled.state)
+    return CemaOutput(rotate_rows(rolled.y, -lead), rolled.final_state)
 
 
 def _zero_state(x: Array, params: CemaParams) -> Array:
@@ -155,7 +155,7 @@ def _blocks_forward(x, tables, initial, pieces, picked_block):
     y = lax.optimization_barrier(_mask_padding(y, pieces).astype(x.dtype))
     index = picked_block[None, :, None, None]
     entering = jnp.take_along_axis(states, index, axis=2)[:, :, 0]
-    y, entering, states = keep((y, entering, states), "cema")
+    y, entering, states = name_residuals((y, entering, states), "cema")
     return (y, entering), (x, tables, states, pieces, picked_block)
 
 

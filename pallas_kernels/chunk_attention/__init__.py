@@ -1,7 +1,7 @@
 """Causal attention inside chunks of a document, with a cache of the current chunk."""
 
 from pallas_kernels.chunk_attention.api import chunk_attention
-from pallas_kernels.chunk_attention.interface import (
+from pallas_kernels.chunk_attention.types import (
     AttentionDropout,
     ChunkAttentionOutput,
     KeyValueCache,

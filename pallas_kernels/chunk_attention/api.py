@@ -1,22 +1,26 @@
 """The public function of chunk attention."""
 
-from typing import Literal, get_args
+from typing import get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.chunk_attention import mosaic_gpu, pallas_tpu, reference, xla
-from pallas_kernels.chunk_attention.interface import (
+from pallas_kernels.chunk_attention import reference, xla
+from pallas_kernels.chunk_attention.context_parallel import cache_of_part
+from pallas_kernels.chunk_attention.mosaic_gpu import op as mosaic_gpu
+from pallas_kernels.chunk_attention.pallas_tpu import op as pallas_tpu
+from pallas_kernels.chunk_attention.pallas_tpu.block_sizes import (
+    SHORTEST_LENGTH,
+    TPUS_FASTER_THAN_XLA,
+)
+from pallas_kernels.chunk_attention.types import (
     AttentionDropout,
     ChunkAttentionOutput,
     DropoutMode,
     KeyValueCache,
 )
-from pallas_kernels.chunk_attention.parts import cache_of_part
-from pallas_kernels.chunk_attention.tpu_block_sizes import SHORTEST_LENGTH, TPUS_FASTER_THAN_XLA
-from pallas_kernels.target import find_target
-
-Implementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
+from pallas_kernels.common.dispatch import Implementation
+from pallas_kernels.common.target import find_target
 
 _IMPLEMENTATIONS = {
     "reference": reference.chunk_attention,

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.chunk_attention.interface import (
+from pallas_kernels.chunk_attention.types import (
     AttentionDropout,
     accumulation_dtype,
     dropout_masks,
     matmul_precision,
 )
-from pallas_kernels.residuals import keep
+from pallas_kernels.common.residuals import name_residuals
 
 # Scores of one tile of all blocks of a group, in numbers: 256 MiB of float32.
 _LARGEST_SCORES = 1 << 26
@@ -132,7 +132,7 @@ def _attend_forward(plan: BlockPlan, q, k, v, start, dropout):
         jnp.zeros((*q.shape[:3], v.shape[3]), v.dtype),
         jnp.zeros((B, plan.blocks, H, plan.block), accumulation_dtype(q.dtype)),
     )
-    out, lse = keep(_for_each_group(plan, body, carry), "chunk_attention")
+    out, lse = name_residuals(_for_each_group(plan, body, carry), "chunk_attention")
     return out, (q, k, v, start, dropout, lse)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.chunk_attention.interface import KeyValueCache, last_token
+from pallas_kernels.chunk_attention.types import KeyValueCache, last_token
 
 
 def interval_starts(

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.chunk_attention.interface import (
+from pallas_kernels.chunk_attention.types import (
     AttentionDropout,
     ChunkAttentionOutput,
     KeyValueCache,

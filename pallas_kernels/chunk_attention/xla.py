@@ -9,19 +9,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.chunk_attention.blocks import BlockPlan, attend_blocks
-from pallas_kernels.chunk_attention.interface import (
+from pallas_kernels.chunk_attention.intervals import (
+    align_right,
+    interval_starts,
+    next_cache,
+    pad_length,
+)
+from pallas_kernels.chunk_attention.types import (
     AttentionDropout,
     ChunkAttentionOutput,
     KeyValueCache,
     accumulation_dtype,
     dropout_masks,
     matmul_precision,
-)
-from pallas_kernels.chunk_attention.intervals import (
-    align_right,
-    interval_starts,
-    next_cache,
-    pad_length,
 )
 
 

@@ -1,14 +1,14 @@
 """The public functions on rows."""
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.rowwise import mosaic_gpu, xla
-from pallas_kernels.rowwise.block_sizes import DEFAULT_WIDTH, SMALLEST_SIZE
-from pallas_kernels.target import find_target
-
-Implementation = Literal["xla", "mosaic_gpu"]
+from pallas_kernels.common.dispatch import Implementation
+from pallas_kernels.common.target import find_target
+from pallas_kernels.rowwise import xla
+from pallas_kernels.rowwise.mosaic_gpu import op as mosaic_gpu
+from pallas_kernels.rowwise.mosaic_gpu.block_sizes import DEFAULT_WIDTH, SMALLEST_SIZE
 
 
 def rms_norm(

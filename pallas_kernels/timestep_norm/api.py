@@ -1,22 +1,24 @@
 """The public function of TimestepNorm."""
 
-from typing import Literal
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.target import find_target
-from pallas_kernels.timestep_norm import mosaic_gpu, pallas_tpu, reference, xla
-from pallas_kernels.timestep_norm.interface import (
+from pallas_kernels.common.dispatch import Implementation
+from pallas_kernels.common.target import find_target
+from pallas_kernels.timestep_norm import reference, xla
+from pallas_kernels.timestep_norm.context_parallel import timestep_norm_of_part
+from pallas_kernels.timestep_norm.mosaic_gpu import op as mosaic_gpu
+from pallas_kernels.timestep_norm.pallas_tpu import op as pallas_tpu
+from pallas_kernels.timestep_norm.pallas_tpu.block_sizes import (
+    SHORTEST_LENGTH,
+    TPUS_FASTER_THAN_XLA,
+)
+from pallas_kernels.timestep_norm.types import (
     TimestepNormOutput,
     TimestepNormState,
     before_rows,
     moments_dtype,
 )
-from pallas_kernels.timestep_norm.parts import timestep_norm_of_part
-from pallas_kernels.timestep_norm.tpu_block_sizes import SHORTEST_LENGTH, TPUS_FASTER_THAN_XLA
-
-Implementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
 
 _IMPLEMENTATIONS = {
     "reference": reference.timestep_norm,
@@ -33,7 +35,7 @@ def timestep_norm(
     *,
     num_groups: int,
     eps: float = 1e-5,
-    state: TimestepNormState | None = None,
+    initial_state: TimestepNormState | None = None,
     prior: TimestepNormState | None = None,
     segment_ids: Int32[Array, "B L"] | None = None,
     implementation: Implementation | None = None,
@@ -51,8 +53,8 @@ def timestep_norm(
       bias: added last.
       num_groups: groups G; divides D.
       eps: added to the variance.
-      state: count (B,), mean and var (B, G) before the row's first token; the row's first document
-        continues them, in place of the prior.
+      initial_state: count (B,), mean and var (B, G) before the row's first token; the row's first
+        document continues them, in place of the prior.
       prior: count (), mean and var (G,): what every document starts from. None: from nothing.
       segment_ids: documents of a row numbered 1, 2, ... in order; 0 is padding, between documents
         or inside one: its y is 0, and the state waits. None: one document, no padding.
@@ -70,10 +72,10 @@ def timestep_norm(
     """
     _check_shapes(x, scale, bias, num_groups, segment_ids)
     B = x.shape[0]
-    if state is not None:
+    if initial_state is not None:
         if sequence_axis is not None:
             raise ValueError("a sequence split over devices starts from no state; pass None")
-        _check_state("state", state, (B,), num_groups)
+        _check_state("initial_state", initial_state, (B,), num_groups)
     if prior is not None:
         _check_state("prior", prior, (), num_groups)
     name = _choose_implementation(x, num_groups) if implementation is None else implementation
@@ -84,19 +86,27 @@ def timestep_norm(
         )
     dtype = moments_dtype(x.dtype)
     prior = _as_moments(_empty_prior(num_groups) if prior is None else prior, dtype)
-    if state is None:
-        state = before_rows(prior, B)
+    if initial_state is None:
+        initial_state = before_rows(prior, B)
     else:
-        state = _as_moments(state, dtype)
+        initial_state = _as_moments(initial_state, dtype)
 
     def run(state: TimestepNormState) -> TimestepNormOutput:
         return _IMPLEMENTATIONS[name](x, scale, bias, num_groups, eps, state, prior, segment_ids)
 
     if sequence_axis is None:
-        return run(state)
+        return run(initial_state)
     if name == "mosaic_gpu":
         return mosaic_gpu.timestep_norm(
-            x, scale, bias, num_groups, eps, state, prior, segment_ids, sequence_axis=sequence_axis
+            x,
+            scale,
+            bias,
+            num_groups,
+            eps,
+            initial_state,
+            prior,
+            segment_ids,
+            sequence_axis=sequence_axis,
         )
     return timestep_norm_of_part(x, num_groups, prior, segment_ids, sequence_axis, run)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.timestep_norm.interface import (
+from pallas_kernels.timestep_norm.types import (
     TimestepNormOutput,
     TimestepNormState,
     document_starts,

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.residuals import keep
-from pallas_kernels.timestep_norm.interface import (
+from pallas_kernels.common.residuals import name_residuals
+from pallas_kernels.timestep_norm.types import (
     TimestepNormOutput,
     TimestepNormState,
     document_starts,
@@ -130,7 +130,7 @@ def _normalize_forward(num_groups, eps, x, scale, bias, state: Pair, prior: Pair
         some = places.segments.valid.any(axis=1)[:, None]
         mean_out = jnp.where(some, mean_out, state[0])
         var_out = jnp.where(some, var_out, state[1])
-    y, pivot, offset, rstd = keep((y, pivot, offset, rstd), "timestep_norm")
+    y, pivot, offset, rstd = name_residuals((y, pivot, offset, rstd), "timestep_norm")
     residuals = x, scale, bias, pivot, offset, rstd, places
     return (y, mean_out, var_out), residuals
 

@@ -3,7 +3,7 @@
 import pytest
 
 from megalodon_jax.bench import agreement
-from megalodon_jax.training.cli import main
+from megalodon_jax.cli.main import main
 
 OPTIONS = ["--small", "--steps", "1", "--layers", "1", "--mesh", "fsdp", "model", "--documents"]
 

@@ -25,7 +25,7 @@ from megalodon_jax.bench.op_cases import (
     TimestepNormCase,
 )
 from megalodon_jax.bench.timing import seconds_per_call
-from megalodon_jax.training.cli import main
+from megalodon_jax.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 CEILINGS = Ceilings(bytes_per_second=1e9, flops_per_second=1e12)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megalodon_jax.training.cli import main
+from megalodon_jax.cli.main import main
 
 
 @pytest.mark.slow

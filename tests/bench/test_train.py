@@ -7,7 +7,7 @@ import pytest
 
 from megalodon_jax.bench.kernel_times import kernel_times, kind_of
 from megalodon_jax.bench.train import CASES
-from megalodon_jax.training.cli import main
+from megalodon_jax.cli.main import main
 
 
 @pytest.mark.slow

@@ -5,16 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megalodon_jax.config import (
-    ConfigError,
-    MeshConfig,
-    ModelConfig,
-    TrainConfig,
-    config_from_dict,
-    configs_dir,
-    load_config,
-    preset_names,
-)
+from megalodon_jax.config import MeshConfig, ModelConfig, TrainConfig, config_from_dict, load_config
+from megalodon_jax.errors import ConfigError
+from megalodon_jax.presets import configs_dir, preset_names
 
 NAMED_SIZES = {  # layers, D, H, Z, E, F, swiglu, C, G, rope base, scale and share embedding
     "mega200M": (12, 1024, 1, 256, 2048, 2560, False, 2048, 32, 1e4, False),

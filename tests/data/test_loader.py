@@ -15,14 +15,8 @@ import numpy as np
 import pytest
 
 from megalodon_jax.config import DataConfig
-from megalodon_jax.data import (
-    DataError,
-    Loader,
-    Tokenizer,
-    load_tokenizer,
-    make_loader,
-    merge_states,
-)
+from megalodon_jax.data import Loader, Tokenizer, load_tokenizer, make_loader, merge_states
+from megalodon_jax.errors import DataError
 from megalodon_jax.typing import Batch
 
 # Longer than a row, shorter, exactly a row's inputs, one token, and none.

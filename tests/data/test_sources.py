@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from megalodon_jax.config import DataConfig
-from megalodon_jax.data import DataError, Document, Source, open_source
+from megalodon_jax.data import Document, Source, open_source
+from megalodon_jax.errors import DataError
 
 
 def _files(*patterns: object, **settings: object) -> DataConfig:

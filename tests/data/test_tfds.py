@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from megalodon_jax.config import DataConfig
-from megalodon_jax.data import DataError, load_tokenizer, make_loader, open_source
+from megalodon_jax.data import load_tokenizer, make_loader, open_source
+from megalodon_jax.errors import DataError
 
 tfds = pytest.importorskip("tensorflow_datasets")
 TEXTS = {"train": ["erste Zeile é", "two", "drei 日本"], "validation": ["held out"]}

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megalodon_jax.data import DataError, Tokenizer, count_bytes, load_tokenizer
+from megalodon_jax.data import Tokenizer, count_bytes, load_tokenizer
+from megalodon_jax.errors import DataError
 
 CORPUS = [
     "hello world, how are you? é日本語 café",

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from megalodon_jax.checkpoints import load_model
+from megalodon_jax.cli.main import main
 from megalodon_jax.config import ModelConfig
-from megalodon_jax.interop.convert import ConvertError, convert
+from megalodon_jax.errors import ConvertError
+from megalodon_jax.interop.convert import convert
 from megalodon_jax.interop.released import to_state_dict
-from megalodon_jax.training.checkpoint import load_model
-from megalodon_jax.training.cli import main
 from tests.golden_files import golden_model
 from tests.torch_files import write_torch_file
 

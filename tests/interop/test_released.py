@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from megalodon_jax.config import ConfigError, ModelConfig
+from megalodon_jax.config import ModelConfig
+from megalodon_jax.errors import ConfigError, StateDictError, TorchFileError
 from megalodon_jax.interop.released import (
-    StateDictError,
     config_from_released,
     from_state_dict,
     join_shards,
@@ -19,7 +19,7 @@ from megalodon_jax.interop.released import (
     released_entries,
     to_state_dict,
 )
-from megalodon_jax.interop.torch_file import TorchFileError, read_torch_file
+from megalodon_jax.interop.torch_file import read_torch_file
 from tests.golden_files import GoldenModel, golden_model
 from tests.torch_files import write_torch_file
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 from megalodon_jax.config import ModelConfig
-from megalodon_jax.modules import FeedForward, LayerNorm, MegaAttention, RMSNorm, TokenPlaces
+from megalodon_jax.modules import FeedForward, LayerNorm, MegaAttention, PositionInfo, RMSNorm
 from megalodon_jax.modules.rotary import rotation
 from tests.golden_files import read_golden, relative_error
 
@@ -95,7 +95,7 @@ def test_attention_layer(case: str):
 
     def run(module: MegaAttention, x):
         positions = jnp.arange(x.shape[1])[None] % config.chunk_size
-        places = TokenPlaces(rotation(positions, config.head_dim, base), None, None)
+        places = PositionInfo(rotation(positions, config.head_dim, base), None, None)
         return x + module(x, places).out
 
     module = MegaAttention(config, rngs=nnx.Rngs(0))

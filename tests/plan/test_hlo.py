@@ -33,7 +33,7 @@ def compiled_text(mesh, function, *specs_and_shapes):
     return jax.jit(function).lower(*arguments).compile().as_text()
 
 
-def mapped(mesh, function, inputs, outputs):
+def shard_map_logical(mesh, function, inputs, outputs):
     return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
@@ -46,7 +46,9 @@ def test_a_sum_inside_a_scan_counts_every_step(mesh):
 
         return jax.lax.scan(body, x, None, length=STEPS)[0]
 
-    text = compiled_text(mesh, mapped(mesh, function, P("data"), P("data")), (P("data"), (B, D)))
+    text = compiled_text(
+        mesh, shard_map_logical(mesh, function, P("data"), P("data")), (P("data"), (B, D))
+    )
     (found,) = find_collectives(text, mesh)
     assert found == Collective(
         "all-reduce", ("model",), 4, B // 2 * D * 4, STEPS, op_name=found.op_name
@@ -72,7 +74,9 @@ def test_kinds_bytes_and_axes(mesh, kind):
     def local(x):
         return function(x.reshape(mesh.shape[axis], -1, D))
 
-    text = compiled_text(mesh, mapped(mesh, local, P("data"), P(None)), (P("data"), (B, D)))
+    text = compiled_text(
+        mesh, shard_map_logical(mesh, local, P("data"), P(None)), (P("data"), (B, D))
+    )
     (found,) = find_collectives(text, mesh)
     assert (found.kind, found.axes, found.count) == (kind, (axis,), 1)
     assert (found.bytes, found.sent_bytes) == (whole, sent)
@@ -82,7 +86,9 @@ def test_a_collective_over_two_axes(mesh):
     P = PartitionSpec
     text = compiled_text(
         mesh,
-        mapped(mesh, lambda x: jax.lax.all_gather(x, ("data", "model")), P("data"), P(None)),
+        shard_map_logical(
+            mesh, lambda x: jax.lax.all_gather(x, ("data", "model")), P("data"), P(None)
+        ),
         (P("data"), (B, D)),
     )
     (found,) = find_collectives(text, mesh)

@@ -7,25 +7,19 @@ import math
 import jax
 import pytest
 
-from megalodon_jax.config import (
-    ConfigError,
-    DataConfig,
-    MeshConfig,
-    ModelConfig,
-    TrainConfig,
-    configs_dir,
-    load_config,
-)
+from megalodon_jax.chips import describe_machine
+from megalodon_jax.cli.main import main
+from megalodon_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig, load_config
+from megalodon_jax.errors import ConfigError
+from megalodon_jax.parallel.mesh import check_fits, make_mesh
 from megalodon_jax.plan import chips, cli, topologies
 from megalodon_jax.plan import sweep as sweep_module
-from megalodon_jax.plan.chips import machine_of
 from megalodon_jax.plan.hlo import Collective
 from megalodon_jax.plan.plan import Plan, make_plan
 from megalodon_jax.plan.report import format_plan, format_ranking
 from megalodon_jax.plan.roofline import make_roofline
 from megalodon_jax.plan.sweep import find_meshes, rank, sweep
-from megalodon_jax.sharding import check_fits, make_mesh
-from megalodon_jax.training.cli import main
+from megalodon_jax.presets import configs_dir
 from megalodon_jax.training.step import abstract_model
 
 needs_cuda_compiler = pytest.mark.skipif(
@@ -259,7 +253,7 @@ def test_meshes_that_cannot_hold_the_weights_are_not_tried():
 def test_links(name, sizes, count, rates):
     devices = topologies.find_devices(name)
     assert len(devices) == count
-    machine = machine_of(make_mesh(MeshConfig(**sizes), devices))
+    machine = describe_machine(make_mesh(MeshConfig(**sizes), devices))
     assert machine.chip.name == name.partition(":")[0]
     assert {axis: machine.link_rate([axis]) for axis in rates} == rates
 
@@ -267,7 +261,7 @@ def test_links(name, sizes, count, rates):
 @needs_tpu_compiler
 def test_several_slices():
     devices = topologies.find_devices("v5p:2x2x2x2slices")
-    machine = machine_of(make_mesh(MeshConfig(replica=2, data=8), devices))
+    machine = describe_machine(make_mesh(MeshConfig(replica=2, data=8), devices))
     assert (machine.slices(["replica"]), machine.slices(["data"])) == (2, 1)
     gradient = Collective("all-reduce", ("replica", "data"), 16, 1600, 1, "")
     estimate = make_roofline(

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from megalodon_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
+from megalodon_jax.parallel.mesh import make_mesh
 from megalodon_jax.plan.hlo import Collective, find_collectives
-from megalodon_jax.sharding import make_mesh
 from megalodon_jax.training.step import abstract_model, abstract_state, make_train_step
 from megalodon_jax.typing import Batch
 

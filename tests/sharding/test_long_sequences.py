@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from megalodon_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
-from megalodon_jax.sharding import make_mesh
+from megalodon_jax.parallel.mesh import make_mesh
 from megalodon_jax.training.step import init_state, make_train_step
 from megalodon_jax.typing import Batch
 

@@ -19,8 +19,8 @@ from flax import nnx
 from jax.experimental import topologies
 
 from megalodon_jax import processes
+from megalodon_jax.checkpoints import RunCheckpoints, load_model
 from megalodon_jax.config import (
-    ConfigError,
     DataConfig,
     MeshConfig,
     ModelConfig,
@@ -28,19 +28,20 @@ from megalodon_jax.config import (
     ProcessesConfig,
     TrainConfig,
 )
-from megalodon_jax.processes import (
-    AgreedNumber,
-    gather_json,
-    leave_without_others,
-    names_several_processes,
+from megalodon_jax.errors import ConfigError
+from megalodon_jax.parallel.distributed import (
+    DelayedGlobalMax,
+    all_gather_json,
+    exit_without_barrier,
+    initialize,
+    is_multi_process_environment,
     num_shards_of,
     place_batch,
     rows_of_process,
     rows_of_processes,
-    start_processes,
 )
-from megalodon_jax.sharding import batch_sharding, make_mesh
-from megalodon_jax.training.checkpoint import RunCheckpoints, load_model
+from megalodon_jax.parallel.mesh import make_mesh
+from megalodon_jax.parallel.sharding import batch_sharding
 from megalodon_jax.typing import Batch
 from tests.topologies import tpu_device
 
@@ -346,8 +347,8 @@ def test_a_placed_batch_is_the_batch():
 
 
 def test_alone_nothing_is_exchanged():
-    assert gather_json({"a": [1]}) == [{"a": [1]}]
-    number = AgreedNumber(make_mesh(MeshConfig()))
+    assert all_gather_json({"a": [1]}) == [{"a": [1]}]
+    number = DelayedGlobalMax(make_mesh(MeshConfig()))
     assert [number.exchange(given) for given in (0, 15, 0)] == [0, 15, 0]
 
 
@@ -370,15 +371,15 @@ SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID": "0", "SLURM_NTASKS"
     ],
 )
 def test_environments_that_name_several_processes(environment, due):
-    assert names_several_processes({"TPU_SKIP_MDS_QUERY": "1", **environment}) is due
+    assert is_multi_process_environment({"TPU_SKIP_MDS_QUERY": "1", **environment}) is due
 
 
 def test_a_tpu_without_variables_asks_its_machine(monkeypatch):
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name)
     for hosts, due in (("a,b", True), ("a", False), ("", False)):
         monkeypatch.setattr(processes, "_tpu_hosts", lambda hosts=hosts: hosts)
-        assert names_several_processes({}) is due
-        assert not names_several_processes({"JAX_PLATFORMS": "cpu"})
+        assert is_multi_process_environment({}) is due
+        assert not is_multi_process_environment({"JAX_PLATFORMS": "cpu"})
 
 
 def test_processes_are_joined_as_they_are_named(monkeypatch):
@@ -386,23 +387,23 @@ def test_processes_are_joined_as_they_are_named(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append(a))
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    start_processes(ProcessesConfig(detect=False))
+    initialize(ProcessesConfig(detect=False))
     assert calls == []
-    start_processes(ProcessesConfig())
-    start_processes(ProcessesConfig(coordinator="host:1234", count=3, index=2))
+    initialize(ProcessesConfig())
+    initialize(ProcessesConfig(coordinator="host:1234", count=3, index=2))
     assert calls == [(), ("host:1234", 3, 2)]
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    start_processes(ProcessesConfig())
+    initialize(ProcessesConfig())
     assert len(calls) == 2
 
 
 def test_after_an_error_one_of_several_does_not_wait(monkeypatch):
     registered = []
     monkeypatch.setattr(processes.atexit, "register", registered.append)
-    leave_without_others(1)
+    exit_without_barrier(1)
     assert registered == []
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    leave_without_others(2)
+    exit_without_barrier(2)
     codes = []
     monkeypatch.setattr(processes.os, "_exit", codes.append)
     registered[0]()
@@ -413,7 +414,7 @@ def test_processes_that_cannot_be_joined():
     # This process has used its devices already.
     jax.devices()
     with pytest.raises(ConfigError, match=r"cannot join the other processes: .*processes\.detect"):
-        start_processes(ProcessesConfig(coordinator="localhost:1", count=2, index=1))
+        initialize(ProcessesConfig(coordinator="localhost:1", count=2, index=1))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from jax import numpy as jnp
 from megalodon_jax import Megalodon, ModelConfig
 from megalodon_jax.cache import cache_shardings
 from megalodon_jax.config import MeshConfig
-from megalodon_jax.sharding import make_mesh, shardings_of
+from megalodon_jax.parallel.mesh import make_mesh
+from megalodon_jax.parallel.sharding import shardings_of
 
 CONFIG = ModelConfig(
     num_layers=2, model_dim=32, z_dim=16, value_dim=32, num_heads=2, ffn_hidden_dim=48,

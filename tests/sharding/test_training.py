@@ -8,17 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from megalodon_jax.config import (
-    ConfigError,
-    DataConfig,
-    MeshConfig,
-    ModelConfig,
-    TrainConfig,
-    preset_names,
-)
-from megalodon_jax.sharding import make_mesh, mesh_sizes, spec_of
-from megalodon_jax.training.checkpoint import RunCheckpoints
-from megalodon_jax.training.step import TrainState, init_state, make_train_step, mesh_of
+from megalodon_jax.checkpoints import RunCheckpoints
+from megalodon_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
+from megalodon_jax.errors import ConfigError
+from megalodon_jax.parallel.mesh import make_mesh, mesh_sizes, resolve_mesh
+from megalodon_jax.parallel.sharding import partition_spec
+from megalodon_jax.presets import preset_names
+from megalodon_jax.training.step import TrainState, init_state, make_train_step
 from megalodon_jax.typing import Batch
 
 CONFIG = TrainConfig(
@@ -148,14 +144,16 @@ def test_mesh_sizes():
 def test_every_size_that_does_not_divide_is_named():
     config = dataclasses.replace(CONFIG, data=DataConfig(batch_size=3, seq_len=40))
     with pytest.raises(ConfigError, match=r"batch_size 3 .* mesh\.data = 2.*20 tokens a device"):
-        mesh_of(dataclasses.replace(config, mesh=MeshConfig(data=2, chunk=2, model=2)))
+        resolve_mesh(dataclasses.replace(config, mesh=MeshConfig(data=2, chunk=2, model=2)))
     with pytest.raises(ConfigError, match=r"num_heads 2 does not divide by mesh\.model = 8"):
-        mesh_of(dataclasses.replace(CONFIG, mesh=MeshConfig(model=8)))
+        resolve_mesh(dataclasses.replace(CONFIG, mesh=MeshConfig(model=8)))
 
 
 def test_rules():
-    assert spec_of(("layers", "embed", "value")) == jax.sharding.PartitionSpec((), "data", "model")
+    assert partition_spec(("layers", "embed", "value")) == jax.sharding.PartitionSpec(
+        (), "data", "model"
+    )
     with pytest.raises(ValueError, match="'value' and 'ffn' of one array both go to mesh axis"):
-        spec_of(("value", "ffn"))
+        partition_spec(("value", "ffn"))
     with pytest.raises(ValueError, match="no rule for logical axis 'heigth'"):
-        spec_of(("heigth",))
+        partition_spec(("heigth",))

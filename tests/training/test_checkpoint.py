@@ -10,13 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from megalodon_jax.checkpoints import RunCheckpoints, load_model
+from megalodon_jax.errors import CheckpointError, MismatchError
 from megalodon_jax.model import Megalodon
-from megalodon_jax.training.checkpoint import (
-    CheckpointError,
-    MismatchError,
-    RunCheckpoints,
-    load_model,
-)
 from megalodon_jax.training.step import TrainState, init_state
 
 LOADER_STATE = {"version": 1, "position": {"rows": [1, 2, 3]}}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megalodon_jax.training.cli import main
+from megalodon_jax.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from megalodon_jax.data import ByteTokenizer, DataError
-from megalodon_jax.model import Megalodon
-from megalodon_jax.training.evaluate import (
+from megalodon_jax.data import ByteTokenizer
+from megalodon_jax.errors import DataError
+from megalodon_jax.evaluation import (
     evaluate_documents,
     evaluate_files,
     streaming_batches,
 )
+from megalodon_jax.model import Megalodon
 from megalodon_jax.training.step import init_state
 
 # Lengths around the piece length 16 of the tests: with marks, 15 bytes fill a piece exactly.

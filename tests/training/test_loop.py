@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from megalodon_jax.config import ConfigError, DataConfig, TrainConfig
-from megalodon_jax.data import DataError
-from megalodon_jax.training.checkpoint import (
+from megalodon_jax.checkpoints import RunCheckpoints, load_model
+from megalodon_jax.config import DataConfig, TrainConfig
+from megalodon_jax.errors import (
     CheckpointError,
+    ConfigError,
+    DataError,
     MismatchError,
-    RunCheckpoints,
-    load_model,
+    TrainingError,
 )
-from megalodon_jax.training.loop import TrainingError, train
+from megalodon_jax.training.loop import train
 from megalodon_jax.training.metrics import ProgressDisplay
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from megalodon_jax.config import ConfigError, ModelConfig
+from megalodon_jax.config import ModelConfig
+from megalodon_jax.errors import ConfigError
 from megalodon_jax.training.metrics import (
     PEAK_FLOPS,
     ProgressDisplay,

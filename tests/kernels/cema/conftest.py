@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.cema import CemaParams, cema
-from pallas_kernels.target import find_target, interpreted
+from pallas_kernels.common.target import find_target, interpreted
 
 # Tokens x orders that a kernel's interpreter works through in a few seconds.
 INTERPRETED_WORK = 700

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from megalodon_jax.config import AttentionImplementation, CemaImplementation
 from pallas_kernels.cema import CemaParams, api
-from pallas_kernels.cema.mosaic_gpu import WARPGROUPS, choose_split
+from pallas_kernels.cema.mosaic_gpu.op import WARPGROUPS, choose_split
 from pallas_kernels.chunk_attention import api as attention_api
-from pallas_kernels.target import Target, find_target
+from pallas_kernels.common.dispatch import Implementation
+from pallas_kernels.common.target import Target, find_target
 from tests.topologies import compile_for, tpu_device
 
 H200, A100 = Target("gpu", "NVIDIA H200"), Target("gpu", "NVIDIA A100-SXM4-80GB")
@@ -74,5 +74,5 @@ def test_short_rows_are_not_split_into_crumbs():
 
 
 def test_the_model_can_be_configured_with_every_implementation():
-    assert get_args(CemaImplementation) == get_args(api.Implementation)
-    assert get_args(AttentionImplementation) == get_args(attention_api.Implementation)
+    assert get_args(Implementation) == get_args(api.Implementation)
+    assert get_args(Implementation) == get_args(attention_api.Implementation)

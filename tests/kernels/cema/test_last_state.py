@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.cema import CemaParams, cema
-from pallas_kernels.cema.last_state import last_state
+from pallas_kernels.cema.final_state import last_state
 
 RUNS = [[(1, 150)], [(0, 3), (1, 80), (2, 60), (0, 7)], [(0, 150)], [(1, 149), (0, 1)]]
 

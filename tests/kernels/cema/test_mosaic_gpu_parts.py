@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.cema import CemaParams, cema, mosaic_gpu_stream
-from pallas_kernels.target import interpreted
+from pallas_kernels.common.target import interpreted
 from tests.kernels.parts import at_last_part, from_parts, in_turn, to_parts
 
 PARTS = 2

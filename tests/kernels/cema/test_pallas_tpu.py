@@ -10,8 +10,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.cema import CemaParams, cema
-from pallas_kernels.cema.pallas_tpu import cema_pallas_tpu
-from pallas_kernels.cema.tpu_block_sizes import TILES, tile_for
+from pallas_kernels.cema.pallas_tpu.block_sizes import TILES, tile_for
+from pallas_kernels.cema.pallas_tpu.op import cema_pallas_tpu
 
 # Two tiles of 1,024 tokens: many borders in a block, padding at both ends, rows of one document
 # and of none. The last row has its border in the second tile.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.cema import CemaParams
-from pallas_kernels.cema.pallas_tpu import cema_pallas_tpu
+from pallas_kernels.cema.pallas_tpu.op import cema_pallas_tpu
 from tests.topologies import compile_for, tpu_device
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1"}

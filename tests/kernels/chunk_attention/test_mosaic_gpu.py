@@ -13,7 +13,7 @@ from pallas_kernels.chunk_attention import (
     api,
     chunk_attention,
 )
-from pallas_kernels.target import Target, find_target, interpreted
+from pallas_kernels.common.target import Target, find_target, interpreted
 from tests.topologies import compile_for, h200_device, ptxas_usage
 
 # Outputs and weights are rounded to bfloat16, 1.7e-3 each, gradients of scores once more.
@@ -173,7 +173,7 @@ def test_compiles_for_an_h200_without_spilling():
 
     device = h200_device()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pallas_kernels.chunk_attention.mosaic_gpu.is_interpreted", lambda: False)
+        patch.setattr("pallas_kernels.chunk_attention.mosaic_gpu.op.is_interpreted", lambda: False)
         compiled = compile_for(device, both_passes, q, q, v, v, ids, ids)
     usage = ptxas_usage(compiled)
     for kernel in usage:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.chunk_attention import AttentionDropout, KeyValueCache, api, chunk_attention
-from pallas_kernels.chunk_attention.pallas_tpu import can_run
-from pallas_kernels.target import Target, interpreted
+from pallas_kernels.chunk_attention.pallas_tpu.op import can_run
+from pallas_kernels.common.target import Target, interpreted
 
 
 def relative(actual, expected):

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from megalodon_jax.config import RowwiseImplementation
 from pallas_kernels import rowwise
+from pallas_kernels.common.dispatch import Implementation
+from pallas_kernels.common.target import Target, find_target, interpreted
 from pallas_kernels.rowwise import api, mosaic_gpu
-from pallas_kernels.target import Target, find_target, interpreted
 
 H200, A100 = Target("gpu", "NVIDIA H200"), Target("gpu", "NVIDIA A100-SXM4-80GB")
 BF16 = jnp.bfloat16
@@ -82,4 +82,4 @@ def test_mistakes():
 
 
 def test_the_model_can_be_configured_with_every_implementation():
-    assert get_args(RowwiseImplementation) == get_args(rowwise.Implementation)
+    assert get_args(Implementation) == get_args(rowwise.Implementation)

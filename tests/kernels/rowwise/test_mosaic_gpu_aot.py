@@ -6,11 +6,11 @@ import pytest
 from flax import nnx
 
 from megalodon_jax.config import ModelConfig
-from megalodon_jax.modules import TokenPlaces
+from megalodon_jax.modules import PositionInfo
 from megalodon_jax.modules.block import Block
 from megalodon_jax.modules.rotary import rotation
 from pallas_kernels.rowwise import mosaic_gpu
-from pallas_kernels.rowwise.block_sizes import GATES, NORMS
+from pallas_kernels.rowwise.mosaic_gpu.block_sizes import GATES, NORMS
 from tests.topologies import compile_for, h200_device, ptxas_usage
 
 REGISTERS = 65_536
@@ -66,7 +66,7 @@ def test_a_block_uses_them(monkeypatch):
         norm_num_groups=2, dtype="bfloat16", rowwise_implementation="mosaic_gpu",
     )  # fmt: skip
     graphdef, state = nnx.split(Block(config, 0.0, rngs=nnx.Rngs(0)))
-    places = TokenPlaces(rotation(jnp.arange(16)[None], 32, 10_000.0), None, None)
+    places = PositionInfo(rotation(jnp.arange(16)[None], 32, 10_000.0), None, None)
 
     def loss(state, x):
         y = nnx.merge(graphdef, state)(x, places).x

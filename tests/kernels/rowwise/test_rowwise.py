@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import rowwise
+from pallas_kernels.common.target import find_target, interpreted
 from pallas_kernels.rowwise import mosaic_gpu
-from pallas_kernels.rowwise.mosaic_gpu_kernels import Shape
-from pallas_kernels.target import find_target, interpreted
+from pallas_kernels.rowwise.mosaic_gpu.kernels import Shape
 
 EPS = 1e-5
 

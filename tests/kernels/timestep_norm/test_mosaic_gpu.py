@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.target import Target, find_target, interpreted
+from pallas_kernels.common.target import Target, find_target, interpreted
 from pallas_kernels.timestep_norm import TimestepNormState, api, timestep_norm
 from tests.topologies import compile_for, h200_device, ptxas_usage
 
@@ -18,7 +18,7 @@ COUNTS = {"prior": jnp.asarray(2, jnp.int32)}
 
 @pytest.fixture(autouse=True)
 def runnable(monkeypatch):
-    monkeypatch.setattr("pallas_kernels.timestep_norm.mosaic_gpu.SHORTEST_SPLIT", 1)
+    monkeypatch.setattr("pallas_kernels.timestep_norm.mosaic_gpu.op.SHORTEST_SPLIT", 1)
     if find_target().is_hopper:
         yield
         return
@@ -208,7 +208,7 @@ def test_what_the_kernels_cannot_do_is_refused():
 def test_chosen_on_hopper_where_it_is_faster(monkeypatch):
     hopper = Target("gpu", "NVIDIA H200")
     monkeypatch.setattr(api, "find_target", lambda: hopper)
-    monkeypatch.setattr("pallas_kernels.target.find_target", lambda: hopper)
+    monkeypatch.setattr("pallas_kernels.common.target.find_target", lambda: hopper)
 
     def kernels(L, dtype, G):
         x, ones = jnp.ones((1, L, 64), dtype), jnp.ones(64)
@@ -228,7 +228,7 @@ def test_chosen_on_hopper_where_it_is_faster(monkeypatch):
 @pytest.mark.parametrize("shape", [(1, 16_384, 4096, 64), (1, 131_072, 1024, 32)])
 def test_compiles_for_an_h200_with_next_to_no_spilling(kind, shape, monkeypatch):
     B, L, D, G = shape
-    monkeypatch.setattr("pallas_kernels.timestep_norm.mosaic_gpu.is_interpreted", lambda: False)
+    monkeypatch.setattr("pallas_kernels.timestep_norm.mosaic_gpu.op.is_interpreted", lambda: False)
 
     def both_passes(x, scale, bias, dy, ids):
         def run(x, scale, bias):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.target import interpreted
+from pallas_kernels.common.target import interpreted
 from pallas_kernels.timestep_norm import (
     TimestepNormState,
     mosaic_gpu,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from megalodon_jax.config import Implementation
-from pallas_kernels.target import Target, interpreted
+from pallas_kernels.common.dispatch import Implementation
+from pallas_kernels.common.target import Target, interpreted
 from pallas_kernels.timestep_norm import (
     TimestepNormState,
     api,
@@ -17,7 +17,7 @@ from pallas_kernels.timestep_norm import (
     timestep_norm,
     tpu_block_sizes,
 )
-from pallas_kernels.timestep_norm.tpu_block_sizes import choose_blocks
+from pallas_kernels.timestep_norm.pallas_tpu.block_sizes import choose_blocks
 
 
 @pytest.fixture(autouse=True)

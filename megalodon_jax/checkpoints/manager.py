@@ -1,0 +1,470 @@
+"""Checkpoints of a run: everything that is needed to go on as if it had never stopped.
+
+`<run_dir>/checkpoints/<step>/` holds four Orbax items: `params` and `opt_state` (arrays under
+dotted names), `loader` (the data iterator's state, JSON) and `run` (step, resolved configuration,
+tokenizer fingerprint, JSON). A directory gets its final name only when all of it is written.
+
+In a run of several processes all of them save and restore together, in a directory that all of them
+see. Each writes and reads what its devices hold, so a checkpoint of any number of processes and
+devices restores on any other.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh
+
+from megalodon_jax.checkpoints.items import (
+    abstract_by_name,
+    by_name,
+    from_names,
+    reader,
+    reason,
+    suppress_orphaned_read_errors,
+)
+from megalodon_jax.config import ModelConfig, TrainConfig, config_from_dict
+from megalodon_jax.data.tokenizer import Tokenizer, load_tokenizer
+from megalodon_jax.errors import CheckpointError, ConfigError, MismatchError
+from megalodon_jax.model import Megalodon
+from megalodon_jax.parallel.distributed import all_processes_ok, is_main
+from megalodon_jax.training.step import TrainState, abstract_model, abstract_state
+
+# How a model is computed, not what it is: these may change between save and restore.
+_COMPUTE_FIELDS = frozenset(
+    {
+        "remat",
+        "scan_layers",
+        "cema_implementation",
+        "timestep_norm_implementation",
+        "attention_implementation",
+        "rowwise_implementation",
+    }
+)
+
+
+class RestoredRun(NamedTuple):
+    """A run as it was after `step` updates.
+
+    Attributes:
+      state: arrays on the default device.
+      loader_state: what the loader's `state_dict` gave.
+      config: the configuration the checkpoint was made with.
+    """
+
+    state: TrainState
+    loader_state: dict[str, Any]
+    config: TrainConfig
+
+
+class LoadedModel(NamedTuple):
+    """A trained model and the configuration it was trained with."""
+
+    model: Megalodon
+    config: TrainConfig
+
+
+class TrainedModel(NamedTuple):
+    """A trained model and the tokenizer whose ids it knows."""
+
+    model: Megalodon
+    tokenizer: Tokenizer
+
+
+class RunCheckpoints:
+    """The checkpoints of one run directory. Saving is asynchronous: training goes on meanwhile.
+
+    Use as a context manager, or call `close`.
+
+    Args:
+      run_dir: the run's directory.
+      keep: newest checkpoints that stay; older ones are removed once a newer one is complete.
+      read_only: never write here, not even to clean up.
+
+    Raises:
+      CheckpointError: `read_only` and there is no checkpoint directory.
+    """
+
+    def __init__(self, run_dir: str | Path, *, keep: int = 1, read_only: bool = False) -> None:
+        self.directory = (Path(run_dir) / "checkpoints").absolute()
+        if not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        elif not self.directory.is_dir():
+            raise CheckpointError(
+                f"{run_dir} has no checkpoints; give the run_dir of a training run"
+            )
+        if is_main():
+            for unfinished in sorted(self.directory.glob("*.orbax-checkpoint-tmp")):
+                action = "ignoring" if read_only else "removing"
+                print(f"{action} unfinished checkpoint {unfinished}", file=sys.stderr)
+        self._orbax = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=None if read_only else keep,
+                read_only=read_only,
+                create=False,
+                cleanup_tmp_directories=not read_only,
+            ),
+        )
+        self._last_saved: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints on disk, oldest first, damaged ones included."""
+        # Orbax's own list forgets an old step when a save begins, before that save is complete.
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+
+    def save(
+        self,
+        state: TrainState,
+        *,
+        loader_state: Mapping[str, Any],
+        config: TrainConfig,
+        tokenizer_fingerprint: str,
+    ) -> None:
+        """Starts to write a checkpoint; returns once the arrays may be changed again.
+
+        Raises:
+          CheckpointError: this or an earlier save failed (for example: disk full).
+        """
+        self._save(
+            int(state.step),
+            params=ocp.args.StandardSave(by_name(state.params)),
+            opt_state=ocp.args.StandardSave(by_name(state.opt_state)),
+            loader=ocp.args.JsonSave(dict(loader_state)),
+            run=_run_item(int(state.step), config, tokenizer_fingerprint),
+        )
+
+    def save_params(
+        self, params: nnx.State, *, config: TrainConfig, tokenizer_fingerprint: str
+    ) -> None:
+        """Starts to write the weights alone, as step 0: enough to use the model, not to resume.
+
+        Raises:
+          CheckpointError: the save failed.
+        """
+        self._save(
+            0,
+            params=ocp.args.StandardSave(by_name(params)),
+            run=_run_item(0, config, tokenizer_fingerprint),
+        )
+
+    def check(self) -> None:
+        """Raises `CheckpointError` if the save that is under way has failed; does not wait."""
+        try:
+            self._orbax.check_for_errors()
+        except Exception as error:
+            raise self._save_error(self._last_saved, error) from error
+
+    def wait(self) -> None:
+        """Waits until the last save is complete.
+
+        Raises:
+          CheckpointError: it failed.
+        """
+        try:
+            self._orbax.wait_until_finished()
+        except Exception as error:
+            raise self._save_error(self._last_saved, error) from error
+
+    def close(self) -> None:
+        """Waits for the last save and frees the writer's threads."""
+        try:
+            self._orbax.close()
+        except Exception as error:
+            raise self._save_error(self._last_saved, error) from error
+
+    def read_run(self, step: int) -> tuple[TrainConfig, str]:
+        """Configuration and tokenizer fingerprint of one checkpoint.
+
+        Raises:
+          CheckpointError: it is damaged.
+        """
+        run = self._restore(step, run=ocp.args.JsonRestore())["run"]
+        try:
+            return config_from_dict(run["config"]), run["tokenizer_fingerprint"]
+        except (ConfigError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"checkpoint {self._path(step)} holds no usable configuration: {error}"
+            ) from error
+
+    def restore(self, step: int, config: TrainConfig, mesh: Mesh | None = None) -> RestoredRun:
+        """Reads one checkpoint to go on with `config`, whatever mesh wrote it.
+
+        Args:
+          step: which one.
+          config: the run that goes on.
+          mesh: devices; None: those of `config.mesh`.
+
+        Raises:
+          CheckpointError: it is damaged.
+          MismatchError: it is of another model; the fields that differ are named.
+        """
+        saved, _ = self.read_run(step)
+        check_same_model(saved.model, config.model, self._path(step))
+        abstract = abstract_state(config, mesh)
+        items = self._restore(
+            step,
+            params=ocp.args.StandardRestore(abstract_by_name(abstract.params)),
+            opt_state=ocp.args.StandardRestore(abstract_by_name(abstract.opt_state)),
+            loader=ocp.args.JsonRestore(),
+        )
+        # Committed like the other arrays, or the train step would be compiled twice.
+        at = np.asarray(step, np.int32)
+        state = TrainState(
+            jax.make_array_from_callback((), abstract.step.sharding, lambda _: at),
+            from_names(abstract.params, items["params"]),
+            from_names(abstract.opt_state, items["opt_state"]),
+        )
+        return RestoredRun(state, items["loader"], saved)
+
+    def restore_params(self, step: int, config: TrainConfig, mesh: Mesh | None = None) -> nnx.State:
+        """Reads the parameters alone, to where a run of `config` has them.
+
+        Args:
+          step: which checkpoint.
+          config: the run that starts with them.
+          mesh: devices; None: those of `config.mesh`.
+
+        Raises:
+          CheckpointError: it is damaged.
+          MismatchError: it is of another model; the fields that differ are named.
+        """
+        saved, _ = self.read_run(step)
+        check_same_model(saved.model, config.model, self._path(step))
+        params = abstract_state(config, mesh).params
+        items = self._restore(step, params=ocp.args.StandardRestore(abstract_by_name(params)))
+        return from_names(params, items["params"])
+
+    def restore_model(self, step: int, config: ModelConfig) -> Megalodon:
+        """Reads the parameters alone, into a model of `config` on this process's first device.
+
+        Raises:
+          CheckpointError: the checkpoint is damaged.
+        """
+        graphdef, params = abstract_model(config)
+        items = self._restore(step, params=ocp.args.StandardRestore(abstract_by_name(params)))
+        return nnx.merge(graphdef, from_names(params, items["params"]))
+
+    def set_aside(self, step: int) -> Path:
+        """Renames a damaged checkpoint to `damaged_<step>`, so that its step can be saved again."""
+        source = self._path(step)
+        target = source.with_name(f"damaged_{step}")
+        count = 1
+        while target.exists():
+            count += 1
+            target = source.with_name(f"damaged_{step}_{count}")
+        # Nobody renames before all have found the same name.
+        all_processes_ok(True)
+        if is_main():
+            source.rename(target)
+        all_processes_ok(True)
+        self._orbax.reload()
+        return target
+
+    def _save(self, step: int, **items: ocp.args.CheckpointArgs) -> None:
+        # Orbax would wait here too, but a failure must be told with its own step.
+        self.wait()
+        try:
+            self._orbax.save(step, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:
+            raise self._save_error(step, error) from error
+        self._last_saved = step
+
+    def _restore(self, step: int, **items: ocp.args.CheckpointArgs) -> Mapping[str, Any]:
+        restored, failure = None, None
+        try:
+            restored = self._read(step, items)
+        except CheckpointError as error:
+            failure = error
+        # What one process cannot read none may go on with.
+        all_read = all_processes_ok(failure is None)
+        if failure is not None:
+            raise failure
+        if restored is None or not all_read:
+            raise CheckpointError(
+                f"checkpoint {self._path(step)} cannot be read by another process, which says why"
+            )
+        return restored
+
+    def _read(self, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> Mapping[str, Any]:
+        try:
+            with suppress_orphaned_read_errors(), reader(self.directory) as orbax:
+                restored = orbax.restore(step, args=ocp.args.Composite(**items))
+            missing = [name for name in items if restored[name] is None]
+        # Orbax, TensorStore and the JSON parser raise many types for a truncated or missing file.
+        except Exception as error:
+            raise CheckpointError(
+                f"checkpoint {self._path(step)} cannot be read: {reason(error)}"
+            ) from error
+        if missing:
+            raise CheckpointError(f"checkpoint {self._path(step)} lacks {', '.join(missing)}")
+        return restored  # type: ignore[return-value]
+
+    def _path(self, step: int) -> Path:
+        return self.directory / str(step)
+
+    def _save_error(self, step: int | None, error: Exception) -> CheckpointError:
+        complete = [str(at) for at in self.steps() if at != step]
+        usable = (
+            f"still usable: step {', '.join(complete)}" if complete else "no earlier one exists"
+        )
+        return CheckpointError(
+            f"checkpoint {'' if step is None else self._path(step)} was not written: "
+            f"{reason(error)}; {usable}"
+        )
+
+
+def save_model(model: Megalodon, run_dir: str | Path, config: TrainConfig) -> None:
+    """Writes a model as a run that `load_model`, `generate`, `evaluate` and `init_from` can use.
+
+    Raises:
+      CheckpointError: `run_dir` has checkpoints already, or the save failed.
+      DataError: the tokenizer that `config` names cannot be read.
+    """
+    fingerprint = load_tokenizer(config.data.tokenizer).fingerprint()
+    with RunCheckpoints(run_dir) as checkpoints:
+        if steps := checkpoints.steps():
+            raise CheckpointError(f"{run_dir} has checkpoints already (newest: step {steps[-1]})")
+        params = nnx.state(model, nnx.Param)
+        checkpoints.save_params(params, config=config, tokenizer_fingerprint=fingerprint)
+        checkpoints.wait()
+
+
+def load_params(run_dir: str | Path, config: TrainConfig, mesh: Mesh) -> nnx.State:
+    """The newest parameters of another run, where a run of `config` has them on `mesh`.
+
+    Raises:
+      CheckpointError: there are none, or they cannot be read.
+      MismatchError: they are of another model.
+    """
+    with RunCheckpoints(run_dir, read_only=True) as checkpoints:
+        return load_latest_valid(
+            checkpoints, lambda step: checkpoints.restore_params(step, config, mesh)
+        )
+
+
+def load_model(run_dir: str | Path, step: int | None = None) -> LoadedModel:
+    """The model of a training run.
+
+    Args:
+      run_dir: the run's directory.
+      step: which checkpoint; None: the newest that can be read.
+
+    Raises:
+      CheckpointError: there is none, or it cannot be read.
+    """
+    with RunCheckpoints(run_dir, read_only=True) as checkpoints:
+
+        def load(at: int) -> LoadedModel:
+            config, _ = checkpoints.read_run(at)
+            return LoadedModel(checkpoints.restore_model(at, config.model), config)
+
+        return load_latest_valid(checkpoints, load, step=step)
+
+
+def load_trained(run_dir: str | Path, step: int | None = None) -> TrainedModel:
+    """Like `load_model`, with the tokenizer of the run, which must not have changed since.
+
+    Raises:
+      CheckpointError: no checkpoint can be read.
+      MismatchError: the tokenizer's file means something else now.
+      DataError: the tokenizer's file cannot be read.
+    """
+    with RunCheckpoints(run_dir, read_only=True) as checkpoints:
+
+        def load(at: int) -> TrainedModel:
+            config, fingerprint = checkpoints.read_run(at)
+            tokenizer = load_tokenizer(config.data.tokenizer)
+            if tokenizer.fingerprint() != fingerprint:
+                raise MismatchError(
+                    f"{run_dir} was trained with tokenizer {fingerprint}, but "
+                    f"{config.data.tokenizer!r} is now {tokenizer.fingerprint()}; restore that file"
+                )
+            return TrainedModel(checkpoints.restore_model(at, config.model), tokenizer)
+
+        return load_latest_valid(checkpoints, load, step=step)
+
+
+def load_latest_valid[T](
+    checkpoints: RunCheckpoints,
+    load: Callable[[int], T],
+    *,
+    step: int | None = None,
+    on_damaged: Callable[[int, CheckpointError], None] | None = None,
+) -> T:
+    """What `load` gives for the newest checkpoint that is not damaged, or for `step` alone.
+
+    Every damaged one is named on the error stream, then handed to `on_damaged`.
+
+    Raises:
+      CheckpointError: no checkpoint can be read.
+      MismatchError: the newest readable one is of another model or other data.
+    """
+    steps = checkpoints.steps()
+    if not steps:
+        raise CheckpointError(f"{checkpoints.directory} holds no complete checkpoint to go on from")
+    if step is not None:
+        if step not in steps:
+            raise CheckpointError(
+                f"{checkpoints.directory} has no checkpoint of step {step}; there are: "
+                f"{', '.join(map(str, steps))}"
+            )
+        return load(step)
+    for at in reversed(steps):
+        try:
+            return load(at)
+        except MismatchError:
+            raise
+        except CheckpointError as error:
+            print(f"damaged checkpoint, trying an earlier one: {error}", file=sys.stderr)
+            if on_damaged is not None:
+                on_damaged(at, error)
+    raise CheckpointError(f"no checkpoint in {checkpoints.directory} can be read")
+
+
+def check_same_model(saved: ModelConfig, wanted: ModelConfig, source: str | Path) -> None:
+    """Raises `MismatchError`, naming the fields, if two configurations are of different models."""
+    differing = differing_fields(saved, wanted, ignored=_COMPUTE_FIELDS)
+    if differing:
+        raise MismatchError(
+            f"checkpoint {source} is of another model: {'; '.join(differing)}. "
+            "Use the checkpoint's values, or another run_dir"
+        )
+
+
+def differing_fields(saved: Any, wanted: Any, *, ignored: frozenset[str]) -> list[str]:
+    """One text for each field of two configurations that differs: name, both values."""
+    texts = []
+    for entry in dataclasses.fields(saved):
+        old, new = getattr(saved, entry.name), getattr(wanted, entry.name)
+        if entry.name not in ignored and old != new:
+            texts.append(f"{entry.name} is {old!r} in the checkpoint, {new!r} now")
+    return texts
+
+
+def _run_item(step: int, config: TrainConfig, tokenizer_fingerprint: str) -> ocp.args.JsonSave:
+    return ocp.args.JsonSave(
+        {
+            "step": step,
+            "config": dataclasses.asdict(config),
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+        }
+    )

@@ -1,0 +1,80 @@
+"""From TOML files and nested tables to a `TrainConfig`."""
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_origin
+
+from megalodon_jax.config.checks import check_keys, require
+from megalodon_jax.config.mesh import MeshConfig
+from megalodon_jax.config.model import ModelConfig
+from megalodon_jax.config.run import TrainConfig
+from megalodon_jax.errors import ConfigError
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """Reads a `TrainConfig` from a TOML file.
+
+    `[model]` and `[mesh]` may hold `preset = "<name>"`: the named size or mesh, with the
+    table's other keys changed.
+
+    Raises:
+      ConfigError: the file is missing or malformed, a key is unknown (the closest known one is
+        named), or a value has the wrong type or is out of range.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    try:
+        return config_from_dict(table)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def config_from_dict(table: Mapping[str, Any]) -> TrainConfig:
+    """Builds a `TrainConfig` from nested mappings; the inverse of `dataclasses.asdict`."""
+    import cattrs
+
+    table = dict(table)
+    for name, kind in (("model", ModelConfig), ("mesh", MeshConfig)):
+        part = table.get(name, {})
+        require(isinstance(part, Mapping), f"{name} must be a table, got {part!r}")
+        part = dict(part)
+        if preset := part.pop("preset", None):
+            table[name] = {**dataclasses.asdict(kind.from_preset(preset)), **part}
+    _check_nested_keys(TrainConfig, table, "")
+    converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
+    for scalar in (int, float, str, bool):
+        converter.register_structure_hook(scalar, _strict_scalar)
+    # Choices are checked by the dataclasses themselves, whose messages are better.
+    converter.register_structure_hook_func(
+        lambda kind: get_origin(kind) is Literal, lambda value, _: value
+    )
+    try:
+        return converter.structure(table, TrainConfig)
+    except cattrs.BaseValidationError as error:
+        messages = cattrs.transform_error(
+            error, path="config", format_exception=lambda cause, _: str(cause)
+        )
+        raise ConfigError("; ".join(messages)) from error
+
+
+def _strict_scalar(value: Any, kind: type) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError(f"{value!r} is not of type {kind.__name__}")
+    return value
+
+
+def _check_nested_keys(cls: type, table: Mapping[str, Any], path: str) -> None:
+    check_keys(cls, table, path or "config")
+    for entry in dataclasses.fields(cls):
+        if entry.name in table and dataclasses.is_dataclass(entry.type):
+            value = table[entry.name]
+            require(isinstance(value, Mapping), f"{entry.name} must be a table, got {value!r}")
+            _check_nested_keys(entry.type, value, entry.name)  # type: ignore[arg-type]

@@ -1,0 +1,49 @@
+"""The errors of this package. A message says what came in and what to do.
+
+All derive from `MegalodonError`; the command line prints their messages without a traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MegalodonError(Exception):
+    """Base of all errors that this package raises about its input."""
+
+
+class ConfigError(MegalodonError, ValueError):
+    """A configuration or a command that cannot be used."""
+
+
+class DataError(MegalodonError, ValueError):
+    """Data that cannot be used; the message names the file or setting."""
+
+
+class CheckpointError(MegalodonError, RuntimeError):
+    """A checkpoint could not be written or read; the message says which and what remains."""
+
+
+class MismatchError(CheckpointError):
+    """A checkpoint is intact but belongs to another model, other data, or another tokenizer."""
+
+
+class TrainingError(MegalodonError, RuntimeError):
+    """Training cannot go on; the message names the checkpoint to continue from."""
+
+
+class ConvertError(MegalodonError, ValueError):
+    """A checkpoint that cannot be converted."""
+
+
+class StateDictError(ConvertError):
+    """Arrays that do not fit the model of a configuration; the message names every one."""
+
+
+class TorchFileError(ConvertError):
+    """A file that is not a torch checkpoint, or holds more than arrays and plain values."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` with the known name closest to `name`; empty if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,1 @@
+"""CEMA kernels for NVIDIA Hopper GPUs (Pallas Mosaic GPU)."""

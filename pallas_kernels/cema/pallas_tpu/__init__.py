@@ -1,0 +1,1 @@
+"""CEMA kernels for TPU (Pallas Mosaic TPU)."""

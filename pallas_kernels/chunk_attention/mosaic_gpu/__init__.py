@@ -1,0 +1,1 @@
+"""Chunk attention kernels for NVIDIA Hopper GPUs (Pallas Mosaic GPU)."""

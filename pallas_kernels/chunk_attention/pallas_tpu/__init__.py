@@ -1,0 +1,1 @@
+"""Chunk attention kernels for TPU (Pallas Mosaic TPU)."""

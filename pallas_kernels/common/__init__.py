@@ -1,0 +1,1 @@
+"""What the operations share: the target device, kernel launchers, context parallelism."""

@@ -1,0 +1,1 @@
+"""Row kernels for NVIDIA Hopper GPUs (Pallas Mosaic GPU)."""

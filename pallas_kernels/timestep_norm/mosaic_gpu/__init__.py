@@ -1,0 +1,1 @@
+"""TimestepNorm kernels for NVIDIA Hopper GPUs (Pallas Mosaic GPU)."""

@@ -1,0 +1,1 @@
+"""TimestepNorm kernels for TPU (Pallas Mosaic TPU)."""
