@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 
 from megalodon_jax.cache import Cache
-from megalodon_jax.model import Megalodon, check_tokens
+from megalodon_jax.model import Megalodon
+from megalodon_jax.modules.embedding import check_tokens
 from megalodon_jax.typing import Array, Bool, Float32, Int32, PRNGKey
 
 if TYPE_CHECKING:

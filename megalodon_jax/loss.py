@@ -66,13 +66,13 @@ def cross_entropy(
     tokens = partition_spec("batch", "length")
     return shard_map_logical(
         of_part,
-        inputs=(
+        in_specs=(
             partition_spec("batch", "length", None),
             partition_spec(None, "vocab"),
             tokens,
             tokens,
         ),
-        outputs=LossOutput(*[partition_spec()] * 4),
+        out_specs=LossOutput(*[partition_spec()] * 4),
     )(hidden, output_matrix, targets, weights)
 
 

@@ -1,10 +1,14 @@
-"""The model's parts, each usable alone."""
+"""The model's modules. Each is usable alone and built from plain sizes."""
 
-from megalodon_jax.modules.attention import AttentionOutput, MegaAttention, PositionInfo
+from megalodon_jax.modules.attention import AttentionOutput, MegaAttention
 from megalodon_jax.modules.block import Block, BlockOutput
 from megalodon_jax.modules.cema import CEMA
+from megalodon_jax.modules.embedding import Embedding
 from megalodon_jax.modules.feed_forward import FeedForward
+from megalodon_jax.modules.linear import Linear
 from megalodon_jax.modules.norms import LayerNorm, RMSNorm
+from megalodon_jax.modules.options import DropoutRates, Implementations
+from megalodon_jax.modules.positions import PositionInfo, position_info
 from megalodon_jax.modules.rotary import Rotation, rotate, rotation
 from megalodon_jax.modules.timestep_norm import TimestepNorm
 
@@ -13,13 +17,18 @@ __all__ = [
     "AttentionOutput",
     "Block",
     "BlockOutput",
+    "DropoutRates",
+    "Embedding",
     "FeedForward",
+    "Implementations",
     "LayerNorm",
+    "Linear",
     "MegaAttention",
     "PositionInfo",
     "RMSNorm",
     "Rotation",
     "TimestepNorm",
+    "position_info",
     "rotate",
     "rotation",
 ]

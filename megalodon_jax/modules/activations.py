@@ -1,6 +1,7 @@
-"""SiLU and its gates, on every device's own tokens and features."""
+"""SiLU and the SiLU gate, on every device's own tokens and features."""
 
-from megalodon_jax.config import DType
+from jax.typing import DTypeLike
+
 from megalodon_jax.parallel.sharding import partition_spec, shard_map_logical
 from megalodon_jax.typing import Array, Float
 from pallas_kernels import rowwise
@@ -12,17 +13,17 @@ def silu(
     bias: Float[Array, " D"] | None,
     *,
     features: str,
-    dtype: DType,
+    dtype: DTypeLike,
     implementation: Implementation | None,
 ) -> Float[Array, "B L D"]:
-    """SiLU of x + bias in float32, rounded to `dtype`; `features` names the last axis."""
+    """SiLU of x + bias in float32, cast to `dtype`; `features` is the last axis's logical name."""
 
     def activate(x, bias) -> Array:
         return rowwise.silu(x, bias, dtype=dtype, implementation=implementation)
 
     tokens = partition_spec("batch", "length", features)
     vector = None if bias is None else partition_spec(features)
-    return shard_map_logical(activate, inputs=(tokens, vector), outputs=tokens)(x, bias)
+    return shard_map_logical(activate, in_specs=(tokens, vector), out_specs=tokens)(x, bias)
 
 
 def silu_gate(
@@ -31,14 +32,14 @@ def silu_gate(
     y: Float[Array, "B L D"],
     *,
     features: str,
-    dtype: DType,
+    dtype: DTypeLike,
     implementation: Implementation | None,
 ) -> Float[Array, "B L D"]:
-    """SiLU of x + bias, times y, like `silu`."""
+    """SiLU(x + bias) * y, with the arguments of `silu`."""
 
     def gate(x, bias, y) -> Array:
         return rowwise.silu_gate(x, bias, y, dtype=dtype, implementation=implementation)
 
     tokens = partition_spec("batch", "length", features)
     vector = None if bias is None else partition_spec(features)
-    return shard_map_logical(gate, inputs=(tokens, vector, tokens), outputs=tokens)(x, bias, y)
+    return shard_map_logical(gate, in_specs=(tokens, vector, tokens), out_specs=tokens)(x, bias, y)

@@ -1,20 +1,23 @@
-"""Gated chunk attention behind a moving average, the first hop of a block."""
+"""Moving-average equipped gated attention inside chunks, the first sub-layer of a block."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 from flax import nnx
 from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from megalodon_jax.cache import LayerCache
-from megalodon_jax.config import ModelConfig
+from megalodon_jax.config import InitMode, ModelConfig
 from megalodon_jax.modules.activations import silu, silu_gate
 from megalodon_jax.modules.cema import CEMA
-from megalodon_jax.modules.dropout import dropout, gate_dtype, split_key
+from megalodon_jax.modules.dropout import dropout, drops, dtype_before_dropout, split_key
 from megalodon_jax.modules.linear import PRODUCT, PROJECTION, Linear
 from megalodon_jax.modules.norms import RMSNorm, rms_normalize
+from megalodon_jax.modules.options import DropoutRates, Implementations
 from megalodon_jax.modules.parameters import parameter
+from megalodon_jax.modules.positions import PositionInfo, position_info
 from megalodon_jax.modules.rotary import Rotation, rotate
 from megalodon_jax.modules.timestep_norm import TimestepNorm
 from megalodon_jax.parallel.sharding import (
@@ -23,7 +26,7 @@ from megalodon_jax.parallel.sharding import (
     sequence_axis,
     shard_map_logical,
 )
-from megalodon_jax.typing import Array, Float, Int32, PRNGKey
+from megalodon_jax.typing import Array, Float, Float32, Int32, PRNGKey
 from pallas_kernels.chunk_attention import (
     AttentionDropout,
     ChunkAttentionOutput,
@@ -32,25 +35,24 @@ from pallas_kernels.chunk_attention import (
 )
 
 
-class PositionInfo(NamedTuple):
-    """Where the tokens of a call stand: what every layer needs to know beside their features.
+class AttentionOutput(NamedTuple):
+    """The sub-layer's output before the residual, and the layer's new streaming state.
 
     Attributes:
-      rotation: rotary angles of every token's position in its chunk.
-      positions: position of every token in its document; None: 0..L-1 in every row.
-      segment_ids: document of every token, 0 for padding; None: a row is one document.
+      product: the output without `bias`; a LayerNorm that follows adds the two in its kernel.
+      bias: to be added to every token; None where dropout has already been applied to the sum.
+      cache: None if none came in.
     """
 
-    rotation: Rotation
-    positions: Int32[Array, "B L"] | None
-    segment_ids: Int32[Array, "B L"] | None
-
-
-class AttentionOutput(NamedTuple):
-    """The output, before the residual is added, and the layer's new streaming state."""
-
-    out: Float[Array, "B L D"]
+    product: Float[Array, "B L D"]
+    bias: Float32[Array, " D"] | None
     cache: LayerCache | None
+
+    @property
+    def out(self) -> Float32[Array, "B L D"]:
+        """product + bias, in float32."""
+        out = self.product.astype(jnp.float32)
+        return out if self.bias is None else out + self.bias
 
 
 class MegaAttention(nnx.Module):
@@ -59,143 +61,241 @@ class MegaAttention(nnx.Module):
     u = TimestepNorm(x), m = RMSNorm(CEMA(u)); queries and keys come from m by one shared
     projection, values from u, the gate r and the linear path from m:
     out = m Wh1 + bh1 + (softmax(q k^T) v * r) Wh2.
+
+    Args:
+      features: width D of input and output.
+      z_dim: width Z of queries and keys, all heads together.
+      value_dim: width E of values and of their gate, all heads together.
+      chunk_size: tokens C that attend to one another; attention never crosses a chunk.
+      num_heads: heads H.
+      cema_order: orders N of CEMA.
+      norm_num_groups: groups G of TimestepNorm.
+      norm_prior_count: see `TimestepNorm`.
+      norm_eps: added to variances.
+      norm_affine: whether RMSNorm has a learned scale.
+      rope_base: base of the rotary angles.
+      init_mode: initializer of the weights by its released name.
+      dropout: dropped fractions; None: nothing is dropped.
+      dtype: of products and activations; norm statistics, CEMA and softmax are float32.
+      param_dtype: of the weights; CEMA's parameters are float32.
+      implementations: of the operations; None: the fastest known for the platform.
+      rngs: source of initial values.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        D, Z, E = config.model_dim, config.z_dim, config.value_dim
-        self.config = config
-        self.timenorm = TimestepNorm(config)
-        self.cema = CEMA(config, rngs=rngs)
-        self.rmsnorm = RMSNorm(config)
-        self.wv = Linear(config, D, E, ("embed", "value"), use_bias=True, rngs=rngs)
-        self.wz = Linear(config, D, Z, ("embed", "query"), use_bias=True, rngs=rngs)
-        self.wr = Linear(config, D, E, ("embed", "value"), use_bias=True, rngs=rngs)
-        self.wh1 = Linear(config, D, D, ("embed", "embed_out"), use_bias=True, rngs=rngs)
-        self.wh2 = Linear(config, E, D, ("value", "embed"), use_bias=False, rngs=rngs)
-        self.gamma = parameter(jnp.zeros((2, Z), config.param_dtype), None, "query")
-        self.beta = parameter(jnp.zeros((2, Z), config.param_dtype), None, "query")
+    def __init__(
+        self,
+        features: int,
+        *,
+        z_dim: int,
+        value_dim: int,
+        chunk_size: int,
+        num_heads: int = 1,
+        cema_order: int = 16,
+        norm_num_groups: int = 32,
+        norm_prior_count: int = 0,
+        norm_eps: float = 1e-5,
+        norm_affine: bool = True,
+        rope_base: float = 10_000.0,
+        init_mode: InitMode = "he",
+        dropout: DropoutRates | None = None,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        implementations: Implementations | None = None,
+        rngs: nnx.Rngs,
+    ):
+        D, Z, E = features, z_dim, value_dim
+        self.chunk_size, self.rope_base, self.norm_eps = chunk_size, rope_base, norm_eps
+        self.num_heads = num_heads
+        self.head_dim, self.value_head_dim = Z // num_heads, E // num_heads
+        self.dropout = dropout or DropoutRates()
+        self.implementations = implementations = implementations or Implementations()
+        self.dtype = jnp.dtype(dtype)
+        dtypes: Any = {"dtype": dtype, "param_dtype": param_dtype}
+        self.timenorm = TimestepNorm(
+            D,
+            num_groups=norm_num_groups,
+            eps=norm_eps,
+            prior_count=norm_prior_count,
+            implementation=implementations.timestep_norm,
+            **dtypes,
+        )
+        self.cema = CEMA(D, order=cema_order, implementation=implementations.cema, rngs=rngs)
+        self.rmsnorm = RMSNorm(
+            D, eps=norm_eps, affine=norm_affine, implementation=implementations.rowwise, **dtypes
+        )
+        options: Any = {"init_mode": init_mode, "rngs": rngs, **dtypes}
+        self.wv = Linear(D, E, axes=("embed", "value"), **options)
+        self.wz = Linear(D, Z, axes=("embed", "query"), **options)
+        self.wr = Linear(D, E, axes=("embed", "value"), **options)
+        self.wh1 = Linear(D, D, axes=("embed", "embed_out"), **options)
+        self.wh2 = Linear(E, D, axes=("value", "embed"), use_bias=False, **options)
+        self.gamma = parameter(jnp.zeros((2, Z), param_dtype), None, "query")
+        self.beta = parameter(jnp.zeros((2, Z), param_dtype), None, "query")
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, *, rngs: nnx.Rngs) -> Self:
+        """The attention of a model's blocks."""
+        return cls(
+            config.model_dim,
+            z_dim=config.z_dim,
+            value_dim=config.value_dim,
+            chunk_size=config.chunk_size,
+            num_heads=config.num_heads,
+            cema_order=config.cema_ndim,
+            norm_num_groups=config.norm_num_groups,
+            norm_prior_count=config.norm_prior_count,
+            norm_eps=config.norm_eps,
+            norm_affine=config.norm_affine,
+            rope_base=config.rope_base,
+            init_mode=config.init_mode,
+            dropout=DropoutRates.from_config(config),
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            implementations=Implementations.from_config(config),
+            rngs=rngs,
+        )
 
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        places: PositionInfo,
         *,
+        segment_ids: Int32[Array, "B L"] | None = None,
+        positions: PositionInfo | None = None,
         cache: LayerCache | None = None,
         dropout_key: PRNGKey | None = None,
     ) -> AttentionOutput:
-        """Attends within chunks, in float32; with `cache`, continues it and returns the new one."""
-        output_key = split_key(dropout_key, 4)[3]
-        product, cache = self.product(x, places, cache=cache, dropout_key=dropout_key)
-        out = self.wh1.add_bias(product)
-        return AttentionOutput(dropout(out, self.config.dropout, output_key), cache)
+        """Attends within chunks.
 
-    def product(
-        self,
-        x: Float[Array, "B L D"],
-        places: PositionInfo,
-        *,
-        cache: LayerCache | None = None,
-        dropout_key: PRNGKey | None = None,
-    ) -> AttentionOutput:
-        """The output in `config.dtype` before the bias of wh1, and before dropout on it."""
-        config = self.config
-        hidden_key, attention_key, gate_key, _ = split_key(dropout_key, 4)
+        Args:
+          x: features.
+          segment_ids: documents of each row, numbered from 1; 0 is padding. None: one document.
+          positions: what `position_info` gives for these tokens, segment ids included: a model
+            computes it once for all layers. None: rows begin at position 0. A cache needs it.
+          cache: the state of the tokens before these.
+          dropout_key: turns dropout on.
+
+        Raises:
+          ValueError: `positions` is missing beside a cache, or given beside `segment_ids`.
+        """
+        if positions is None:
+            positions = self._positions_from_zero(x, segment_ids, cache)
+        elif segment_ids is not None:
+            raise ValueError("positions hold the segment ids already; pass only one of the two")
+        hidden_key, attention_key, gate_key, output_key = split_key(dropout_key, 4)
+        segment_ids = positions.segment_ids
         u, norm_state = self.timenorm(
-            x, segment_ids=places.segment_ids, state=None if cache is None else cache.norm
+            x, segment_ids=segment_ids, initial_state=None if cache is None else cache.norm
         )
         averaged, cema_state = self.cema(
-            u, segment_ids=places.segment_ids, state=None if cache is None else cache.cema
+            u, segment_ids=segment_ids, initial_state=None if cache is None else cache.cema
         )
-        m = dropout(self.rmsnorm(averaged), config.hidden_dropout, hidden_key)
-        query, key = self._queries_and_keys(m, places.rotation)
-        value = silu(
-            self.wv.product(u, name=PROJECTION),
-            self.wv.offset,
-            features="value",
-            dtype=config.dtype,
-            implementation=config.implementation_of("rowwise"),
-        )
-        value = value.reshape(*u.shape[:2], config.num_heads, config.value_head_dim)
+        m = dropout(self.rmsnorm(averaged), self.dropout.hidden, hidden_key)
+        query, key = self._queries_and_keys(m, positions.rotation)
         attended, keys_and_values = self._attend(
-            (query, key, value),
-            places,
+            (query, key, self._values(u)),
+            positions,
             None if cache is None else cache.keys_and_values,
             attention_key,
         )
-        gated = silu_gate(
+        gated = dropout(self._gate(m, attended, gate_key), self.dropout.hidden, gate_key)
+        product = checkpoint_name(self.wh1.product(m) + self.wh2.product(gated), PRODUCT)
+        if cache is not None and keys_and_values is not None:
+            cache = LayerCache(keys_and_values, norm_state, cema_state)
+        out = AttentionOutput(product, self.wh1.offset, cache)
+        if not drops(self.dropout.output, output_key):
+            return out
+        dropped = dropout(out.out, self.dropout.output, output_key)
+        return out._replace(product=dropped, bias=None)
+
+    def _positions_from_zero(
+        self, x: Array, segment_ids: Array | None, cache: LayerCache | None
+    ) -> PositionInfo:
+        if cache is not None:
+            raise ValueError(
+                "a cache needs positions: pass positions=position_info(..., start=<tokens seen>)"
+            )
+        return position_info(
+            (x.shape[0], x.shape[1]),
+            chunk_size=self.chunk_size,
+            head_dim=self.head_dim,
+            rope_base=self.rope_base,
+            segment_ids=segment_ids,
+        )
+
+    def _values(self, u: Float[Array, "B L D"]) -> Float[Array, "B L H Dv"]:
+        values = silu(
+            self.wv.product(u, name=PROJECTION),
+            self.wv.offset,
+            features="value",
+            dtype=self.dtype,
+            implementation=self.implementations.rowwise,
+        )
+        return values.reshape(*u.shape[:2], self.num_heads, self.value_head_dim)
+
+    def _gate(
+        self, m: Float[Array, "B L D"], attended: Float[Array, "B L H Dv"], key: PRNGKey | None
+    ) -> Float[Array, "B L E"]:
+        return silu_gate(
             self.wr.product(m, name=PROJECTION),
             self.wr.offset,
-            attended.reshape(*u.shape[:2], -1),
+            attended.reshape(*m.shape[:2], -1),
             features="value",
-            dtype=gate_dtype(config.dtype, config.hidden_dropout, gate_key),
-            implementation=config.implementation_of("rowwise"),
+            dtype=dtype_before_dropout(self.dtype, self.dropout.hidden, key),
+            implementation=self.implementations.rowwise,
         )
-        gated = dropout(gated, config.hidden_dropout, gate_key)
-        product = checkpoint_name(self.wh1.product(m) + self.wh2.product(gated), PRODUCT)
-        new_cache = None
-        if cache is not None and keys_and_values is not None:
-            new_cache = LayerCache(keys_and_values, norm_state, cema_state)
-        return AttentionOutput(product, new_cache)
 
     def _queries_and_keys(self, m: Float[Array, "B L D"], by: Rotation) -> tuple[Array, Array]:
-        config = self.config
-        heads = (config.num_heads, config.head_dim)
-        z = rms_normalize(
-            self.wz(m, name=PROJECTION).reshape(*m.shape[:2], *heads), config.norm_eps
-        )
-        # As released, both sides carry 1/sqrt(d), and the scores get no scale of their own.
-        scale = (1.0 + self.gamma[...].astype(z.dtype)) / math.sqrt(config.head_dim)
+        heads = (self.num_heads, self.head_dim)
+        z = rms_normalize(self.wz(m, name=PROJECTION).reshape(*m.shape[:2], *heads), self.norm_eps)
+        # As released, q and k both carry 1/sqrt(d), and the scores have no scale of their own.
+        scale = (1.0 + self.gamma[...].astype(z.dtype)) / math.sqrt(self.head_dim)
         offset = self.beta[...].astype(z.dtype)
         query, key = (
-            rotate(z * scale[i].reshape(heads) + offset[i].reshape(heads), by).astype(config.dtype)
+            rotate(z * scale[i].reshape(heads) + offset[i].reshape(heads), by).astype(self.dtype)
             for i in (0, 1)
         )
         return query, key
 
     def _attend(
         self,
-        heads: tuple[Array, Array, Array],
-        places: PositionInfo,
+        qkv: tuple[Array, Array, Array],
+        info: PositionInfo,
         cache: KeyValueCache | None,
         key: PRNGKey | None,
     ) -> ChunkAttentionOutput:
-        config = self.config
-
-        def attend(heads, positions, segment_ids, cache, key) -> ChunkAttentionOutput:
+        def attend(qkv, positions, segment_ids, cache, key) -> ChunkAttentionOutput:
             return chunk_attention(
-                *heads,
-                chunk_size=config.chunk_size,
+                *qkv,
+                chunk_size=self.chunk_size,
                 positions=positions,
                 segment_ids=segment_ids,
                 cache=cache,
                 dropout=self._attention_dropout(key),
-                implementation=config.implementation_of("attention"),
+                implementation=self.implementations.attention,
                 sequence_axis=sequence_axis(),
             )
 
-        tokens, slots = (
-            partition_spec("batch", "length"),
-            partition_spec("batch", None, "heads", None),
-        )
+        tokens = partition_spec("batch", "length")
+        slots = partition_spec("batch", None, "heads", None)
         features = partition_spec("batch", "length", "heads", None)
-        caches = None if cache is None else KeyValueCache(slots, slots)
+        cache_spec = None if cache is None else KeyValueCache(slots, slots)
         return shard_map_logical(
             attend,
-            inputs=(
+            in_specs=(
                 (features,) * 3,
-                None if places.positions is None else tokens,
-                None if places.segment_ids is None else tokens,
-                caches,
+                None if info.positions is None else tokens,
+                None if info.segment_ids is None else tokens,
+                cache_spec,
                 None if key is None else partition_spec(),
             ),
-            outputs=ChunkAttentionOutput(features, caches),
-        )(heads, places.positions, places.segment_ids, cache, key)
+            out_specs=ChunkAttentionOutput(features, cache_spec),
+        )(qkv, info.positions, info.segment_ids, cache, key)
 
     def _attention_dropout(self, key: PRNGKey | None) -> AttentionDropout | None:
-        if key is None or self.config.attention_dropout == 0.0:
+        if key is None or self.dropout.attention == 0.0:
             return None
         return AttentionDropout(
-            rate=self.config.attention_dropout,
+            rate=self.dropout.attention,
             key=fold_in_device_index(key),
-            mode=self.config.attention_dropout_mode,
+            mode=self.dropout.attention_mode,
         )

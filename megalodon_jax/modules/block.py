@@ -1,15 +1,16 @@
 """One block: gated chunk attention, then a feed-forward network, joined by the two-hop residual."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from flax import nnx
 
 from megalodon_jax.cache import LayerCache
 from megalodon_jax.config import ModelConfig
-from megalodon_jax.modules.attention import MegaAttention, PositionInfo
-from megalodon_jax.modules.dropout import is_dropping, split_key
+from megalodon_jax.modules.attention import MegaAttention
+from megalodon_jax.modules.dropout import split_key
 from megalodon_jax.modules.feed_forward import FeedForward
-from megalodon_jax.typing import Array, Float, PRNGKey
+from megalodon_jax.modules.positions import PositionInfo
+from megalodon_jax.typing import Array, Float, Int32, PRNGKey
 
 
 class BlockOutput(NamedTuple):
@@ -20,30 +21,50 @@ class BlockOutput(NamedTuple):
 
 
 class Block(nnx.Module):
-    """y = x + attention(x); out = x + feed_forward(y): the second residual skips both hops."""
+    """y = x + attention(x); out = x + feed_forward(y): the second residual skips both sub-layers.
 
-    def __init__(self, config: ModelConfig, rescale_start: Array | float, *, rngs: nnx.Rngs):
-        self.dropout = config.dropout
-        self.mega = MegaAttention(config, rngs=rngs)
-        self.nffn = FeedForward(config, rescale_start, rngs=rngs)
+    Args:
+      mega: the attention.
+      nffn: the feed-forward network, of the same width.
+
+    Example:
+      block = Block(
+          MegaAttention(64, z_dim=32, value_dim=128, chunk_size=256, rngs=rngs),
+          FeedForward(64, 160, rngs=rngs),
+      )
+      y = block(x).x
+    """
+
+    def __init__(self, mega: MegaAttention, nffn: FeedForward):
+        self.mega = mega
+        self.nffn = nffn
+
+    @classmethod
+    def from_config(
+        cls, config: ModelConfig, *, rescale_start: Array | float = 0.0, rngs: nnx.Rngs
+    ) -> Self:
+        """A block of a model; `rescale_start` depends on its depth, see `FeedForward`."""
+        return cls(
+            MegaAttention.from_config(config, rngs=rngs),
+            FeedForward.from_config(config, rescale_start=rescale_start, rngs=rngs),
+        )
 
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        places: PositionInfo,
         *,
+        segment_ids: Int32[Array, "B L"] | None = None,
+        positions: PositionInfo | None = None,
         cache: LayerCache | None = None,
         dropout_key: PRNGKey | None = None,
     ) -> BlockOutput:
-        """Transforms x (B, L, D); with `cache`, continues the documents it remembers."""
+        """Transforms x (B, L, D); arguments as in `MegaAttention`."""
         attention_key, ffn_key = split_key(dropout_key, 2)
-        if is_dropping(self.dropout, attention_key):
-            attended, cache = self.mega(x, places, cache=cache, dropout_key=attention_key)
-            hidden = self.nffn(x + attended, dropout_key=ffn_key)
-        else:
-            # LayerNorm makes the sum in passing: y is never written.
-            product, cache = self.mega.product(x, places, cache=cache, dropout_key=attention_key)
-            hidden = self.nffn(x, added=product, offset=self.mega.wh1.offset, dropout_key=ffn_key)
-        # Both sub-layers return float32: the sums round once, to the type of the residual stream.
+        attended = self.mega(
+            x, segment_ids=segment_ids, positions=positions, cache=cache, dropout_key=attention_key
+        )
+        # LayerNorm's kernel forms y = x + attention(x), so y is never stored.
+        hidden = self.nffn(x, added=attended.product, offset=attended.bias, dropout_key=ffn_key)
+        # The network returns float32: the sum is rounded once, to the residual stream's dtype.
         out = x + hidden
-        return BlockOutput(out.astype(x.dtype), cache)
+        return BlockOutput(out.astype(x.dtype), attended.cache)

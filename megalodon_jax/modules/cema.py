@@ -1,6 +1,7 @@
 """CEMA as a Flax module; the operation is `pallas_kernels.cema`."""
 
 import math
+from typing import Self
 
 import jax
 from flax import nnx
@@ -21,61 +22,86 @@ class CEMA(nnx.Module):
     p = sigmoid(alpha), |q| = 1 - sigmoid(alpha) sigmoid(delta) and
     angle n * sigmoid(theta) * 2 pi / N for n = 1..N. Parameters stay float32 whatever the model's
     `param_dtype` is: the memory of a channel hangs on the last bits of q.
+
+    Args:
+      features: channels D.
+      order: complex orders N of every channel, 1 to 32.
+      implementation: see `pallas_kernels.cema.cema`; None: the fastest known for the platform.
+      rngs: source of initial values.
+
+    Example:
+      y, final_state = CEMA(32, order=4, rngs=nnx.Rngs(0))(x)
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        D, N = config.model_dim, config.cema_ndim
-        self.implementation: Implementation | None = config.implementation_of("cema")
+    def __init__(
+        self,
+        features: int,
+        *,
+        order: int = 16,
+        implementation: Implementation | None = None,
+        rngs: nnx.Rngs,
+    ):
+        D, N = features, order
+        self.implementation: Implementation | None = implementation
         self.alpha = parameter(0.2 * jax.random.normal(rngs.params(), (D, N)), "channels", None)
         self.delta = parameter(0.2 * jax.random.normal(rngs.params(), (D, N)), "channels", None)
-        self.theta = parameter(_theta_start(rngs.params(), D), "channels")
+        self.theta = parameter(_initial_theta(rngs.params(), D), "channels")
         gamma = jax.random.normal(rngs.params(), (D, N))
         self.gamma = parameter(
             jnp.stack([gamma, jnp.zeros_like(gamma)], -1), "channels", None, None
         )
         self.omega = parameter(truncated_normal(0.25, 1.0)(rngs.params(), (D,)), "channels")
 
+    @classmethod
+    def from_config(cls, config: ModelConfig, *, rngs: nnx.Rngs) -> Self:
+        """The CEMA of a model's blocks."""
+        return cls(
+            config.model_dim,
+            order=config.cema_ndim,
+            implementation=config.implementation_of("cema"),
+            rngs=rngs,
+        )
+
     def __call__(
         self,
         x: Float[Array, "B L D"],
         *,
         segment_ids: Int32[Array, "B L"] | None = None,
-        state: Complex64[Array, "B D N"] | None = None,
+        initial_state: Complex64[Array, "B D N"] | None = None,
     ) -> CemaOutput:
-        """Averages x over time; see `pallas_kernels.cema.cema` for the arguments."""
+        """Averages x over time; see `pallas_kernels.cema.cema` for arguments and result."""
         params = CemaParams(
             self.alpha[...], self.delta[...], self.theta[...], self.gamma[...], self.omega[...]
         )
 
-        def average(x, params, state, segment_ids) -> CemaOutput:
+        def average(x, params, initial_state, segment_ids) -> CemaOutput:
             return cema(
                 x,
                 params,
-                initial_state=state,
+                initial_state=initial_state,
                 segment_ids=segment_ids,
                 implementation=self.implementation,
                 sequence_axis=sequence_axis(),
             )
 
-        features, states = (
-            partition_spec("batch", "length", "channels"),
-            partition_spec("batch", "channels", None),
+        features = partition_spec("batch", "length", "channels")
+        states = partition_spec("batch", "channels", None)
+        per_channel = CemaParams(
+            *(partition_spec("channels", *[None] * (value.ndim - 1)) for value in params)
         )
         return shard_map_logical(
             average,
-            inputs=(
+            in_specs=(
                 features,
-                CemaParams(
-                    *(partition_spec("channels", *[None] * (value.ndim - 1)) for value in params)
-                ),
-                None if state is None else states,
+                per_channel,
+                None if initial_state is None else states,
                 None if segment_ids is None else partition_spec("batch", "length"),
             ),
-            outputs=CemaOutput(features, states),
-        )(x, params, state, segment_ids)
+            out_specs=CemaOutput(features, states),
+        )(x, params, initial_state, segment_ids)
 
 
-def _theta_start(key: Array, D: int) -> Array:
+def _initial_theta(key: Array, D: int) -> Array:
     """Logits of D frequencies, geometric from 1/D to almost 1, in random order over channels."""
     k = jax.random.permutation(key, jnp.arange(1, D + 1))
     log_frequency = -math.log(D) / D * k.astype(jnp.float32)

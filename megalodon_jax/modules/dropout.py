@@ -1,31 +1,32 @@
-"""Dropout with keys that are passed in: a module holds no random state."""
+"""Dropout with explicit keys: modules hold no random state."""
 
 import jax
 from jax import numpy as jnp
+from jax.typing import DTypeLike
 
-from megalodon_jax.config import DType
 from megalodon_jax.typing import Array, Float, PRNGKey
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: PRNGKey | None) -> Float[Array, "..."]:
-    """Zeroes a `rate` fraction of x, scales the rest by 1 / (1 - rate); without a key, x itself."""
-    if key is None or not is_dropping(rate, key):
+    """Zeroes a `rate` fraction of x and scales the rest by 1 / (1 - rate); x itself if no key."""
+    if key is None or not drops(rate, key):
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+    is_kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(is_kept, x / (1.0 - rate), jnp.zeros_like(x))
 
 
-def is_dropping(rate: float, key: PRNGKey | None) -> bool:
+def drops(rate: float, key: PRNGKey | None) -> bool:
     """Whether `dropout` changes anything."""
     return rate != 0.0 and key is not None
 
 
-def gate_dtype(dtype: DType, rate: float, key: PRNGKey | None) -> DType:
-    """Type in which to hand something to `dropout`: float32 if it changes it, else `dtype`.
+def dtype_before_dropout(dtype: DTypeLike, rate: float, key: PRNGKey | None) -> DTypeLike:
+    """The dtype of an activation that goes through `dropout` into a matrix product.
 
-    A matrix product that follows rounds to `dtype`, so that rounding happens once either way.
+    float32 if dropout rescales it, else `dtype`: the product casts to `dtype`, so that the value is
+    rounded once in both cases.
     """
-    return "float32" if is_dropping(rate, key) else dtype
+    return jnp.float32 if drops(rate, key) else dtype
 
 
 def split_key(key: PRNGKey | None, count: int) -> list[PRNGKey | None]:

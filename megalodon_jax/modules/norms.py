@@ -1,10 +1,12 @@
 """RMSNorm and LayerNorm whose learned scale is stored minus one, as in the released weights."""
 
 from collections.abc import Callable
+from typing import Self
 
 import jax
 from flax import nnx
 from jax import numpy as jnp
+from jax.typing import DTypeLike
 
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.modules.parameters import parameter
@@ -21,34 +23,103 @@ def rms_normalize(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * (1 + weight), computed in float32, returned in `config.dtype`."""
+    """x / sqrt(mean(x^2) + eps) * (1 + weight) over the last axis, computed in float32.
 
-    def __init__(self, config: ModelConfig):
-        self.eps = config.norm_eps
-        self.dtype = config.dtype
-        self.implementation: Implementation | None = config.implementation_of("rowwise")
-        zeros = jnp.zeros(config.model_dim, config.param_dtype)
-        self.weight = parameter(zeros, "channels") if config.norm_affine else None
+    Args:
+      features: width D of the last axis.
+      eps: added to the mean.
+      affine: whether `weight` is there.
+      dtype: of the result.
+      param_dtype: of `weight`.
+      implementation: see `pallas_kernels.rowwise.rms_norm`; None: the fastest known.
+      rngs: not used; initial values are constants.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        implementation: Implementation | None = None,
+        rngs: nnx.Rngs | None = None,
+    ):
+        del rngs
+        self.eps = eps
+        self.dtype = jnp.dtype(dtype)
+        self.implementation: Implementation | None = implementation
+        self.weight = parameter(jnp.zeros(features, param_dtype), "channels") if affine else None
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, *, rngs: nnx.Rngs | None = None) -> Self:
+        """The RMSNorm behind a model's CEMA."""
+        return cls(
+            config.model_dim,
+            eps=config.norm_eps,
+            affine=config.norm_affine,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            implementation=config.implementation_of("rowwise"),
+            rngs=rngs,
+        )
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Normalizes the last axis of x."""
+
         def normalize(x, scale) -> Array:
             return rms_norm(
                 x, scale, eps=self.eps, dtype=self.dtype, implementation=self.implementation
             )
 
-        return _of_rows(normalize, x, _scale(self.weight, x))
+        return _map_rows(normalize, x, _scale(self.weight, x))
 
 
 class LayerNorm(nnx.Module):
-    """(z - mean) / sqrt(var + eps) * (1 + weight) + bias, in float32; returns `config.dtype`."""
+    """(z - mean) / sqrt(var + eps) * (1 + weight) + bias over the last axis, in float32.
 
-    def __init__(self, config: ModelConfig):
-        self.eps = config.norm_eps
-        self.dtype = config.dtype
-        self.implementation: Implementation | None = config.implementation_of("rowwise")
-        zeros = jnp.zeros(config.model_dim, config.param_dtype)
-        self.weight = parameter(zeros, "channels") if config.norm_affine else None
-        self.bias = parameter(zeros, "channels") if config.norm_affine else None
+    Args:
+      features: width D of the last axis.
+      eps: added to the variance.
+      affine: whether `weight` and `bias` are there.
+      dtype: of the result.
+      param_dtype: of `weight` and `bias`.
+      implementation: see `pallas_kernels.rowwise.layer_norm`; None: the fastest known.
+      rngs: not used; initial values are constants.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        implementation: Implementation | None = None,
+        rngs: nnx.Rngs | None = None,
+    ):
+        del rngs
+        self.eps = eps
+        self.dtype = jnp.dtype(dtype)
+        self.implementation: Implementation | None = implementation
+        zeros = jnp.zeros(features, param_dtype)
+        self.weight = parameter(zeros, "channels") if affine else None
+        self.bias = parameter(zeros, "channels") if affine else None
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, *, rngs: nnx.Rngs | None = None) -> Self:
+        """The LayerNorm before a model's feed-forward network."""
+        return cls(
+            config.model_dim,
+            eps=config.norm_eps,
+            affine=config.norm_affine,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            implementation=config.implementation_of("rowwise"),
+            rngs=rngs,
+        )
 
     def __call__(
         self,
@@ -57,7 +128,7 @@ class LayerNorm(nnx.Module):
         added: Float[Array, "... D"] | None = None,
         offset: Float[Array, " D"] | None = None,
     ) -> Float[Array, "... D"]:
-        """Normalizes z = x + added + offset."""
+        """Normalizes z = x + added + offset; the kernel forms the sum, so z is never stored."""
 
         def normalize(x, scale, bias, added, offset) -> Array:
             return layer_norm(
@@ -72,17 +143,17 @@ class LayerNorm(nnx.Module):
             )
 
         bias = None if self.bias is None else self.bias[...]
-        return _of_rows(normalize, x, _scale(self.weight, x), bias, added, offset)
+        return _map_rows(normalize, x, _scale(self.weight, x), bias, added, offset)
 
 
-def _of_rows(function: Callable[..., Array], x: Array, *others: Array | None) -> Array:
-    """`function` of x and of arrays like it or of its width, on every device's own rows."""
+def _map_rows(function: Callable[..., Array], x: Array, *operands: Array | None) -> Array:
+    """`function(x, *operands)` on each device's own tokens; operands are like x or vectors."""
     if x.ndim != 3 or axis_size("model") > 1:
-        # Rows are split over devices: the compiler adds up their sums.
-        return function(x, *others)
+        # Features are sharded: the compiler reduces their sums over devices.
+        return function(x, *operands)
     tokens, vector = partition_spec("batch", "length", None), partition_spec(None)
-    places = [None if a is None else tokens if a.ndim == 3 else vector for a in others]
-    return shard_map_logical(function, inputs=(tokens, *places), outputs=tokens)(x, *others)
+    specs = [None if a is None else tokens if a.ndim == 3 else vector for a in operands]
+    return shard_map_logical(function, in_specs=(tokens, *specs), out_specs=tokens)(x, *operands)
 
 
 def _scale(weight: nnx.Param | None, x: Array) -> Float[Array, " D"] | None:

@@ -1,4 +1,4 @@
-"""How parameters are made: start values and the names of their axes."""
+"""Initial values of parameters, and the logical names of their axes."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ from megalodon_jax.typing import Array
 
 
 def truncated_normal(std: float, bound: float) -> Initializer:
-    """Normal numbers of deviation `std`, redrawn outside [-bound, bound]."""
+    """Normal distribution of deviation `std`, truncated to [-bound, bound]."""
 
     def init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
         draws = jax.random.truncated_normal(key, -bound / std, bound / std, shape, jnp.float32)
@@ -23,13 +23,13 @@ def truncated_normal(std: float, bound: float) -> Initializer:
 
 
 def embedding_initializer(model_dim: int) -> Initializer:
-    """Start values of the embedding and of the output matrix: N(0, 1/D) truncated at 3 sigma."""
+    """Initializer of the embedding and the output matrix: N(0, 1/D) truncated at 3 sigma."""
     std = 1.0 / math.sqrt(model_dim)
     return truncated_normal(std, 3.0 * std)
 
 
 def kernel_initializer(init_mode: str) -> Initializer:
-    """Start values of a linear layer's weight, by the released names."""
+    """Initializer of a linear layer's weight, by its released name."""
     match init_mode:
         case "he":  # Kaiming normal with a = sqrt(5), torch's default for linear layers
             return initializers.variance_scaling(1.0 / 3.0, "fan_in", "normal")
@@ -46,7 +46,7 @@ def kernel_initializer(init_mode: str) -> Initializer:
 
 
 def parameter(value: Array, *axes: str | None) -> nnx.Param:
-    """A Param that remembers the logical names of its axes (`None`: never split)."""
+    """A Param with logical axis names (`None`: never sharded)."""
     return nnx.Param(value, **axis_names(*axes))
 
 

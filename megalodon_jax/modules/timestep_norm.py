@@ -1,7 +1,10 @@
 """TimestepNorm as a Flax module; the operation is `pallas_kernels.timestep_norm`."""
 
+from typing import Self
+
 from flax import nnx
 from jax import numpy as jnp
+from jax.typing import DTypeLike
 
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.modules.parameters import parameter
@@ -24,84 +27,118 @@ from pallas_kernels.timestep_norm import (
 class TimestepNorm(nnx.Module):
     """Group normalization by the moments of all tokens so far (Ma et al. 2024, section 3.2).
 
-    y[t] = (x[t] - mean[t]) / sqrt(var[t] + eps) * (1 + weight) + bias, where mean and var run over
-    all features of a group in all tokens 0..t of the document. `weight` and `bias` are always
-    learned, as released. With `config.norm_prior_count` > 0 every document starts from learned
-    moments that count as so many tokens.
+    y[t] = (x[t] - mean[t]) / sqrt(var[t] + eps) * (1 + weight) + bias, where mean and var are those
+    of all features of a group in all tokens 0..t of the document. `weight` and `bias` are always
+    learned, as released.
+
+    Args:
+      features: channels D.
+      num_groups: groups G; divides D.
+      eps: added to the variance.
+      prior_count: above 0 every document starts from learned moments of so many tokens.
+      dtype: of the result; moments are float32.
+      param_dtype: of `weight` and `bias`.
+      implementation: see `pallas_kernels.timestep_norm.timestep_norm`; None: the fastest known.
+      rngs: not used; initial values are constants.
+
+    Example:
+      y, final_state = TimestepNorm(32, num_groups=4)(x)
     """
 
-    def __init__(self, config: ModelConfig):
-        self.num_groups = config.norm_num_groups
-        self.eps = config.norm_eps
-        self.dtype = config.dtype
-        self.implementation: Implementation | None = config.implementation_of("timestep_norm")
-        self.weight = parameter(jnp.zeros(config.model_dim, config.param_dtype), "channels")
-        self.bias = parameter(jnp.zeros(config.model_dim, config.param_dtype), "channels")
-        self.prior_count = config.norm_prior_count
-        prior = jnp.zeros(self.num_groups, jnp.float32)
-        has_prior = self.prior_count > 0
-        self.prior_mean = parameter(prior, "norm_groups") if has_prior else None
-        self.prior_logv = parameter(prior, "norm_groups") if has_prior else None
+    def __init__(
+        self,
+        features: int,
+        *,
+        num_groups: int,
+        eps: float = 1e-5,
+        prior_count: int = 0,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        implementation: Implementation | None = None,
+        rngs: nnx.Rngs | None = None,
+    ):
+        del rngs
+        self.num_groups = num_groups
+        self.eps = eps
+        self.dtype = jnp.dtype(dtype)
+        self.implementation: Implementation | None = implementation
+        self.weight = parameter(jnp.zeros(features, param_dtype), "channels")
+        self.bias = parameter(jnp.zeros(features, param_dtype), "channels")
+        self.prior_count = prior_count
+        zeros = jnp.zeros(num_groups, jnp.float32)
+        self.prior_mean = parameter(zeros, "norm_groups") if prior_count else None
+        self.prior_logv = parameter(zeros, "norm_groups") if prior_count else None
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, *, rngs: nnx.Rngs | None = None) -> Self:
+        """The TimestepNorm of a model's blocks and of its end."""
+        return cls(
+            config.model_dim,
+            num_groups=config.norm_num_groups,
+            eps=config.norm_eps,
+            prior_count=config.norm_prior_count,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            implementation=config.implementation_of("timestep_norm"),
+            rngs=rngs,
+        )
 
     def __call__(
         self,
         x: Float[Array, "B L D"],
         *,
         segment_ids: Int32[Array, "B L"] | None = None,
-        state: TimestepNormState | None = None,
+        initial_state: TimestepNormState | None = None,
     ) -> TimestepNormOutput:
         """Normalizes x; see `pallas_kernels.timestep_norm.timestep_norm` for the arguments."""
 
-        def normalize(x, scale, bias, state, prior, segment_ids) -> TimestepNormOutput:
+        def normalize(x, scale, bias, initial_state, prior, segment_ids) -> TimestepNormOutput:
             return timestep_norm(
                 x,
                 scale,
                 bias,
                 num_groups=self.num_groups // axis_size("model"),
                 eps=self.eps,
-                initial_state=state,
+                initial_state=initial_state,
                 prior=prior,
                 segment_ids=segment_ids,
                 implementation=self.implementation,
                 sequence_axis=sequence_axis(),
             )
 
-        features, channels = (
-            partition_spec("batch", "length", "channels"),
-            partition_spec("channels"),
-        )
-        moments = TimestepNormState(
-            partition_spec("batch"), *[partition_spec("batch", "norm_groups")] * 2
-        )
+        tokens = partition_spec("batch", "length", "channels")
+        channels, groups = partition_spec("channels"), partition_spec("batch", "norm_groups")
+        moments = TimestepNormState(partition_spec("batch"), groups, groups)
         prior = self._prior()
-        y, last = shard_map_logical(
+        prior_groups = partition_spec("norm_groups")
+        y, final_state = shard_map_logical(
             normalize,
-            inputs=(
-                features,
+            in_specs=(
+                tokens,
                 channels,
                 channels,
-                None if state is None else moments,
+                None if initial_state is None else moments,
                 None
                 if prior is None
-                else TimestepNormState(partition_spec(), *[partition_spec("norm_groups")] * 2),
+                else TimestepNormState(partition_spec(), prior_groups, prior_groups),
                 None if segment_ids is None else partition_spec("batch", "length"),
             ),
-            outputs=TimestepNormOutput(features, moments),
+            out_specs=TimestepNormOutput(tokens, moments),
         )(
             x,
             1.0 + self.weight[...].astype(jnp.float32),
             self.bias[...].astype(jnp.float32),
-            state,
+            initial_state,
             prior,
             segment_ids,
         )
-        return TimestepNormOutput(y.astype(self.dtype), last)
+        return TimestepNormOutput(y.astype(self.dtype), final_state)
 
     def init_state(self, batch_size: int) -> TimestepNormState:
-        """The state of a document that has not begun."""
+        """The state of documents before their first token."""
         prior = self._prior()
         if prior is None:
-            # Arrays of their own, so that a cache may be donated.
+            # Two arrays: a cache whose leaves share memory cannot be donated.
             mean, var = (jnp.zeros((batch_size, self.num_groups), jnp.float32) for _ in range(2))
             return TimestepNormState(jnp.zeros(batch_size, jnp.int32), mean, var)
         return before_rows(prior, batch_size)

@@ -18,14 +18,14 @@ RULES: dict[str, tuple[str, ...]] = {
     # Activations.
     "batch": ("replica", "data"),
     "length": ("chunk",),
-    # Matrices: the side of the residual stream, the other side, and the bias that goes with it.
+    # Matrices: the axis of the residual stream, then the other axis (its bias has the same name).
     "embed": ("data",),
     "embed_out": ("model",),
     "query": ("model",),
     "value": ("model",),
     "ffn": ("model",),
     "vocab": ("model",),
-    # The residual stream where every channel, or group of channels, stands alone.
+    # Per-channel parameters and activations, which need no communication.
     "channels": ("model",),
     "norm_groups": ("model",),
     "heads": ("model",),
@@ -60,7 +60,7 @@ def partition_spec(*names: str | None) -> Any:
 
 
 def shardings_of(tree: Any, mesh: Mesh) -> Any:
-    """Shardings for a tree of Params (or of an optimizer's copies of them) by their axes' names."""
+    """Shardings of a tree of Params (or an optimizer's copies of them), by their axis names."""
 
     def of(leaf: Any) -> Any:
         if not isinstance(leaf, nnx.Variable):
@@ -72,17 +72,20 @@ def shardings_of(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
-    """Where (B, L) arrays of tokens go, after `leading` axes that are not split."""
+    """The sharding of (B, L) arrays of tokens, after `leading` axes that are not sharded."""
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, *partition_spec("batch", "length")))
 
 
 def axis_size(axis: str) -> int:
-    """Parts along one axis of the mesh in use; 1 without a mesh."""
+    """Devices along one axis of the mesh in use; 1 without a mesh."""
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
 def sequence_axis() -> str | None:
-    """The mesh axis over which sequences are split; None where every device has whole rows."""
+    """The mesh axis over which sequences are sharded; None where every device has whole rows.
+
+    Operations call it `sequence_axis`; on the mesh it is the axis `chunk`, as the paper has it.
+    """
     return "chunk" if axis_size("chunk") > 1 else None
 
 
@@ -92,29 +95,31 @@ def has_multiple_devices() -> bool:
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """x where its axes' logical names say; x itself without a mesh of several devices."""
-    return (
-        jax.lax.with_sharding_constraint(x, partition_spec(*names)) if has_multiple_devices() else x
-    )
+    """x with the sharding of its logical axes; x itself without a mesh of several devices."""
+    if not has_multiple_devices():
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(*names))
 
 
 def shard_map_logical(
-    function: Callable[..., Any], *, inputs: tuple[Any, ...], outputs: Any
+    function: Callable[..., Any], *, in_specs: tuple[Any, ...], out_specs: Any
 ) -> Callable[..., Any]:
-    """`function` run by every device on its own part, as kernels must be.
+    """`jax.shard_map` over all axes of the mesh in use; `function` itself on one device.
+
+    Kernels need it: the compiler cannot partition them.
 
     Args:
-      function: takes and gives trees of local arrays.
-      inputs: for each argument its `axes`, or a tree of them; None for an absent one.
-      outputs: the same for the result.
+      function: takes and returns trees of local arrays.
+      in_specs: for each argument its `partition_spec`, or a tree of them; None for an absent one.
+      out_specs: the same for the result.
     """
     if not has_multiple_devices():
         return function
-    return jax.shard_map(function, in_specs=inputs, out_specs=outputs, check_vma=False)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def fold_in_device_index(key: PRNGKey) -> PRNGKey:
-    """Inside `shard_map_logical`, a key of this device's own; without a mesh the key itself."""
+    """Inside `shard_map_logical`, a key of this device's own; the key itself on one device."""
     if has_multiple_devices():
         for axis in AXES:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))

@@ -1,0 +1,128 @@
+"""The stack of blocks: stacked parameters, rematerialization, one loop or blocks written out."""
+
+from typing import Any, NamedTuple, get_args
+
+import jax
+from flax import nnx
+from jax import numpy as jnp
+
+from megalodon_jax.cache import LayerCache
+from megalodon_jax.config import ModelConfig, Remat
+from megalodon_jax.modules.block import Block
+from megalodon_jax.modules.linear import GATHERED, PRODUCT, PROJECTION, WEIGHT
+from megalodon_jax.modules.positions import PositionInfo
+from megalodon_jax.parallel.sharding import axis_size, constrain, has_multiple_devices
+from megalodon_jax.typing import Array, Float, PRNGKey
+from pallas_kernels.common.residuals import Operation
+
+# Checkpoint names that the backward pass of a block reads besides the block's input; it recomputes
+# everything else. Gathered states of other devices are small, and never gathered twice.
+SAVED_NAMES: dict[Remat, tuple[str, ...]] = {
+    "none": (PROJECTION, PRODUCT, GATHERED, *get_args(Operation)),
+    "inputs": (PRODUCT, "chunk_attention", "context_parallel"),
+    "dots": (PROJECTION, PRODUCT, "context_parallel"),
+    "block": ("context_parallel",),
+}
+
+
+class _Layer(NamedTuple):
+    """One block's parameters, streaming state and dropout key; stacked along axis 0 for a scan."""
+
+    params: nnx.State
+    cache: LayerCache | None
+    dropout_key: PRNGKey | None
+
+
+def stack_blocks(config: ModelConfig, *, rngs: nnx.Rngs) -> Block:
+    """The blocks of a model as one `Block` whose parameters have a leading axis of layers."""
+    rescale_starts = 0.1 * 0.5 ** jnp.arange(config.num_layers, dtype=jnp.float32)
+    make = nnx.vmap(
+        lambda key, start: Block.from_config(config, rescale_start=start, rngs=nnx.Rngs(key)),
+        in_axes=(0, 0),
+        transform_metadata={nnx.PARTITION_NAME: "layers"},
+    )
+    return make(jax.random.split(rngs.params(), config.num_layers), rescale_starts)
+
+
+def run_blocks(
+    blocks: Block,
+    config: ModelConfig,
+    x: Float[Array, "B L D"],
+    positions: PositionInfo,
+    *,
+    cache: LayerCache | None = None,
+    dropout_key: PRNGKey | None = None,
+) -> tuple[Float[Array, "B L D"], LayerCache | None]:
+    """Runs x through all blocks.
+
+    Args:
+      blocks: from `stack_blocks`.
+      config: how to run them: `remat`, `scan_layers`.
+      x: embeddings.
+      positions: of the tokens.
+      cache: states of all blocks, stacked along a leading axis of layers.
+      dropout_key: turns dropout on.
+
+    Returns:
+      Features after the last block, and the new states if some came in.
+    """
+    graphdef, params = nnx.split(blocks)
+    keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
+
+    def run_block(x: Array, layer: _Layer) -> tuple[Array, LayerCache | None]:
+        block: Block = nnx.merge(graphdef, layer.params)
+        out, cache = block(x, positions=positions, cache=layer.cache, dropout_key=layer.dropout_key)
+        return constrain(out, "batch", "length", "channels"), cache
+
+    run_block = jax.checkpoint(
+        run_block,
+        policy=jax.checkpoint_policies.save_only_these_names(*_saved_names(config)),
+        prevent_cse=not config.scan_layers,
+    )
+    stacked = _Layer(params, cache, keys)
+    if config.scan_layers:
+        return jax.lax.scan(run_block, x, stacked)
+    layers = unstack_layers(stacked, config.num_layers)
+    caches = []
+    for number, layer in enumerate(layers, start=1):
+        if has_multiple_devices() and number < len(layers):
+            x, next_params = _serialize_grad_reduction(x, layers[number].params)
+            layers[number] = layers[number]._replace(params=next_params)
+        x, layer_cache = run_block(x, layer)
+        caches.append(layer_cache)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+
+
+def _saved_names(config: ModelConfig) -> tuple[str, ...]:
+    saved = SAVED_NAMES[config.remat]
+    if not config.scan_layers and config.remat == "none" and axis_size("data") == 1:
+        # Weights are cast once a step. A loop would copy the cast ones, FSDP keep them gathered.
+        saved = (*saved, WEIGHT)
+    return saved
+
+
+def unstack_layers[T](stacked: T, count: int) -> list[T]:
+    """The trees of single layers, from a tree of arrays with a leading axis of layers."""
+    leaves, structure = jax.tree.flatten(stacked)
+    # The gradient of a split is one concatenation; that of an index is an array of zeros.
+    pieces = [jax.lax.split(leaf, [1] * count) for leaf in leaves]
+    return [
+        jax.tree.unflatten(structure, [piece.squeeze(0) for piece in layer])
+        for layer in zip(*pieces, strict=True)
+    ]
+
+
+@jax.custom_vjp
+def _serialize_grad_reduction(x: Array, next_params: Any) -> tuple[Array, Any]:
+    """A block's input and the next block's parameters, unchanged.
+
+    The backward pass of this block waits for the reduction of the next block's gradients over
+    devices. Without the barrier the compiler reduces all gradients at the end of the step.
+    """
+    return x, next_params
+
+
+_serialize_grad_reduction.defvjp(
+    lambda x, next_params: ((x, next_params), None),
+    lambda _, gradients: jax.lax.optimization_barrier(gradients),
+)

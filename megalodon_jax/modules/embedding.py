@@ -1,0 +1,77 @@
+"""The token embedding, with a table that may be sharded over the vocabulary."""
+
+from typing import Self
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import numpy as jnp
+
+from megalodon_jax.config import ModelConfig
+from megalodon_jax.modules.parameters import axis_names, embedding_initializer
+from megalodon_jax.parallel.sharding import (
+    axis_size,
+    has_multiple_devices,
+    partition_spec,
+    shard_map_logical,
+)
+from megalodon_jax.typing import Array, Float, Int32
+
+
+class Embedding(nnx.Embed):
+    """A table (V, D) of token embeddings; `attend` gives scores with the same table."""
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, *, rngs: nnx.Rngs) -> Self:
+        """The embedding of a model."""
+        return cls(
+            config.vocab_size,
+            config.model_dim,
+            embedding_init=embedding_initializer(config.model_dim),
+            rngs=rngs,
+            embedding_metadata=axis_names("vocab", "embed"),
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
+        )
+
+    def __call__(self, inputs: Int32[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Embeddings of token ids in `dtype`; NaN for an id outside the table."""
+
+        def look_up(table: Array, tokens: Array) -> Array:
+            if not has_multiple_devices():
+                return jnp.take(table, tokens, axis=0)
+            # The table is sharded over the vocabulary: look up local ids, then reduce-scatter over
+            # channels.
+            if axis_size("data") > 1:
+                table = jax.lax.all_gather(table, "data", axis=1, tiled=True)
+            local = tokens - jax.lax.axis_index("model") * table.shape[0]
+            is_local = (local >= 0) & (local < table.shape[0])
+            x = jnp.take(table, jnp.where(is_local, local, 0), axis=0)
+            x = jnp.where(is_local[..., None], x, 0)
+            if axis_size("model") > 1:
+                x = jax.lax.psum_scatter(x, "model", scatter_dimension=2, tiled=True)
+            is_known = (tokens >= 0) & (tokens < self.num_embeddings)
+            return jnp.where(is_known[..., None], x, jnp.nan)
+
+        x = shard_map_logical(
+            look_up,
+            in_specs=(partition_spec("vocab", "embed"), partition_spec("batch", "length")),
+            out_specs=partition_spec("batch", "length", "channels"),
+        )(self.embedding[...], inputs)
+        # Cast after the lookup, so that embedding gradients accumulate in float32.
+        return x.astype(self.dtype)
+
+
+def check_tokens(tokens: Array | np.ndarray, vocab_size: int) -> None:
+    """Raises ValueError for a wrong shape, or ids outside [0, vocab_size) in a numpy array."""
+    if tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise ValueError(
+            f"tokens have shape {tokens.shape}; need (batch, length), length at least 1"
+        )
+    if isinstance(tokens, np.ndarray) and tokens.size:
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"token ids run from {low} to {high}, but the model knows 0 to {vocab_size - 1}; "
+                "use the tokenizer the model was trained with"
+            )
