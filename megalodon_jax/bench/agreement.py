@@ -33,7 +33,7 @@ from megalodon_jax.checkpoints import RunCheckpoints
 from megalodon_jax.config import MeshConfig, TrainConfig
 from megalodon_jax.parallel.sharding import batch_sharding
 from megalodon_jax.presets import preset_names
-from megalodon_jax.training.step import TrainState, init_state
+from megalodon_jax.train_state import TrainState, init_state
 
 # A mesh's bfloat16 may be this much farther from float32 than one device's is.
 MARGIN = 1.25

@@ -22,7 +22,8 @@ from jax import numpy as jnp
 from megalodon_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from megalodon_jax.loss import cross_entropy
 from megalodon_jax.model import Megalodon
-from megalodon_jax.training.step import init_state, make_train_step
+from megalodon_jax.train_state import init_state
+from megalodon_jax.training.step import make_train_step
 from megalodon_jax.typing import Batch
 
 SMALL = {

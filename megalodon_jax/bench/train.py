@@ -29,17 +29,13 @@ from jax.sharding import Mesh
 from megalodon_jax.bench.ceilings import measure_ceilings
 from megalodon_jax.bench.kernel_times import KernelTimes, kernel_times
 from megalodon_jax.config import DataConfig, ModelConfig, Remat, TrainConfig
+from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel.mesh import resolve_mesh
 from megalodon_jax.parallel.sharding import batch_sharding
 from megalodon_jax.presets import preset_names
+from megalodon_jax.train_state import TrainState, abstract_state, init_state
 from megalodon_jax.training.metrics import PEAK_FLOPS, model_flops_per_token
-from megalodon_jax.training.step import (
-    TrainState,
-    abstract_model,
-    abstract_state,
-    init_state,
-    make_train_step,
-)
+from megalodon_jax.training.step import make_train_step
 from megalodon_jax.typing import Batch
 
 WARM_UP = 3

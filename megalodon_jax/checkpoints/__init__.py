@@ -1,9 +1,7 @@
 """Checkpoints of a run: save, restore, and load a trained model."""
 
-from megalodon_jax.checkpoints.manager import (
+from megalodon_jax.checkpoints.load import (
     LoadedModel,
-    RestoredRun,
-    RunCheckpoints,
     TrainedModel,
     load_latest_valid,
     load_model,
@@ -11,6 +9,7 @@ from megalodon_jax.checkpoints.manager import (
     load_trained,
     save_model,
 )
+from megalodon_jax.checkpoints.manager import RestoredRun, RunCheckpoints
 
 __all__ = [
     "LoadedModel",

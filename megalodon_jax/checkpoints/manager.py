@@ -1,17 +1,18 @@
-"""Checkpoints of a run: everything that is needed to go on as if it had never stopped.
+"""Checkpoints of a run: everything that is needed to resume as if it had never stopped.
 
 `<run_dir>/checkpoints/<step>/` holds four Orbax items: `params` and `opt_state` (arrays under
 dotted names), `loader` (the data iterator's state, JSON) and `run` (step, resolved configuration,
-tokenizer fingerprint, JSON). A directory gets its final name only when all of it is written.
+tokenizer fingerprint, format number, JSON). A directory gets its final name only when it is
+complete.
 
 In a run of several processes all of them save and restore together, in a directory that all of them
-see. Each writes and reads what its devices hold, so a checkpoint of any number of processes and
-devices restores on any other.
+see. Each process writes and reads the shards of its devices, so a checkpoint of any number of
+processes and devices restores on any other.
 """
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -22,6 +23,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
+from megalodon_jax.checkpoints.compatibility import FORMAT, check_format, check_same_model
 from megalodon_jax.checkpoints.items import (
     abstract_by_name,
     by_name,
@@ -31,23 +33,11 @@ from megalodon_jax.checkpoints.items import (
     suppress_orphaned_read_errors,
 )
 from megalodon_jax.config import ModelConfig, TrainConfig, config_from_dict
-from megalodon_jax.data.tokenizer import Tokenizer, load_tokenizer
-from megalodon_jax.errors import CheckpointError, ConfigError, MismatchError
+from megalodon_jax.errors import CheckpointError, ConfigError
 from megalodon_jax.model import Megalodon
+from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel.distributed import all_processes_ok, is_main
-from megalodon_jax.training.step import TrainState, abstract_model, abstract_state
-
-# How a model is computed, not what it is: these may change between save and restore.
-_COMPUTE_FIELDS = frozenset(
-    {
-        "remat",
-        "scan_layers",
-        "cema_implementation",
-        "timestep_norm_implementation",
-        "attention_implementation",
-        "rowwise_implementation",
-    }
-)
+from megalodon_jax.train_state import TrainState, abstract_state
 
 
 class RestoredRun(NamedTuple):
@@ -62,20 +52,6 @@ class RestoredRun(NamedTuple):
     state: TrainState
     loader_state: dict[str, Any]
     config: TrainConfig
-
-
-class LoadedModel(NamedTuple):
-    """A trained model and the configuration it was trained with."""
-
-    model: Megalodon
-    config: TrainConfig
-
-
-class TrainedModel(NamedTuple):
-    """A trained model and the tokenizer whose ids it knows."""
-
-    model: Megalodon
-    tokenizer: Tokenizer
 
 
 class RunCheckpoints:
@@ -198,6 +174,7 @@ class RunCheckpoints:
           CheckpointError: it is damaged.
         """
         run = self._restore(step, run=ocp.args.JsonRestore())["run"]
+        check_format(run.get("format"), self._path(step))
         try:
             return config_from_dict(run["config"]), run["tokenizer_fingerprint"]
         except (ConfigError, KeyError, TypeError) as error:
@@ -226,7 +203,7 @@ class RunCheckpoints:
             opt_state=ocp.args.StandardRestore(abstract_by_name(abstract.opt_state)),
             loader=ocp.args.JsonRestore(),
         )
-        # Committed like the other arrays, or the train step would be compiled twice.
+        # Committed to devices like the other arrays, or the train step would be compiled twice.
         at = np.asarray(step, np.int32)
         state = TrainState(
             jax.make_array_from_callback((), abstract.step.sharding, lambda _: at),
@@ -271,7 +248,7 @@ class RunCheckpoints:
         while target.exists():
             count += 1
             target = source.with_name(f"damaged_{step}_{count}")
-        # Nobody renames before all have found the same name.
+        # No process renames before all have found the same name.
         all_processes_ok(True)
         if is_main():
             source.rename(target)
@@ -280,7 +257,7 @@ class RunCheckpoints:
         return target
 
     def _save(self, step: int, **items: ocp.args.CheckpointArgs) -> None:
-        # Orbax would wait here too, but a failure must be told with its own step.
+        # Orbax would wait here too, but a failure must name its own step.
         self.wait()
         try:
             self._orbax.save(step, args=ocp.args.Composite(**items), force=True)
@@ -294,7 +271,7 @@ class RunCheckpoints:
             restored = self._read(step, items)
         except CheckpointError as error:
             failure = error
-        # What one process cannot read none may go on with.
+        # A checkpoint that one process cannot read is refused by all.
         all_read = all_processes_ok(failure is None)
         if failure is not None:
             raise failure
@@ -332,137 +309,10 @@ class RunCheckpoints:
         )
 
 
-def save_model(model: Megalodon, run_dir: str | Path, config: TrainConfig) -> None:
-    """Writes a model as a run that `load_model`, `generate`, `evaluate` and `init_from` can use.
-
-    Raises:
-      CheckpointError: `run_dir` has checkpoints already, or the save failed.
-      DataError: the tokenizer that `config` names cannot be read.
-    """
-    fingerprint = load_tokenizer(config.data.tokenizer).fingerprint()
-    with RunCheckpoints(run_dir) as checkpoints:
-        if steps := checkpoints.steps():
-            raise CheckpointError(f"{run_dir} has checkpoints already (newest: step {steps[-1]})")
-        params = nnx.state(model, nnx.Param)
-        checkpoints.save_params(params, config=config, tokenizer_fingerprint=fingerprint)
-        checkpoints.wait()
-
-
-def load_params(run_dir: str | Path, config: TrainConfig, mesh: Mesh) -> nnx.State:
-    """The newest parameters of another run, where a run of `config` has them on `mesh`.
-
-    Raises:
-      CheckpointError: there are none, or they cannot be read.
-      MismatchError: they are of another model.
-    """
-    with RunCheckpoints(run_dir, read_only=True) as checkpoints:
-        return load_latest_valid(
-            checkpoints, lambda step: checkpoints.restore_params(step, config, mesh)
-        )
-
-
-def load_model(run_dir: str | Path, step: int | None = None) -> LoadedModel:
-    """The model of a training run.
-
-    Args:
-      run_dir: the run's directory.
-      step: which checkpoint; None: the newest that can be read.
-
-    Raises:
-      CheckpointError: there is none, or it cannot be read.
-    """
-    with RunCheckpoints(run_dir, read_only=True) as checkpoints:
-
-        def load(at: int) -> LoadedModel:
-            config, _ = checkpoints.read_run(at)
-            return LoadedModel(checkpoints.restore_model(at, config.model), config)
-
-        return load_latest_valid(checkpoints, load, step=step)
-
-
-def load_trained(run_dir: str | Path, step: int | None = None) -> TrainedModel:
-    """Like `load_model`, with the tokenizer of the run, which must not have changed since.
-
-    Raises:
-      CheckpointError: no checkpoint can be read.
-      MismatchError: the tokenizer's file means something else now.
-      DataError: the tokenizer's file cannot be read.
-    """
-    with RunCheckpoints(run_dir, read_only=True) as checkpoints:
-
-        def load(at: int) -> TrainedModel:
-            config, fingerprint = checkpoints.read_run(at)
-            tokenizer = load_tokenizer(config.data.tokenizer)
-            if tokenizer.fingerprint() != fingerprint:
-                raise MismatchError(
-                    f"{run_dir} was trained with tokenizer {fingerprint}, but "
-                    f"{config.data.tokenizer!r} is now {tokenizer.fingerprint()}; restore that file"
-                )
-            return TrainedModel(checkpoints.restore_model(at, config.model), tokenizer)
-
-        return load_latest_valid(checkpoints, load, step=step)
-
-
-def load_latest_valid[T](
-    checkpoints: RunCheckpoints,
-    load: Callable[[int], T],
-    *,
-    step: int | None = None,
-    on_damaged: Callable[[int, CheckpointError], None] | None = None,
-) -> T:
-    """What `load` gives for the newest checkpoint that is not damaged, or for `step` alone.
-
-    Every damaged one is named on the error stream, then handed to `on_damaged`.
-
-    Raises:
-      CheckpointError: no checkpoint can be read.
-      MismatchError: the newest readable one is of another model or other data.
-    """
-    steps = checkpoints.steps()
-    if not steps:
-        raise CheckpointError(f"{checkpoints.directory} holds no complete checkpoint to go on from")
-    if step is not None:
-        if step not in steps:
-            raise CheckpointError(
-                f"{checkpoints.directory} has no checkpoint of step {step}; there are: "
-                f"{', '.join(map(str, steps))}"
-            )
-        return load(step)
-    for at in reversed(steps):
-        try:
-            return load(at)
-        except MismatchError:
-            raise
-        except CheckpointError as error:
-            print(f"damaged checkpoint, trying an earlier one: {error}", file=sys.stderr)
-            if on_damaged is not None:
-                on_damaged(at, error)
-    raise CheckpointError(f"no checkpoint in {checkpoints.directory} can be read")
-
-
-def check_same_model(saved: ModelConfig, wanted: ModelConfig, source: str | Path) -> None:
-    """Raises `MismatchError`, naming the fields, if two configurations are of different models."""
-    differing = differing_fields(saved, wanted, ignored=_COMPUTE_FIELDS)
-    if differing:
-        raise MismatchError(
-            f"checkpoint {source} is of another model: {'; '.join(differing)}. "
-            "Use the checkpoint's values, or another run_dir"
-        )
-
-
-def differing_fields(saved: Any, wanted: Any, *, ignored: frozenset[str]) -> list[str]:
-    """One text for each field of two configurations that differs: name, both values."""
-    texts = []
-    for entry in dataclasses.fields(saved):
-        old, new = getattr(saved, entry.name), getattr(wanted, entry.name)
-        if entry.name not in ignored and old != new:
-            texts.append(f"{entry.name} is {old!r} in the checkpoint, {new!r} now")
-    return texts
-
-
 def _run_item(step: int, config: TrainConfig, tokenizer_fingerprint: str) -> ocp.args.JsonSave:
     return ocp.args.JsonSave(
         {
+            "format": FORMAT,
             "step": step,
             "config": dataclasses.asdict(config),
             "tokenizer_fingerprint": tokenizer_fingerprint,

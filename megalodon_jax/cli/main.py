@@ -187,7 +187,7 @@ def _generate(arguments: list[str]) -> int:
 def _evaluate(arguments: list[str]) -> int:
     options = _parse(EvaluateOptions, arguments, "evaluate")
     from megalodon_jax.checkpoints import load_trained
-    from megalodon_jax.evaluation import evaluate_files
+    from megalodon_jax.evaluation.streaming import evaluate_files
 
     model, tokenizer = load_trained(options.checkpoint, options.step)
     result = evaluate_files(

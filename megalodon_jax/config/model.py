@@ -17,6 +17,8 @@ ModelOperation = Literal["cema", "timestep_norm", "attention", "rowwise"]
 class ModelConfig:
     """The shape of a MEGALODON model and how it computes. Defaults are `mega200M`'s."""
 
+    kind: Literal["megalodon"] = "megalodon"
+    """Architecture of the model."""
     num_layers: int = 12
     """Blocks, each one gated chunk attention and one feed-forward network."""
     model_dim: int = 1024

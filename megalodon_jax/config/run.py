@@ -1,8 +1,9 @@
 """One training run: all the other configurations, and the settings of the run itself."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from megalodon_jax.config.checks import require
+from megalodon_jax.config.checks import check_literals, require
 from megalodon_jax.config.data import DataConfig
 from megalodon_jax.config.mesh import MeshConfig, ProcessesConfig
 from megalodon_jax.config.model import ModelConfig
@@ -18,6 +19,8 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
+    task: Literal["language"] = "language"
+    """What the run trains on: its examples, its loss and its metric."""
     run_dir: str = "runs/default"
     """Directory of the run's checkpoints, logs and resolved configuration."""
     steps: int = 1000
@@ -52,6 +55,7 @@ class TrainConfig:
     """Also log to this Weights & Biases project; empty: no."""
 
     def __post_init__(self) -> None:
+        check_literals(self, "config")
         for name in ("steps", "loss_chunk_size", "keep_checkpoints", "log_every"):
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}; must be at least 1")

@@ -14,13 +14,15 @@ from jax.sharding import Mesh
 
 from megalodon_jax.chips import Machine, describe_machine
 from megalodon_jax.config import TrainConfig
+from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel.mesh import make_mesh
 from megalodon_jax.parallel.sharding import batch_sharding
 from megalodon_jax.plan.costs import Kernel, count_hbm_bytes, estimated_cycles, find_kernels
 from megalodon_jax.plan.hlo import Collective, count_dot_flops, find_collectives, parse_program
 from megalodon_jax.plan.roofline import Roofline, make_roofline
+from megalodon_jax.train_state import TrainState, abstract_state
 from megalodon_jax.training.metrics import model_flops_per_token
-from megalodon_jax.training.step import TrainState, abstract_model, abstract_state, make_train_step
+from megalodon_jax.training.step import make_train_step
 from megalodon_jax.typing import Batch
 
 # What the compilers say of a program for which a device's memory is too small.

@@ -10,9 +10,9 @@ import jax
 from megalodon_jax.chips import describe_machine
 from megalodon_jax.config import MeshConfig, Remat, TrainConfig
 from megalodon_jax.errors import ConfigError
+from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel.mesh import check_fits, make_mesh
 from megalodon_jax.plan.plan import Plan, Progress, make_plan
-from megalodon_jax.training.step import abstract_model
 
 # From the least memory to the most.
 _REMATS: tuple[Remat, ...] = tuple(reversed(get_args(Remat)))

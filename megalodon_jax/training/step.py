@@ -1,7 +1,6 @@
 """One update of the weights, and one held-out batch, as pure jitted functions."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,27 +10,15 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from megalodon_jax.config import ModelConfig, TrainConfig
-from megalodon_jax.loss import LossOutput, cross_entropy
-from megalodon_jax.model import Megalodon
+from megalodon_jax.config import TrainConfig
+from megalodon_jax.evaluation.summary import EvalStep
+from megalodon_jax.loss import LossOutput
+from megalodon_jax.optimizer import apply_updates, learning_rate_schedule, make_optimizer
 from megalodon_jax.parallel.mesh import resolve_mesh
-from megalodon_jax.parallel.sharding import batch_sharding, shardings_of
-from megalodon_jax.training.optim import apply_updates, learning_rate_schedule, make_optimizer
-from megalodon_jax.typing import Array, Batch, Float32, Int32, PRNGKey
-
-
-class TrainState(NamedTuple):
-    """All that a step changes.
-
-    Attributes:
-      step: updates done so far.
-      params: the model's parameters, `nnx.split(model, nnx.Param)[1]`.
-      opt_state: the optimizer's moments (float32) and counts.
-    """
-
-    step: Int32[Array, ""]
-    params: nnx.State
-    opt_state: optax.OptState
+from megalodon_jax.parallel.sharding import batch_sharding
+from megalodon_jax.tasks import find_task
+from megalodon_jax.train_state import TrainState, state_shardings
+from megalodon_jax.typing import Array, Batch, Float32, PRNGKey
 
 
 class StepMetrics(NamedTuple):
@@ -64,63 +51,6 @@ _GPU_OPTIONS = {
     "xla_gpu_reduce_scatter_combine_threshold_bytes": 256 << 20,
 }
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
-EvalStep = Callable[[nnx.State, Batch], LossOutput]
-
-
-def init_state(config: TrainConfig, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, TrainState]:
-    """Fresh weights from `config.seed` and a fresh optimizer state, made where they will live.
-
-    The numbers do not depend on the mesh.
-
-    Args:
-      config: the run.
-      mesh: devices; None: those of `config.mesh`.
-
-    Returns:
-      The model's static structure, and the state of step 0.
-    """
-    mesh = resolve_mesh(config, mesh)
-    optimizer = make_optimizer(config.optim, total_steps=config.steps)
-    graphdef = abstract_model(config.model)[0]
-
-    @partial(jax.jit, out_shardings=state_shardings(config, mesh))
-    def create() -> TrainState:
-        params = nnx.split(Megalodon(config.model, rngs=nnx.Rngs(config.seed)), nnx.Param)[1]
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    return graphdef, create()
-
-
-def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """A model's static structure and its parameters' shapes and types, without any memory."""
-    model = nnx.eval_shape(lambda: Megalodon(config, rngs=nnx.Rngs(0)))
-    graphdef, params = nnx.split(model, nnx.Param)
-    return graphdef, params
-
-
-def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """Where every array of a run's state lives."""
-    return shardings_of(_abstract_state(config), mesh)
-
-
-def abstract_state(config: TrainConfig, mesh: Mesh | None = None) -> TrainState:
-    """Shapes, types and places of a run's `TrainState`, without any memory."""
-    mesh = resolve_mesh(config, mesh)
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        _abstract_state(config),
-        state_shardings(config, mesh),
-    )
-
-
-def _abstract_state(config: TrainConfig) -> TrainState:
-    optimizer = make_optimizer(config.optim, total_steps=config.steps)
-    params = abstract_model(config.model)[1]
-
-    def start(params: nnx.State) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    return jax.eval_shape(start, params)
 
 
 def make_train_step(
@@ -190,11 +120,11 @@ def make_eval_step(
     graphdef: nnx.GraphDef, config: TrainConfig, mesh: Mesh | None = None
 ) -> EvalStep:
     """Builds `evaluate(params, batch) -> LossOutput`, jitted: sums over one batch, no dropout."""
-    mesh = resolve_mesh(config, mesh)
+    mesh, task = resolve_mesh(config, mesh), find_task(config.task)
 
     def evaluate(params: nnx.State, batch: Batch) -> LossOutput:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return _loss_sums(graphdef, params, batch, config, dropout_key=None)
+            return task.loss(nnx.merge(graphdef, params), batch, config=config)
 
     return jax.jit(
         evaluate,
@@ -206,13 +136,13 @@ def make_eval_step(
 def _make_sums_and_gradient(
     graphdef: nnx.GraphDef, config: TrainConfig
 ) -> Callable[[nnx.State, Batch, PRNGKey], tuple[LossOutput, nnx.State]]:
-    model = config.model
+    model, task = config.model, find_task(config.task)
     drops = bool(model.dropout or model.hidden_dropout or model.attention_dropout)
 
     def objective(
         params: nnx.State, batch: Batch, key: PRNGKey | None
     ) -> tuple[Float32[Array, ""], LossOutput]:
-        sums = _loss_sums(graphdef, params, batch, config, dropout_key=key)
+        sums = task.loss(nnx.merge(graphdef, params), batch, config=config, dropout_key=key)
         return sums.loss_sum + sums.z_loss_sum, sums
 
     gradient_of = jax.grad(objective, has_aux=True)
@@ -238,25 +168,3 @@ def _make_sums_and_gradient(
         return jax.lax.scan(add, zeros, (indices, batches))[0]
 
     return over_all
-
-
-def _loss_sums(
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
-    batch: Batch,
-    config: TrainConfig,
-    *,
-    dropout_key: PRNGKey | None,
-) -> LossOutput:
-    model: Megalodon = nnx.merge(graphdef, params)
-    hidden = model.hidden(
-        batch.tokens, segment_ids=batch.segment_ids, dropout_key=dropout_key
-    ).hidden
-    return cross_entropy(
-        hidden,
-        model.output_matrix(),
-        batch.targets,
-        batch.weights,
-        z_loss=config.z_loss,
-        chunk_size=config.loss_chunk_size,
-    )

@@ -11,6 +11,7 @@ from megalodon_jax.chips import describe_machine
 from megalodon_jax.cli.main import main
 from megalodon_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig, load_config
 from megalodon_jax.errors import ConfigError
+from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel.mesh import check_fits, make_mesh
 from megalodon_jax.plan import chips, cli, topologies
 from megalodon_jax.plan import sweep as sweep_module
@@ -20,7 +21,6 @@ from megalodon_jax.plan.report import format_plan, format_ranking
 from megalodon_jax.plan.roofline import make_roofline
 from megalodon_jax.plan.sweep import find_meshes, rank, sweep
 from megalodon_jax.presets import configs_dir
-from megalodon_jax.training.step import abstract_model
 
 needs_cuda_compiler = pytest.mark.skipif(
     not topologies.has_cuda_compiler(),

@@ -6,7 +6,8 @@ import pytest
 
 from megalodon_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from megalodon_jax.parallel.mesh import make_mesh
-from megalodon_jax.training.step import init_state, make_train_step
+from megalodon_jax.train_state import init_state
+from megalodon_jax.training.step import make_train_step
 from megalodon_jax.typing import Batch
 
 LENGTH = 2**20

@@ -14,7 +14,8 @@ from megalodon_jax.errors import ConfigError
 from megalodon_jax.parallel.mesh import make_mesh, mesh_sizes, resolve_mesh
 from megalodon_jax.parallel.sharding import partition_spec
 from megalodon_jax.presets import preset_names
-from megalodon_jax.training.step import TrainState, init_state, make_train_step
+from megalodon_jax.train_state import TrainState, init_state
+from megalodon_jax.training.step import make_train_step
 from megalodon_jax.typing import Batch
 
 CONFIG = TrainConfig(

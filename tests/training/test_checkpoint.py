@@ -13,7 +13,7 @@ from flax import nnx
 from megalodon_jax.checkpoints import RunCheckpoints, load_model
 from megalodon_jax.errors import CheckpointError, MismatchError
 from megalodon_jax.model import Megalodon
-from megalodon_jax.training.step import TrainState, init_state
+from megalodon_jax.train_state import TrainState, init_state
 
 LOADER_STATE = {"version": 1, "position": {"rows": [1, 2, 3]}}
 

@@ -8,13 +8,9 @@ from flax import nnx
 
 from megalodon_jax.data import ByteTokenizer
 from megalodon_jax.errors import DataError
-from megalodon_jax.evaluation import (
-    evaluate_documents,
-    evaluate_files,
-    streaming_batches,
-)
+from megalodon_jax.evaluation.streaming import evaluate_documents, evaluate_files, streaming_batches
 from megalodon_jax.model import Megalodon
-from megalodon_jax.training.step import init_state
+from megalodon_jax.train_state import init_state
 
 # Lengths around the piece length 16 of the tests: with marks, 15 bytes fill a piece exactly.
 TEXTS = [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megalodon_jax.config import OptimConfig
-from megalodon_jax.training.optim import apply_updates, learning_rate_schedule, make_optimizer
+from megalodon_jax.optimizer import apply_updates, learning_rate_schedule, make_optimizer
 
 TOTAL = 20
 

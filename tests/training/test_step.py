@@ -9,12 +9,8 @@ import pytest
 from flax import nnx
 
 from megalodon_jax.config import OptimConfig
-from megalodon_jax.training.step import (
-    TrainState,
-    init_state,
-    make_eval_step,
-    make_train_step,
-)
+from megalodon_jax.train_state import TrainState, init_state
+from megalodon_jax.training.step import make_eval_step, make_train_step
 from megalodon_jax.typing import Batch
 
 

@@ -1,9 +1,7 @@
-"""Measuring a model on text it was not trained on: during training, and on files of any length."""
+"""Evaluation on documents of any length, in constant device memory."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -11,58 +9,13 @@ from flax import nnx
 
 from megalodon_jax.cache import Cache
 from megalodon_jax.config import DataConfig
-from megalodon_jax.data.packing import CountedBatch
 from megalodon_jax.data.sources import open_source
 from megalodon_jax.data.tokenizer import Tokenizer
-from megalodon_jax.errors import DataError
+from megalodon_jax.evaluation.summary import Evaluation, summarize
 from megalodon_jax.generate import fresh_cache
 from megalodon_jax.loss import LossOutput, cross_entropy
 from megalodon_jax.model import Megalodon
-from megalodon_jax.training.step import EvalStep
 from megalodon_jax.typing import Batch
-
-
-class Evaluation(NamedTuple):
-    """How well a model predicts a text.
-
-    Attributes:
-      loss: mean cross-entropy in nats per predicted token, closing marks included.
-      bits_per_byte: all nats / ln 2 / bytes of text; comparable between tokenizers.
-      perplexity: exp(loss), per token.
-      num_tokens: predicted tokens.
-      num_bytes: UTF-8 bytes that they stand for.
-    """
-
-    loss: float
-    bits_per_byte: float
-    perplexity: float
-    num_tokens: int
-    num_bytes: int
-
-
-def evaluate_batches(
-    eval_step: EvalStep,
-    params: nnx.State,
-    batches: Iterable[CountedBatch],
-    *,
-    max_batches: int | None = None,
-) -> Evaluation:
-    """Measures on the first batches of a single pass over held-out data.
-
-    Args:
-      eval_step: from `make_eval_step`.
-      params: the model's parameters.
-      batches: `Loader.with_bytes()`.
-      max_batches: how many at most; None: all.
-    """
-    sums: list[LossOutput] = []
-    num_bytes = 0
-    for batch, batch_bytes in batches:
-        sums.append(eval_step(params, batch))
-        num_bytes += batch_bytes
-        if max_batches is not None and len(sums) >= max_batches:
-            break
-    return _evaluation(sums, num_bytes)
 
 
 def evaluate_files(
@@ -136,7 +89,7 @@ def evaluate_documents(
         cache.check_room(piece_length)
         piece_sums, cache = _streaming_step(graphdef, params, cache, batch)
         sums.append(jax.device_get(piece_sums))
-    return _evaluation(sums, counter.num_bytes)
+    return summarize(sums, counter.num_bytes)
 
 
 def streaming_batches(
@@ -225,17 +178,3 @@ def _streaming_step(
     assert new_cache is not None
     sums = cross_entropy(hidden, model.output_matrix(), batch.targets, batch.weights)
     return sums, new_cache
-
-
-def _evaluation(sums: list[LossOutput], num_bytes: int) -> Evaluation:
-    # Summed in float64: a float32 sum of a million batches would stop growing.
-    nats = math.fsum(float(part.loss_sum) for part in sums)
-    num_tokens = round(math.fsum(float(part.weight_sum) for part in sums))
-    if num_tokens == 0 or num_bytes == 0:
-        raise DataError(f"nothing to measure: {num_tokens} tokens for {num_bytes} bytes of text")
-    loss = nats / num_tokens
-    try:
-        perplexity = math.exp(loss)
-    except OverflowError:
-        perplexity = math.inf
-    return Evaluation(loss, nats / math.log(2) / num_bytes, perplexity, num_tokens, num_bytes)

@@ -1,0 +1,57 @@
+"""Which checkpoints this version reads, and for which model and data."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from megalodon_jax.config import ModelConfig
+from megalodon_jax.errors import CheckpointError, MismatchError
+
+# The layout of a checkpoint. A change that older code could misread raises it by one; this version
+# reads its own format and the one before.
+FORMAT = 1
+READABLE_FORMATS = (FORMAT,)
+
+# Fields that say how a model is computed, not which model it is: they may change on restore.
+_COMPUTE_FIELDS = frozenset(
+    {
+        "implementation",
+        "remat",
+        "scan_layers",
+        "cema_implementation",
+        "timestep_norm_implementation",
+        "attention_implementation",
+        "rowwise_implementation",
+    }
+)
+
+
+def check_format(found: Any, source: str | Path) -> None:
+    """Raises `CheckpointError` if this version cannot read a checkpoint of format `found`."""
+    if found not in READABLE_FORMATS:
+        has = "no format number (it is older than format 1)" if found is None else f"format {found}"
+        readable = ", ".join(map(str, READABLE_FORMATS))
+        raise CheckpointError(
+            f"checkpoint {source} has {has}; this version reads format {readable}. "
+            "Use the version of megalodon-flax that wrote it"
+        )
+
+
+def check_same_model(saved: ModelConfig, wanted: ModelConfig, source: str | Path) -> None:
+    """Raises `MismatchError`, naming the fields, if two configurations are of different models."""
+    differing = differing_fields(saved, wanted, ignored=_COMPUTE_FIELDS)
+    if differing:
+        raise MismatchError(
+            f"checkpoint {source} is of another model: {'; '.join(differing)}. "
+            "Use the checkpoint's values, or another run_dir"
+        )
+
+
+def differing_fields(saved: Any, wanted: Any, *, ignored: frozenset[str]) -> list[str]:
+    """One text for each field of two configurations that differs: name, both values."""
+    texts = []
+    for entry in dataclasses.fields(saved):
+        old, new = getattr(saved, entry.name), getattr(wanted, entry.name)
+        if entry.name not in ignored and old != new:
+            texts.append(f"{entry.name} is {old!r} in the checkpoint, {new!r} now")
+    return texts

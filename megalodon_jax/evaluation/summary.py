@@ -1,0 +1,87 @@
+"""The result of a held-out measurement, from the sums of its batches."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from flax import nnx
+
+from megalodon_jax.errors import DataError
+from megalodon_jax.loss import LossOutput
+from megalodon_jax.typing import Batch
+
+if TYPE_CHECKING:
+    # Training steps and benchmarks run without the data libraries.
+    from megalodon_jax.data.packing import CountedBatch
+
+
+class Evaluation(NamedTuple):
+    """How well a model predicts a text.
+
+    Attributes:
+      loss: mean cross-entropy in nats per predicted token, closing marks included.
+      bits_per_byte: all nats / ln 2 / bytes of text; comparable between tokenizers.
+      perplexity: exp(loss), per token.
+      num_tokens: predicted tokens.
+      num_bytes: UTF-8 bytes that they stand for.
+    """
+
+    loss: float
+    bits_per_byte: float
+    perplexity: float
+    num_tokens: int
+    num_bytes: int
+
+
+EvalStep = Callable[[nnx.State, Batch], LossOutput]
+Metric = Callable[[Sequence[LossOutput], int], Evaluation]
+
+
+def summarize(sums: Sequence[LossOutput], num_bytes: int) -> Evaluation:
+    """The result of batches whose sums are known.
+
+    Args:
+      sums: of every batch.
+      num_bytes: UTF-8 bytes of the text in them.
+
+    Raises:
+      DataError: there is not a single token.
+    """
+    # Summed in float64: a float32 sum of a million batches would stop growing.
+    nats = math.fsum(float(batch.loss_sum) for batch in sums)
+    num_tokens = round(math.fsum(float(batch.weight_sum) for batch in sums))
+    if num_tokens == 0 or num_bytes == 0:
+        raise DataError(f"nothing to measure: {num_tokens} tokens for {num_bytes} bytes of text")
+    loss = nats / num_tokens
+    try:
+        perplexity = math.exp(loss)
+    except OverflowError:
+        perplexity = math.inf
+    return Evaluation(loss, nats / math.log(2) / num_bytes, perplexity, num_tokens, num_bytes)
+
+
+def evaluate_batches(
+    eval_step: EvalStep,
+    params: nnx.State,
+    batches: Iterable[CountedBatch],
+    *,
+    metric: Metric = summarize,
+    max_batches: int | None = None,
+) -> Evaluation:
+    """Measures on the first batches of a single pass over held-out data.
+
+    Args:
+      eval_step: from `make_eval_step`.
+      params: the model's parameters.
+      batches: `Loader.with_bytes()`.
+      metric: from the sums of all batches and the bytes of text in them to the result.
+      max_batches: how many at most; None: all.
+    """
+    sums: list[LossOutput] = []
+    num_bytes = 0
+    for batch, batch_bytes in batches:
+        sums.append(eval_step(params, batch))
+        num_bytes += batch_bytes
+        if max_batches is not None and len(sums) >= max_batches:
+            break
+    return metric(sums, num_bytes)

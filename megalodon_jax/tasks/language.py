@@ -1,0 +1,72 @@
+"""Language modeling, the default task: predict the next token of packed documents."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from megalodon_jax.config import TrainConfig
+from megalodon_jax.errors import ConfigError
+from megalodon_jax.evaluation.summary import Evaluation, summarize
+from megalodon_jax.loss import LossOutput, cross_entropy
+from megalodon_jax.model import Megalodon
+from megalodon_jax.typing import Batch, PRNGKey
+
+if TYPE_CHECKING:
+    from megalodon_jax.data.loader import Loader
+    from megalodon_jax.data.tokenizer import Tokenizer
+
+
+class LanguageModeling:
+    """Next-token prediction; the methods are documented in `Task`."""
+
+    def open_loaders(
+        self, config: TrainConfig, tokenizer: "Tokenizer", *, rows: Sequence[int], num_shards: int
+    ) -> "tuple[Loader, Loader | None]":
+        """Packed rows of text; no held-out loader if the configuration holds nothing out."""
+        # Here, so that training steps and benchmarks run without the data libraries.
+        from megalodon_jax.data.loader import make_loader
+
+        check_vocabulary(tokenizer, config)
+        data, rows = config.data, tuple(rows)
+        training = make_loader(
+            data, tokenizer, "train", rows=rows, default_shards=num_shards, repeat=True
+        )
+        heldout = data.tfds_heldout_split if data.source == "tfds" else data.heldout_files
+        if not heldout and data.heldout_fraction == 0.0:
+            return training, None
+        return training, make_loader(data, tokenizer, "heldout", rows=rows, repeat=False)
+
+    def loss(
+        self,
+        model: Megalodon,
+        batch: Batch,
+        *,
+        config: TrainConfig,
+        dropout_key: PRNGKey | None = None,
+    ) -> LossOutput:
+        """Cross-entropy of the next token."""
+        hidden = model.hidden(
+            batch.tokens, segment_ids=batch.segment_ids, dropout_key=dropout_key
+        ).hidden
+        return cross_entropy(
+            hidden,
+            model.output_matrix(),
+            batch.targets,
+            batch.weights,
+            z_loss=config.z_loss,
+            chunk_size=config.loss_chunk_size,
+        )
+
+    def metric(self, sums: Sequence[LossOutput], num_bytes: int) -> Evaluation:
+        """Loss, perplexity and bits per byte."""
+        return summarize(sums, num_bytes)
+
+
+def check_vocabulary(tokenizer: "Tokenizer", config: TrainConfig) -> None:
+    """Raises `ConfigError` if the tokenizer has ids that the model does not know."""
+    known = min(config.model.vocab_size, config.model.num_outputs)
+    if tokenizer.vocab_size > known:
+        raise ConfigError(
+            f"tokenizer {config.data.tokenizer!r} has token ids up to {tokenizer.vocab_size - 1}, "
+            f"but the model knows 0 to {known - 1}; set model.vocab_size to {tokenizer.vocab_size} "
+            "or more"
+        )
