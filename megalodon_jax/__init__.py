@@ -1,12 +1,36 @@
-"""MEGALODON in JAX: a language model with unlimited context (Ma et al. 2024, arXiv 2404.08801)."""
+"""MEGALODON in JAX: a language model with unlimited context (Ma et al. 2024, arXiv 2404.08801).
 
-from megalodon_jax.cache import Cache, LayerCache
-from megalodon_jax.config import ModelConfig, TrainConfig, load_config
-from megalodon_jax.errors import ConfigError
-from megalodon_jax.loss import LossOutput, cross_entropy
-from megalodon_jax.model import HiddenOutput, Megalodon, ModelOutput
-from megalodon_jax.typing import Batch
+Names are imported on first use, so that `import megalodon_jax` does not import JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from megalodon_jax.version import __version__
+
+if TYPE_CHECKING:
+    from megalodon_jax.cache import Cache, LayerCache
+    from megalodon_jax.config import MeshConfig, ModelConfig, TrainConfig, load_config
+    from megalodon_jax.errors import ConfigError
+    from megalodon_jax.loss import LossOutput, cross_entropy
+    from megalodon_jax.model import HiddenOutput, Megalodon, ModelOutput
+    from megalodon_jax.typing import Batch
+
+_MODULES = {
+    "Batch": "typing",
+    "Cache": "cache",
+    "ConfigError": "errors",
+    "HiddenOutput": "model",
+    "LayerCache": "cache",
+    "LossOutput": "loss",
+    "Megalodon": "model",
+    "MeshConfig": "config",
+    "ModelConfig": "config",
+    "ModelOutput": "model",
+    "TrainConfig": "config",
+    "cross_entropy": "loss",
+    "load_config": "config",
+}
 
 __all__ = [
     "Batch",
@@ -16,6 +40,7 @@ __all__ = [
     "LayerCache",
     "LossOutput",
     "Megalodon",
+    "MeshConfig",
     "ModelConfig",
     "ModelOutput",
     "TrainConfig",
@@ -23,3 +48,13 @@ __all__ = [
     "cross_entropy",
     "load_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -1,6 +1,5 @@
 """The mesh of devices, and the processes of a run on several hosts."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Self
 
@@ -22,7 +21,7 @@ class MeshConfig:
     """Parts of heads, features and vocabulary (tensor parallelism)."""
 
     def __post_init__(self) -> None:
-        sizes = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        sizes = {axis: getattr(self, axis) for axis in ("replica", "data", "chunk", "model")}
         for name, size in sizes.items():
             require(size == -1 or size >= 1, f"mesh.{name} is {size}; use 1 or more, or -1")
         require(

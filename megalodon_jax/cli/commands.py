@@ -1,0 +1,227 @@
+"""The commands of `megalodon`: their options, and what each of them runs.
+
+Importing this module is cheap: a command imports JAX when it runs.
+"""
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Protocol
+
+import tyro
+
+from megalodon_jax.bench import options as bench
+from megalodon_jax.cli.run_config import RunSettings, to_config
+from megalodon_jax.errors import ConfigError
+from megalodon_jax.plan.options import PlanOptions
+
+Config = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
+
+
+class Command(Protocol):
+    """A parsed command."""
+
+    def run(self) -> int:
+        """Runs the command; returns the exit code of the process."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Trains a model as CONFIG says; every setting can be changed by an option.
+
+    Example: megalodon train first_run --run_dir runs/first --optim.lr 3e-3
+    """
+
+    config: Config
+    """A TOML file, or the name of a shipped one."""
+    run_settings: Annotated[Any, tyro.conf.arg(name="")] = field(default_factory=RunSettings)
+
+    def run(self) -> int:
+        """Trains to the end or a signal."""
+        import signal
+
+        from megalodon_jax.cli.exit_codes import exit_code
+        from megalodon_jax.parallel.distributed import exit_without_barrier
+        from megalodon_jax.training.loop import train
+
+        try:
+            result = train(to_config(self.run_settings))
+        except (Exception, KeyboardInterrupt) as error:
+            exit_without_barrier(exit_code(error))
+            raise
+        return 128 + signal.SIGINT if result.stop_signal == signal.SIGINT else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measures a trained model on text files of any length, in constant device memory.
+
+    Example: megalodon evaluate --checkpoint runs/first --files a.txt "books/*.txt.gz"
+    """
+
+    checkpoint: str
+    """The run_dir of a training run."""
+    files: tuple[str, ...]
+    """Paths or globs of text: plain, .gz, .jsonl, .parquet."""
+    text_field: str = "text"
+    """Field that holds the text in .jsonl and .parquet files."""
+    document_separator: str = ""
+    """Splits a plain text file into documents; empty: a file is a document."""
+    batch_size: int = 8
+    """Most documents that are read side by side."""
+    piece_length: int = 1024
+    """Tokens of a document that go through the model at a time."""
+    step: int | None = None
+    """Step of the checkpoint; the newest if not set."""
+
+    def run(self) -> int:
+        """Prints bits per byte and perplexity."""
+        from megalodon_jax.checkpoints import load_trained
+        from megalodon_jax.evaluation.streaming import evaluate_files
+
+        model, tokenizer = load_trained(self.checkpoint, self.step)
+        result = evaluate_files(
+            model,
+            tokenizer,
+            self.files,
+            text_field=self.text_field,
+            document_separator=self.document_separator,
+            batch_size=self.batch_size,
+            piece_length=self.piece_length,
+        )
+        print(
+            f"bits per byte {result.bits_per_byte:.4f}  "
+            f"perplexity per token {result.perplexity:.4f}  "
+            f"tokens {result.num_tokens:,}  bytes {result.num_bytes:,}"
+        )
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Continues a prompt with a trained model and prints the text as it comes.
+
+    Example: megalodon generate --checkpoint runs/first --prompt "def "
+    """
+
+    checkpoint: str
+    """The run_dir of a training run."""
+    prompt: str = ""
+    """Start of the text."""
+    max_tokens: int = 256
+    """Most tokens to add; the text ends earlier where the model ends the document."""
+    temperature: float = 0.8
+    """Divides the scores; 0 always takes the most probable token."""
+    top_k: int = 0
+    """Sample only from this many most probable tokens; 0: from all."""
+    top_p: float = 1.0
+    """Sample only from the smallest set of most probable tokens whose probability reaches this."""
+    seed: int = 0
+    """Seed of the random numbers."""
+    step: int | None = None
+    """Step of the checkpoint; the newest if not set."""
+
+    def run(self) -> int:
+        """Prints the prompt and its continuation."""
+        import jax
+
+        from megalodon_jax.checkpoints import load_trained
+        from megalodon_jax.generate import Sampling, stream_text
+
+        try:
+            sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        model, tokenizer = load_trained(self.checkpoint, self.step)
+        print(self.prompt, end="", flush=True)
+        for text in stream_text(
+            model,
+            tokenizer,
+            self.prompt,
+            max_tokens=self.max_tokens,
+            sampling=sampling,
+            key=jax.random.key(self.seed),
+        ):
+            print(text, end="", flush=True)
+        print()
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Converts between released checkpoints, .safetensors files and run directories.
+
+    Example: megalodon convert released_checkpoint/ mega.safetensors
+    """
+
+    source: tyro.conf.Positional[str]
+    """A released checkpoint, a .safetensors file or a run_dir."""
+    target: tyro.conf.Positional[str]
+    """Where the result is written: a .safetensors file, or a new run_dir. Nothing is overwritten."""
+    config: str | None = None
+    """TOML file or preset with the model's shape, if the source has no config."""
+
+    def run(self) -> int:
+        """Says what was written."""
+        from megalodon_jax.interop.convert import convert
+
+        print(convert(self.source, self.target, self.config))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Compiles a run's training step for hardware you do not have, and prints what it costs.
+
+    Example: megalodon plan paper_7b --topology v5p:4x4x8 --mesh.data 128
+    """
+
+    config: Config
+    """A TOML file, or the name of a shipped one."""
+    options: Annotated[PlanOptions, tyro.conf.arg(name="")]
+    run_settings: Annotated[Any, tyro.conf.arg(name="")] = field(default_factory=RunSettings)
+
+    def run(self) -> int:
+        """Prints the plan; the exit code is 1 if it does not fit."""
+        from megalodon_jax.plan.run import run
+
+        return run(self.options, to_config(self.run_settings))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measures speed, memory and accuracy on your device.
+
+    Example: megalodon bench train --preset mega200M --profile
+    """
+
+    benchmark: (
+        Annotated[bench.BenchOpsOptions, tyro.conf.subcommand("ops")]
+        | Annotated[bench.BenchTrainOptions, tyro.conf.subcommand("train")]
+        | Annotated[bench.BenchScalingOptions, tyro.conf.subcommand("scaling")]
+        | Annotated[bench.BenchAgreementOptions, tyro.conf.subcommand("agreement")]
+        | Annotated[bench.BenchReferenceOptions, tyro.conf.subcommand("reference")]
+    )
+
+    MODULES: ClassVar[dict[type, str]] = {
+        bench.BenchOpsOptions: "ops",
+        bench.BenchTrainOptions: "train",
+        bench.BenchScalingOptions: "scaling",
+        bench.BenchAgreementOptions: "agreement",
+        bench.BenchReferenceOptions: "reference",
+    }
+
+    def run(self) -> int:
+        """Runs one benchmark."""
+        name = self.MODULES[type(self.benchmark)]
+        return importlib.import_module(f"megalodon_jax.bench.{name}").run(self.benchmark)
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "generate": Generate,
+    "convert": Convert,
+    "plan": Plan,
+    "bench": Bench,
+}
