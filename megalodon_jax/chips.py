@@ -1,137 +1,139 @@
-"""What the makers' data sheets say of accelerators, and what of it one mesh axis gets.
+"""Data sheets of accelerators: the only table of their arithmetic, memory and links.
 
-TPUs: Google Cloud's page of each generation (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e,
-tpu7x), which gives a chip's links as one sum over both directions. H200: NVIDIA's data sheet of the
-SXM module.
+TPU: Google Cloud's page of each generation (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e,
+tpu7x). GPU: NVIDIA's data sheets of the A100, H100 and H200. What one kernel may use of a device
+(registers, shared memory, VMEM) is in `pallas_kernels.common.devices`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from jax.sharding import Mesh
 
 from megalodon_jax.errors import ConfigError
+from pallas_kernels.common.devices import canonical_tpu_kind
 
 GIB = 2**30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Chip:
     """One chip.
 
     Attributes:
-      name: as topologies call it.
-      hbm_bytes: memory.
-      flops: dense bfloat16 FLOP/s.
-      hbm_rate: bytes/s of its memory.
-      link_rate: bytes/s in one direction of one link to a neighbour (TPU), or of all NVLinks.
-      torus: dimensions of the network of chips; 0: a switch.
-      ring: least length at which a dimension is closed to a ring; its multiples are, too.
-      network_rate: bytes/s in one direction over the data center's network; None: not published.
+      name: short name, as topologies use it ("v5p:4x4x8", "h200:8").
+      memory_bytes: capacity of its memory.
+      flops_per_second: dense bfloat16 peak.
+      memory_bytes_per_second: peak rate of its memory.
+      link_bytes_per_second: one direction of one link to a neighbour (TPU), of all NVLinks
+        together, or of the PCIe connector.
+      torus_dimensions: dimensions of the network of chips; 0: a switch.
+      ring_length: a torus dimension of a multiple of this many chips is closed to a ring.
+      network_bytes_per_second: one direction over the data center's network; None: not published.
+      clock_hz: clock of its cores; None: not published.
+      devices_per_chip: how many devices JAX makes of it.
     """
 
     name: str
-    hbm_bytes: float
-    flops: float
-    hbm_rate: float
-    link_rate: float
-    torus: int
-    ring: int
-    network_rate: float | None
+    memory_bytes: float
+    flops_per_second: float
+    memory_bytes_per_second: float
+    link_bytes_per_second: float
+    torus_dimensions: int = 0
+    ring_length: int = 0
+    network_bytes_per_second: float | None = None
+    clock_hz: float | None = None
+    devices_per_chip: int = 1
+
+    @property
+    def device_flops_per_second(self) -> float:
+        """Dense bfloat16 peak of one JAX device."""
+        return self.flops_per_second / self.devices_per_chip
 
 
+def _tpu(
+    name: str,
+    gib: int,
+    flops: float,
+    memory: float,
+    link: float,
+    *,
+    torus: int,
+    network: float | None,
+    clock: float | None,
+    devices: int = 1,
+) -> Chip:
+    return Chip(
+        name=name,
+        memory_bytes=gib * GIB,
+        flops_per_second=flops,
+        memory_bytes_per_second=memory,
+        link_bytes_per_second=link,
+        torus_dimensions=torus,
+        ring_length=4 if torus == 3 else 16,
+        network_bytes_per_second=network,
+        clock_hz=clock,
+        devices_per_chip=devices,
+    )
+
+
+def _gpu(
+    name: str, gigabytes: int, flops: float, memory: float, link: float, clock: float | None = None
+) -> Chip:
+    return Chip(
+        name=name,
+        memory_bytes=gigabytes * 1e9,
+        flops_per_second=flops,
+        memory_bytes_per_second=memory,
+        link_bytes_per_second=link,
+        clock_hz=clock,
+    )
+
+
+# By JAX's device kind; a TPU's other names are aliases (`canonical_tpu_kind`).
 CHIPS: dict[str, Chip] = {
-    # By device kind. Links: v4 2,400 Gbit/s one way over 6; v5e 400, v5p 1,200, v6e 800 and tpu7x
-    # 1,200 GB/s both ways over 4, 6, 4 and 6.
-    "TPU v4": Chip("v4", 32 * GIB, 275e12, 1200e9, 50e9, 3, 4, None),
-    "TPU v5 lite": Chip("v5e", 16 * GIB, 197e12, 819e9, 50e9, 2, 16, 25e9 / 8),
-    "TPU v5": Chip("v5p", 95 * GIB, 459e12, 2765e9, 100e9, 3, 4, 50e9 / 8),
-    "TPU v6 lite": Chip("v6e", 32 * GIB, 918e12, 1638e9, 100e9, 2, 16, 100e9 / 8),
-    "TPU7x": Chip("tpu7x", 192 * GIB, 2307e12, 7380e9, 100e9, 3, 4, 100e9 / 8),
-    "NVIDIA H200": Chip("h200", 141e9, 989e12, 4800e9, 450e9, 0, 0, None),
+    # The pages give a chip's links as one sum over both directions: v4 2,400 Gbit/s one way over 6
+    # links; v5e 400, v5p 1,200, v6e 800 and tpu7x 1,200 GB/s both ways over 4, 6, 4 and 6.
+    "TPU v4": _tpu("v4", 32, 275e12, 1200e9, 50e9, torus=3, network=None, clock=1.05e9),
+    "TPU v5 lite": _tpu("v5e", 16, 197e12, 819e9, 50e9, torus=2, network=25e9 / 8, clock=1.5e9),
+    "TPU v5": _tpu("v5p", 95, 459e12, 2765e9, 100e9, torus=3, network=50e9 / 8, clock=1.75e9),
+    "TPU v6 lite": _tpu("v6e", 32, 918e12, 1638e9, 100e9, torus=2, network=100e9 / 8, clock=1.75e9),
+    "TPU7x": _tpu(
+        "tpu7x", 192, 2307e12, 7380e9, 100e9, torus=3, network=100e9 / 8, clock=None, devices=2
+    ),
+    # SXM modules with NVLink (900 GB/s both ways on Hopper, 600 on Ampere); PCIe cards count the
+    # connector (128 and 64 GB/s both ways), for NVLink bridges are optional there.
+    "NVIDIA H200": _gpu("h200", 141, 989e12, 4800e9, 450e9, clock=1.98e9),
+    "NVIDIA H100 80GB HBM3": _gpu("h100", 80, 989e12, 3350e9, 450e9, clock=1.98e9),
+    "NVIDIA H100 PCIe": _gpu("h100-pcie", 80, 756e12, 2000e9, 64e9),
+    "NVIDIA A100-SXM4-80GB": _gpu("a100-80gb", 80, 312e12, 2039e9, 300e9),
+    "NVIDIA A100-SXM4-40GB": _gpu("a100-40gb", 40, 312e12, 1555e9, 300e9),
+    "NVIDIA A100 80GB PCIe": _gpu("a100-80gb-pcie", 80, 312e12, 1935e9, 32e9),
+    "NVIDIA A100-PCIE-40GB": _gpu("a100-40gb-pcie", 40, 312e12, 1555e9, 32e9),
 }
 
 
-@dataclass(frozen=True)
-class Machine:
-    """The devices of a mesh, as JAX counts them (on v4 and tpu7x two share a chip).
-
-    Attributes:
-      chip: the kind of chip.
-      mesh: its devices.
-      devices_per_chip: how many share a chip's memory, arithmetic and links.
-    """
-
-    chip: Chip
-    mesh: Mesh
-    devices_per_chip: int
-
-    @property
-    def hbm_bytes(self) -> float:
-        """Memory of a device."""
-        return self.chip.hbm_bytes / self.devices_per_chip
-
-    @property
-    def flops(self) -> float:
-        """bfloat16 FLOP/s of a device."""
-        return self.chip.flops / self.devices_per_chip
-
-    @property
-    def hbm_rate(self) -> float:
-        """Bytes/s of a device's memory."""
-        return self.chip.hbm_rate / self.devices_per_chip
-
-    def slices(self, axes: Sequence[str]) -> int:
-        """Slices, connected by the data center's network, over which these mesh axes run."""
-        return len({_slice_of(device) for device in self._line(axes)})
-
-    def link_rate(self, axes: Sequence[str]) -> float:
-        """Bytes/s that a device sends, at best, to others along these mesh axes in its slice.
-
-        Every dimension of the torus along which they lie carries one link, or two where they fill
-        it and it closes to a ring. Other traffic on the same links is not known here.
-        """
-        if not self.chip.torus:
-            return self.chip.link_rate
-        line = [one for one in self._line(axes) if _slice_of(one) == _slice_of(self._line(axes)[0])]
-        own = _coordinates(line)
-        every = _coordinates(list(self.mesh.devices.flat))
-        links = 0
-        for dimension in range(own.shape[1]):
-            length, whole = (len(set(points[:, dimension])) for points in (own, every))
-            closed = length == whole and whole % self.chip.ring == 0
-            links += (length > 1) * (2 if closed else 1)
-        # Devices of one chip reach each other without links; they are not slower than over one.
-        return max(links, 1) * self.chip.link_rate / self.devices_per_chip
-
-    def _line(self, axes: Sequence[str]) -> list[Any]:
-        """The devices along some mesh axes, at the origin of the others."""
-        index = tuple(slice(None) if axis in axes else 0 for axis in self.mesh.axis_names)
-        return list(np.ravel(self.mesh.devices[index]))
+def find_chip(device_kind: str) -> Chip | None:
+    """The chip of a JAX device kind, such as "TPU v5 lite" or "TPU v5e"; None if it is unknown."""
+    return CHIPS.get(canonical_tpu_kind(device_kind))
 
 
-def describe_machine(mesh: Mesh) -> Machine:
-    """What is known of the chips of a mesh.
+def require_chip(device_kind: str) -> Chip:
+    """The chip of a JAX device kind.
 
     Raises:
-      ConfigError: nothing is; the known kinds are named.
+      ConfigError: the kind is unknown; the known ones are named.
     """
-    devices = list(mesh.devices.flat)
-    kind = devices[0].device_kind
-    if kind not in CHIPS:
-        raise ConfigError(f"no data sheet for {kind!r}; there are: {', '.join(CHIPS)}")
-    chip = CHIPS[kind]
-    if not chip.torus:
-        return Machine(chip, mesh, 1)
-    # On v5p a chip's two cores are one device; v4 and tpu7x show both.
-    return Machine(chip, mesh, 1 + max(getattr(device, "core_on_chip", 0) for device in devices))
+    chip = find_chip(device_kind)
+    if chip is None:
+        raise ConfigError(f"no data sheet for {device_kind!r}; there are: {', '.join(CHIPS)}")
+    return chip
 
 
-def _slice_of(device: Any) -> int:
-    return getattr(device, "slice_index", 0) or 0
+def device_kind_of(name: str) -> str:
+    """JAX's device kind of a chip by its short name, such as "NVIDIA H200" of "h200".
 
-
-def _coordinates(devices: list[Any]) -> np.ndarray:
-    return np.array([device.coords for device in devices])
+    Raises:
+      ConfigError: no chip has that name; the known ones are named.
+    """
+    kinds = {chip.name: kind for kind, chip in CHIPS.items()}
+    if name not in kinds:
+        raise ConfigError(f"no chip {name!r}; there are: {', '.join(kinds)}")
+    return kinds[name]

@@ -1,1 +1,1 @@
-"""Measurements: speed and memory, each a script that prints what it measured."""
+"""Benchmarks: each module measures one thing and prints a table (`megalodon bench`)."""

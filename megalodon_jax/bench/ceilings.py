@@ -1,4 +1,4 @@
-"""What this device can do at best, measured, so that an operation's speed has a scale."""
+"""Ceilings: the best memory and matrix product rates of this device, measured."""
 
 from typing import NamedTuple
 
@@ -12,8 +12,8 @@ class Ceilings(NamedTuple):
     """Best rates of a device.
 
     Attributes:
-      bytes_per_second: memory read plus memory written by an elementwise function of a large array.
-      flops_per_second: of a large square bfloat16 matrix product, 2 n^3 each.
+      bytes_per_second: bytes read plus bytes written by an elementwise function of a large array.
+      flops_per_second: rate of a large square bfloat16 matrix product of 2 n^3 FLOPs.
     """
 
     bytes_per_second: float
@@ -21,10 +21,10 @@ class Ceilings(NamedTuple):
 
 
 def measure_ceilings(*, copied_bytes: int = 2**30, matrix_size: int = 8192) -> Ceilings:
-    """Measures both on the default device.
+    """Measures both rates on the default device.
 
     Args:
-      copied_bytes: size of the array that is read, and of the one that is written.
+      copied_bytes: size of the array that is read, and of the array that is written.
       matrix_size: n of the n x n matrices.
     """
     source = jnp.arange(copied_bytes // 4, dtype=jnp.int32)

@@ -7,44 +7,49 @@ The gradient is that of sum(y * cotangent) in x and all parameters, so x, the co
 three of the multiples.
 """
 
-import argparse
 import resource
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from megalodon_jax.bench.entry import run_command
+from megalodon_jax.compiled.memory import CompiledMemory, read_memory
 from pallas_kernels.cema import CemaParams, cema
 from pallas_kernels.common.dispatch import Implementation
 
 
-class MemoryUse(NamedTuple):
-    """What the compiler sets aside, in bytes.
+@dataclass(frozen=True, kw_only=True)
+class CemaMemoryOptions:
+    """Prints the peak memory of CEMA, forward and backward.
 
-    Attributes:
-      arguments: x, the cotangent and the parameters.
-      outputs: the loss and the gradients.
-      temporaries: everything else, at its peak.
-      input: x alone, the unit of comparison.
+    Example: python -m megalodon_jax.bench.cema_memory --run
     """
 
-    arguments: int
-    outputs: int
-    temporaries: int
-    input: int
+    run: bool = False
+    """Run every case too."""
 
-    @property
-    def peak(self) -> int:
-        """Bytes needed at once."""
-        return self.arguments + self.outputs + self.temporaries
+
+class CemaMemory(NamedTuple):
+    """Memory of a gradient beside its input.
+
+    Attributes:
+      memory: the compiler's account.
+      input: bytes of x, the unit of comparison.
+    """
+
+    memory: CompiledMemory
+    input: int
 
     @property
     def multiple(self) -> float:
         """The peak over the input."""
-        return self.peak / self.input
+        return self.memory.total / self.input
 
 
 class Shape(NamedTuple):
@@ -83,21 +88,17 @@ def compile_gradient(
     return jax.jit(gradient).lower(x, params, x, segment_ids).compile()
 
 
-def compiled_memory(compiled: jax.stages.Compiled, shape: Shape) -> MemoryUse:
-    """Reads the compiler's own account of a compiled gradient.
+def compiled_memory(compiled: jax.stages.Compiled, shape: Shape) -> CemaMemory:
+    """The compiler's account of a compiled gradient.
 
     Raises:
-      RuntimeError: the backend gives none.
+      RuntimeError: the backend reports none.
     """
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        raise RuntimeError(f"backend {jax.default_backend()} gives no memory analysis")
-    return MemoryUse(
-        arguments=analysis.argument_size_in_bytes,
-        outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
-        temporaries=analysis.temp_size_in_bytes,
-        input=shape.rows * shape.length * shape.channels * jnp.dtype(shape.dtype).itemsize,
-    )
+    memory = read_memory(compiled)
+    if memory is None:
+        raise RuntimeError(f"backend {jax.default_backend()} reports no memory")
+    input_bytes = shape.rows * shape.length * shape.channels * jnp.dtype(shape.dtype).itemsize
+    return CemaMemory(memory, input_bytes)
 
 
 def _inputs(
@@ -114,31 +115,35 @@ def _inputs(
     return x, params, segment_ids if shape.packed else None
 
 
-def main() -> None:
-    """Prints one line per shape."""
-    parser = argparse.ArgumentParser(description="peak memory of CEMA, forward and backward")
-    parser.add_argument("--run", action="store_true", help="run each case too")
-    arguments = parser.parse_args()
+def run(options: CemaMemoryOptions) -> int:
+    """Prints one line per shape; returns 0."""
     print(f"backend {jax.default_backend()}, jax {jax.__version__}")
     for shape in SHAPES:
         compiled = compile_gradient(shape)
         use = compiled_memory(compiled, shape)
         line = (
             f"({shape.rows}, {shape.length}, {shape.channels}) N {shape.order} {shape.dtype}"
-            f"{' packed' if shape.packed else ''}: {use.peak / 2**20:.0f} MiB = "
-            f"{use.multiple:.2f} x input, of it temporaries {use.temporaries / use.input:.2f}"
+            f"{' packed' if shape.packed else ''}: {use.memory.total / 2**20:.0f} MiB = "
+            f"{use.multiple:.2f} x input, temporaries "
+            f"{use.memory.temporaries / use.input:.2f} x input"
         )
-        if arguments.run:
+        if options.run:
             x, params, segment_ids = _inputs(shape)
             jax.block_until_ready(compiled(x, params, x, segment_ids))
             start = time.perf_counter()
             jax.block_until_ready(compiled(x, params, x, segment_ids))
-            # Linux counts kilobytes, macOS bytes; the peak is that of the process so far.
+            # Linux counts kilobytes, macOS bytes; the peak is that of the process until here.
             unit = 1 if sys.platform == "darwin" else 1024
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
             line += f"; {time.perf_counter() - start:.3f} s, process peak {peak / 2**20:.0f} MiB"
         print(line, flush=True)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; argv without the program's name, None: that of the process."""
+    return run_command(run, CemaMemoryOptions, "python -m megalodon_jax.bench.cema_memory", argv)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

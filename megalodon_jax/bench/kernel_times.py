@@ -1,4 +1,4 @@
-"""Where a GPU's time goes, by kind of kernel, from the profiler's trace."""
+"""GPU time by kind of kernel, from the profiler's trace."""
 
 import re
 import tempfile
@@ -14,7 +14,7 @@ _KINDS = {
     "collectives": r"nccl|all_?gather|all_?reduce|reduce_?scatter|all_?to_?all|collective",
     "chunk attention": r"chunk_attention",
     "CEMA": r"cema",
-    "TimestepNorm": r"timestep_norm|tsn_",
+    "TimestepNorm": r"timestep_norm",
     "norms and gates": r"rowwise",
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas",
     "copies": r"memcpy|memset|dynamic_update_slice|dynamic_slice",
@@ -23,12 +23,12 @@ _KINDS = {
 
 
 class KernelTimes(NamedTuple):
-    """Of one kind of kernel, in one call.
+    """The kernels of one kind in one call.
 
     Attributes:
-      kind: see the table in this file.
-      seconds: of all of them together, on one device.
-      launches: how many there are.
+      kind: name of the kind, from the table in this file.
+      seconds: time of all of them together, on one device.
+      launches: their number.
     """
 
     kind: str
@@ -37,9 +37,13 @@ class KernelTimes(NamedTuple):
 
 
 def kernel_times(call: Callable[[], Any], *, calls: int = 3) -> list[KernelTimes]:
-    """Profiles `call`, which is compiled already; the largest kind comes first, none on a CPU.
+    """Profiles a compiled function: kinds of kernels, the longest first; empty on a CPU.
 
-    Over several devices of this host: their mean.
+    With several devices of this host the times are their mean.
+
+    Args:
+      call: the function.
+      calls: number of profiled calls.
     """
     jax.block_until_ready(call())
     with tempfile.TemporaryDirectory() as folder:
@@ -65,4 +69,6 @@ def kernel_times(call: Callable[[], Any], *, calls: int = 3) -> list[KernelTimes
 
 def kind_of(kernel: str) -> str:
     """The kind of a kernel by its name."""
-    return next(kind for kind, part in _KINDS.items() if re.search(part, kernel, re.IGNORECASE))
+    return next(
+        kind for kind, pattern in _KINDS.items() if re.search(pattern, kernel, re.IGNORECASE)
+    )

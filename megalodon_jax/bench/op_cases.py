@@ -1,7 +1,7 @@
 """The operations of `pallas_kernels` at the shapes that `bench ops` measures.
 
-A case makes random inputs, applies the operation, and says what the least work is. To measure a new
-shape, add a case to `CASES`; for a new operation, a class. Implementations come from the operation.
+A case makes random inputs, applies the operation, and counts its least work. To measure a new
+shape, add a case to `CASES`; for a new operation, add a class.
 
 B rows, L length, D channels, N orders, G groups, H heads, K and V width of a key and a value, C
 chunk size.
@@ -17,22 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from megalodon_jax.bench.options import BenchMode, DecayRange
 from pallas_kernels import cema, chunk_attention, rowwise, timestep_norm
 from pallas_kernels.common.dispatch import Implementation
 
-Mode = Literal["plain", "packed", "carried"]
-Memory = Literal["start", "long"]
-DOCUMENTS = 8
-# Error is measured on at most so many tokens: the reference is slow, or keeps L x L scores.
+NUM_DOCUMENTS = 8
+# Errors are measured on at most this many tokens: the reference is slow, or stores L x L scores.
 CHECKED_LENGTH = 1024
 
 
 class Inputs(NamedTuple):
-    """Inputs of one call.
+    """Inputs of one call, by the names of the operation's arguments.
 
     Attributes:
-      differentiable: arrays by name, which get gradients.
-      fixed: arrays by name, which get none.
+      differentiable: arrays with gradients.
+      fixed: arrays without gradients.
     """
 
     differentiable: dict[str, Any]
@@ -44,10 +43,10 @@ class OpCase(abc.ABC):
     """One operation at one shape, bfloat16."""
 
     op: ClassVar[str]
-    implementations: ClassVar[tuple[str, ...]]
+    implementations: ClassVar[tuple[str, ...]] = get_args(Implementation)
     limit: ClassVar[Literal["memory", "matmul"]]
-    """Which ceiling the least work of the operation meets first."""
-    modes: ClassVar[tuple[Mode, ...]] = get_args(Mode)
+    """The ceiling of the device that bounds the operation."""
+    modes: ClassVar[tuple[BenchMode, ...]] = get_args(BenchMode)
     """Modes in which the operation differs."""
 
     rows: int
@@ -58,29 +57,31 @@ class OpCase(abc.ABC):
         """The shape."""
 
     @abc.abstractmethod
-    def make_inputs(self, rng: np.random.Generator, mode: Mode, memory: Memory) -> Inputs:
-        """Random inputs, parameters as the model's modules start them.
+    def make_inputs(
+        self, rng: np.random.Generator, mode: BenchMode, decay_range: DecayRange
+    ) -> Inputs:
+        """Random inputs, with parameters as the model's modules initialize them.
 
         Args:
           rng: source of all numbers.
           mode: "plain"; "packed", eight documents of random lengths in every row; or "carried",
-            with a state before the first token, which gets a gradient, and one after the last.
-          memory: how long CEMA remembers: as at the start of training, or |q| up to 1 - 1e-3.
+            with an initial state, which gets a gradient, and a final state.
+          decay_range: CEMA's decay |q|, as at the start of training, or up to 1 - 1e-3.
         """
 
     @abc.abstractmethod
     def apply(
         self, differentiable: dict[str, Any], fixed: dict[str, Any], implementation: Any
     ) -> dict[str, Any]:
-        """The operation's results by name; the last state only if there was a first."""
+        """The operation's results by name; the final state only if there is an initial one."""
 
     def forward_flops(self, fixed: dict[str, Any]) -> int:
-        """FLOPs that no implementation of the forward pass can do without; 0: too few to count."""
+        """The least FLOPs of a forward pass; 0 for operations that memory bounds."""
         del fixed
         return 0
 
     def shortened(self) -> Self:
-        """The case on which error is measured."""
+        """The case on which errors are measured."""
         return dataclasses.replace(self, length=min(self.length, CHECKED_LENGTH))
 
 
@@ -89,7 +90,6 @@ class CemaCase(OpCase):
     """CEMA."""
 
     op = "cema"
-    implementations = get_args(Implementation)
     limit = "memory"
 
     channels: int
@@ -98,16 +98,18 @@ class CemaCase(OpCase):
     def __str__(self) -> str:
         return f"B {self.rows} L {self.length} D {self.channels} N {self.order}"
 
-    def make_inputs(self, rng: np.random.Generator, mode: Mode, memory: Memory) -> Inputs:
+    def make_inputs(
+        self, rng: np.random.Generator, mode: BenchMode, decay_range: DecayRange
+    ) -> Inputs:
         D, N = self.channels, self.order
         differentiable: dict[str, Any] = {
             "x": _normal(rng, (self.rows, self.length, D)),
-            "params": _cema_start(rng, D, N, memory),
+            "params": _initial_cema_params(rng, D, N, decay_range),
         }
         fixed: dict[str, Any] = {}
         if mode == "carried":
             real, imaginary = (_normal(rng, (self.rows, D, N), jnp.float32) for _ in range(2))
-            differentiable["state"] = jax.lax.complex(real, imaginary)
+            differentiable["initial_state"] = jax.lax.complex(real, imaginary)
         if mode == "packed":
             fixed["segment_ids"] = _documents(rng, self.rows, self.length)[0]
         return Inputs(differentiable, fixed)
@@ -115,8 +117,10 @@ class CemaCase(OpCase):
     def apply(
         self, differentiable: dict[str, Any], fixed: dict[str, Any], implementation: Any
     ) -> dict[str, Any]:
-        y, state = cema.cema(**differentiable, **fixed, implementation=implementation)
-        return {"y": y, "state": state} if "state" in differentiable else {"y": y}
+        y, final_state = cema.cema(**differentiable, **fixed, implementation=implementation)
+        if "initial_state" in differentiable:
+            return {"y": y, "final_state": final_state}
+        return {"y": y}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +128,6 @@ class TimestepNormCase(OpCase):
     """TimestepNorm."""
 
     op = "timestep_norm"
-    implementations = get_args(Implementation)
     limit = "memory"
 
     channels: int
@@ -133,8 +136,10 @@ class TimestepNormCase(OpCase):
     def __str__(self) -> str:
         return f"B {self.rows} L {self.length} D {self.channels} G {self.groups}"
 
-    def make_inputs(self, rng: np.random.Generator, mode: Mode, memory: Memory) -> Inputs:
-        del memory
+    def make_inputs(
+        self, rng: np.random.Generator, mode: BenchMode, decay_range: DecayRange
+    ) -> Inputs:
+        del decay_range
         differentiable = {
             "x": _normal(rng, (self.rows, self.length, self.channels)),
             "scale": jnp.ones(self.channels),
@@ -157,7 +162,7 @@ class TimestepNormCase(OpCase):
         if "count" in fixed:
             mean, var = differentiable["mean"], differentiable["var"]
             state = timestep_norm.TimestepNormState(fixed["count"], mean, var)
-        y, last = timestep_norm.timestep_norm(
+        y, final = timestep_norm.timestep_norm(
             differentiable["x"],
             differentiable["scale"],
             differentiable["bias"],
@@ -166,15 +171,14 @@ class TimestepNormCase(OpCase):
             segment_ids=fixed.get("segment_ids"),
             implementation=implementation,
         )
-        return {"y": y} if state is None else {"y": y, "mean": last.mean, "var": last.var}
+        return {"y": y} if state is None else {"y": y, "mean": final.mean, "var": final.var}
 
 
 @dataclasses.dataclass(frozen=True)
 class ChunkAttentionCase(OpCase):
-    """Chunk attention; "carried" begins in the middle of a chunk."""
+    """Chunk attention; "carried" starts in the middle of a chunk."""
 
     op = "chunk_attention"
-    implementations = get_args(Implementation)
     limit = "matmul"
 
     heads: int
@@ -188,12 +192,14 @@ class ChunkAttentionCase(OpCase):
             f"V {self.value_width} C {self.chunk_size}"
         )
 
-    def make_inputs(self, rng: np.random.Generator, mode: Mode, memory: Memory) -> Inputs:
-        del memory
+    def make_inputs(
+        self, rng: np.random.Generator, mode: BenchMode, decay_range: DecayRange
+    ) -> Inputs:
+        del decay_range
 
         def keys_and_values(length: int) -> tuple[Array, Array]:
             shape = (self.rows, length, self.heads)
-            # MegaAttention normalizes a head and multiplies it by 1/sqrt(K), on both sides.
+            # As in the model's attention: normalized heads times 1/sqrt(K), on both sides.
             key = _normal(rng, (*shape, self.key_width), scale=1 / math.sqrt(self.key_width))
             return key, _normal(rng, (*shape, self.value_width))
 
@@ -232,12 +238,12 @@ class ChunkAttentionCase(OpCase):
 
 @dataclasses.dataclass(frozen=True)
 class RowwiseCase(OpCase):
-    """A norm or a gate of rows, which know of no documents; plain JAX is its own reference."""
+    """A norm or a gate of rows; documents do not matter to it."""
 
     op = "rowwise"
-    implementations = ("reference", "xla", "mosaic_gpu")
+    implementations = tuple(name for name in get_args(Implementation) if name != "pallas_tpu")
     limit = "memory"
-    modes: ClassVar[tuple[Mode, ...]] = ("plain",)
+    modes: ClassVar[tuple[BenchMode, ...]] = ("plain",)
 
     channels: int
     function: Literal["rms_norm", "layer_norm", "silu", "silu_gate"]
@@ -245,8 +251,10 @@ class RowwiseCase(OpCase):
     def __str__(self) -> str:
         return f"{self.function} B {self.rows} L {self.length} D {self.channels}"
 
-    def make_inputs(self, rng: np.random.Generator, mode: Mode, memory: Memory) -> Inputs:
-        del mode, memory
+    def make_inputs(
+        self, rng: np.random.Generator, mode: BenchMode, decay_range: DecayRange
+    ) -> Inputs:
+        del mode, decay_range
         rows, vectors = {
             "rms_norm": (("x",), ("scale",)),
             "layer_norm": (("x", "added"), ("scale", "bias", "offset")),
@@ -302,34 +310,36 @@ SMALL_CASES: tuple[OpCase, ...] = (
 def _normal(
     rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = jnp.bfloat16, scale: float = 1.0
 ) -> Array:
-    # Drawn on the device: numpy would take seconds.
+    # Drawn on the device: numpy takes seconds.
     key = jax.random.key(int(rng.integers(2**31)))
     return scale * jax.random.normal(key, shape, dtype)
 
 
 def _documents(rng: np.random.Generator, rows: int, length: int) -> tuple[Array, Array]:
-    """(segment_ids, positions) of rows that documents of random lengths fill."""
+    """(segment_ids, positions) of rows filled with documents of random lengths."""
     starts = np.zeros((rows, length), bool)
     for row in starts:
         row[0] = True
-        row[1 + rng.permutation(length - 1)[: DOCUMENTS - 1]] = True
+        row[1 + rng.permutation(length - 1)[: NUM_DOCUMENTS - 1]] = True
     index = np.arange(length)
     positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
     return jnp.asarray(np.cumsum(starts, axis=1), jnp.int32), jnp.asarray(positions, jnp.int32)
 
 
-def _cema_start(rng: np.random.Generator, D: int, N: int, memory: Memory) -> cema.CemaParams:
-    """What `megalodon_jax.modules.CEMA` starts from; that one needs Flax, this file must not."""
+def _initial_cema_params(
+    rng: np.random.Generator, D: int, N: int, decay_range: DecayRange
+) -> cema.CemaParams:
+    """Parameters as `megalodon_jax.modules.CEMA` initializes them, without a dependence on Flax."""
     alpha, delta = rng.normal(0, 0.2, (2, D, N))
-    if memory == "long":
+    if decay_range == "long":
         # |q| = 1 - sigmoid(alpha) sigmoid(delta)
         p = 1 / (1 + np.exp(-alpha))
         delta = _logit(10 ** rng.uniform(-3, -1, (D, N)) / p)
     theta = _logit(np.exp(-math.log(D) / D * rng.permutation(np.arange(1, D + 1))))
     gamma = np.stack([rng.normal(size=(D, N)), np.zeros((D, N))], -1)
     omega = np.clip(rng.normal(0, 0.25, D), -1, 1)
-    parts = (alpha, delta, theta, gamma, omega)
-    return cema.CemaParams(*(jnp.asarray(part, jnp.float32) for part in parts))
+    params = (alpha, delta, theta, gamma, omega)
+    return cema.CemaParams(*(jnp.asarray(param, jnp.float32) for param in params))
 
 
 def _logit(probability: np.ndarray) -> np.ndarray:

@@ -1,16 +1,15 @@
-"""Speed, memory and error of every operation's implementations, beside what the device can do.
+"""Speed, memory and error of every operation's implementations, beside the device's ceilings.
 
     megalodon bench ops --op cema --check
     python -m megalodon_jax.bench.ops --small
 
-The forward pass, and forward and backward together (gradients of all inputs, parameters and
-states), of the shapes in `op_cases`. A rate counts the least work: for operations that memory
-limits, inputs read and results written once in each direction; for attention, the FLOPs of the
-pairs that attend, and twice as many backward. Its share is that of the same device's best, measured
-in the same run (`ceilings`); how time is taken is in `timing`.
+Measures the forward pass, and forward and backward together (gradients of all inputs, parameters
+and states), at the shapes of `op_cases`. A rate counts the least work: for operations that memory
+bounds, inputs read and results written once in each direction; for attention, the FLOPs of the
+pairs that attend, and twice as many backward. The share is relative to the same device's ceiling,
+measured in the same run (`ceilings`); `timing` says how time is measured.
 """
 
-import argparse
 import dataclasses
 import json
 import secrets
@@ -24,8 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from megalodon_jax.bench.ceilings import Ceilings, measure_ceilings
-from megalodon_jax.bench.op_cases import CASES, SMALL_CASES, Inputs, Memory, Mode, OpCase
+from megalodon_jax.bench.entry import run_command
+from megalodon_jax.bench.op_cases import CASES, SMALL_CASES, Inputs, OpCase
+from megalodon_jax.bench.options import BenchMode, BenchOpsOptions, DecayRange
 from megalodon_jax.bench.timing import seconds_per_call
+from megalodon_jax.compiled.memory import read_memory
+from megalodon_jax.errors import ConfigError
 
 Direction = Literal["forward", "forward+backward"]
 
@@ -35,25 +38,25 @@ class Measurement:
     """One row of the table.
 
     Attributes:
-      op: operation.
+      op: name of the operation.
       shape: its sizes.
       mode: see `OpCase.make_inputs`.
-      implementation: name.
-      direction: what was timed.
-      limit: "memory": rate counts bytes; "matmul": FLOPs.
-      seconds: of one call.
+      implementation: name of the implementation.
+      direction: the passes that are timed.
+      limit: "memory": the rate counts bytes; "matmul": FLOPs.
+      seconds: time of one call.
       rate: least work per second.
       share: rate over the device's ceiling.
-      extra_bytes: results and temporaries, at their peak, beside the inputs.
-      compile_seconds: tracing and compiling.
-      errors: with --check, relative L2 distance from the float64 reference, of every result
+      extra_bytes: results and temporaries, at their peak, without the inputs.
+      compile_seconds: time to trace and compile.
+      errors: with `check`, relative L2 distance from the float64 reference, of every result
         (forward) or gradient (forward+backward) of a short sequence by name.
-      reason: why there are no numbers; everything else is None then.
+      reason: why there are no numbers; the fields above are None then.
     """
 
     op: str
     shape: str
-    mode: Mode
+    mode: BenchMode
     implementation: str
     direction: Direction
     limit: Literal["memory", "matmul"]
@@ -67,9 +70,9 @@ class Measurement:
 
 
 def pass_function(case: OpCase, implementation: str, direction: Direction) -> Callable[..., Any]:
-    """The function that is measured: (differentiable, fixed, cotangents) to results.
+    """The measured function: (differentiable, fixed, cotangents) to results.
 
-    Forward, it gives the operation's results by name; with backward, (results, gradients).
+    Returns the operation's results by name (forward), or (results, gradients).
     """
 
     def forward(differentiable: Any, fixed: Any, cotangents: Any) -> Any:
@@ -86,7 +89,7 @@ def pass_function(case: OpCase, implementation: str, direction: Direction) -> Ca
 
 
 def make_cotangents(case: OpCase, inputs: Inputs, rng: np.random.Generator) -> dict[str, Any]:
-    """Random cotangents of the results that `case.apply` gives."""
+    """Random cotangents of the results of `case.apply`."""
     shapes = jax.eval_shape(lambda: case.apply(*inputs, "reference"))
     return jax.tree.map(
         lambda a: jax.random.normal(jax.random.key(int(rng.integers(2**31))), a.shape, a.dtype),
@@ -95,7 +98,7 @@ def make_cotangents(case: OpCase, inputs: Inputs, rng: np.random.Generator) -> d
 
 
 def least_bytes(inputs: Inputs, cotangents: dict[str, Any], direction: Direction) -> int:
-    """Bytes to read every input and write every result once, and so for the backward pass."""
+    """Bytes of every input read and every result written once, in each direction."""
     differentiable, fixed, results = map(_num_bytes, (*inputs, cotangents))
     forward = differentiable + fixed + results
     # Backward reads inputs and cotangents again, and writes gradients.
@@ -104,7 +107,7 @@ def least_bytes(inputs: Inputs, cotangents: dict[str, Any], direction: Direction
 
 def measure(
     case: OpCase,
-    mode: Mode,
+    mode: BenchMode,
     implementation: str,
     ceilings: Ceilings,
     *,
@@ -112,7 +115,7 @@ def measure(
     cotangents: dict[str, Any],
     errors: dict[Direction, dict[str, float]] | None = None,
 ) -> Iterator[Measurement]:
-    """Times one implementation in both directions; one that refuses gives its reason."""
+    """Times one implementation in both directions; the row of a refusal has its reason."""
     for direction in get_args(Direction):
         row = Measurement(case.op, str(case), mode, implementation, direction, case.limit)
         start = time.perf_counter()
@@ -130,28 +133,26 @@ def measure(
             flops = case.forward_flops(inputs.fixed)
             work = flops if direction == "forward" else 3 * flops
             ceiling = ceilings.flops_per_second
-        memory = compiled.memory_analysis()
+        memory = read_memory(compiled)
         yield dataclasses.replace(
             row,
             seconds=seconds,
             rate=work / seconds,
             share=work / seconds / ceiling,
-            extra_bytes=None
-            if memory is None
-            else memory.output_size_in_bytes + memory.temp_size_in_bytes,
+            extra_bytes=None if memory is None else memory.outputs + memory.temporaries,
             compile_seconds=compile_seconds,
             errors=None if errors is None else errors.get(direction),
         )
 
 
-class Checked(NamedTuple):
-    """A short case with its right answer.
+class CheckedCase(NamedTuple):
+    """A short case with its expected results.
 
     Attributes:
       case: the case.
       inputs: its inputs.
-      cotangents: of its results.
-      expected: results and gradients of the float64 reference, as `pass_function` gives them.
+      cotangents: cotangents of its results.
+      expected: (results, gradients) of the float64 reference.
     """
 
     case: OpCase
@@ -160,19 +161,21 @@ class Checked(NamedTuple):
     expected: Any
 
 
-def make_checked(case: OpCase, mode: Mode, memory: Memory, rng: np.random.Generator) -> Checked:
+def make_checked(
+    case: OpCase, mode: BenchMode, decay_range: DecayRange, rng: np.random.Generator
+) -> CheckedCase:
     """Computes the float64 reference of the shortened case."""
     case = case.shortened()
-    inputs = case.make_inputs(rng, mode, memory)
+    inputs = case.make_inputs(rng, mode, decay_range)
     cotangents = make_cotangents(case, inputs, rng)
     with jax.enable_x64(True):
         wide = jax.tree.map(_widen, (*inputs, cotangents))
         expected = jax.jit(pass_function(case, "reference", "forward+backward"))(*wide)
-        return Checked(case, inputs, cotangents, jax.tree.map(np.asarray, expected))
+        return CheckedCase(case, inputs, cotangents, jax.tree.map(np.asarray, expected))
 
 
-def measure_errors(checked: Checked, implementation: str) -> dict[Direction, dict[str, float]]:
-    """Errors of the results and of the gradients by name; none if the implementation refuses."""
+def measure_errors(checked: CheckedCase, implementation: str) -> dict[Direction, dict[str, float]]:
+    """Errors of results and gradients by name; empty if the implementation refuses the case."""
     case, inputs, cotangents, expected = checked
     function = jax.jit(pass_function(case, implementation, "forward+backward"))
     try:
@@ -187,9 +190,9 @@ def measure_errors(checked: Checked, implementation: str) -> dict[Direction, dic
 
 
 def _named_errors(actual: Any, expected: Any) -> dict[str, float]:
-    def distance(got: Any, right: np.ndarray) -> float:
-        got = np.asarray(got).astype(right.dtype)
-        return float(np.linalg.norm(got - right) / np.linalg.norm(right))
+    def distance(found: Any, right: np.ndarray) -> float:
+        found = np.asarray(found).astype(right.dtype)
+        return float(np.linalg.norm(found - right) / np.linalg.norm(right))
 
     errors = jax.tree_util.tree_leaves_with_path(jax.tree.map(distance, actual, expected))
     return {jax.tree_util.keystr(path, simple=True, separator="."): error for path, error in errors}
@@ -210,8 +213,16 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def run(options: argparse.Namespace) -> list[Measurement]:
-    """Measures what the options choose and prints every row as it comes."""
+def run(options: BenchOpsOptions) -> int:
+    """Measures the selected cases and prints every row at once; returns 0.
+
+    Raises:
+      ConfigError: no selected operation has a selected implementation.
+    """
+    if not any(case.op in options.op and _implementations(case, options) for case in CASES):
+        raise ConfigError(
+            f"no implementation {' or '.join(options.implementation)} of {', '.join(options.op)}"
+        )
     seed = secrets.randbits(32) if options.seed is None else options.seed
     rng = np.random.default_rng(seed)
     device = jax.devices()[0].device_kind
@@ -224,7 +235,7 @@ def run(options: argparse.Namespace) -> list[Measurement]:
     )
     rows: list[Measurement] = []
     try:
-        for row in measure_cases(options, ceilings, rng):
+        for row in _measure_cases(options, ceilings, rng):
             rows.append(row)
             print(format_row(row), flush=True)
     finally:
@@ -233,28 +244,28 @@ def run(options: argparse.Namespace) -> list[Measurement]:
                 "device": device,
                 "jax": jax.__version__,
                 "seed": seed,
-                "memory": options.memory,
+                "decay_range": options.decay_range,
                 "ceilings": ceilings._asdict(),
                 "measurements": [dataclasses.asdict(row) for row in rows],
             }
             Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
-    return rows
+    return 0
 
 
-def measure_cases(
-    options: argparse.Namespace, ceilings: Ceilings, rng: np.random.Generator
+def _measure_cases(
+    options: BenchOpsOptions, ceilings: Ceilings, rng: np.random.Generator
 ) -> Iterator[Measurement]:
-    """Measures case after case; prints each one's name first."""
+    """Measures one case after another; prints the name of each one first."""
     for case in SMALL_CASES if options.small else CASES:
         chosen = _implementations(case, options)
-        modes: list[Mode] = [mode for mode in case.modes if mode in options.mode]
+        modes: list[BenchMode] = [mode for mode in case.modes if mode in options.mode]
         if case.op not in options.op or not chosen or not modes:
             continue
         print(f"\n{case.op}  {case}\n{_HEADER}", flush=True)
         for mode in modes:
-            inputs = case.make_inputs(rng, mode, options.memory)
+            inputs = case.make_inputs(rng, mode, options.decay_range)
             cotangents = make_cotangents(case, inputs, rng)
-            checked = make_checked(case, mode, options.memory, rng) if options.check else None
+            checked = make_checked(case, mode, options.decay_range, rng) if options.check else None
             for name in chosen:
                 errors = None if checked is None else measure_errors(checked, name)
                 yield from measure(
@@ -262,21 +273,21 @@ def measure_cases(
                 )
 
 
-def _implementations(case: OpCase, options: argparse.Namespace) -> list[str]:
+def _implementations(case: OpCase, options: BenchOpsOptions) -> list[str]:
     if options.implementation:
         return [name for name in case.implementations if name in options.implementation]
-    # A token at a time, or all scores at once: at full size it takes minutes and all memory.
+    # The reference takes one token at a time, or all scores at once: minutes, or all memory.
     return [name for name in case.implementations if options.small or name != "reference"]
 
 
 _HEADER = (
-    f"{'mode':8} {'implementation':14} {'direction':16} {'ms':>9} {'rate':>14} {'of best':>7} "
+    f"{'mode':8} {'implementation':14} {'direction':16} {'ms':>9} {'rate':>14} {'share':>7} "
     f"{'extra MiB':>9}  relative errors"
 )
 
 
 def format_row(row: Measurement) -> str:
-    """A line of the table whose header is printed above every case."""
+    """One line of a case's table."""
     start = f"{row.mode:8} {row.implementation:14} {row.direction:16} "
     if row.seconds is None or row.rate is None or row.share is None:
         return f"{start}{row.reason}"
@@ -290,46 +301,9 @@ def format_row(row: Measurement) -> str:
     return line.rstrip()
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command's options."""
-    parser = argparse.ArgumentParser(
-        prog="megalodon bench ops",
-        description="Measures the implementations of the operations under the model.",
-    )
-    operations = sorted({case.op for case in CASES})
-    known = sorted({name for case in CASES for name in case.implementations})
-    parser.add_argument("--op", nargs="+", choices=operations, default=operations)
-    parser.add_argument(
-        "--implementation", nargs="+", choices=known, help="default: all but the reference"
-    )
-    parser.add_argument("--mode", nargs="+", choices=get_args(Mode), default=get_args(Mode))
-    parser.add_argument(
-        "--memory",
-        choices=get_args(Memory),
-        default="start",
-        help="CEMA's decay: as at the start of training, or |q| up to 1 - 1e-3",
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="compare a short sequence with the float64 reference"
-    )
-    parser.add_argument(
-        "--small", action="store_true", help="shapes for a CPU; all implementations"
-    )
-    parser.add_argument("--seed", type=int, help="of the inputs; new at every run if not given")
-    parser.add_argument("--json", metavar="FILE", help="write the measurements there too")
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; argv without the program's name, None: that of the process."""
-    parser = make_parser()
-    options = parser.parse_args(argv)
-    if not any(case.op in options.op and _implementations(case, options) for case in CASES):
-        parser.error(
-            f"no implementation {' or '.join(options.implementation)} of {', '.join(options.op)}"
-        )
-    run(options)
-    return 0
+    return run_command(run, BenchOpsOptions, "megalodon bench ops", argv)
 
 
 if __name__ == "__main__":

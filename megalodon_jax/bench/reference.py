@@ -1,14 +1,14 @@
-"""Training with the default implementations beside training with the reference ones.
+"""Training with the default implementations compared with the reference ones.
 
     megalodon bench reference --text book.txt
 
-A model in mega200M's shape with few layers, on random crops of a text's bytes, some cut into
-documents. First loss and gradients of one batch: their distance from float32 with the reference
-implementations, for bfloat16 with the reference ones and with the default ones. Then the loss of
-`--steps` training steps in all three ways, from the same weights on the same batches.
+A model of mega200M's width with few layers trains on random crops of a text's bytes; some rows are
+packed with three documents. There are three variants: float32 with the reference implementations,
+bfloat16 with the reference ones, and bfloat16 with the default ones. The first table has the
+distances of one batch's gradients from those of float32; the second the losses of `steps` training
+steps, from the same weights on the same batches.
 """
 
-import argparse
 import dataclasses
 import statistics
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,10 @@ import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 
+from megalodon_jax.bench.entry import run_command
+from megalodon_jax.bench.options import BenchReferenceOptions
 from megalodon_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from megalodon_jax.errors import ConfigError
 from megalodon_jax.loss import cross_entropy
 from megalodon_jax.model import Megalodon
 from megalodon_jax.train_state import init_state
@@ -31,8 +34,8 @@ SMALL = {
 }  # fmt: skip
 
 
-def configurations(options: argparse.Namespace) -> dict[str, TrainConfig]:
-    """The three ways by name: "float32", "reference" and "default"."""
+def variants(options: BenchReferenceOptions) -> dict[str, TrainConfig]:
+    """The compared runs by name: "float32", "reference" and "default"."""
     sizes = SMALL if options.small else {}
     model = dataclasses.replace(
         ModelConfig.from_preset("mega200M"),
@@ -47,7 +50,7 @@ def configurations(options: argparse.Namespace) -> dict[str, TrainConfig]:
         timestep_norm_implementation="reference",
         attention_implementation="reference",
     )
-    ways = {
+    models = {
         "float32": reference,
         "reference": dataclasses.replace(reference, dtype="bfloat16"),
         "default": dataclasses.replace(model, dtype="bfloat16"),
@@ -56,24 +59,28 @@ def configurations(options: argparse.Namespace) -> dict[str, TrainConfig]:
     optim = OptimConfig(lr=1e-3, warmup_steps=20)
     return {
         name: TrainConfig(model=each, data=data, optim=optim, steps=options.steps)
-        for name, each in ways.items()
+        for name, each in models.items()
     }
 
 
-def batches(text: bytes, options: argparse.Namespace) -> Iterator[Batch]:
-    """Random crops, every second row of three documents; the same ones at every call."""
+def batches(text: bytes, options: BenchReferenceOptions) -> Iterator[Batch]:
+    """Random crops, three documents in every second row; the same ones at every call.
+
+    Raises:
+      ConfigError: the text is shorter than a row.
+    """
     rng = np.random.default_rng(options.seed)
     source = np.frombuffer(text, np.uint8).astype(np.int32)
     rows, length = options.rows, options.length
     if len(source) <= length:
-        raise ValueError(f"the text has {len(source)} bytes; a row needs more than {length}")
+        raise ConfigError(f"the text has {len(source)} bytes; a row needs more than {length}")
     while True:
         starts = rng.integers(0, len(source) - length, rows)
         crops = np.stack([source[start : start + length + 1] for start in starts])
         segment_ids = np.ones((rows, length), np.int32)
         for row in segment_ids[1::2]:
             row += np.searchsorted(np.sort(rng.integers(1, length, 2)), np.arange(length), "right")
-        # The target of a document's last token belongs to the next one.
+        # The target of a document's last token belongs to the next document.
         known = np.pad(segment_ids[:, 1:] == segment_ids[:, :-1], ((0, 0), (0, 1)))
         yield Batch(
             jnp.asarray(crops[None, :, :-1]),
@@ -84,7 +91,7 @@ def batches(text: bytes, options: argparse.Namespace) -> Iterator[Batch]:
 
 
 def gradients(config: TrainConfig, batch: Batch) -> dict[str, np.ndarray]:
-    """The loss and, by name, every gradient of one batch, float32."""
+    """The loss and every gradient of one batch by name, float32."""
     graphdef, state = init_state(config)
 
     @jax.jit
@@ -115,57 +122,49 @@ def losses(config: TrainConfig, source: Iterator[Batch], steps: int) -> list[flo
     return [float(loss) for loss in measured]
 
 
-def run(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Prints both comparisons; returns the loss curves by name."""
+def run(options: BenchReferenceOptions) -> int:
+    """Prints both comparisons; returns 0.
+
+    Raises:
+      ConfigError: the text is shorter than a row.
+    """
     text = Path(options.text).read_bytes()
-    ways = configurations(options)
-    first = next(batches(text, options))
-    due = gradients(ways["float32"], first)
+    configs = variants(options)
+    _compare_gradients(configs, next(batches(text, options)))
+    curves = {}
+    for name, config in configs.items():
+        curves[name] = losses(config, batches(text, options), options.steps)
+        shown = ", ".join(f"{loss:.4f}" for loss in curves[name][:: max(1, options.steps // 10)])
+        print(f"  {name:9} loss {shown}", flush=True)
+    for name in ("reference", "default"):
+        diff = np.abs(np.subtract(curves[name], curves["float32"]))
+        print(f"  {name:9} from float32: mean {diff.mean():.2e}, largest {diff.max():.2e}")
+    return 0
+
+
+def _compare_gradients(configs: dict[str, TrainConfig], batch: Batch) -> None:
+    expected = gradients(configs["float32"], batch)
     print(f"{jax.devices()[0].device_kind}: distance from float32, relative L2, of gradients")
-    others = [name for name in ways if name != "float32"]
-    for name in others:
-        found = gradients(ways[name], first)
-        errors = {key: relative_distance(found[key], due[key]) for key in due}
+    for name in ("reference", "default"):
+        found = gradients(configs[name], batch)
+        errors = {key: relative_distance(found[key], expected[key]) for key in expected}
         worst = max(errors, key=errors.__getitem__)
         print(
             f"  {name:9} median {statistics.median(errors.values()):.1e}  worst "
             f"{errors[worst]:.1e} ({worst})  loss {float(found['loss']):.5f}",
             flush=True,
         )
-    curves = {}
-    for name, config in ways.items():
-        curves[name] = losses(config, batches(text, options), options.steps)
-        shown = ", ".join(f"{loss:.4f}" for loss in curves[name][:: max(1, options.steps // 10)])
-        print(f"  {name:9} loss {shown}", flush=True)
-    for name in others:
-        apart = np.abs(np.subtract(curves[name], curves["float32"]))
-        print(f"  {name:9} from float32: mean {apart.mean():.2e}, largest {apart.max():.2e}")
-    return curves
 
 
-def relative_distance(found: np.ndarray, due: np.ndarray) -> float:
-    """L2 norm of the difference over that of `due`; 0 where `due` is 0."""
-    size = np.linalg.norm(due)
-    return float(np.linalg.norm(found - due) / size) if size else 0.0
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command's options."""
-    parser = argparse.ArgumentParser(prog="megalodon bench reference", description=__doc__)
-    parser.add_argument("--text", required=True, metavar="FILE", help="what to train on")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0, help="of the crops")
-    parser.add_argument("--small", action="store_true", help="a narrow model, for a CPU")
-    return parser
+def relative_distance(found: np.ndarray, expected: np.ndarray) -> float:
+    """L2 norm of the difference over that of `expected`; 0 where `expected` is 0."""
+    size = np.linalg.norm(expected)
+    return float(np.linalg.norm(found - expected) / size) if size else 0.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; argv without the program's name, None: that of the process."""
-    run(make_parser().parse_args(argv))
-    return 0
+    return run_command(run, BenchReferenceOptions, "megalodon bench reference", argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Seconds of one call of a compiled function, by the host's clock."""
+"""Time of one call of a compiled function, by the host's clock."""
 
 import math
 import statistics
@@ -8,31 +8,31 @@ from typing import Any
 
 import jax
 
-MOST_QUEUED = 40
+MAX_QUEUED_CALLS = 40
 
 
 def seconds_per_call(
     function: Callable[..., Any], *arguments: Any, repeats: int = 5, seconds: float = 0.3
 ) -> float:
-    """Median over `repeats` of the time of a call among many that wait in the device's queue.
+    """Seconds of a call among many in the device's queue, median over `repeats`.
 
-    Up to 40 calls are queued, and the host waits for the last; nothing is subtracted. On a GPU or
-    TPU the next launch then overlaps with the call that runs, so launching costs nothing as long as
-    a call takes longer than it (about 30 microseconds); shorter calls are measured as their launch.
-    A CPU runs queued calls side by side, so there every call is waited for.
+    Up to 40 calls are queued, and the host waits for the last one; nothing is subtracted. On a GPU
+    or TPU the next launch overlaps with the running call, so the launch costs nothing for calls
+    longer than it (about 30 microseconds); for shorter calls the launch is what is measured. A CPU
+    runs queued calls in parallel, so there the host waits for every call.
 
-    All calls read the same arguments, as far as they fit from a warm cache.
+    All calls read the same arguments, from a warm cache as far as they fit.
 
     Args:
-      function: compiled already, or compiled by its first call, which is not timed.
-      arguments: what it is called with.
-      repeats: how often the queue is filled.
-      seconds: how long one queue should run; decides the number of its calls.
+      function: a compiled function, or one that its first call compiles, which is not timed.
+      arguments: arguments of every call.
+      repeats: number of timed queues.
+      seconds: wanted duration of a queue, which sets its number of calls.
     """
     jax.block_until_ready(function(*arguments))
     estimate = _seconds_of_queue(function, arguments, 1)
-    most = 1 if jax.default_backend() == "cpu" else MOST_QUEUED
-    calls = max(1, min(most, math.ceil(seconds / estimate)))
+    max_calls = 1 if jax.default_backend() == "cpu" else MAX_QUEUED_CALLS
+    calls = max(1, min(max_calls, math.ceil(seconds / estimate)))
     return statistics.median(
         _seconds_of_queue(function, arguments, calls) / calls for _ in range(repeats)
     )

@@ -1,17 +1,16 @@
-"""Speed and memory of whole training steps on this machine's first device.
+"""Speed and memory of whole training steps on this host's first device.
 
     megalodon bench train                                       # every case of the table
     megalodon bench train --preset mega200M --rows 8 --length 2048 --profile
 
 The step is the training loop's own: forward, backward, clipping, AdamW, float32 weights, bfloat16
-compute, on random tokens. As in the loop, the device is given a step before it has ended the one
-before; the median of `--steps` steps after three to warm up, by host clock. MFU counts the FLOPs of
-`model_flops_per_token` over the data sheet's peak, and over what a large matrix product reaches in
-the same run. JAX is given 95 % of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says
-otherwise; a case that does not fit is reported so.
+compute, on random tokens. As in the loop, every step is dispatched before the previous one ends;
+the time is the median of `steps` steps after three for warm-up, by the host's clock. MFU divides
+the FLOPs of `model_flops_per_token` by the data sheet's peak; a second share divides them by the
+rate of a large matrix product in the same run. JAX may use 95 % of a GPU's memory, unless
+XLA_PYTHON_CLIENT_MEM_FRACTION is set; a case that does not fit is reported.
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -20,37 +19,39 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from megalodon_jax.bench.ceilings import measure_ceilings
+from megalodon_jax.bench.entry import run_command
 from megalodon_jax.bench.kernel_times import KernelTimes, kernel_times
+from megalodon_jax.bench.options import BenchTrainOptions
+from megalodon_jax.compiled.memory import read_memory
 from megalodon_jax.config import DataConfig, ModelConfig, Remat, TrainConfig
+from megalodon_jax.flops import model_flops_per_token, model_flops_utilization
 from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel.mesh import resolve_mesh
 from megalodon_jax.parallel.sharding import batch_sharding
-from megalodon_jax.presets import preset_names
 from megalodon_jax.train_state import TrainState, abstract_state, init_state
-from megalodon_jax.training.metrics import PEAK_FLOPS, model_flops_per_token
 from megalodon_jax.training.step import make_train_step
 from megalodon_jax.typing import Batch
 
-WARM_UP = 3
+WARM_UP_STEPS = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """What is trained.
+class TrainCase:
+    """One measured run.
 
     Attributes:
-      preset: name of the model.
-      rows: B.
-      length: L.
+      preset: name of the model size.
+      rows: rows B of the batch.
+      length: tokens L of a row.
       remat: see `ModelConfig.remat`.
-      documents: documents of equal length packed into a row; 0: rows have no segment ids.
+      documents: documents of equal length packed into a row; 0: no segment ids.
       scan_layers: see `ModelConfig.scan_layers`.
     """
 
@@ -67,7 +68,7 @@ class Case:
         return f"{self.preset} ({self.rows}, {self.length}) remat {self.remat}{packed}{loop}"
 
     def config(self) -> TrainConfig:
-        """The run that the step belongs to."""
+        """The configuration of the run."""
         model = ModelConfig.from_preset(
             self.preset, dtype="bfloat16", remat=self.remat, scan_layers=self.scan_layers
         )
@@ -76,13 +77,13 @@ class Case:
 
 
 CASES = (
-    Case("mega200M", 8, 2048),
-    Case("mega200M", 8, 2048, documents=8),
-    Case("mega200M", 4, 8192),
-    Case("mega200M", 1, 32_768),
-    Case("mega1.3B", 4, 4096),
-    Case("mega1.3B", 1, 32_768),
-    Case("mega1.3B", 1, 131_072, remat="inputs"),
+    TrainCase("mega200M", 8, 2048),
+    TrainCase("mega200M", 8, 2048, documents=8),
+    TrainCase("mega200M", 4, 8192),
+    TrainCase("mega200M", 1, 32_768),
+    TrainCase("mega1.3B", 4, 4096),
+    TrainCase("mega1.3B", 1, 32_768),
+    TrainCase("mega1.3B", 1, 131_072, remat="inputs"),
 )
 
 
@@ -91,12 +92,12 @@ class StepTiming:
     """One measured step.
 
     Attributes:
-      tokens_per_second: over the median step.
+      tokens_per_second: rate of the median step.
       flops_per_second: model FLOPs at that rate.
-      peak_bytes: what the compiler plans on one device, weights and optimizer state included.
-      argument_bytes: weights, optimizer state and batch.
+      peak_bytes: memory of one device by the compiler, weights and optimizer state included.
+      argument_bytes: weights, optimizer state and batch on one device.
       compile_seconds: time to trace and compile.
-      kernels: if asked for, where the time went.
+      kernels: with `profile`, the time by kind of kernel.
     """
 
     tokens_per_second: float
@@ -108,14 +109,14 @@ class StepTiming:
 
 
 class LoweredStep(NamedTuple):
-    """A step that is traced, ready to be compiled: in another thread, if several are.
+    """A traced step, ready to be compiled, in another thread if there are several.
 
     Attributes:
-      config: the run it belongs to.
-      mesh: its devices.
-      batch: what it is called with, on the host.
+      config: the run.
+      mesh: the run's devices.
+      batch: the step's batch, on the host.
       lowered: the step.
-      seconds: how long tracing took.
+      seconds: time to trace it.
     """
 
     config: TrainConfig
@@ -125,19 +126,24 @@ class LoweredStep(NamedTuple):
     seconds: float
 
     def compile(self) -> tuple[jax.stages.Compiled, float]:
-        """The step, and the seconds that it took to compile."""
+        """The compiled step, and the seconds of its compilation."""
         started = time.perf_counter()
         return self.lowered.compile(), time.perf_counter() - started
 
 
 def lower_step(config: TrainConfig, *, documents: int = 0) -> LoweredStep:
-    """Traces a run's step over its mesh; rows have `documents` documents, 0: no segment ids."""
+    """Traces a run's step over its mesh.
+
+    Args:
+      config: the run.
+      documents: documents packed into a row; 0: no segment ids.
+    """
     started = time.perf_counter()
     data, mesh = config.data, resolve_mesh(config)
     batch = random_batch(data.batch_size, data.seq_len, config.model.vocab_size, documents)
-    place = batch_sharding(mesh, leading=1)
+    sharding = batch_sharding(mesh, leading=1)
     shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), batch
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), batch
     )
     graphdef = abstract_model(config.model)[0]
     step: Any = make_train_step(graphdef, config, mesh)
@@ -148,9 +154,13 @@ def lower_step(config: TrainConfig, *, documents: int = 0) -> LoweredStep:
 def time_step(
     config: TrainConfig, *, documents: int = 0, steps: int = 10, profile: bool = False
 ) -> StepTiming:
-    """Times a step over the run's mesh.
+    """Compiles and times a step over the run's mesh.
 
-    Rows have `documents` documents; 0: no segment ids.
+    Args:
+      config: the run.
+      documents: documents packed into a row; 0: no segment ids.
+      steps: steps that are timed.
+      profile: also measure the GPU time by kind of kernel.
     """
     step = lower_step(config, documents=documents)
     return time_compiled(step, *step.compile(), steps=steps, profile=profile)
@@ -164,37 +174,36 @@ def time_compiled(
     steps: int = 10,
     profile: bool = False,
 ) -> StepTiming:
-    """Times a step that is compiled, from fresh weights."""
+    """Times a compiled step, from fresh weights."""
     config, mesh = step.config, step.mesh
     batch = jax.device_put(step.batch, batch_sharding(mesh, leading=1))
     state = init_state(config, mesh)[1]
     ends: list[float] = []
-    before = None
-    for _ in range(WARM_UP + steps + 1):
+    previous = None
+    for _ in range(WARM_UP_STEPS + steps + 1):
         state, metrics = compiled(state, batch)
-        if before is not None:
-            jax.block_until_ready(before)
+        if previous is not None:
+            jax.block_until_ready(previous)
             ends.append(time.perf_counter())
-        before = metrics
+        previous = metrics
     jax.block_until_ready(state)
-    seconds = [end - start for start, end in itertools.pairwise(ends[WARM_UP - 1 :])]
+    seconds = [end - start for start, end in itertools.pairwise(ends[WARM_UP_STEPS - 1 :])]
     rows, length = config.data.batch_size, config.data.seq_len
     tokens_per_second = rows * length / statistics.median(seconds)
-    memory = compiled.memory_analysis()
+    memory = read_memory(compiled)
     assert memory is not None
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return StepTiming(
         tokens_per_second,
         tokens_per_second * model_flops_per_token(config.model, seq_len=length),
-        memory.temp_size_in_bytes + memory.argument_size_in_bytes + results,
-        memory.argument_size_in_bytes,
+        memory.total,
+        memory.arguments,
         step.seconds + compile_seconds,
-        kernel_times(_stepper(compiled, state, batch)) if profile else [],
+        kernel_times(_training_steps(compiled, state, batch)) if profile else [],
     )
 
 
 def random_batch(rows: int, length: int, vocab_size: int, documents: int) -> Batch:
-    """One batch (1, B, L) of random tokens in `documents` documents; 0: no segment ids."""
+    """One batch (1, B, L) of random tokens; rows of `documents` documents, 0: no segment ids."""
     tokens = np.random.default_rng(0).integers(0, vocab_size, (1, rows, length + 1))
     numbers = np.arange(length) * max(1, documents) // length + 1
     batch = Batch(
@@ -206,8 +215,8 @@ def random_batch(rows: int, length: int, vocab_size: int, documents: int) -> Bat
     return batch if documents else batch._replace(segment_ids=None)
 
 
-def _stepper(compiled: jax.stages.Compiled, state: TrainState, batch: Batch):
-    """A function that goes on training: every step takes the state of the one before."""
+def _training_steps(compiled: jax.stages.Compiled, state: TrainState, batch: Batch):
+    """A function that trains one step further at every call."""
     newest = [state]
 
     def step() -> TrainState:
@@ -217,13 +226,14 @@ def _stepper(compiled: jax.stages.Compiled, state: TrainState, batch: Batch):
     return step
 
 
-def run(options: argparse.Namespace) -> list[StepTiming]:
-    """Measures what the options choose, printing every row as it comes."""
+def run(options: BenchTrainOptions) -> int:
+    """Measures the selected cases and prints every row at once; returns 0."""
+    use_all_memory()
     kind = jax.devices()[0].device_kind
     best = measure_ceilings(matrix_size=512 if options.small else 8192).flops_per_second
     print(f"{kind}, jax {jax.__version__}, matmul {best / 1e12:,.1f} TFLOP/s", flush=True)
-    timings, report = [], []
-    for case in _chosen(options):
+    report = []
+    for case in _selected_cases(options):
         config = small(case.config()) if options.small else case.config()
         row: dict[str, Any] = {"case": dataclasses.asdict(case)}
         report.append(row)
@@ -237,20 +247,19 @@ def run(options: argparse.Namespace) -> list[StepTiming]:
             row["reason"] = str(error).splitlines()[0]
             print(f"{case}: {row['reason']}", flush=True)
         else:
-            timings.append(timing)
             row.update(dataclasses.asdict(timing))
             print(_format(case, timing, kind, best), flush=True)
         if options.json:
             text = json.dumps({"device": kind, "matmul": best, "steps": report}, indent=1)
             Path(options.json).write_text(text + "\n")
-    return timings
+    return 0
 
 
-def _chosen(options: argparse.Namespace) -> list[Case]:
+def _selected_cases(options: BenchTrainOptions) -> list[TrainCase]:
     if options.preset is None:
         return [dataclasses.replace(case, scan_layers=options.scan_layers) for case in CASES]
     return [
-        Case(
+        TrainCase(
             options.preset,
             options.rows,
             options.length,
@@ -262,7 +271,7 @@ def _chosen(options: argparse.Namespace) -> list[Case]:
 
 
 def small(config: TrainConfig) -> TrainConfig:
-    """The run in the shape of a model that a CPU trains."""
+    """The run with a model and a batch that a CPU can train."""
     model = dataclasses.replace(
         config.model, num_layers=2, model_dim=64, z_dim=32, value_dim=128, ffn_hidden_dim=128,
         chunk_size=64, vocab_size=256, norm_num_groups=8,
@@ -270,9 +279,9 @@ def small(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, model=model, data=DataConfig(batch_size=2, seq_len=128))
 
 
-def _format(case: Case, timing: StepTiming, kind: str, best: float) -> str:
-    peak = PEAK_FLOPS.get(kind)
-    mfu = "" if peak is None else f"MFU {timing.flops_per_second / peak:.1%} (data sheet), "
+def _format(case: TrainCase, timing: StepTiming, kind: str, best: float) -> str:
+    share = model_flops_utilization(timing.flops_per_second, 1.0, device_kind=kind, device_count=1)
+    mfu = "" if share is None else f"MFU {share:.1%} (data sheet), "
     line = (
         f"{case}: {timing.tokens_per_second:,.0f} tokens/s, {mfu}"
         f"{timing.flops_per_second / best:.1%} of this device's matmul, "
@@ -285,38 +294,14 @@ def _format(case: Case, timing: StepTiming, kind: str, best: float) -> str:
 
 
 def use_all_memory() -> None:
-    """Lets JAX have 95 % of a GPU's memory, unless the environment says otherwise."""
-    # Read when the first device is asked for.
+    """Lets JAX use 95 % of a GPU's memory, unless the environment sets another share."""
+    # JAX reads the variable when it initializes its first device.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command's options."""
-    parser = argparse.ArgumentParser(
-        prog="megalodon bench train", description="Measures training steps of the presets."
-    )
-    parser.add_argument("--preset", choices=preset_names(), help="default: a table of cases")
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--remat", choices=get_args(Remat), default="none")
-    parser.add_argument(
-        "--documents", type=int, default=0, help="packed into a row; 0: no segment ids"
-    )
-    parser.add_argument(
-        "--scan_layers", action="store_true", help="one loop over the blocks: compiles sooner"
-    )
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--profile", action="store_true", help="GPU time by kind of kernel")
-    parser.add_argument("--small", action="store_true", help="a shape for a CPU")
-    parser.add_argument("--json", metavar="FILE", help="write the measurements there too")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; argv without the program's name, None: that of the process."""
-    use_all_memory()
-    run(make_parser().parse_args(argv))
-    return 0
+    return run_command(run, BenchTrainOptions, "megalodon bench train", argv)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,11 @@ _ExplicitBooleans = tyro.conf.FlagConversionOff
 RunSettings = dataclasses.make_dataclass(
     "RunSettings",
     [
-        ("model", Annotated[ModelSettings, _ExplicitBooleans], field(default_factory=ModelSettings)),
+        (
+            "model",
+            Annotated[ModelSettings, _ExplicitBooleans],
+            field(default_factory=ModelSettings),
+        ),
         ("data", Annotated[DataConfig, _ExplicitBooleans], field(default_factory=DataConfig)),
         ("optim", Annotated[OptimConfig, _ExplicitBooleans], field(default_factory=OptimConfig)),
         ("mesh", MeshSettings, field(default_factory=MeshSettings)),

@@ -1,1 +1,1 @@
-"""What a training step costs on a machine that is not there."""
+"""Planning: what a training step costs on hardware you do not have (ahead-of-time compilation)."""

@@ -1,4 +1,4 @@
-"""Compiles the real training step for a machine that is not there, and counts what it costs."""
+"""Compiles the real training step for hardware you do not have, and reads what it costs."""
 
 import dataclasses
 import math
@@ -12,39 +12,47 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from megalodon_jax.chips import Machine, describe_machine
-from megalodon_jax.config import TrainConfig
+from megalodon_jax.compiled.collectives import Collective, find_collectives
+from megalodon_jax.compiled.hlo import parse_program
+from megalodon_jax.compiled.kernels import (
+    KERNEL_OPERATIONS,
+    CompiledKernel,
+    count_estimated_cycles,
+)
+from megalodon_jax.compiled.matmul_flops import count_matmul_flops
+from megalodon_jax.compiled.memory import read_memory
+from megalodon_jax.compiled.memory_traffic import count_hbm_bytes
+from megalodon_jax.config import ModelOperation, TrainConfig
+from megalodon_jax.flops import model_flops_per_token
 from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel.mesh import make_mesh
 from megalodon_jax.parallel.sharding import batch_sharding
-from megalodon_jax.plan.costs import Kernel, count_hbm_bytes, estimated_cycles, find_kernels
-from megalodon_jax.plan.hlo import Collective, count_dot_flops, find_collectives, parse_program
+from megalodon_jax.plan.costs import find_step_kernels
+from megalodon_jax.plan.machine import Machine, describe_machine
 from megalodon_jax.plan.roofline import Roofline, make_roofline
 from megalodon_jax.train_state import TrainState, abstract_state
-from megalodon_jax.training.metrics import model_flops_per_token
 from megalodon_jax.training.step import make_train_step
 from megalodon_jax.typing import Batch
 
-# What the compilers say of a program for which a device's memory is too small.
+# Messages of the compilers if a device's memory is too small for the program.
 _TOO_LARGE = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|exceeds .*memory", re.DOTALL)
-_OPERATIONS = ("cema", "timestep_norm", "chunk_attention", "rowwise")
 
 type Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Memory:
+class StepMemory:
     """Bytes of one device's memory.
 
     Attributes:
-      parameters: the model's.
+      parameters: the model's parameters.
       optimizer: the optimizer's moments and counts.
-      arguments: all that the step is called with: parameters, optimizer state, the batch.
-      outputs: results that do not take the place of an argument.
-      temporaries: everything in between, as the compiler adds it up.
+      arguments: parameters, optimizer state and the batch.
+      outputs: results that are not stored in a donated argument.
+      temporaries: everything else, as the compiler sums it.
       code: the program; TPUs keep it in the same memory.
-      peak: the most that is in use at once, as the compiler says.
-      available: what the chip has.
+      peak: the most in use at once, by the compiler.
+      available: the chip's memory.
     """
 
     parameters: int
@@ -58,15 +66,15 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """Collective operations of one kind over the same mesh axes, in one step.
+class CollectiveTotal:
+    """All collective operations of one kind over the same mesh axes, in one step.
 
     Attributes:
       kind: such as "all-gather".
       axes: mesh axes, joined by "+".
       count: executions.
-      bytes: payload per device, all executions together (`hlo.Collective.bytes`).
-      sent_bytes: what a device sends, all executions together (`hlo.Collective.sent_bytes`).
+      bytes: payload per device, summed over the executions (`Collective.bytes`).
+      sent_bytes: bytes that a device sends, summed likewise (`Collective.sent_bytes`).
     """
 
     kind: str
@@ -78,27 +86,27 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one training step costs; everything but `tokens_per_step` is per device.
+    """What one training step costs: per device, where nothing else is said.
 
     Attributes:
-      chip: kind of chip.
-      devices: their number, over all slices.
+      chip: short name of the chip.
+      devices: number of devices, over all slices.
       mesh: sizes of the mesh's axes.
-      remat: what the backward pass computes again.
-      batch: (accumulated batches, rows of a batch, tokens of a row).
-      tokens_per_step: tokens that a step trains on, on all devices.
+      remat: see `ModelConfig.remat`.
+      batch: (accumulated batches, rows of a batch, tokens of a row), over all devices.
+      tokens_per_step: tokens that a step trains on, over all devices.
       fits: whether it compiles and its peak is within the chip's memory.
       problem: why it does not fit, in the compiler's words; empty if it does.
-      memory: None where the compiler refused.
-      trace_seconds: tracing and lowering.
-      compile_seconds: compiling.
+      memory: None if the compiler refused.
+      trace_seconds: time to trace and lower.
+      compile_seconds: time to compile.
       implementations: of every operation of `pallas_kernels`, with the kernels' calls.
-      collectives: largest first.
-      model_flops_per_token: `metrics.model_flops_per_token`, on one device as on all.
-      compiled_flops_per_token: matrix products in the program with loops counted fully, plus the
-        kernels', on all devices; recomputation counts.
-      hbm_bytes: read and written in one step, by `costs.count_hbm_bytes`.
-      roofline: estimated times; None where the compiler refused.
+      collectives: totals by kind and mesh axes, most bytes sent first.
+      model_flops_per_token: `flops.model_flops_per_token`.
+      compiled_flops_per_token: matrix products of the program, loops counted fully, plus the
+        kernels', over all devices; recomputation counts.
+      hbm_bytes: bytes read and written in one step (`memory_traffic.count_hbm_bytes`).
+      roofline: estimated times; None if the compiler refused.
       notes: what the numbers leave out.
     """
 
@@ -110,11 +118,11 @@ class Plan:
     tokens_per_step: int
     fits: bool
     problem: str
-    memory: Memory | None
+    memory: StepMemory | None
     trace_seconds: float
     compile_seconds: float
     implementations: dict[str, str]
-    collectives: tuple[Traffic, ...]
+    collectives: tuple[CollectiveTotal, ...]
     model_flops_per_token: float
     compiled_flops_per_token: float
     hbm_bytes: int
@@ -122,7 +130,7 @@ class Plan:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dicts and lists of numbers and texts, for JSON; the inverse of `from_dict`."""
+        """Nested dicts and lists of numbers and strings, for JSON; the inverse of `from_dict`."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -136,15 +144,15 @@ class Plan:
 def make_plan(
     config: TrainConfig, devices: Sequence[Any], *, progress: Progress = lambda _: None
 ) -> Plan:
-    """Compiles the step of a run for `devices` and counts what it costs.
+    """Compiles a run's training step for `devices` and reads what it costs.
 
     Args:
-      config: the run; nothing of its data is read.
-      devices: what to compile for, such as `topologies.find_devices` gives.
-      progress: called with a line of text when something long begins.
+      config: the run; its data is not read.
+      devices: devices to compile for, such as those of `topologies.find_devices`.
+      progress: called with a line of text before every long stage.
 
     Raises:
-      ConfigError: the run cannot be split over the mesh, or nothing is known of the chip.
+      ConfigError: the run cannot be sharded over the mesh, or the chip has no data sheet.
     """
     mesh = make_mesh(config.mesh, devices)
     machine = describe_machine(mesh)
@@ -156,21 +164,21 @@ def make_plan(
     lowered = step.lower(state, _abstract_batch(config, mesh))
     traced = time.monotonic()
     progress("compiling")
-    blank = _blank(config, machine, traced - started)
+    empty = _empty_plan(config, machine, traced - started)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if not _TOO_LARGE.search(str(error)):
             raise
         seconds = time.monotonic() - traced
-        return dataclasses.replace(blank, problem=_reason(str(error)), compile_seconds=seconds)
-    plan = dataclasses.replace(blank, compile_seconds=time.monotonic() - traced)
+        return dataclasses.replace(empty, problem=_reason(str(error)), compile_seconds=seconds)
+    plan = dataclasses.replace(empty, compile_seconds=time.monotonic() - traced)
     progress("reading the program")
-    return _filled(plan, config, machine, state, compiled)
+    return _complete(plan, config, machine, state, compiled)
 
 
-def _blank(config: TrainConfig, machine: Machine, seconds: float) -> Plan:
-    """A plan before anything is known of the program."""
+def _empty_plan(config: TrainConfig, machine: Machine, trace_seconds: float) -> Plan:
+    """A plan without the numbers that come from the compiled program."""
     rows = (config.optim.accumulate_steps, config.data.batch_size, config.data.seq_len)
     return Plan(
         chip=machine.chip.name,
@@ -182,7 +190,7 @@ def _blank(config: TrainConfig, machine: Machine, seconds: float) -> Plan:
         fits=False,
         problem="",
         memory=None,
-        trace_seconds=seconds,
+        trace_seconds=trace_seconds,
         compile_seconds=0.0,
         implementations={},
         collectives=(),
@@ -194,7 +202,7 @@ def _blank(config: TrainConfig, machine: Machine, seconds: float) -> Plan:
     )
 
 
-def _filled(
+def _complete(
     plan: Plan,
     config: TrainConfig,
     machine: Machine,
@@ -205,8 +213,10 @@ def _filled(
     memory = _memory(compiled, state, machine)
     shape = machine.mesh.shape
     local_tokens = plan.batch[1] * plan.batch[2] * shape["model"] // machine.mesh.size
-    kernels = find_kernels(program, config.model, tokens=local_tokens, parts=shape["model"])
-    flops = count_dot_flops(program) + sum(kernel.count * kernel.flops for kernel in kernels)
+    kernels = find_step_kernels(
+        program, config.model, tokens=local_tokens, tensor_shards=shape["model"]
+    )
+    flops = count_matmul_flops(program) + sum(kernel.count * kernel.flops for kernel in kernels)
     found = find_collectives(program, machine.mesh)
     hbm_bytes = count_hbm_bytes(program)
     problem = ""
@@ -218,7 +228,7 @@ def _filled(
         problem=problem,
         memory=memory,
         implementations=_implementations(config, kernels),
-        collectives=_summed(found),
+        collectives=_total_by_kind(found),
         compiled_flops_per_token=flops * machine.mesh.size / plan.tokens_per_step,
         hbm_bytes=hbm_bytes,
         roofline=make_roofline(
@@ -226,39 +236,37 @@ def _filled(
             flops=flops,
             hbm_bytes=hbm_bytes,
             collectives=found,
-            cycles=estimated_cycles(program),
+            cycles=count_estimated_cycles(program),
             tokens=plan.tokens_per_step,
         ),
-        notes=tuple(f"counted once, its length is not constant: {n}" for n in program.unknown_loops)
-        + _unstated(kernels),
+        notes=tuple(
+            f"loop without a constant trip count, counted once: {name}"
+            for name in program.unknown_loops
+        )
+        + _notes_on_unstated_flops(kernels),
     )
 
 
 def _abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
     shape = (config.optim.accumulate_steps, config.data.batch_size, config.data.seq_len)
-    place = batch_sharding(mesh, leading=1)
+    sharding = batch_sharding(mesh, leading=1)
 
     def array(dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     integers = [array(jnp.int32) for _ in range(3)]
     return Batch(*integers, weights=array(jnp.float32))
 
 
-def _memory(compiled: jax.stages.Compiled, state: TrainState, machine: Machine) -> Memory:
-    stats = compiled.memory_analysis()
-    if stats is None:
-        raise RuntimeError(f"the compiler for {machine.chip.name} says nothing of memory")
-    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return Memory(
+def _memory(compiled: jax.stages.Compiled, state: TrainState, machine: Machine) -> StepMemory:
+    memory = read_memory(compiled)
+    if memory is None:
+        raise RuntimeError(f"the compiler for {machine.chip.name} reports no memory")
+    return StepMemory(
         parameters=_local_bytes(state.params),
         optimizer=_local_bytes(state.opt_state),
-        arguments=stats.argument_size_in_bytes,
-        outputs=outputs,
-        temporaries=stats.temp_size_in_bytes,
-        code=stats.generated_code_size_in_bytes,
-        peak=stats.peak_memory_in_bytes,
-        available=int(machine.hbm_bytes),
+        **memory._asdict(),
+        available=int(machine.memory_bytes),
     )
 
 
@@ -269,48 +277,50 @@ def _local_bytes(tree: Any) -> int:
     )
 
 
-def _implementations(config: TrainConfig, kernels: Sequence[Kernel]) -> dict[str, str]:
-    names = {"chunk_attention": "attention_implementation"}
+def _implementations(config: TrainConfig, kernels: Sequence[CompiledKernel]) -> dict[str, str]:
+    settings: dict[str, ModelOperation] = {"chunk_attention": "attention"}
     result = {}
-    for operation in _OPERATIONS:
+    for operation in KERNEL_OPERATIONS:
         own = [kernel for kernel in kernels if kernel.operation == operation]
         if own:
             calls = sum(kernel.count for kernel in own)
             result[operation] = f"{own[0].implementation} ({calls} calls)"
         else:
-            chosen = getattr(config.model, names.get(operation, f"{operation}_implementation"))
-            result[operation] = chosen or "xla"
+            setting: Any = settings.get(operation, operation)
+            result[operation] = config.model.implementation_of(setting) or "xla"
     return result
 
 
-def _summed(found: Sequence[Collective]) -> tuple[Traffic, ...]:
+def _total_by_kind(found: Sequence[Collective]) -> tuple[CollectiveTotal, ...]:
     groups: dict[tuple[str, str], list[Collective]] = {}
-    for one in found:
-        groups.setdefault((one.kind, "+".join(one.axes)), []).append(one)
-    sums = [
-        Traffic(
+    for collective in found:
+        key = (collective.kind, "+".join(collective.axes))
+        groups.setdefault(key, []).append(collective)
+    totals = [
+        CollectiveTotal(
             kind,
             axes,
-            count=sum(one.count for one in group),
-            bytes=sum(one.count * one.bytes for one in group),
-            sent_bytes=round(sum(one.count * one.sent_bytes for one in group)),
+            count=sum(each.count for each in group),
+            bytes=sum(each.count * each.bytes for each in group),
+            sent_bytes=round(sum(each.count * each.sent_bytes for each in group)),
         )
         for (kind, axes), group in groups.items()
         if axes
     ]
-    return tuple(sorted(sums, key=lambda one: -one.sent_bytes))
+    return tuple(sorted(totals, key=lambda total: -total.sent_bytes))
 
 
-def _unstated(kernels: Sequence[Kernel]) -> tuple[str, ...]:
+def _notes_on_unstated_flops(kernels: Sequence[CompiledKernel]) -> tuple[str, ...]:
     names = sorted({kernel.name for kernel in kernels if not kernel.flops})
-    return (f"FLOPs not stated, counted as 0: {', '.join(names)}",) if names else ()
+    return (f"kernels that state no FLOPs, counted as 0: {', '.join(names)}",) if names else ()
 
 
 def _reason(message: str) -> str:
-    """The sentences of a compiler's message that say how much is missing."""
+    """The first lines of a compiler's message, which say how much memory is missing."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return " ".join(lines[:6])
 
 
 def _sizes(mesh: Mesh) -> str:
-    return ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "alone"
+    sizes = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
+    return ", ".join(sizes) or "one device"

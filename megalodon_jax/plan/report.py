@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 
+from megalodon_jax.chips import GIB
 from megalodon_jax.plan.plan import Plan
-
-_GIB = 2**30
 
 
 def format_plan(plan: Plan) -> str:
-    """Everything a plan says, for people."""
+    """A plan as a table for people."""
     lines = [
         f"{plan.devices} x {plan.chip}   {_mesh(plan)}   remat {plan.remat}",
         _batch_line(plan),
@@ -56,8 +55,8 @@ def _memory_lines(plan: Plan) -> list[str]:
         ("parameters", memory.parameters, ""),
         ("optimizer", memory.optimizer, ""),
         ("arguments, with the batch", memory.arguments, ""),
-        ("results beside them", memory.outputs, ""),
-        ("temporaries, all added up", memory.temporaries, ""),
+        ("results not in arguments", memory.outputs, ""),
+        ("temporaries, summed", memory.temporaries, ""),
         ("program", memory.code, ""),
         ("peak", memory.peak, f"   {share:.0%} of {_gib(memory.available)}"),
     ]
@@ -68,9 +67,9 @@ def _collective_lines(plan: Plan) -> list[str]:
     if not plan.collectives:
         return ["no collectives"]
     lines = [f"collectives in a step {'axes':>16} {'count':>12} {'payload':>12} {'sent':>12}"]
-    for one in plan.collectives:
-        numbers = f"{one.count:>12,} {_gib(one.bytes):>12} {_gib(one.sent_bytes):>12}"
-        lines.append(f"  {one.kind:<20}{one.axes:>16} {numbers}")
+    for total in plan.collectives:
+        numbers = f"{total.count:>12,} {_gib(total.bytes):>12} {_gib(total.sent_bytes):>12}"
+        lines.append(f"  {total.kind:<20}{total.axes:>16} {numbers}")
     return lines
 
 
@@ -83,30 +82,30 @@ def _work_lines(plan: Plan) -> list[str]:
         f"implementations: {used}",
         f"FLOPs per token: model {plan.model_flops_per_token / 1e9:.3g} G, "
         f"compiled {plan.compiled_flops_per_token / 1e9:.3g} G (recomputation counts)",
-        "estimated seconds of a step, from data sheets, not measured",
+        "seconds of a step, estimated from data sheets, not measured",
         f"  compute {roofline.compute:.3g}   memory {roofline.hbm:.3g} "
         f"(for {_gib(plan.hbm_bytes)})",
     ]
     links = [f"{axes} {seconds:.3g}" for axes, seconds in roofline.links.items()]
     lines += [f"  links over {', '.join(links)}"] if links else []
     if roofline.network is None:
-        lines.append("  network between slices: its rate is not published")
+        lines.append("  network between slices: no published rate")
     elif roofline.network:
         lines.append(f"  network between slices {roofline.network:.3g}")
     if roofline.compiler is not None:
         lines.append(
-            f"  the compiler expects {roofline.compiler:.3g} of XLA's operations, without kernels "
-            "and collectives"
+            f"  the compiler's own estimate of XLA's operations, without kernels and collectives: "
+            f"{roofline.compiler:.3g}"
         )
     return [
         *lines,
-        f"  longest {roofline.overlapped:.3g}, all together {roofline.serial:.3g}",
+        f"  longest {roofline.overlapped:.3g}, sum {roofline.serial:.3g}",
         f"estimated tokens/s: {roofline.tokens_per_second_serial:,.0f} (nothing hidden) to "
         f"{roofline.tokens_per_second:,.0f} (all but the longest hidden)",
     ]
 
 
 def _gib(count: int) -> str:
-    if count < 0.01 * _GIB:
+    if count < 0.01 * GIB:
         return f"{count / 2**20:.3f} MiB"
-    return f"{count / _GIB:.2f} GiB"
+    return f"{count / GIB:.2f} GiB"

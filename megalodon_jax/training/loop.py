@@ -26,6 +26,7 @@ from megalodon_jax.data.packing import CountedBatch
 from megalodon_jax.data.tokenizer import Tokenizer, load_tokenizer
 from megalodon_jax.errors import ConfigError, TrainingError
 from megalodon_jax.evaluation.summary import Evaluation, evaluate_batches
+from megalodon_jax.flops import model_flops_per_token, model_flops_utilization
 from megalodon_jax.generate import Sampling, stream_text
 from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel import distributed
@@ -33,12 +34,7 @@ from megalodon_jax.parallel.mesh import resolve_mesh
 from megalodon_jax.tasks import Task, find_task
 from megalodon_jax.train_state import TrainState, init_state
 from megalodon_jax.training.clock import ThroughputClock
-from megalodon_jax.training.metrics import (
-    ProgressDisplay,
-    RunLog,
-    model_flops_per_token,
-    model_flops_utilization,
-)
+from megalodon_jax.training.metrics import ProgressDisplay, RunLog
 from megalodon_jax.training.signals import StopRequest, stop_on_signals
 from megalodon_jax.training.step import StepMetrics, make_eval_step, make_train_step
 from megalodon_jax.typing import Batch

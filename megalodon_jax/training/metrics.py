@@ -1,4 +1,4 @@
-"""What a run reports: model FLOPs, utilisation, and where the numbers are written."""
+"""Where a run's numbers are written: log files, and a progress display."""
 
 import json
 import math
@@ -12,53 +12,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megalodon_jax.config import ModelConfig
 from megalodon_jax.errors import ConfigError
-
-PEAK_FLOPS: dict[str, float] = {
-    # Dense bfloat16 rates of the makers' data sheets, per device as JAX counts devices.
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
-
-
-def model_flops_per_token(config: ModelConfig, *, seq_len: int | None = None) -> float:
-    """Multiply-adds of forward and backward matrix products, times two, per trained token.
-
-        F = 3 * (layers * [2 (2DE + DZ + D^2 + ED) + 2gDF + (C + 1)(Z + E)] + 2DV)
-
-    g is 3 with SwiGLU, else 2. Attention counts only the causal half inside chunks; norms, CEMA
-    and recomputation count nothing, so utilisation from this number is a lower bound.
-
-    Args:
-      config: the model's shape.
-      seq_len: tokens in a row; attention never spans more than min(C, seq_len) of them.
-    """
-    d, z, e = config.model_dim, config.z_dim, config.value_dim
-    span = config.chunk_size if seq_len is None else min(config.chunk_size, seq_len)
-    ffn = 2 * (3 if config.swiglu else 2) * d * config.ffn_hidden_dim
-    block = 2 * (2 * d * e + d * z + d * d + e * d) + ffn + (span + 1) * (z + e)
-    return 3.0 * (config.num_layers * block + 2 * d * config.num_outputs)
-
-
-def model_flops_utilization(
-    tokens_per_second: float, flops_per_token: float, *, device_kind: str, device_count: int
-) -> float | None:
-    """Fraction of the devices' bfloat16 peak spent on model FLOPs; None where no peak is known."""
-    peak = PEAK_FLOPS.get(device_kind)
-    return None if peak is None else tokens_per_second * flops_per_token / (peak * device_count)
 
 
 class RunLog:

@@ -1,4 +1,4 @@
-"""Which devices take part in a collective operation, in each of the ways XLA writes it."""
+"""Replica groups: the devices of a collective operation, in every notation that XLA prints."""
 
 import math
 import re
@@ -9,9 +9,9 @@ import numpy as np
 
 
 def device_groups(text: str, sizes: Mapping[str, int]) -> np.ndarray:
-    """(groups, devices of a group): places in the mesh of devices that exchange something.
+    """(groups, devices of a group): positions in the mesh of the devices of each group.
 
-    A pair of a collective-permute is a group; no groups at all mean that all devices are one.
+    A pair of a collective-permute is a group; without any notation all devices form one group.
 
     Args:
       text: attributes of a collective instruction.
@@ -34,7 +34,7 @@ def device_groups(text: str, sizes: Mapping[str, int]) -> np.ndarray:
 
 
 def _named_groups(mesh: str, devices: str | None, chosen: str) -> np.ndarray:
-    """Groups over `chosen` axes; 'a':(2)4 is the part of a's places that counts (2, 4, rest)."""
+    """Groups over `chosen` axes; 'a':(2)4 is the middle factor of axis a as (2, 4, rest)."""
     axes = [(name, int(size)) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh)]
     spans = {name: [] for name, _ in axes}
     for name, before, size in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", chosen):
@@ -59,7 +59,7 @@ def _device_order(text: str) -> np.ndarray:
 
 
 def _iota(text: str) -> np.ndarray:
-    """[4,2]T(1,0): numbers from 0, laid out in a shape, and transposed."""
+    """[4,2]T(1,0): numbers from 0, reshaped to (4, 2), then transposed."""
     shape, _, order = text.removeprefix("<=").partition("T")
     numbers = _integers(shape)
     laid = np.arange(math.prod(numbers)).reshape(numbers)
@@ -72,7 +72,9 @@ def _integers(text: str) -> np.ndarray:
 
 def axes_of(groups: np.ndarray, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """The mesh axes along which devices of one group differ."""
-    places = np.unravel_index(groups, tuple(sizes.values()))
+    coordinates = np.unravel_index(groups, tuple(sizes.values()))
     return tuple(
-        axis for axis, place in zip(sizes, places, strict=True) if (place != place[:, :1]).any()
+        axis
+        for axis, along in zip(sizes, coordinates, strict=True)
+        if (along != along[:, :1]).any()
     )

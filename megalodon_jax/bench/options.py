@@ -1,0 +1,148 @@
+"""The options of the benchmarks; importing this module is cheap."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from megalodon_jax.config.model import Remat
+from megalodon_jax.presets import preset_names
+from pallas_kernels.common.dispatch import Implementation
+
+# The shipped model sizes, listed by `--help`.
+if TYPE_CHECKING:
+    ModelPreset = str
+else:
+    ModelPreset = Literal[tuple(preset_names())]
+
+BenchedOperation = Literal["cema", "timestep_norm", "chunk_attention", "rowwise"]
+BenchMode = Literal["plain", "packed", "carried"]
+DecayRange = Literal["initial", "long"]
+# Meshes of which one axis takes all devices.
+MeshName = Literal["data", "fsdp", "chunk", "model"]
+ScalingKind = Literal["weak", "strong"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOpsOptions:
+    """Measures every implementation of the operations under the model: time, memory, error.
+
+    Example: megalodon bench ops --op cema --check
+    """
+
+    op: tuple[BenchedOperation, ...] = ("cema", "timestep_norm", "chunk_attention", "rowwise")
+    """Operations to measure."""
+    implementation: tuple[Implementation, ...] = ()
+    """Implementations to measure; if not given, all but the reference."""
+    mode: tuple[BenchMode, ...] = ("plain", "packed", "carried")
+    """One document a row (plain), eight documents (packed), or an initial state (carried)."""
+    decay_range: DecayRange = "initial"
+    """CEMA's decay: as at the start of training (initial), or |q| up to 1 - 1e-3 (long)."""
+    check: bool = False
+    """Compare a short sequence with the float64 reference."""
+    small: bool = False
+    """Shapes for a CPU; all implementations."""
+    seed: int | None = None
+    """Seed of the inputs; if not given, a new one at every run."""
+    json: str = ""
+    """Also write the measurements to this file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchTrainOptions:
+    """Measures training steps of the model presets: tokens/s, MFU, memory, compile time.
+
+    Example: megalodon bench train --preset mega200M --profile
+    """
+
+    preset: ModelPreset | None = None
+    """Model size; if not given, a table of cases is measured and the next options are ignored."""
+    rows: int = 8
+    """Rows of the batch."""
+    length: int = 2048
+    """Tokens of a row."""
+    remat: Remat = "none"
+    """What the backward pass recomputes (`model.remat`)."""
+    documents: int = 0
+    """Documents packed into a row; 0: no segment ids."""
+    scan_layers: bool = False
+    """Run the blocks in one loop, which compiles sooner."""
+    steps: int = 10
+    """Steps that are timed."""
+    profile: bool = False
+    """Show the GPU time by kind of kernel."""
+    small: bool = False
+    """A model for a CPU."""
+    json: str = ""
+    """Also write the measurements to this file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchScalingOptions:
+    """Measures the speed of several devices against one: weak and strong scaling.
+
+    Example: megalodon bench scaling --preset mega1.3B --rows 4 --length 4096
+    """
+
+    preset: ModelPreset = "mega1.3B"
+    """Model size."""
+    rows: int = 4
+    """Rows of one device's batch."""
+    length: int = 4096
+    """Tokens of a row on one device."""
+    layers: int = 0
+    """Blocks of the model, fewer compile sooner; 0: the preset's."""
+    remat: Remat = "none"
+    """What the backward pass recomputes (`model.remat`)."""
+    mesh: tuple[MeshName, ...] = ("data", "fsdp", "chunk", "model")
+    """Meshes to measure: copies of the weights (data), FSDP, context or tensor parallelism."""
+    scaling: tuple[ScalingKind, ...] = ("weak", "strong")
+    """As much work for every device (weak), or as much in all (strong)."""
+    steps: int = 10
+    """Steps that are timed."""
+    small: bool = False
+    """A model for a CPU."""
+    json: str = ""
+    """Also write the measurements to this file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchAgreementOptions:
+    """Compares the results of several devices with those of one.
+
+    Example: megalodon bench agreement --preset mega1.3B
+    """
+
+    preset: ModelPreset = "mega1.3B"
+    """Model size."""
+    layers: int = 2
+    """Blocks of the model."""
+    mesh: tuple[MeshName, ...] = ("data", "fsdp", "chunk", "model")
+    """Meshes to compare: copies of the weights (data), FSDP, context or tensor parallelism."""
+    documents: tuple[int, ...] = (0, 3)
+    """Documents packed into a row; 0: no segment ids."""
+    steps: int = 5
+    """Steps whose losses are compared."""
+    small: bool = False
+    """A model for a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchReferenceOptions:
+    """Trains with the default implementations beside the reference ones on a text.
+
+    Example: megalodon bench reference --text book.txt
+    """
+
+    text: str
+    """File to train on."""
+    steps: int = 200
+    """Training steps."""
+    rows: int = 4
+    """Rows of a batch."""
+    length: int = 512
+    """Bytes of a row."""
+    layers: int = 2
+    """Blocks of the model."""
+    seed: int = 0
+    """Seed of the crops."""
+    small: bool = False
+    """A narrow model for a CPU."""
