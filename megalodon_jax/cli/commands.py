@@ -5,7 +5,7 @@ Importing this module is cheap: a command imports JAX when it runs.
 
 import importlib
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, ClassVar, Protocol
 
 import tyro
 
@@ -15,6 +15,9 @@ from megalodon_jax.errors import ConfigError
 from megalodon_jax.plan.options import PlanOptions
 
 Config = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
+
+
+Settings = Annotated[RunSettings, tyro.conf.arg(name="")]
 
 
 class Command(Protocol):
@@ -34,7 +37,7 @@ class Train:
 
     config: Config
     """A TOML file, or the name of a shipped one."""
-    run_settings: Annotated[Any, tyro.conf.arg(name="")] = field(default_factory=RunSettings)
+    settings: Settings = field(default_factory=RunSettings)
 
     def run(self) -> int:
         """Trains to the end or a signal."""
@@ -45,7 +48,7 @@ class Train:
         from megalodon_jax.training.loop import train
 
         try:
-            result = train(to_config(self.run_settings))
+            result = train(to_config(self.settings))
         except (Exception, KeyboardInterrupt) as error:
             exit_without_barrier(exit_code(error))
             raise
@@ -157,7 +160,7 @@ class Convert:
     source: tyro.conf.Positional[str]
     """A released checkpoint, a .safetensors file or a run_dir."""
     target: tyro.conf.Positional[str]
-    """Where the result is written: a .safetensors file, or a new run_dir. Nothing is overwritten."""
+    """Where to write: a .safetensors file or a new run_dir; nothing is overwritten."""
     config: str | None = None
     """TOML file or preset with the model's shape, if the source has no config."""
 
@@ -178,14 +181,14 @@ class Plan:
 
     config: Config
     """A TOML file, or the name of a shipped one."""
-    options: Annotated[PlanOptions, tyro.conf.arg(name="")]
-    run_settings: Annotated[Any, tyro.conf.arg(name="")] = field(default_factory=RunSettings)
+    options: Annotated[PlanOptions, tyro.conf.arg(name="")] = field(default_factory=PlanOptions)
+    settings: Settings = field(default_factory=RunSettings)
 
     def run(self) -> int:
         """Prints the plan; the exit code is 1 if it does not fit."""
-        from megalodon_jax.plan.run import run
+        from megalodon_jax.plan.cli import run
 
-        return run(self.options, to_config(self.run_settings))
+        return run(self.options, to_config(self.settings))
 
 
 @dataclass(frozen=True, kw_only=True)

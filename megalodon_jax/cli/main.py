@@ -1,5 +1,6 @@
 """The `megalodon` command: parses the command line and runs one command."""
 
+import dataclasses
 import functools
 import logging
 import operator
@@ -10,16 +11,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from megalodon_jax.cli.commands import COMMANDS, Command, Plan, Train
+from megalodon_jax.cli.commands import COMMANDS, Command, Settings
 from megalodon_jax.cli.exit_codes import exit_code
-from megalodon_jax.cli.run_config import check_named, default_settings
+from megalodon_jax.cli.run_config import default_settings
 from megalodon_jax.errors import ConfigError, MegalodonError, did_you_mean
 from megalodon_jax.presets import config_names
 from megalodon_jax.version import __version__
 
 DEBUG_VARIABLE = "MEGALODON_DEBUG"
 # Commands whose first argument is a configuration.
-_WITH_CONFIG = {"train": Train, "plan": Plan}
+_WITH_CONFIG = ("train", "plan")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +52,9 @@ def parse(arguments: Sequence[str]) -> Command:
     if not name.startswith("-") and name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS) or f"; use one of {', '.join(COMMANDS)}"
         raise ConfigError(f"unknown command {name!r}{hint}")
-    choices = [_subcommand(command, rest if command == name else []) for command in COMMANDS]
+    choices = [
+        _subcommand(command, rest if command == name else ["--help"]) for command in COMMANDS
+    ]
     return tyro.cli(
         functools.reduce(operator.or_, choices),
         args=[name, *rest],
@@ -65,15 +68,16 @@ def parse(arguments: Sequence[str]) -> Command:
 def _subcommand(name: str, arguments: Sequence[str]) -> Any:
     """The type of one command as tyro reads it, with the defaults that its CONFIG gives."""
     command = COMMANDS[name]
-    if name not in _WITH_CONFIG:
-        return Annotated[command, tyro.conf.subcommand(name, prefix_name=False)]
-    wants_help = not {"-h", "--help"}.isdisjoint(arguments)
-    if arguments and not wants_help:
-        check_named(arguments[0])
-    settings = default_settings(arguments)
-    fields = {**command.__annotations__}
-    fields["run_settings"] = Annotated[type(settings), tyro.conf.arg(name="")]
-    del fields
+    if name in _WITH_CONFIG:
+        settings = dataclasses.field(default=default_settings(arguments))
+        command = dataclasses.make_dataclass(
+            command.__name__,
+            [("settings", Settings, settings)],
+            bases=(command,),
+            namespace={"__doc__": command.__doc__},
+            frozen=True,
+            kw_only=True,
+        )
     return Annotated[command, tyro.conf.subcommand(name, prefix_name=False)]
 
 

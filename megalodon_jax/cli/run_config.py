@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import field
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -21,59 +21,67 @@ from megalodon_jax.presets import PresetKind, config_names, find_config, preset_
 
 
 def _with_preset(config: type, kind: PresetKind) -> Any:
-    """A configuration with one more setting, the name of a preset."""
-    names = Literal[tuple(preset_names(kind))]  # type: ignore[valid-type]
+    """A configuration with one more setting: the preset that the others start from."""
+    names: Any = Literal[tuple(preset_names(kind))]
+    help_text = "Named values for all other settings of this table; options change single ones."
+    preset = Annotated[names | None, tyro.conf.arg(help=help_text)]
     return dataclasses.make_dataclass(
         config.__name__,
-        [("preset", names | None, field(default=None))],
+        [("preset", preset, field(default=None))],
         bases=(config,),
         frozen=True,
         kw_only=True,
     )
 
 
-ModelSettings = _with_preset(ModelConfig, "models")
-MeshSettings = _with_preset(MeshConfig, "meshes")
+_ModelSettings = _with_preset(ModelConfig, "models")
+_MeshSettings = _with_preset(MeshConfig, "meshes")
+# Tables with presets: the plain configuration, and the one with the setting `preset`.
 _PRESETS: dict[str, tuple[type[ModelConfig] | type[MeshConfig], Any]] = {
-    "model": (ModelConfig, ModelSettings),
-    "mesh": (MeshConfig, MeshSettings),
+    "model": (ModelConfig, _ModelSettings),
+    "mesh": (MeshConfig, _MeshSettings),
 }
-# Booleans of tables take True or False; those of the run itself, such as --resume, are flags.
-_ExplicitBooleans = tyro.conf.FlagConversionOff
-RunSettings = dataclasses.make_dataclass(
-    "RunSettings",
-    [
-        (
-            "model",
-            Annotated[ModelSettings, _ExplicitBooleans],
-            field(default_factory=ModelSettings),
-        ),
-        ("data", Annotated[DataConfig, _ExplicitBooleans], field(default_factory=DataConfig)),
-        ("optim", Annotated[OptimConfig, _ExplicitBooleans], field(default_factory=OptimConfig)),
-        ("mesh", MeshSettings, field(default_factory=MeshSettings)),
-        (
-            "processes",
-            Annotated[ProcessesConfig, _ExplicitBooleans],
-            field(default_factory=ProcessesConfig),
-        ),
-    ],
-    bases=(TrainConfig,),
-    frozen=True,
-    kw_only=True,
-)
+if TYPE_CHECKING:
+    RunSettings = TrainConfig
+else:
+    # Booleans of tables take True or False; those of the run itself, such as --resume, are flags.
+    RunSettings = dataclasses.make_dataclass(
+        "RunSettings",
+        [
+            (name, Annotated[kind, tyro.conf.FlagConversionOff], field(default_factory=kind))
+            for name, kind in (
+                ("model", _ModelSettings),
+                ("data", DataConfig),
+                ("optim", OptimConfig),
+                ("mesh", _MeshSettings),
+                ("processes", ProcessesConfig),
+            )
+        ],
+        bases=(TrainConfig,),
+        frozen=True,
+        kw_only=True,
+    )
 
 
-def default_settings(arguments: Sequence[str]) -> Any:
-    """The settings that single options change: those of the config file, with presets applied.
+def default_settings(arguments: Sequence[str]) -> RunSettings:
+    """The settings before single options: those of the config file, with presets applied.
 
     Args:
       arguments: the command's arguments, CONFIG first.
 
     Raises:
-      ConfigError: there is no such file, shipped configuration or preset.
+      ConfigError: CONFIG is missing, or there is no such file, shipped configuration or preset.
     """
-    name = next(iter(arguments), "--help")
-    config = TrainConfig() if name.startswith("-") else load_config(find_config(name))
+    name = next(iter(arguments), "")
+    if name and not name.startswith("-"):
+        config = load_config(find_config(name))
+    elif {"-h", "--help"}.isdisjoint(arguments):
+        raise ConfigError(
+            "no config given; the first argument is a TOML file or one of "
+            f"{', '.join(config_names())}"
+        )
+    else:
+        config = TrainConfig()
     values = _fields(config)
     for table, (plain, settings) in _PRESETS.items():
         preset = _last_value(arguments, f"--{table}.preset")
@@ -82,17 +90,9 @@ def default_settings(arguments: Sequence[str]) -> Any:
     return RunSettings(**values)
 
 
-def check_named(name: str) -> None:
-    """Raises `ConfigError` if CONFIG is missing, so that an option stands in its place."""
-    if name.startswith("-"):
-        raise ConfigError(
-            f"the configuration comes first: name a TOML file or one of {', '.join(config_names())}"
-        )
-
-
-def to_config(settings: Any) -> TrainConfig:
+def to_config(settings: RunSettings) -> TrainConfig:
     """The plain configuration of parsed settings."""
-    values = _fields(cast(TrainConfig, settings))
+    values = _fields(settings)
     for table, (plain, _) in _PRESETS.items():
         fields = _fields(values[table])
         del fields["preset"]
@@ -107,9 +107,9 @@ def _fields(config: Any) -> dict[str, Any]:
 def _last_value(arguments: Sequence[str], option: str) -> str | None:
     """The value of `--option value` or `--option=value`; the last one counts."""
     value = None
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if argument == option:
-            value = following
+    for i, argument in enumerate(arguments):
+        if argument == option and i + 1 < len(arguments):
+            value = arguments[i + 1]
         elif argument.startswith(f"{option}="):
             value = argument.partition("=")[2]
     return value
