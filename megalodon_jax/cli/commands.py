@@ -3,13 +3,16 @@
 Importing this module is cheap: a command imports JAX when it runs.
 """
 
+import functools
 import importlib
+import operator
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import tyro
 
 from megalodon_jax.bench import options as bench
+from megalodon_jax.cli.help import described
 from megalodon_jax.cli.run_config import RunSettings, to_config
 from megalodon_jax.errors import ConfigError
 from megalodon_jax.plan.options import PlanOptions
@@ -18,6 +21,11 @@ Config = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
 
 
 Settings = Annotated[RunSettings, tyro.conf.arg(name="")]
+_PlanOptions = described(PlanOptions)
+if TYPE_CHECKING:
+    PlanSettings = PlanOptions
+else:
+    PlanSettings = Annotated[_PlanOptions, tyro.conf.arg(name="")]
 
 
 class Command(Protocol):
@@ -181,7 +189,7 @@ class Plan:
 
     config: Config
     """A TOML file, or the name of a shipped one."""
-    options: Annotated[PlanOptions, tyro.conf.arg(name="")] = field(default_factory=PlanOptions)
+    options: PlanSettings = field(default_factory=_PlanOptions)
     settings: Settings = field(default_factory=RunSettings)
 
     def run(self) -> int:
@@ -191,6 +199,26 @@ class Plan:
         return run(self.options, to_config(self.settings))
 
 
+# Modules of `megalodon_jax.bench`, with the options of their `run`.
+_BENCHMARKS: dict[str, type] = {
+    "ops": bench.BenchOpsOptions,
+    "train": bench.BenchTrainOptions,
+    "scaling": bench.BenchScalingOptions,
+    "agreement": bench.BenchAgreementOptions,
+    "reference": bench.BenchReferenceOptions,
+}
+if TYPE_CHECKING:
+    Benchmark = object
+else:
+    Benchmark = functools.reduce(
+        operator.or_,
+        [
+            Annotated[described(options), tyro.conf.subcommand(name)]
+            for name, options in _BENCHMARKS.items()
+        ],
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bench:
     """Measures speed, memory and accuracy on your device.
@@ -198,25 +226,11 @@ class Bench:
     Example: megalodon bench train --preset mega200M --profile
     """
 
-    benchmark: (
-        Annotated[bench.BenchOpsOptions, tyro.conf.subcommand("ops")]
-        | Annotated[bench.BenchTrainOptions, tyro.conf.subcommand("train")]
-        | Annotated[bench.BenchScalingOptions, tyro.conf.subcommand("scaling")]
-        | Annotated[bench.BenchAgreementOptions, tyro.conf.subcommand("agreement")]
-        | Annotated[bench.BenchReferenceOptions, tyro.conf.subcommand("reference")]
-    )
-
-    MODULES: ClassVar[dict[type, str]] = {
-        bench.BenchOpsOptions: "ops",
-        bench.BenchTrainOptions: "train",
-        bench.BenchScalingOptions: "scaling",
-        bench.BenchAgreementOptions: "agreement",
-        bench.BenchReferenceOptions: "reference",
-    }
+    benchmark: Benchmark
 
     def run(self) -> int:
         """Runs one benchmark."""
-        name = self.MODULES[type(self.benchmark)]
+        (name,) = (name for name, kind in _BENCHMARKS.items() if isinstance(self.benchmark, kind))
         return importlib.import_module(f"megalodon_jax.bench.{name}").run(self.benchmark)
 
 

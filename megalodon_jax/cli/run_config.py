@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from megalodon_jax.cli.help import described
 from megalodon_jax.config import (
     DataConfig,
     MeshConfig,
@@ -28,19 +29,21 @@ def _with_preset(config: type, kind: PresetKind) -> Any:
     return dataclasses.make_dataclass(
         config.__name__,
         [("preset", preset, field(default=None))],
-        bases=(config,),
+        bases=(described(config),),
         frozen=True,
         kw_only=True,
     )
 
 
-_ModelSettings = _with_preset(ModelConfig, "models")
-_MeshSettings = _with_preset(MeshConfig, "meshes")
-# Tables with presets: the plain configuration, and the one with the setting `preset`.
-_PRESETS: dict[str, tuple[type[ModelConfig] | type[MeshConfig], Any]] = {
-    "model": (ModelConfig, _ModelSettings),
-    "mesh": (MeshConfig, _MeshSettings),
+# The tables of a run: the plain configuration, and the same with help texts and presets.
+_TABLES: dict[str, tuple[Any, Any]] = {
+    "model": (ModelConfig, _with_preset(ModelConfig, "models")),
+    "data": (DataConfig, described(DataConfig)),
+    "optim": (OptimConfig, described(OptimConfig)),
+    "mesh": (MeshConfig, _with_preset(MeshConfig, "meshes")),
+    "processes": (ProcessesConfig, described(ProcessesConfig)),
 }
+_WITH_PRESETS = ("model", "mesh")
 if TYPE_CHECKING:
     RunSettings = TrainConfig
 else:
@@ -49,15 +52,9 @@ else:
         "RunSettings",
         [
             (name, Annotated[kind, tyro.conf.FlagConversionOff], field(default_factory=kind))
-            for name, kind in (
-                ("model", _ModelSettings),
-                ("data", DataConfig),
-                ("optim", OptimConfig),
-                ("mesh", _MeshSettings),
-                ("processes", ProcessesConfig),
-            )
+            for name, (_, kind) in _TABLES.items()
         ],
-        bases=(TrainConfig,),
+        bases=(described(TrainConfig),),
         frozen=True,
         kw_only=True,
     )
@@ -83,19 +80,20 @@ def default_settings(arguments: Sequence[str]) -> RunSettings:
     else:
         config = TrainConfig()
     values = _fields(config)
-    for table, (plain, settings) in _PRESETS.items():
-        preset = _last_value(arguments, f"--{table}.preset")
-        base = values[table] if preset is None else plain.from_preset(preset)
-        values[table] = settings(**_fields(base), preset=preset)
+    for table, (plain, kind) in _TABLES.items():
+        fields = _fields(values[table])
+        if table in _WITH_PRESETS and (preset := _last_value(arguments, f"--{table}.preset")):
+            fields = {**_fields(plain.from_preset(preset)), "preset": preset}
+        values[table] = kind(**fields)
     return RunSettings(**values)
 
 
 def to_config(settings: RunSettings) -> TrainConfig:
     """The plain configuration of parsed settings."""
     values = _fields(settings)
-    for table, (plain, _) in _PRESETS.items():
+    for table, (plain, _) in _TABLES.items():
         fields = _fields(values[table])
-        del fields["preset"]
+        fields.pop("preset", None)
         values[table] = plain(**fields)
     return TrainConfig(**values)
 

@@ -1,0 +1,39 @@
+"""Help texts of options, from the docstrings under dataclass fields."""
+
+import dataclasses
+from typing import Annotated, Any
+
+import docstring_parser
+import tyro
+
+
+def field_docs(config: type) -> dict[str, str]:
+    """The docstring under every field of a dataclass, base classes included, on one line each."""
+    docs: dict[str, str] = {}
+    for cls in reversed(config.__mro__):
+        if dataclasses.is_dataclass(cls):
+            for entry in docstring_parser.parse_from_object(cls).params:
+                docs[entry.arg_name] = " ".join((entry.description or "").split())
+    return docs
+
+
+def described(options: type) -> Any:
+    """A subclass of a dataclass of options whose help texts are not broken at source lines."""
+    docs = field_docs(options)
+    fields = []
+    for entry in dataclasses.fields(options):
+        if entry.name not in docs:
+            continue
+        default = dataclasses.field(
+            default=entry.default, default_factory=entry.default_factory, kw_only=True
+        )  # type: ignore[call-overload]
+        kind = Annotated[entry.type, tyro.conf.arg(help=docs[entry.name])]
+        fields.append((entry.name, kind, default))
+    return dataclasses.make_dataclass(
+        options.__name__,
+        fields,
+        bases=(options,),
+        namespace={"__doc__": options.__doc__},
+        frozen=True,
+        kw_only=True,
+    )
