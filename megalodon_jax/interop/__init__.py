@@ -1,1 +1,1 @@
-"""Weights in and out: the authors' released checkpoints, safetensors, Linen."""
+"""Weights in and out: the authors' released checkpoints and safetensors files."""

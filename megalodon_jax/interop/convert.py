@@ -4,7 +4,9 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
+from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -23,7 +25,7 @@ from megalodon_jax.presets import preset_names
 CONFIG_KEY = "megalodon_config"
 
 
-def convert(source: str | Path, target: str | Path, config: str | None = None) -> None:
+def convert(source: str | Path, target: str | Path, config: str | None = None) -> str:
     """Converts a model's weights; nothing that exists is overwritten.
 
     Args:
@@ -33,6 +35,9 @@ def convert(source: str | Path, target: str | Path, config: str | None = None) -
       target: a new .safetensors file (released names, the config in its metadata), or a new run_dir
         that `generate`, `evaluate` and `train` can use.
       config: a TOML file or a preset's name, for a source that does not say its own shape.
+
+    Returns:
+      One line that says what was written.
 
     Raises:
       ConvertError: the source is none of these, its shape is not known, or the target exists.
@@ -47,12 +52,16 @@ def convert(source: str | Path, target: str | Path, config: str | None = None) -
         target.parent.mkdir(parents=True, exist_ok=True)
         metadata = {CONFIG_KEY: json.dumps(dataclasses.asdict(run)), "format": "np"}
         save_file(to_state_dict(model), str(target), metadata=metadata)
+        form = f"released names, {target.stat().st_size / 1e6:,.1f} MB"
     elif target.suffix:
         raise ConvertError(
             f"cannot write {target}: end it in .safetensors, or give a directory for a run"
         )
     else:
         save_model(model, target, dataclasses.replace(run, run_dir=str(target)))
+        form = "a run directory, for generate, evaluate and init_from"
+    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    return f"wrote {target}: {count:,} parameters from {source} ({form})"
 
 
 def read_safetensors(
