@@ -141,6 +141,7 @@ def kernel_scratch(
 
 def input_slices(inputs: KernelInputs, work: WorkItem, tile: Any) -> InputTiles:
     """The slices of global memory that are copied for a tile, in lists; None as in `inputs`."""
+    x = [work.sequence_slice(inputs.x, tile)]
     dy = statistics = token_info = None
     if inputs.dy is not None:
         dy = [work.sequence_slice(inputs.dy, tile)]
@@ -148,7 +149,7 @@ def input_slices(inputs: KernelInputs, work: WorkItem, tile: Any) -> InputTiles:
         statistics = [inputs.statistics.at[work.row, group, tile] for group in work.groups]
     if inputs.documents is not None:
         token_info = [inputs.documents.token_info.at[work.row, tile]]
-    return InputTiles([work.sequence_slice(inputs.x, tile)], dy, statistics, token_info)
+    return InputTiles(x, dy, statistics, token_info)
 
 
 class TokenInfo(NamedTuple):

@@ -142,9 +142,9 @@ def backward_pass(
     first_pivots = residuals.previous_states[:, 1:, :, 0]
     after = next_slopes(slopes, final_slopes, pivots, first_pivots, row_info)
     out = run_gradients(options, inputs._replace(next_slopes=after))
-    d_scale, d_bias = out.affine.sum(axis=(0, 1))
+    d_affine = out.affine.sum(axis=(0, 1))
     d_initial, d_prior = _initial_gradients(out.initial, d_mean, d_var, row_info)
-    return out.dx, d_scale, d_bias, d_initial, d_prior, None
+    return out.dx, d_affine[0], d_affine[1], d_initial, d_prior, None
 
 
 def _last_pivots(
@@ -153,10 +153,10 @@ def _last_pivots(
     """The pivot of the last token of every split."""
     if residuals.pivots is not None:
         return residuals.pivots
-    pivots = residuals.statistics[:, :, :, 2, -1]
-    last_tiles = pivots[:, :, tiles_per_split - 1 :: tiles_per_split]
+    statistics = residuals.statistics
+    last_tiles = statistics[:, :, tiles_per_split - 1 :: tiles_per_split, 2, -1]
     if last_tiles.shape[2] < num_splits:
-        last_tiles = jnp.concatenate([last_tiles, pivots[:, :, -1:]], axis=2)
+        last_tiles = jnp.concatenate([last_tiles, statistics[:, :, -1:, 2, -1]], axis=2)
     return jnp.swapaxes(last_tiles, 1, 2)
 
 

@@ -121,7 +121,7 @@ def stream(
         slot = lax.rem(i, NUM_STAGES)
         tile = tile_index(i)
         plgpu.barrier_wait(stage.barriers.at[slot])
-        output_smem = None
+        output_smem: Any = None
         if output_slice is not None:
             plgpu.wait_smem_to_gmem(NUM_STAGES - 1, wait_read_only=True)
             output_smem = stage.output.at[slot]
