@@ -78,19 +78,16 @@ def timestep_norm(
     _check_shapes(x, scale, bias, num_groups, segment_ids)
     num_rows = x.shape[0]
     if initial_state is not None:
-        if sequence_axis is not None:
-            raise ValueError(
-                "initial_state cannot be combined with sequence_axis: rows start from the prior on "
-                "the first device; pass initial_state=None"
-            )
         _check_state("initial_state", initial_state, (num_rows,), num_groups)
+        if sequence_axis is not None:
+            raise ValueError("with sequence_axis rows start from the prior; pass no initial_state")
     if prior is not None:
         _check_state("prior", prior, (), num_groups)
     check_implementation("TimestepNorm", implementation, IMPLEMENTATIONS)
     name = implementation or _choose_implementation(x, num_groups)
 
     dtype = moments_dtype(x.dtype)
-    prior = _cast_state(_empty_prior(num_groups) if prior is None else prior, dtype)
+    prior = _cast_state(prior or _empty_prior(num_groups), dtype)
     if initial_state is None:
         initial_state = broadcast_to_rows(prior, num_rows)
     else:

@@ -127,6 +127,19 @@ def _token_slopes(
     return s, -(each * sums[0]) - 2.0 * (offset * s)
 
 
+def _load_counts(
+    inputs: KernelInputs, work: WorkItem, tile: Any, tiles_smem: InputTiles, half: int
+) -> tuple[Array, Array | None]:
+    """Counts of 64 tokens, and which of them `slopes_kernel` counts; None for all."""
+    if inputs.documents is None:
+        index = plgpu.broadcasted_iota(jnp.int32, (HALF_TILE,), 0, layout=ROW_LAYOUT)
+        first = inputs.initial_count[work.row] + tile * TILE + half * HALF_TILE + 1
+        return (index + first).astype(jnp.float32), None
+    count, flags = (load_rows(tiles_smem.token_info.at[0, j], half) for j in (COUNT, FLAGS))
+    count = jnp.maximum(count.astype(jnp.float32), 1.0)
+    return count, has(flags, VALID) & has(flags, FEEDS_PREVIOUS_SPLIT)
+
+
 def slopes_kernel(
     inputs: KernelInputs,
     results: Any,
@@ -137,7 +150,8 @@ def slopes_kernel(
 ) -> None:
     """Writes (B, J, G, 2): S and T over the tokens of every split from `first_split` on.
 
-    In packed rows over those of the split's first document.
+    In packed rows they count only the tokens whose document started before the split or is the
+    row's first.
     """
     work = find_work_item(geometry, first_split)
     scale = load_columns(inputs.scale, work.columns)
@@ -146,17 +160,7 @@ def slopes_kernel(
     def run_tile(tile, tiles_smem, output_smem, carry):
         new = [[] for _ in carry]
         for half in range(HALVES):
-            is_counted = None
-            if inputs.documents is None:
-                index = plgpu.broadcasted_iota(jnp.int32, (HALF_TILE,), 0, layout=ROW_LAYOUT)
-                first = inputs.initial_count[work.row] + tile * TILE + half * HALF_TILE + 1
-                count = (index + first).astype(jnp.float32)
-            else:
-                count, flags = (
-                    load_rows(tiles_smem.token_info.at[0, j], half) for j in (COUNT, FLAGS)
-                )
-                count = jnp.maximum(count.astype(jnp.float32), 1.0)
-                is_counted = has(flags, VALID) & has(flags, FEEDS_PREVIOUS_SPLIT)
+            count, is_counted = _load_counts(inputs, work, tile, tiles_smem, half)
             half_tile = _load_half_tile(inputs, work, geometry, tiles_smem, half)
             for i, sums in enumerate(_sum_over_features(half_tile, scale, geometry.width)):
                 offset, rstd = (
@@ -212,7 +216,7 @@ class _Carry(NamedTuple):
     """What a tile passes to the one before it, and sums over tiles.
 
     Attributes:
-      slopes: S and T of the tokens behind the tile, scalars, for every group.
+      slopes: S and T of the tokens after the tile, scalars, for every group.
       initial: for each token of a tile, as `Gradients.initial`; None if not packed.
       affine: sums of dy (x - m) r and of dy, by feature and every 64th token.
     """

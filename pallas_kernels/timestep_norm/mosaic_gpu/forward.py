@@ -114,7 +114,7 @@ def moments_kernel(
 ) -> None:
     """Writes (B, J, G, 4): count, pivot, offset of the mean and squares of the first J splits.
 
-    In packed rows these are the moments of the last document that starts in the split or before.
+    In packed rows they count only the tokens of the document that the split ends in.
     """
     work = find_work_item(geometry)
     zero = zeros((HALF_TILE,), ROW_LAYOUT)

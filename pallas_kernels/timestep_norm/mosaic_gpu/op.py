@@ -38,21 +38,10 @@ def timestep_norm(
     """The Hopper kernels. Arguments as in `api.py`, with complete states.
 
     Lengths that are no multiple of 128, and groups of no multiple of 16 features, are padded in a
-    copy of x.
+    copy of x. With `sequence_axis` the initial state is ignored.
 
-    Args:
-      x: bfloat16 or float32.
-      scale: scale.
-      bias: bias.
-      num_groups: groups of at most 64 features.
-      eps: added to the variance.
-      initial_state: state before the row; ignored if `sequence_axis` is given.
-      prior: state before other documents.
-      segment_ids: documents.
-      sequence_axis: mesh axis over which the sequence is sharded.
-      split: tokens that one warpgroup works on, a multiple of 128; None for a measured choice.
-      groups_per_block: groups that one warpgroup works on, a divisor of `num_groups`; None for a
-        measured choice.
+    `split` is the number of tokens that one warpgroup works on, a multiple of 128, and
+    `groups_per_block` the number of groups, a divisor of `num_groups`; None for measured choices.
 
     Raises:
       ValueError: another dtype, larger groups, or a target that is not a Hopper GPU.

@@ -59,7 +59,7 @@ class KernelInputs(NamedTuple):
       scale: (D,).
       bias: (D,).
       previous_states: (B, S, G, 3) pivot, sum around it and squares before every split.
-      next_slopes: (B, S, G, 2) slopes S and T behind every split.
+      next_slopes: (B, S, G, 2) slopes S and T after every split.
       dy: (B, L, D) cotangent of y.
       statistics: (B, G, tiles, 2 or 3, 128) offset a, r and, if packed, pivot k of every token.
       pivots: (B, S, G) pivot of every split, in rows that are not packed.

@@ -15,9 +15,9 @@ from pallas_kernels.timestep_norm.mosaic_gpu.layout import (
     zeros,
 )
 
-# Four steps; in each a thread adds the sums of so many tokens away. The largest distance is also
-# the number of zeros on either side of a tile.
+# Distances of the tokens whose sums a thread adds, in each of four steps.
 _SHIFTS = ((1, 2, 3), (4, 8, 12), (16, 32, 48), (64,))
+# Zeros on either side of a tile: the largest distance.
 _MARGIN = 64
 
 

@@ -54,9 +54,9 @@ def merge_splits(
     summaries: Float[Array, "B J G 4"],
     is_counted: Bool[Array, "B T J"],
 ) -> tuple[Array, Array, Array, Array]:
-    """Tokens, pivot, sum around it and squares of T states, each merged with some of the J splits.
+    """Merges each of T states with those of J splits that it is counted with.
 
-    Chan's rule for many summands at once.
+    Returns token counts, pivots, sums around them and squares: Chan's rule for many summands.
 
     Args:
       count: tokens of every state.
@@ -92,7 +92,7 @@ def next_slopes(
     first_pivots: Float[Array, "B J G"],
     row_info: RowInfo,
 ) -> Float[Array, "B S G 2"]:
-    """S and T behind every split: of later splits and of the final state.
+    """S and T after every split: of later splits and of the final state.
 
     Args:
       slopes: of all splits but the first; None for a single split.
