@@ -158,11 +158,9 @@ def _last_document_moments(summaries: Float[Array, "B S G 4"], row_info: RowInfo
     if row_info.connectivity is not None:
         is_counted = row_info.connectivity.ends_in_last
     zeros = jnp.zeros((num_rows, 1, groups), jnp.float32)
-    count, pivot, sums, squares = merge_splits(
-        zeros[..., :1], zeros, zeros, summaries, is_counted[:, None]
-    )
-    each = 1 / jnp.maximum(count, 1)
-    return (pivot + sums * each)[:, 0], (squares * each)[:, 0]
+    merged = merge_splits(zeros[..., :1], zeros, zeros, summaries, is_counted[:, None])
+    each = 1 / jnp.maximum(merged.count, 1)
+    return (merged.pivot + merged.total * each)[:, 0], (merged.squares * each)[:, 0]
 
 
 def _incoming_gradients(

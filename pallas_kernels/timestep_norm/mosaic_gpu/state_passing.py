@@ -4,6 +4,8 @@ A split's summary of moments is its token count, a pivot, the offset of its mean
 the squares around its mean. A split's slopes S and T (backward.py) are around its own pivot.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -11,6 +13,22 @@ from pallas_kernels.timestep_norm.mosaic_gpu.documents import RowInfo
 from pallas_kernels.timestep_norm.types import MeanVar
 
 Slopes = tuple[Float[Array, "B T G"], Float[Array, "B T G"]]
+
+
+class MergedMoments(NamedTuple):
+    """Moments of T merged states.
+
+    Attributes:
+      count: tokens.
+      pivot: mean up to its rounding.
+      total: sum over tokens of the difference between a token's mean and the pivot.
+      squares: sum over tokens of squares around the mean; count * variance.
+    """
+
+    count: Float[Array, "B T G"]
+    pivot: Float[Array, "B T G"]
+    total: Float[Array, "B T G"]
+    squares: Float[Array, "B T G"]
 
 
 def previous_states(
@@ -43,8 +61,8 @@ def previous_states(
         is_counted = row_info.connectivity.feeds_forward
     if summaries is None:
         return jnp.stack([mean, jnp.zeros_like(mean), count * var], axis=-1)
-    _, pivot, sums, squares = merge_splits(count, mean, var, summaries, is_counted)
-    return jnp.stack([pivot, sums, squares], axis=-1)
+    merged = merge_splits(count, mean, var, summaries, is_counted)
+    return jnp.stack([merged.pivot, merged.total, merged.squares], axis=-1)
 
 
 def merge_splits(
@@ -53,36 +71,34 @@ def merge_splits(
     var: Float[Array, "B T G"],
     summaries: Float[Array, "B J G 4"],
     is_counted: Bool[Array, "B T J"],
-) -> tuple[Array, Array, Array, Array]:
-    """Merges each of T states with those of J splits that it is counted with.
-
-    Returns token counts, pivots, sums around them and squares: Chan's rule for many summands.
+) -> MergedMoments:
+    """Merges each of T states with the splits that `is_counted` selects: Chan's rule.
 
     Args:
       count: tokens of every state.
       mean: mean of every state.
       var: variance of every state.
       summaries: summaries of splits.
-      is_counted: whether a state is merged with a split.
+      is_counted: which of J splits a state is merged with.
     """
     mask = is_counted[..., None]
     # (B, 1, J, G) each.
     tokens, split_pivot, offset, split_squares = (summaries[:, None, ..., j] for j in range(4))
 
-    def total(values):
+    def sum_counted(values):
         return jnp.where(mask, values, 0).sum(axis=2)
 
-    all_tokens = count + total(tokens)
+    all_tokens = count + sum_counted(tokens)
     each = 1 / jnp.maximum(all_tokens, 1)
-    pivot = (count * mean + total(tokens * (split_pivot + offset))) * each
+    pivot = (count * mean + sum_counted(tokens * (split_pivot + offset))) * each
     pivot = jnp.where(all_tokens == count, mean, pivot)
     from_pivot = (split_pivot - pivot[:, :, None]) + offset
-    sums = count * (mean - pivot) + total(tokens * from_pivot)
+    sums = count * (mean - pivot) + sum_counted(tokens * from_pivot)
     center = sums * each
-    squares = count * (var + jnp.square(mean - pivot - center)) + total(
+    squares = count * (var + jnp.square(mean - pivot - center)) + sum_counted(
         split_squares + tokens * jnp.square(from_pivot - center[:, :, None])
     )
-    return all_tokens, pivot, sums, squares
+    return MergedMoments(all_tokens, pivot, sums, squares)
 
 
 def next_slopes(

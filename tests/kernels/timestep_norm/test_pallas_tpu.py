@@ -1,5 +1,6 @@
 """TimestepNorm's TPU kernels, interpreted, against float64 and the definition."""
 
+import functools
 from typing import Any, get_args
 
 import jax
@@ -41,47 +42,47 @@ def draw(seed, B, L, D, G, *, offset=0.0, moments=()) -> Any:
     return jax.tree.map(lambda a: a.astype(np.float32).astype(np.float64), (inputs, cotangents))
 
 
-def differentiate(inputs, cotangents, *, call, groups, counts=None, ids=None):
+# Calls of equal shapes share one compilation.
+@functools.partial(jax.jit, static_argnames=("normalize", "groups"))
+def _differentiate(inputs, cotangents, counts, ids, *, normalize, groups):
+    def run(inputs):
+        initial_state, prior = (
+            TimestepNormState(counts[name], *inputs[name]) if name in inputs else None
+            for name in ("initial_state", "prior")
+        )
+        y, final_state = normalize(
+            inputs["x"], inputs["scale"], inputs["bias"],
+            num_groups=groups, initial_state=initial_state, prior=prior, segment_ids=ids,
+        )  # fmt: skip
+        return (y, final_state.mean, final_state.var), final_state.count
+
+    out, pull_back, count = jax.vjp(run, inputs, has_aux=True)
+    return out, count, pull_back(cotangents)[0]
+
+
+def differentiate(inputs, cotangents, *, normalize, groups, counts=None, ids=None):
     """(y, mean, var), the final count, and gradients of every input."""
+    counts = {name: jnp.asarray(count, jnp.int32) for name, count in (counts or {}).items()}
+    ids = None if ids is None else jnp.asarray(ids, jnp.int32)
+    result = _differentiate(inputs, cotangents, counts, ids, normalize=normalize, groups=groups)
+    return jax.tree.map(np.asarray, result)
 
-    @jax.jit
-    def run(inputs, cotangents):
-        def normalize(inputs):
-            initial_state, prior = (
-                TimestepNormState(jnp.asarray((counts or {})[name], jnp.int32), *inputs[name])
-                if name in inputs
-                else None
-                for name in ("initial_state", "prior")
-            )
-            y, final_state = call(
-                inputs["x"], inputs["scale"], inputs["bias"],
-                num_groups=groups, initial_state=initial_state, prior=prior, segment_ids=ids,
-            )  # fmt: skip
-            return (y, final_state.mean, final_state.var), final_state.count
 
-        out, pull_back, count = jax.vjp(normalize, inputs, has_aux=True)
-        return out, count, pull_back(cotangents)[0]
-
-    return jax.tree.map(np.asarray, run(inputs, cotangents))
+_normalize_by_kernels = functools.partial(timestep_norm, implementation="pallas_tpu")
+_normalize_by_definition = functools.partial(timestep_norm, implementation="reference")
 
 
 def by_kernels(inputs, cotangents, dtype=jnp.float32, **options):
     inputs, cotangents = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (inputs, cotangents))
     inputs["x"], dy = inputs["x"].astype(dtype), cotangents[0].astype(dtype)
-
-    def call(*vectors, **rest):
-        return timestep_norm(*vectors, **rest, implementation="pallas_tpu")
-
+    cotangents = dy, *cotangents[1:]
     with interpreted():
-        return differentiate(inputs, (dy, *cotangents[1:]), call=call, **options)
+        return differentiate(inputs, cotangents, normalize=_normalize_by_kernels, **options)
 
 
 def exactly(inputs, cotangents, **options):
-    def call(*vectors, **rest):
-        return timestep_norm(*vectors, **rest, implementation="reference")
-
     with jax.enable_x64(True):
-        return differentiate(inputs, cotangents, call=call, **options)
+        return differentiate(inputs, cotangents, normalize=_normalize_by_definition, **options)
 
 
 def assert_close(got, want, *, gradients=3e-6):
@@ -217,7 +218,7 @@ def test_no_races_and_nothing_uninitialized(capfd):
     inputs, cotangents = draw(6, 1, L, D, G, offset=2.0, moments=["initial_state", "prior"])
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 
-    def call(x, scale, bias, *, num_groups, initial_state, prior, segment_ids):
+    def normalize(x, scale, bias, *, num_groups, initial_state, prior, segment_ids):
         return op.timestep_norm(
             x, scale, bias, num_groups, 1e-5, initial_state, prior, segment_ids,
             interpret=interpret,
@@ -225,7 +226,7 @@ def test_no_races_and_nothing_uninitialized(capfd):
 
     options = {"groups": G, "ids": ids, "counts": {"initial_state": np.array([5]), "prior": 2}}
     single = jax.tree.map(jnp.float32, (inputs, cotangents))
-    got = differentiate(*single, call=call, **options)
+    got = differentiate(*single, normalize=normalize, **options)
     # The interpreter prints what it finds.
     assert "RACE" not in capfd.readouterr().out
     assert_close(got, exactly(inputs, cotangents, **options))
