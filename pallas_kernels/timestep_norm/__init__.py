@@ -4,7 +4,7 @@ from pallas_kernels.timestep_norm.api import timestep_norm
 from pallas_kernels.timestep_norm.types import (
     TimestepNormOutput,
     TimestepNormState,
-    before_rows,
+    broadcast_to_rows,
 )
 
-__all__ = ["TimestepNormOutput", "TimestepNormState", "before_rows", "timestep_norm"]
+__all__ = ["TimestepNormOutput", "TimestepNormState", "broadcast_to_rows", "timestep_norm"]

@@ -1,12 +1,14 @@
-"""The public function of TimestepNorm."""
+"""The public function of TimestepNorm: checks, choice of an implementation, call."""
+
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.common.dispatch import Implementation
+from pallas_kernels.common.dispatch import Implementation, check_implementation
 from pallas_kernels.common.target import find_target
 from pallas_kernels.timestep_norm import reference, xla
-from pallas_kernels.timestep_norm.context_parallel import timestep_norm_of_part
+from pallas_kernels.timestep_norm.context_parallel import with_sequence_axis
 from pallas_kernels.timestep_norm.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.timestep_norm.pallas_tpu import op as pallas_tpu
 from pallas_kernels.timestep_norm.pallas_tpu.block_sizes import (
@@ -16,15 +18,17 @@ from pallas_kernels.timestep_norm.pallas_tpu.block_sizes import (
 from pallas_kernels.timestep_norm.types import (
     TimestepNormOutput,
     TimestepNormState,
-    before_rows,
+    broadcast_to_rows,
     moments_dtype,
 )
 
-_IMPLEMENTATIONS = {
-    "reference": reference.timestep_norm,
-    "xla": xla.timestep_norm,
+# Called with (x, scale, bias, num_groups, eps, initial_state, prior, segment_ids, sequence_axis);
+# the states are complete and have the dtype of the moments.
+IMPLEMENTATIONS: dict[str, Callable[..., TimestepNormOutput]] = {
+    "reference": with_sequence_axis(reference.timestep_norm),
+    "xla": with_sequence_axis(xla.timestep_norm),
     "mosaic_gpu": mosaic_gpu.timestep_norm,
-    "pallas_tpu": pallas_tpu.timestep_norm,
+    "pallas_tpu": with_sequence_axis(pallas_tpu.timestep_norm),
 }
 
 
@@ -43,72 +47,54 @@ def timestep_norm(
 ) -> TimestepNormOutput:
     """y[t] = (x[t] - mean[t]) / sqrt(var[t] + eps) * scale + bias, moments over all tokens 0..t.
 
-    mean[t] and var[t] are those of all numbers of a group of D/G features in the tokens of the
-    document up to and including t (Ma et al. 2024, section 3.2, as released), together with the
-    numbers that the starting state stands for.
+    mean[t] and var[t] are the moments of all numbers that a group of D/G features has in the
+    document's tokens up to and including t (Ma et al. 2024, section 3.2, as released), together
+    with the numbers that the initial state or the prior stands for.
 
     Args:
-      x: input.
+      x: input; bfloat16, float16, float32 or float64. Moments are float32, or float64 if x is.
       scale: the multiplier itself; where a stored weight is scale - 1, pass 1 + weight.
-      bias: added last.
+      bias: added after the multiplication.
       num_groups: groups G; divides D.
       eps: added to the variance.
       initial_state: count (B,), mean and var (B, G) before the row's first token; the row's first
         document continues them, in place of the prior.
-      prior: count (), mean and var (G,): what every document starts from. None: from nothing.
+      prior: count (), mean and var (G,) that every document starts from; None is a count of 0.
       segment_ids: documents of a row numbered 1, 2, ... in order; 0 is padding, between documents
-        or inside one: its y is 0, and the state waits. None: one document, no padding.
+        or inside one: y is 0 there, and the moments do not change. None: one document, no padding.
       implementation: "reference" (token by token), "xla" (parallel over tokens, any platform),
-        "mosaic_gpu" (kernels for NVIDIA Hopper), "pallas_tpu" (for TPU), or None for the fastest
-        known here.
-      sequence_axis: inside `jax.shard_map`, the mesh axis over which the sequence is split; rows
-        start from the prior then. None: every device has whole rows.
+        "mosaic_gpu" (kernels for NVIDIA Hopper), "pallas_tpu" (kernels for TPU), or None for the
+        fastest known on the target device.
+      sequence_axis: inside `jax.shard_map`, the mesh axis over which the sequence is sharded
+        (context parallelism); rows then start from the prior. None: every device has whole rows.
 
     Returns:
-      y, and the moments after each row's last token. A row of padding alone keeps its state.
+      y, and the moments after each row's last token. A row of padding alone returns its initial
+      state. Under context parallelism the last device has the row's final state.
 
     Raises:
-      ValueError: shapes that do not fit, or an implementation that does not exist or cannot do it.
+      ValueError: shapes that do not fit, an unknown implementation, or one that cannot run here.
     """
     _check_shapes(x, scale, bias, num_groups, segment_ids)
-    B = x.shape[0]
+    num_rows = x.shape[0]
     if initial_state is not None:
+        _check_state("initial_state", initial_state, (num_rows,), num_groups)
         if sequence_axis is not None:
-            raise ValueError("a sequence split over devices starts from no state; pass None")
-        _check_state("initial_state", initial_state, (B,), num_groups)
+            raise ValueError("with sequence_axis rows start from the prior; pass no initial_state")
     if prior is not None:
         _check_state("prior", prior, (), num_groups)
-    name = _choose_implementation(x, num_groups) if implementation is None else implementation
-    if name not in _IMPLEMENTATIONS:
-        raise ValueError(
-            f"TimestepNorm has no implementation {implementation!r}; "
-            f"use one of {', '.join(map(repr, _IMPLEMENTATIONS))} or None"
-        )
+    check_implementation("TimestepNorm", implementation, IMPLEMENTATIONS)
+    name = implementation or _choose_implementation(x, num_groups)
+
     dtype = moments_dtype(x.dtype)
-    prior = _as_moments(_empty_prior(num_groups) if prior is None else prior, dtype)
+    prior = _cast_state(prior or _empty_prior(num_groups), dtype)
     if initial_state is None:
-        initial_state = before_rows(prior, B)
+        initial_state = broadcast_to_rows(prior, num_rows)
     else:
-        initial_state = _as_moments(initial_state, dtype)
-
-    def run(state: TimestepNormState) -> TimestepNormOutput:
-        return _IMPLEMENTATIONS[name](x, scale, bias, num_groups, eps, state, prior, segment_ids)
-
-    if sequence_axis is None:
-        return run(initial_state)
-    if name == "mosaic_gpu":
-        return mosaic_gpu.timestep_norm(
-            x,
-            scale,
-            bias,
-            num_groups,
-            eps,
-            initial_state,
-            prior,
-            segment_ids,
-            sequence_axis=sequence_axis,
-        )
-    return timestep_norm_of_part(x, num_groups, prior, segment_ids, sequence_axis, run)
+        initial_state = _cast_state(initial_state, dtype)
+    return IMPLEMENTATIONS[name](
+        x, scale, bias, num_groups, eps, initial_state, prior, segment_ids, sequence_axis
+    )
 
 
 def _choose_implementation(x: Array, num_groups: int) -> Implementation:
@@ -130,13 +116,13 @@ def _empty_prior(num_groups: int) -> TimestepNormState:
     return TimestepNormState(jnp.zeros((), jnp.int32), zeros, zeros)
 
 
-def _as_moments(state: TimestepNormState, dtype: jnp.dtype) -> TimestepNormState:
-    # Moments of nothing may be anything, and 0 times a NaN is a NaN.
-    some = (state.count > 0)[..., None]
+def _cast_state(state: TimestepNormState, dtype: jnp.dtype) -> TimestepNormState:
+    # Where count is 0, mean and var may hold anything, and 0 times NaN is NaN.
+    has_tokens = (state.count > 0)[..., None]
     return TimestepNormState(
         state.count.astype(jnp.int32),
-        jnp.where(some, state.mean.astype(dtype), 0),
-        jnp.where(some, state.var.astype(dtype), 0),
+        jnp.where(has_tokens, state.mean.astype(dtype), 0),
+        jnp.where(has_tokens, state.var.astype(dtype), 0),
     )
 
 
@@ -152,14 +138,14 @@ def _check_shapes(
         raise ValueError(f"scale and bias have shapes {scale.shape}, {bias.shape}; expected ({D},)")
     if segment_ids is not None and segment_ids.shape != x.shape[:2]:
         raise ValueError(
-            f"segment_ids has shape {segment_ids.shape}; expected {x.shape[:2]} as x's rows"
+            f"segment_ids has shape {segment_ids.shape}; expected (B, L) = {x.shape[:2]}"
         )
 
 
 def _check_state(
     name: str, state: TimestepNormState, batch: tuple[int, ...], num_groups: int
 ) -> None:
-    shapes = tuple(jnp.shape(part) for part in state)
+    shapes = tuple(jnp.shape(field) for field in state)
     expected = (batch, (*batch, num_groups), (*batch, num_groups))
     if shapes != expected:
         raise ValueError(f"{name} has shapes {shapes}; expected count, mean, var {expected}")

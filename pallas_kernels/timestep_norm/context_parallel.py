@@ -1,5 +1,6 @@
-"""TimestepNorm over a sequence that is split over devices."""
+"""TimestepNorm under context parallelism: every device holds one sequence shard of each row."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,118 +8,147 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.common import context_parallel
+from pallas_kernels.common.context_parallel import (
+    LocalDocuments,
+    all_gather_summaries,
+    exclusive_fold,
+    local_documents,
+)
 from pallas_kernels.timestep_norm.types import (
+    MeanVar,
     TimestepNormOutput,
     TimestepNormState,
-    before_rows,
+    broadcast_to_rows,
     moments_dtype,
 )
 
 
-class Links(NamedTuple):
-    """How moments pass from part to part.
+class ShardMoments(NamedTuple):
+    """Moments of the last document's tokens in every sequence shard, gathered; S shards.
 
     Attributes:
-      parts: documents of all parts, leading axis S.
-      mean: of every part's last document there.
-      var: likewise.
+      documents: documents of all shards, leading axis S.
+      mean: mean of those tokens.
+      var: their population variance.
     """
 
-    parts: context_parallel.LocalDocuments
+    documents: LocalDocuments
     mean: Float[Array, "S B G"]
     var: Float[Array, "S B G"]
 
 
-def timestep_norm_of_part(
+def with_sequence_axis(
+    normalize: Callable[..., TimestepNormOutput],
+) -> Callable[..., TimestepNormOutput]:
+    """Adds a last argument `sequence_axis` to an implementation that knows whole rows only.
+
+    With a mesh axis, two passes over x find the shard's own moments, and `incoming_state` replaces
+    the initial state.
+    """
+
+    @functools.wraps(normalize)
+    def normalize_shard(
+        x, scale, bias, num_groups, eps, initial_state, prior, segment_ids, sequence_axis
+    ):
+        if sequence_axis is not None:
+            documents = local_documents(segment_ids, *x.shape[:2])
+            mean, var = _last_document_moments(x, num_groups, segment_ids, documents)
+            initial_state, _ = incoming_state(documents, mean, var, prior, sequence_axis)
+        return normalize(x, scale, bias, num_groups, eps, initial_state, prior, segment_ids)
+
+    return normalize_shard
+
+
+def _last_document_moments(
     x: Float[Array, "B L D"],
     num_groups: int,
-    prior: TimestepNormState,
     segment_ids: Int32[Array, "B L"] | None,
-    axis: str,
-    run: Callable[[TimestepNormState], TimestepNormOutput],
-) -> TimestepNormOutput:
-    """Outputs of this device's tokens, the sequence going on from part to part along `axis`.
-
-    Args:
-      x: this device's tokens.
-      num_groups: groups G.
-      prior: what every document starts from.
-      segment_ids: documents, numbered along whole rows.
-      axis: mesh axis over which the sequence is split.
-      run: TimestepNorm of this part from a state.
-    """
+    documents: LocalDocuments,
+) -> MeanVar:
+    """Mean and variance of the last document's tokens in this shard."""
     rows, length, width = x.shape
-    part = context_parallel.local_documents(segment_ids, rows, length)
-    is_last = jnp.ones((rows, length), bool)
+    in_last = jnp.ones((rows, length), bool)
     if segment_ids is not None:
-        is_last = (segment_ids == part.last[:, None]) & (segment_ids != 0)
+        in_last = (segment_ids == documents.last[:, None]) & (segment_ids != 0)
     groups = x.astype(moments_dtype(x.dtype)).reshape(rows, length, num_groups, -1)
-    weight = is_last[..., None, None]
-    size = jnp.maximum(part.num_tokens, 1)[:, None] * (width // num_groups)
-    mean = jnp.sum(jnp.where(weight, groups, 0), axis=(1, 3)) / size
-    apart = jnp.where(weight, groups - mean[:, None, :, None], 0)
-    var = jnp.sum(jnp.square(apart), axis=(1, 3)) / size
-    return run(enter(part, mean, var, prior, axis)[0])
+    in_last = in_last[..., None, None]
+    size = jnp.maximum(documents.num_tokens, 1)[:, None] * (width // num_groups)
+    mean = jnp.sum(jnp.where(in_last, groups, 0), axis=(1, 3)) / size
+    deviation = jnp.where(in_last, groups - mean[:, None, :, None], 0)
+    return mean, jnp.sum(jnp.square(deviation), axis=(1, 3)) / size
 
 
-def enter(
-    part: context_parallel.LocalDocuments,
+def incoming_state(
+    documents: LocalDocuments,
     mean: Float[Array, "B G"],
     var: Float[Array, "B G"],
     prior: TimestepNormState,
     axis: str,
-) -> tuple[TimestepNormState, Links]:
-    """The moments before this device's tokens, from what every device finds of its own alone.
+) -> tuple[TimestepNormState, ShardMoments]:
+    """The state before this shard's first token, and the gathered moments for the backward pass.
+
+    One all-gather, then an exclusive fold by Chan's rule.
 
     Args:
-      part: this device's documents.
-      mean: of the last document's tokens here.
-      var: likewise.
-      prior: what every document starts from.
-      axis: mesh axis over which the sequence is split.
+      documents: documents of this shard.
+      mean: mean of the last document's tokens in this shard.
+      var: variance of those tokens.
+      prior: the state that every document starts from.
+      axis: name of the mesh axis.
     """
-    parts, (means, variances) = context_parallel.all_gather_summaries(part, (mean, var), axis)
-    links = Links(parts, means, variances)
-    nothing = jnp.zeros_like(means), jnp.zeros_like(variances)
-    return _fold(links, prior, nothing, axis), links
+    gathered, (means, variances) = all_gather_summaries(documents, (mean, var), axis)
+    shards = ShardMoments(gathered, means, variances)
+    zeros = jnp.zeros_like(means), jnp.zeros_like(variances)
+    return _fold(shards, prior, zeros, axis), shards
 
 
-def enter_backward(
-    links: Links,
+def incoming_state_vjp(
+    shards: ShardMoments,
     prior: TimestepNormState,
     d_mean: Float[Array, "B G"],
     d_var: Float[Array, "B G"],
     axis: str,
-) -> tuple[Float[Array, "B G"], Float[Array, "B G"]]:
-    """From gradients of the moments before every part to those of the moments after it.
+) -> MeanVar:
+    """Gradients of the moments after this shard, from those of every shard's incoming state.
 
-    One reduce-scatter, the mirror of the gather.
+    One reduce-scatter, the transpose of the all-gather.
+
+    Args:
+      shards: from `incoming_state`.
+      prior: the state that every document starts from.
+      d_mean: gradient of this shard's incoming mean.
+      d_var: gradient of this shard's incoming variance.
+      axis: name of the mesh axis.
     """
 
-    def entering(mean: Array, var: Array) -> tuple[Array, Array]:
-        return _fold(links, prior, (mean, var), axis)[1:]
+    def perturbed_state(d_means: Array, d_variances: Array) -> tuple[Array, Array]:
+        return _fold(shards, prior, (d_means, d_variances), axis)[1:]
 
-    nothing = jnp.zeros_like(links.mean), jnp.zeros_like(links.var)
-    of_all = jnp.stack(jax.vjp(entering, *nothing)[1]((d_mean, d_var)), axis=1)
-    own = jax.lax.psum_scatter(of_all, axis, scatter_dimension=0)
+    zeros = jnp.zeros_like(shards.mean), jnp.zeros_like(shards.var)
+    of_all_shards = jnp.stack(jax.vjp(perturbed_state, *zeros)[1]((d_mean, d_var)), axis=1)
+    own = jax.lax.psum_scatter(of_all_shards, axis, scatter_dimension=0)
     return own[0], own[1]
 
 
 def _fold(
-    links: Links, prior: TimestepNormState, changes: tuple[Array, Array], axis: str
+    shards: ShardMoments,
+    prior: TimestepNormState,
+    perturbations: tuple[Array, Array],
+    axis: str,
 ) -> TimestepNormState:
-    """What this part's first document starts from, had the moments after every part changed so."""
+    """The incoming state if the mean and variance after every shard are perturbed."""
 
-    def append(before: TimestepNormState, summary, number: int) -> TimestepNormState:
-        mean, var, more_mean, more_var = summary
-        tokens = links.parts.num_tokens[number]
+    def combine(before: TimestepNormState, summary, index: int) -> TimestepNormState:
+        mean, var, mean_change, var_change = summary
+        tokens = shards.documents.num_tokens[index]
         count = before.count + tokens
         share = (tokens / jnp.maximum(count, 1)).astype(mean.dtype)[:, None]
         step = mean - before.mean
         merged = (1 - share) * before.var + share * var + (1 - share) * share * step**2
-        return TimestepNormState(count, before.mean + share * step + more_mean, merged + more_var)
+        return TimestepNormState(
+            count, before.mean + share * step + mean_change, merged + var_change
+        )
 
-    fresh = before_rows(prior, links.mean.shape[1])
-    summaries = links.mean, links.var, *changes
-    return context_parallel.exclusive_fold(links.parts, summaries, fresh, append, axis)
+    empty_state = broadcast_to_rows(prior, shards.mean.shape[1])
+    summaries = shards.mean, shards.var, *perturbations
+    return exclusive_fold(shards.documents, summaries, empty_state, combine, axis)

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.timestep_norm.positions import document_starts
 from pallas_kernels.timestep_norm.types import (
     TimestepNormOutput,
     TimestepNormState,
-    document_starts,
     moments_dtype,
 )
 
@@ -18,31 +18,32 @@ def timestep_norm(
     bias: Float[Array, " D"],
     num_groups: int,
     eps: float,
-    state: TimestepNormState,
+    initial_state: TimestepNormState,
     prior: TimestepNormState,
     segment_ids: Int32[Array, "B L"] | None,
 ) -> TimestepNormOutput:
-    """The definition, token by token (merge of Chan et al. 1979). Arguments as in the API."""
+    """The definition, token by token (merge of Chan et al. 1979). Arguments as in `api.py`."""
     B, L, D = x.shape
     if segment_ids is None:
         segment_ids = jnp.ones((B, L), jnp.int32)
     starts = document_starts(segment_ids)
-    # The row's first document goes on from `state`; the others start from the prior.
+    # The row's first document continues `initial_state`; the others start from the prior.
     resets = starts & (jnp.cumsum(starts, axis=1) > 1)
     groups = x.astype(moments_dtype(x.dtype)).reshape(B, L, num_groups, D // num_groups)
 
-    def step(carry, token):
+    def step(state, token):
         x, valid, reset = token
-        carry = _where(reset, prior, carry)
-        carry = _where(valid, _merge(carry, x), carry)
-        y = (x - carry.mean[..., None]) * jax.lax.rsqrt(carry.var + eps)[..., None]
-        return carry, y
+        state = _where(reset, prior, state)
+        state = _where(valid, _merge(state, x), state)
+        y = (x - state.mean[..., None]) * jax.lax.rsqrt(state.var + eps)[..., None]
+        return state, y
 
     tokens = (groups, segment_ids != 0, resets)
-    state, y = jax.lax.scan(step, state, jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), tokens))
+    tokens = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), tokens)
+    final_state, y = jax.lax.scan(step, initial_state, tokens)
     y = jnp.moveaxis(y, 0, 1).reshape(B, L, D) * scale + bias
     y = jnp.where((segment_ids != 0)[..., None], y, 0).astype(x.dtype)
-    return TimestepNormOutput(y, state)
+    return TimestepNormOutput(y, final_state)
 
 
 def _merge(state: TimestepNormState, x: Float[Array, "B G F"]) -> TimestepNormState:

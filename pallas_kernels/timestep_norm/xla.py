@@ -1,8 +1,8 @@
 """TimestepNorm for any platform: running sums over tokens, with a hand-derived backward pass.
 
-README.md derives both passes. Only two passes over x are made in each direction; everything else
-works on (B, L, G) numbers. Sums are of differences from a pivot near the data, and of squares that
-are never negative, so that large offsets do not cancel.
+README.md derives both passes. Each direction makes two passes over x; everything else works on
+(B, L, G) numbers. Sums are of differences from a pivot near the data, and of squares that are never
+negative, so that large offsets do not cancel.
 """
 
 import functools
@@ -10,13 +10,18 @@ from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.common.residuals import name_residuals
+from pallas_kernels.timestep_norm.positions import (
+    DocumentPositions,
+    document_positions,
+    token_counts,
+)
 from pallas_kernels.timestep_norm.types import (
+    MeanVar,
     TimestepNormOutput,
     TimestepNormState,
-    document_starts,
     moments_dtype,
 )
 
@@ -27,78 +32,44 @@ def timestep_norm(
     bias: Float[Array, " D"],
     num_groups: int,
     eps: float,
-    state: TimestepNormState,
+    initial_state: TimestepNormState,
     prior: TimestepNormState,
     segment_ids: Int32[Array, "B L"] | None,
 ) -> TimestepNormOutput:
-    """Parallel over tokens. Arguments as in the API, state and prior filled in."""
-    places = _Places.make(x.shape, state.count, prior.count, segment_ids)
-    y, mean, var = _normalize(num_groups, eps, x, scale, bias, state[1:], prior[1:], places)
-    return TimestepNormOutput(y, TimestepNormState(places.count[:, -1], mean, var))
+    """Parallel over tokens. Arguments as in `api.py`, with complete states."""
+    position_info = _PositionInfo.make(x.shape, initial_state.count, prior.count, segment_ids)
+    y, mean, var = _normalize(
+        num_groups, eps, x, scale, bias, initial_state[1:], prior[1:], position_info
+    )
+    return TimestepNormOutput(y, TimestepNormState(position_info.count[:, -1], mean, var))
 
 
-class _Places(NamedTuple):
-    """Where every token stands; None for `segments` means that each row is one document.
+class _PositionInfo(NamedTuple):
+    """Where every token stands.
 
     Attributes:
       count: tokens in the state after this one.
       initial_count: tokens in the state before the document's first token.
-      segments: what there is to know of documents and padding.
+      documents: positions in packed rows; None if every row is one document without padding.
     """
 
     count: Int32[Array, "B L"]
     initial_count: Int32[Array, "B #L"]
-    segments: "_Segments | None"
+    documents: DocumentPositions | None
 
     @classmethod
     def make(
         cls,
         shape: tuple[int, ...],
-        state_count: Int32[Array, " B"],
+        initial_count: Int32[Array, " B"],
         prior_count: Int32[Array, ""],
         segment_ids: Int32[Array, "B L"] | None,
     ) -> Self:
-        state_count = state_count[:, None]
         if segment_ids is None:
             tokens = jnp.arange(1, shape[1] + 1, dtype=jnp.int32)
-            return cls(state_count + tokens, state_count, None)
-        segments = _Segments.make(segment_ids)
-        tokens = jnp.cumsum(segments.valid, axis=1, dtype=jnp.int32)
-        before = jax.lax.cummax(jnp.where(segments.starts, tokens - 1, 0), axis=1)
-        initial = jnp.where(segments.later, prior_count, state_count)
-        return cls(initial + tokens - before, initial, segments)
-
-
-class _Segments(NamedTuple):
-    """Documents of the rows; padding after a document counts with it.
-
-    Attributes:
-      valid: False at padding.
-      starts: True at a document's first token.
-      later: True in all documents but a row's first.
-      first: index of the document's first token.
-      last: index before the next document's first token.
-    """
-
-    valid: Bool[Array, "B L"]
-    starts: Bool[Array, "B L"]
-    later: Bool[Array, "B L"]
-    first: Int32[Array, "B L"]
-    last: Int32[Array, "B L"]
-
-    @classmethod
-    def make(cls, segment_ids: Int32[Array, "B L"]) -> Self:
-        starts = document_starts(segment_ids)
-        L = starts.shape[1]
-        index = jnp.arange(L, dtype=jnp.int32)
-        ends = jnp.pad(starts[:, 1:], ((0, 0), (0, 1)), constant_values=True)
-        return cls(
-            valid=segment_ids != 0,
-            starts=starts,
-            later=jnp.cumsum(starts, axis=1) > 1,
-            first=jax.lax.cummax(jnp.where(starts, index, 0), axis=1),
-            last=jax.lax.cummin(jnp.where(ends, index, L - 1), axis=1, reverse=True),
-        )
+            return cls(initial_count[:, None] + tokens, initial_count[:, None], None)
+        documents = document_positions(segment_ids)
+        return cls(*token_counts(documents, initial_count, prior_count), documents)
 
 
 class _Moments(NamedTuple):
@@ -109,170 +80,191 @@ class _Moments(NamedTuple):
     var: Float[Array, "B L G"]
 
 
-Pair = tuple[Float[Array, "*B G"], Float[Array, "*B G"]]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _normalize(num_groups, eps, x, scale, bias, state: Pair, prior: Pair, places: _Places):
-    return _normalize_forward(num_groups, eps, x, scale, bias, state, prior, places)[0]
+def _normalize(
+    num_groups, eps, x, scale, bias, initial: MeanVar, prior: MeanVar, position_info: _PositionInfo
+):
+    return _normalize_fwd(num_groups, eps, x, scale, bias, initial, prior, position_info)[0]
 
 
-def _normalize_forward(num_groups, eps, x, scale, bias, state: Pair, prior: Pair, places: _Places):
-    groups = _split(x, num_groups)
-    pivot, offset, var = _running_moments(groups, state, prior, places)
+def _normalize_fwd(
+    num_groups, eps, x, scale, bias, initial: MeanVar, prior: MeanVar, position_info: _PositionInfo
+):
+    groups = _split_groups(x, num_groups)
+    pivot, offset, var = _running_moments(groups, initial, prior, position_info)
     rstd = jax.lax.rsqrt(var + eps)
     centered = (groups - pivot[..., None]) - offset[..., None]
     y = (centered * rstd[..., None]).reshape(x.shape) * scale + bias
-    y = _zero_padding(y, places).astype(x.dtype)
+    y = _zero_padding(y, position_info).astype(x.dtype)
 
-    mean_out, var_out = pivot[:, -1] + offset[:, -1], var[:, -1]
-    if places.segments is not None:
-        some = places.segments.valid.any(axis=1)[:, None]
-        mean_out = jnp.where(some, mean_out, state[0])
-        var_out = jnp.where(some, var_out, state[1])
+    final_mean, final_var = pivot[:, -1] + offset[:, -1], var[:, -1]
+    if position_info.documents is not None:
+        has_tokens = position_info.documents.valid.any(axis=1)[:, None]
+        final_mean = jnp.where(has_tokens, final_mean, initial[0])
+        final_var = jnp.where(has_tokens, final_var, initial[1])
     y, pivot, offset, rstd = name_residuals((y, pivot, offset, rstd), "timestep_norm")
-    residuals = x, scale, bias, pivot, offset, rstd, places
-    return (y, mean_out, var_out), residuals
+    residuals = x, scale, bias, pivot, offset, rstd, position_info
+    return (y, final_mean, final_var), residuals
 
 
-def _normalize_backward(num_groups, eps, residuals, cotangents):
-    x, scale, bias, pivot, offset, rstd, places = residuals
-    dy, d_mean_out, d_var_out = cotangents
+def _normalize_bwd(num_groups, eps, residuals, cotangents):
+    x, scale, bias, pivot, offset, rstd, position_info = residuals
+    dy, d_final_mean, d_final_var = cotangents
     dtype = moments_dtype(x.dtype)
-    dy = _zero_padding(dy.astype(dtype), places)
-    g = _split(dy * scale, num_groups)
-    centered = (_split(x, num_groups) - pivot[..., None]) - offset[..., None]
+    dy = _zero_padding(dy.astype(dtype), position_info)
+    g = _split_groups(dy * scale, num_groups)
+    centered = (_split_groups(x, num_groups) - pivot[..., None]) - offset[..., None]
 
     d_mean = -rstd * g.sum(-1)
     d_var = -0.5 * rstd**3 * (g * centered).sum(-1)
-    d_mean, d_var, d_state = _add_final(d_mean, d_var, d_mean_out, d_var_out, places)
-    count = jnp.maximum(places.count, 1).astype(dtype)[..., None]
-    mean_sum = _running_sums(places, d_mean / count, reverse=True)
-    var_sum = _running_sums(places, d_var / count, reverse=True)
-    # How far this token moved the mean: none moved it from nothing.
-    before = (places.count - 1).astype(dtype)[..., None]
-    moved = jnp.where(before > 0, centered.mean(-1) / jnp.maximum(before, 1), 0)
-    drift_sum = _running_sums(places, _zero_padding(moved * var_sum, places), reverse=True)
-    drift_after = _shift_back(drift_sum, places)
+    d_mean, d_var, d_padding_rows = _add_final_state(
+        d_mean, d_var, d_final_mean, d_final_var, position_info
+    )
+    count = jnp.maximum(position_info.count, 1).astype(dtype)[..., None]
+    mean_sum = _running_sums(position_info, d_mean / count, reverse=True)
+    var_sum = _running_sums(position_info, d_var / count, reverse=True)
+    # The step of the mean at this token; 0 where no token came before.
+    before = (position_info.count - 1).astype(dtype)[..., None]
+    mean_step = jnp.where(before > 0, centered.mean(-1) / jnp.maximum(before, 1), 0)
+    drift_sum = _running_sums(
+        position_info, _zero_padding(mean_step * var_sum, position_info), reverse=True
+    )
+    drift_after = _at_next_token(drift_sum, position_info)
 
     dx = (
         g * rstd[..., None]
         + ((mean_sum - 2 * drift_after)[..., None] + 2 * centered * var_sum[..., None])
         / g.shape[-1]
     )
-    dx = _zero_padding(dx.reshape(x.shape), places).astype(x.dtype)
-    initial_count = places.initial_count.astype(dtype)[..., None]
-    d_initial = (initial_count * (mean_sum - 2 * drift_sum), initial_count * var_sum)
-    d_state, d_prior = _split_initial(d_initial, d_state, places)
+    dx = _zero_padding(dx.reshape(x.shape), position_info).astype(x.dtype)
+    initial_count = position_info.initial_count.astype(dtype)[..., None]
+    d_document = (initial_count * (mean_sum - 2 * drift_sum), initial_count * var_sum)
+    d_initial, d_prior = _split_initial(d_document, d_padding_rows, position_info)
 
     normalized = (centered * rstd[..., None]).reshape(x.shape)
     d_scale = (dy * normalized).sum((0, 1)).astype(scale.dtype)
     d_bias = dy.sum((0, 1)).astype(bias.dtype)
-    return dx, d_scale, d_bias, d_state, d_prior, None
+    return dx, d_scale, d_bias, d_initial, d_prior, None
 
 
-_normalize.defvjp(_normalize_forward, _normalize_backward)
+_normalize.defvjp(_normalize_fwd, _normalize_bwd)
 
 
 def _running_moments(
-    groups: Float[Array, "B L G F"], state: Pair, prior: Pair, places: _Places
+    groups: Float[Array, "B L G F"],
+    initial: MeanVar,
+    prior: MeanVar,
+    position_info: _PositionInfo,
 ) -> _Moments:
-    # A float32 mean of numbers far from 0 is rounded; `rest` is what the rounding lost.
+    # A float32 mean of numbers far from 0 is rounded; `mean_error` is the lost remainder.
     mean = groups.mean(-1)
     deviation = groups - mean[..., None]
-    rest = deviation.mean(-1)
-    var = jnp.maximum(jnp.square(deviation).mean(-1) - jnp.square(rest), 0)
+    mean_error = deviation.mean(-1)
+    var = jnp.maximum(jnp.square(deviation).mean(-1) - jnp.square(mean_error), 0)
 
-    initial_mean, initial_var = (s[:, None] for s in state)
-    first = mean[:, :1]
-    if places.segments is not None:
-        later = places.segments.later[..., None]
+    initial_mean, initial_var = (moment[:, None] for moment in initial)
+    first_mean = mean[:, :1]
+    documents = position_info.documents
+    if documents is not None:
+        later = documents.in_later_document[..., None]
         initial_mean = jnp.where(later, prior[0], initial_mean)
         initial_var = jnp.where(later, prior[1], initial_var)
-        first = jnp.take_along_axis(mean, places.segments.first[..., None], axis=1)
-    initial_count = places.initial_count[..., None]
-    pivot = jnp.where(initial_count > 0, initial_mean, first)
+        first_mean = jnp.take_along_axis(mean, documents.first_index[..., None], axis=1)
+    initial_count = position_info.initial_count[..., None]
+    pivot = jnp.where(initial_count > 0, initial_mean, first_mean)
 
-    count = jnp.maximum(places.count, 1).astype(mean.dtype)[..., None]
-    difference = _zero_padding((mean - pivot) + rest, places)
-    total = _running_sums(places, difference)
+    count = jnp.maximum(position_info.count, 1).astype(mean.dtype)[..., None]
+    difference = _zero_padding((mean - pivot) + mean_error, position_info)
+    total = _running_sums(position_info, difference)
     offset = total / count
     before = jnp.pad(offset[:, :-1], ((0, 0), (1, 0), (0, 0)))
-    if places.segments is not None:
-        before = jnp.where(places.segments.starts[..., None], 0, before)
-    spread = var + jnp.square(difference - before) * ((count - 1) / count)
-    squares = _running_sums(places, _zero_padding(spread, places))
+    if documents is not None:
+        before = jnp.where(documents.is_first_token[..., None], 0, before)
+    summand = var + jnp.square(difference - before) * ((count - 1) / count)
+    squares = _running_sums(position_info, _zero_padding(summand, position_info))
     return _Moments(pivot, offset, (initial_count * initial_var + squares) / count)
 
 
 def _running_sums(
-    places: _Places, values: Float[Array, "B L G"], reverse: bool = False
+    position_info: _PositionInfo, values: Float[Array, "B L G"], reverse: bool = False
 ) -> Float[Array, "B L G"]:
     """Inclusive sums along each document, from its first token, or from its last one (reverse)."""
     L = values.shape[1]
     index = jnp.arange(L, dtype=jnp.int32)[None]
-    if places.segments is None:
-        left = L - 1 - index if reverse else index
+    documents = position_info.documents
+    if documents is None:
+        reach = L - 1 - index if reverse else index
     else:
-        left = places.segments.last - index if reverse else index - places.segments.first
+        reach = documents.last_index - index if reverse else index - documents.first_index
 
     # Doubling steps: on a CPU they take a tenth of `associative_scan`'s time to compile, and run
-    # twice as fast as `cumsum`. The selection lets nothing of another document through, where a
-    # product with 0 would pass a NaN.
+    # twice as fast as `cumsum`. Selection keeps NaN of other documents out; a product with 0 would
+    # not.
     def double(step, sums):
         distance = 1 << step
         shifted = jnp.roll(sums, -distance if reverse else distance, axis=1)
-        return sums + jnp.where((left >= distance)[..., None], shifted, 0)
+        return sums + jnp.where((reach >= distance)[..., None], shifted, 0)
 
     return jax.lax.fori_loop(0, (L - 1).bit_length(), double, values)
 
 
-def _shift_back(values: Float[Array, "B L G"], places: _Places) -> Array:
+def _at_next_token(values: Float[Array, "B L G"], position_info: _PositionInfo) -> Array:
     """The value at the next token of the document, 0 at its last one."""
-    after = jnp.pad(values[:, 1:], ((0, 0), (0, 1), (0, 0)))
-    if places.segments is None:
-        return after
-    ends = jnp.pad(places.segments.starts[:, 1:], ((0, 0), (0, 1)))
-    return jnp.where(ends[..., None], 0, after)
+    following = jnp.pad(values[:, 1:], ((0, 0), (0, 1), (0, 0)))
+    if position_info.documents is None:
+        return following
+    is_last = jnp.pad(position_info.documents.is_first_token[:, 1:], ((0, 0), (0, 1)))
+    return jnp.where(is_last[..., None], 0, following)
 
 
-def _add_final(d_mean, d_var, d_mean_out, d_var_out, places: _Places) -> tuple[Array, Array, Pair]:
-    """Adds the final state's cotangents at each row's last token; without one, to the state."""
-    if places.segments is None:
-        zeros = jnp.zeros_like(d_mean_out)
-        return d_mean.at[:, -1].add(d_mean_out), d_var.at[:, -1].add(d_var_out), (zeros, zeros)
-    valid = places.segments.valid
-    seen = jnp.cumsum(valid, axis=1)
-    last = (valid & (seen == seen[:, -1:]))[..., None]
-    none = seen[:, -1:] == 0
+def _add_final_state(
+    d_mean, d_var, d_final_mean, d_final_var, position_info: _PositionInfo
+) -> tuple[Array, Array, MeanVar]:
+    """Adds the final state's cotangents at each row's last token.
+
+    The third result has the cotangents of rows of padding alone: they belong to the initial state.
+    """
+    if position_info.documents is None:
+        zeros = jnp.zeros_like(d_final_mean)
+        return d_mean.at[:, -1].add(d_final_mean), d_var.at[:, -1].add(d_final_var), (zeros, zeros)
+    valid = position_info.documents.valid
+    tokens = jnp.cumsum(valid, axis=1)
+    is_last = (valid & (tokens == tokens[:, -1:]))[..., None]
+    is_padding_row = tokens[:, -1:] == 0
     return (
-        d_mean + jnp.where(last, d_mean_out[:, None], 0),
-        d_var + jnp.where(last, d_var_out[:, None], 0),
-        (jnp.where(none, d_mean_out, 0), jnp.where(none, d_var_out, 0)),
+        d_mean + jnp.where(is_last, d_final_mean[:, None], 0),
+        d_var + jnp.where(is_last, d_final_var[:, None], 0),
+        (jnp.where(is_padding_row, d_final_mean, 0), jnp.where(is_padding_row, d_final_var, 0)),
     )
 
 
-def _split_initial(d_initial: Pair, d_state: Pair, places: _Places) -> tuple[Pair, Pair]:
-    """Gradients of the row's state and of the prior, from those at every document's first token."""
-    if places.segments is None:
-        at_first = (d_initial[0][:, 0] + d_state[0], d_initial[1][:, 0] + d_state[1])
-        none = jnp.zeros_like(d_state[0][0])
-        return at_first, (none, none)
-    starts, later = places.segments.starts, places.segments.later
-    first, others = (starts & ~later)[..., None], (starts & later)[..., None]
-    state_parts, prior_parts = [], []
-    for initial, state in zip(d_initial, d_state, strict=True):
-        state_parts.append(state + jnp.where(first, initial, 0).sum(1))
-        prior_parts.append(jnp.where(others, initial, 0).sum((0, 1)))
-    return (state_parts[0], state_parts[1]), (prior_parts[0], prior_parts[1])
+def _split_initial(
+    d_document: MeanVar, d_padding_rows: MeanVar, position_info: _PositionInfo
+) -> tuple[MeanVar, MeanVar]:
+    """Gradients of initial state and prior, from those at every document's first token."""
+    if position_info.documents is None:
+        d_initial = (
+            d_document[0][:, 0] + d_padding_rows[0],
+            d_document[1][:, 0] + d_padding_rows[1],
+        )
+        zeros = jnp.zeros_like(d_padding_rows[0][0])
+        return d_initial, (zeros, zeros)
+    starts = position_info.documents.is_first_token
+    later = position_info.documents.in_later_document
+    starts_row, starts_later = (starts & ~later)[..., None], (starts & later)[..., None]
+    d_initial, d_prior = [], []
+    for moment, of_padding_rows in zip(d_document, d_padding_rows, strict=True):
+        d_initial.append(of_padding_rows + jnp.where(starts_row, moment, 0).sum(1))
+        d_prior.append(jnp.where(starts_later, moment, 0).sum((0, 1)))
+    return (d_initial[0], d_initial[1]), (d_prior[0], d_prior[1])
 
 
-def _split(x: Float[Array, "B L D"], num_groups: int) -> Float[Array, "B L G F"]:
+def _split_groups(x: Float[Array, "B L D"], num_groups: int) -> Float[Array, "B L G F"]:
     B, L, D = x.shape
     return x.astype(moments_dtype(x.dtype)).reshape(B, L, num_groups, D // num_groups)
 
 
-def _zero_padding(x: Float[Array, "B L D"], places: _Places) -> Array:
-    if places.segments is None:
+def _zero_padding(x: Float[Array, "B L D"], position_info: _PositionInfo) -> Array:
+    if position_info.documents is None:
         return x
-    return jnp.where(places.segments.valid[..., None], x, 0)
+    return jnp.where(position_info.documents.valid[..., None], x, 0)

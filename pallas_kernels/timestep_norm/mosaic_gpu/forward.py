@@ -1,18 +1,12 @@
-"""TimestepNorm on Hopper: four kernels, each of which reads a split of a row once.
+"""TimestepNorm on Hopper, forward: two of the four kernels, each of which reads a split once.
 
-    tsn_moments   count, mean and squares of what a split hands on to the next one
-    tsn_outputs   y, and per token pivot k, offset a = m - k and r = (v + eps)^(-1/2)
-    tsn_slopes    what a split hands on to the one before it
-    tsn_gradients dx, and by block the gradients of scale, bias and of what documents start from
+    timestep_norm_moments    count, mean and squares of every split
+    timestep_norm_outputs    y, and for every token pivot k, offset a = m - k, r = (v + eps)^(-1/2)
+    timestep_norm_slopes     backward.py: what a split's gradients add to those of earlier tokens
+    timestep_norm_gradients  backward.py: dx, and sums for the gradients of all else
 
-A tile takes three steps: sums over the features of each token, the running sums over its tokens,
-and the results. Between them the numbers of a token move from four threads to one and back.
-
-Backward, with u and s as in README.md and q_t = u_t - 2 a_t s_t, the two running sums
-
-    S_i = Σ_{t≥i} s_t        T_i = Σ_{t≥i} q_t        dx_i = g_i r_i + (T_i + 2 (x_i - k) S_i) / F
-
-are README's, taken around the pivot. Read around another one, T changes by 2 (k' - k) S.
+A tile takes three steps: sums over the features of each token, running sums over its tokens, and
+results. In between the numbers of a token go from four threads to one and back (layout.py).
 """
 
 from typing import Any, NamedTuple
@@ -21,142 +15,75 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Float, Int32
 
-from pallas_kernels.timestep_norm.mosaic_gpu import pipeline as tiles
-from pallas_kernels.timestep_norm.mosaic_gpu.pipeline import (
-    BUFFERS,
-    HALF,
-    LANES,
-    ROWS,
-    TOKENS,
+from pallas_kernels.timestep_norm.mosaic_gpu.layout import (
+    HALF_TILE,
+    HALVES,
+    LANE_LAYOUT,
+    ROW_LAYOUT,
+    TILE,
     Array,
-    Geometry,
-    Place,
-    Stage,
+    TimestepNormGeometry,
+    broadcast_columns,
+    broadcast_groups,
+    broadcast_scalar,
+    lane_index,
+    load_columns,
+    load_half,
+    load_lanes,
+    load_rows,
+    sum_groups,
+    synchronize,
+    zeros,
 )
-
-HALVES = TOKENS // HALF
-# Flags of a token. A document is the row's first one or a later one.
-VALID, STARTS, LATER, TAIL, HEAD = 1, 2, 4, 8, 16
-
-
-class Documents(NamedTuple):
-    """What packed rows are.
-
-    Attributes:
-      tokens: for every tile and token: count after it, tokens since its document's first, tokens
-        to its document's last, and flags: VALID if it is not padding; STARTS at a document's first
-        token; LATER in all documents but the row's first; TAIL if no document of its split starts
-        after it; HEAD if its document started before its split, or is the row's first.
-      starts: whether a document starts in a tile, 0 or 1.
-      initial: mean and count times variance that the row's first document starts from, then those
-        of later ones.
-      has_initial: whether there are such, 0 or 1.
-    """
-
-    tokens: Int32[jax.Array, "B tiles 4 128"]
-    starts: Int32[jax.Array, "B tiles"]
-    initial: Float[jax.Array, "B G 4"]
-    has_initial: Int32[jax.Array, "B 2"]
+from pallas_kernels.timestep_norm.mosaic_gpu.operands import (
+    DOCUMENT_START,
+    FEEDS_NEXT_SPLIT,
+    FLAGS,
+    LATER_DOCUMENT,
+    VALID,
+    InputTiles,
+    KernelInputs,
+    KernelScratch,
+    TimestepNormDocuments,
+    TokenInfo,
+    has,
+    input_slices,
+    load_token_info,
+)
+from pallas_kernels.timestep_norm.mosaic_gpu.pipeline import WorkItem, find_work_item, stream
+from pallas_kernels.timestep_norm.mosaic_gpu.running_sums import clear_margins, running_sums
 
 
-class Inputs(NamedTuple):
-    """What kernels read; None what a call has not.
+class _TokenMoments(NamedTuple):
+    """Moments of a token's own numbers; the float32 mean is rounded, `mean_error` is the rest."""
 
-    Attributes:
-      x: the sequence, with groups of `width`.
-      scale: scale.
-      documents: of packed rows.
-      count: tokens before the row, of rows that are not packed.
-      bias: bias.
-      entering: of every split: pivot, sum around it, squares; backward the sums S, T that enter.
-      dy: cotangent of y.
-      kept: for every tile and token a, r, and k if packed.
-      pivots: k of every split if not packed.
-    """
-
-    x: Any
-    documents: Documents | None
-    count: Any
-    scale: Any = None
-    bias: Any = None
-    entering: Any = None
-    dy: Any = None
-    kept: Any = None
-    pivots: Any = None
+    mean: Array
+    mean_error: Array
+    var: Array
 
 
-class Memory(NamedTuple):
-    """Shared memory; `tokens` and `stats` have a number of each token for every group."""
-
-    stage: Stage
-    sums: Any
-    stats: Any
-    tokens: Any
-
-
-def make_memory(geometry: Geometry, read: list[Any], written: list[Any], copies: int, sums: int):
-    return Memory(
-        Stage(read, written, plgpu.Barrier(num_arrivals=copies, num_barriers=BUFFERS)),
-        tiles.sums_memory(sums) if sums else None,
-        plgpu.SMEM((geometry.together, 4, TOKENS), jnp.float32),
-        plgpu.SMEM((geometry.together, 4, TOKENS), jnp.float32),
-    )
-
-
-def documents_memory(documents: Documents | None) -> list[Any]:
-    return [] if documents is None else [plgpu.SMEM((BUFFERS, 1, 4, TOKENS), jnp.int32)]
-
-
-def spread(scalar: Any, shape: tuple[int, ...] = (TOKENS,), layout: Any = LANES) -> Array:
-    """The same number for all tokens."""
-    return plgpu.layout_cast(jnp.broadcast_to(jnp.float32(scalar), shape), layout)
-
-
-def has(flags: Any, flag: int) -> Any:
-    return (flags & flag) != 0
-
-
-def _group_moments(v: Array, geometry: Geometry) -> list[tuple[Array, Array, Array]]:
-    """Mean of a token's numbers, what its rounding lost, and their variance, for every group."""
+def _find_token_moments(values: Array, geometry: TimestepNormGeometry) -> list[_TokenMoments]:
+    """Moments of 64 tokens, for every group."""
     each, width = 1 / geometry.features, geometry.width
 
     def average(values):
-        return [total * each for total in tiles.sum_groups(values, width)]
+        return [total * each for total in sum_groups(values, width)]
 
-    means = average(v)
-    deviation = v - tiles.over_columns(means, width)
+    means = average(values)
+    deviation = values - broadcast_groups(means, width)
     if geometry.features < width:
-        column = plgpu.broadcasted_iota(jnp.int32, v.shape, 1, layout=plgpu.Layout.WGMMA)
-        is_real = jax.lax.rem(column, width) < geometry.features
-        deviation = jnp.where(is_real, deviation, jnp.zeros_like(deviation))
-    rests, squares = average(deviation), average(deviation * deviation)
+        column = plgpu.broadcasted_iota(jnp.int32, values.shape, 1, layout=plgpu.Layout.WGMMA)
+        is_feature = jax.lax.rem(column, width) < geometry.features
+        deviation = jnp.where(is_feature, deviation, jnp.zeros_like(deviation))
+    errors, squares = average(deviation), average(deviation * deviation)
     return [
-        (mean, rest, jnp.maximum(square - rest * rest, 0.0))
-        for mean, rest, square in zip(means, rests, squares, strict=True)
+        _TokenMoments(mean, error, jnp.maximum(square - error * error, 0.0))
+        for mean, error, square in zip(means, errors, squares, strict=True)
     ]
 
 
-def find_sources(inputs: Inputs, place: Place, *arrays: Any):
-    """What is copied for a tile: tiles of the arrays, then `kept`, then of documents."""
-
-    def find(tile):
-        parts = [[place.window(array, tile)] for array in arrays]
-        if inputs.kept is not None:
-            parts.append([inputs.kept.at[place.row, group, tile] for group in place.groups])
-        if inputs.documents is not None:
-            parts.append([inputs.documents.tokens.at[place.row, tile]])
-        return parts
-
-    return find
-
-
-def no_targets(tile):
-    return []
-
-
-class _RowMoments(NamedTuple):
+class _StridedMoments(NamedTuple):
     """Moments of every 128th token: pivot, offset of the mean from it, squares around the mean."""
 
     pivot: Array
@@ -164,123 +91,135 @@ class _RowMoments(NamedTuple):
     squares: Array
 
 
-def _add_token(moments: _RowMoments, count: Array, token: tuple, keep: Array | None) -> _RowMoments:
-    mean, rest, var = token
+def _add_token(
+    moments: _StridedMoments, count: Array, token: _TokenMoments, is_counted: Array | None
+) -> _StridedMoments:
     after = count + 1.0
-    pivot = jnp.where(count > 0.0, moments.pivot, mean)
-    delta = ((mean - pivot) + rest) - moments.offset
-    new = _RowMoments(
+    pivot = jnp.where(count > 0.0, moments.pivot, token.mean)
+    delta = ((token.mean - pivot) + token.mean_error) - moments.offset
+    new = _StridedMoments(
         pivot,
         moments.offset + delta / after,
-        moments.squares + var + delta * delta * (count / after),
+        moments.squares + token.var + delta * delta * (count / after),
     )
-    if keep is None:
+    if is_counted is None:
         return new
-    return _RowMoments(*(jnp.where(keep, a, b) for a, b in zip(new, moments, strict=True)))
+    return _StridedMoments(
+        *(jnp.where(is_counted, a, b) for a, b in zip(new, moments, strict=True))
+    )
 
 
-def moments_kernel(inputs: Inputs, results: Any, memory: Memory, *, geometry: Geometry):
-    """Writes what every split but the last hands on: count, pivot, offset of the mean, squares."""
-    place = tiles.find_place(geometry)
-    zero = tiles.fill((HALF,), ROWS)
-    start = [[_RowMoments(zero, zero, zero)] * HALVES] * geometry.together
+def moments_kernel(
+    inputs: KernelInputs, results: Any, scratch: KernelScratch, *, geometry: TimestepNormGeometry
+) -> None:
+    """Writes (B, J, G, 4): count, pivot, offset of the mean and squares of the first J splits.
 
-    def run_tile(tile, read, written, carry):
+    In packed rows they count only the tokens of the document that the split ends in.
+    """
+    work = find_work_item(geometry)
+    zero = zeros((HALF_TILE,), ROW_LAYOUT)
+    start = [[_StridedMoments(zero, zero, zero)] * HALVES] * geometry.groups_per_block
+
+    def run_tile(tile, tiles_smem, output_smem, carry):
         counts, moments = carry
         new_counts, new_moments = [], [[] for _ in moments]
         for half in range(HALVES):
-            keep = None
+            is_counted = None
             if inputs.documents is not None:
-                flags = tiles.load_rows(read[1].at[0, 3], half)
-                keep = has(flags, VALID) & has(flags, TAIL)
-            found = _group_moments(tiles.load_half(read[0], half), geometry)
+                flags = load_rows(tiles_smem.token_info.at[0, FLAGS], half)
+                is_counted = has(flags, VALID) & has(flags, FEEDS_NEXT_SPLIT)
+            found = _find_token_moments(load_half(tiles_smem.x, half), geometry)
             for i, token in enumerate(found):
-                new_moments[i].append(_add_token(moments[i][half], counts[half], token, keep))
+                new_moments[i].append(_add_token(moments[i][half], counts[half], token, is_counted))
             after = counts[half] + 1.0
-            new_counts.append(after if keep is None else jnp.where(keep, after, counts[half]))
+            if is_counted is not None:
+                after = jnp.where(is_counted, after, counts[half])
+            new_counts.append(after)
         return new_counts, new_moments
 
-    # Backward, so that the next kernel finds where it begins in the L2 cache.
-    counts, moments = tiles.stream(
-        place,
-        memory.stage,
-        find_sources(inputs, place, inputs.x),
-        no_targets,
+    # In reverse, so that the first tiles of the next kernel are still in the L2 cache.
+    counts, moments = stream(
+        work,
+        scratch.stage,
+        lambda tile: input_slices(inputs, work, tile),
+        None,
         ([zero] * HALVES, start),
         run_tile,
-        backward=True,
+        reverse=True,
     )
-    for i in range(geometry.together):
+    for i in range(geometry.groups_per_block):
         for half in range(HALVES):
             for j, value in enumerate((counts[half], *moments[i][half])):
-                memory.stats[i, j, pl.ds(half * HALF, HALF)] = value
-    tiles.meet()
-    for i, group in enumerate(place.groups):
-        count, pivot, offset, squares = (tiles.load_lanes(memory.stats.at[i, j]) for j in range(4))
-        total = count.sum()
-        each = 1.0 / jnp.maximum(total, 1.0)
-        middle = (count * (pivot + offset)).sum() * each
-        away = (pivot - spread(middle)) + offset
-        mean = (count * away).sum() * each
-        away = away - spread(mean)
-        squares = (squares + count * (away * away)).sum()
-        for j, value in enumerate((total, middle, mean, squares)):
-            results[place.row, place.split, group, j] = value
+                scratch.feature_sums[i, j, pl.ds(half * HALF_TILE, HALF_TILE)] = value
+    synchronize()
+    for i, group in enumerate(work.groups):
+        values = _merge_strided_moments(
+            [load_lanes(scratch.feature_sums.at[i, j]) for j in range(4)]
+        )
+        for j, value in enumerate(values):
+            results[work.row, work.split, group, j] = value
 
 
-class _Carry(NamedTuple):
-    """What a tile hands on, forward: pivot, sum around it, squares. Scalars."""
+def _merge_strided_moments(moments: list[Array]) -> tuple[Any, Any, Any, Any]:
+    """Count, pivot, offset of the mean and squares of 128 lanes together."""
+    count, pivot, offset, squares = moments
+    total = count.sum()
+    each = 1.0 / jnp.maximum(total, 1.0)
+    common_pivot = (count * (pivot + offset)).sum() * each
+    deviation = (pivot - broadcast_scalar(common_pivot)) + offset
+    mean = (count * deviation).sum() * each
+    deviation = deviation - broadcast_scalar(mean)
+    squares = (squares + count * (deviation * deviation)).sum()
+    return total, common_pivot, mean, squares
+
+
+class _State(NamedTuple):
+    """State of a group between tiles: pivot, sum around it, squares; scalars."""
 
     pivot: Any
     total: Any
     squares: Any
 
 
-class Tokens(NamedTuple):
-    """What a tile's tokens are; None what a row without documents has not."""
-
-    count: Array
-    left: Array | None
-    right: Array | None
-    flags: Array | None
-
-
-def find_tokens(inputs: Inputs, place: Place, tile: Any, read: list[Any]) -> Tokens:
-    if inputs.documents is None:
-        index = tiles.lane_index() + (inputs.count[place.row] + tile * TOKENS + 1)
-        return Tokens(index.astype(jnp.float32), None, None, None)
-    count, left, right, flags = (tiles.load_lanes(read[-1].at[0, j]) for j in range(4))
-    return Tokens(jnp.maximum(count.astype(jnp.float32), 1.0), left, right, flags)
-
-
-def _start_documents(
-    documents: Documents, place: Place, tile: Any, tokens: Tokens, means: list[Array], sums: Any
+def _document_initial_states(
+    documents: TimestepNormDocuments,
+    work: WorkItem,
+    tile: Any,
+    tokens: TokenInfo,
+    means: list[Array],
+    sums_smem: Any,
 ) -> list[tuple[Array, Array]]:
     """Pivot and squares that the documents that start in this tile start from, for every group."""
-    later = has(tokens.flags, LATER)
-    exists = [
-        spread(documents.has_initial[place.row, j].astype(jnp.float32)) > 0.5 for j in range(2)
+    later = has(tokens.flags, LATER_DOCUMENT)
+    has_initial = [
+        broadcast_scalar(documents.has_initial[work.row, j].astype(jnp.float32)) > 0.5
+        for j in range(2)
     ]
-    zero = tiles.fill((TOKENS,), LANES)
+    zero = zeros((TILE,), LANE_LAYOUT)
 
-    def find_first():
-        at_start = [jnp.where(has(tokens.flags, STARTS), mean, zero) for mean in means]
-        return tiles.running_sums(sums, at_start, tokens.left, backward=False)
+    def find_first_means():
+        is_start = has(tokens.flags, DOCUMENT_START)
+        at_start = [jnp.where(is_start, mean, zero) for mean in means]
+        return running_sums(sums_smem, at_start, tokens.from_start, reverse=False)
 
-    some = documents.starts[place.row, tile] != 0
-    firsts = jax.lax.cond(some, find_first, lambda: [zero for _ in means])
+    has_start = documents.has_start[work.row, tile] != 0
+    first_means = jax.lax.cond(has_start, find_first_means, lambda: [zero for _ in means])
     found = []
-    for group, first in zip(place.groups, firsts, strict=True):
-        parts = [spread(documents.initial[place.row, group, j]) for j in range(4)]
-        pivot = jnp.where(
-            later, jnp.where(exists[1], parts[2], first), jnp.where(exists[0], parts[0], first)
+    for group, first_mean in zip(work.groups, first_means, strict=True):
+        state_mean, state_squares, prior_mean, prior_squares = (
+            broadcast_scalar(documents.initial[work.row, group, j]) for j in range(4)
         )
-        found.append((pivot, jnp.where(later, parts[3], parts[1])))
+        pivot = jnp.where(
+            later,
+            jnp.where(has_initial[1], prior_mean, first_mean),
+            jnp.where(has_initial[0], state_mean, first_mean),
+        )
+        found.append((pivot, jnp.where(later, prior_squares, state_squares)))
     return found
 
 
-class _Advanced(NamedTuple):
-    """Of every token of a tile: k, a, r, and the sums that are handed on."""
+class _RunningMoments(NamedTuple):
+    """Moments after every token of a tile: k, a, r, and the sums of the next tile's state."""
 
     pivot: Array
     offset: Array
@@ -289,180 +228,197 @@ class _Advanced(NamedTuple):
     squares: Array
 
 
-def _advance(
-    inputs: Inputs,
-    place: Place,
+def _find_running_moments(
+    inputs: KernelInputs,
+    work: WorkItem,
     tile: Any,
-    tokens: Tokens,
-    memory: Memory,
-    carries: list[_Carry],
+    tokens: TokenInfo,
+    scratch: KernelScratch,
+    states: list[_State],
     eps: float,
-) -> list[_Advanced]:
-    """The running moments of every group."""
-    means, rests, variances = (
-        [tiles.load_lanes(memory.stats.at[i, j]) for i in range(len(carries))] for j in range(3)
+) -> list[_RunningMoments]:
+    """The running moments of every group, from `scratch.feature_sums`."""
+    means, errors, variances = (
+        [load_lanes(scratch.feature_sums.at[i, j]) for i in range(len(states))] for j in range(3)
     )
     each = 1.0 / tokens.count
     before = tokens.count - 1.0
     each_before, share = 1.0 / jnp.maximum(before, 1.0), before * each
-    starts = [_Carry(*(spread(value) for value in carry)) for carry in carries]
+    initial = [_State(*(broadcast_scalar(value) for value in state)) for state in states]
     valid, zero = None, jnp.zeros_like(means[0])
     if inputs.documents is not None:
-        goes_on = tokens.left > tiles.lane_index()
+        starts_before_tile = tokens.from_start > lane_index()
         valid = has(tokens.flags, VALID)
-        own = _start_documents(inputs.documents, place, tile, tokens, means, memory.sums)
-        starts = [
-            _Carry(
-                jnp.where(goes_on, carry.pivot, pivot),
-                jnp.where(goes_on, carry.total, zero),
-                jnp.where(goes_on, carry.squares, squares),
+        started = _document_initial_states(
+            inputs.documents, work, tile, tokens, means, scratch.sums
+        )
+        initial = [
+            _State(
+                jnp.where(starts_before_tile, carried.pivot, pivot),
+                jnp.where(starts_before_tile, carried.total, zero),
+                jnp.where(starts_before_tile, carried.squares, squares),
             )
-            for carry, (pivot, squares) in zip(starts, own, strict=True)
+            for carried, (pivot, squares) in zip(initial, started, strict=True)
         ]
 
-    def add_up(values):
+    def sum_valid(values):
         if valid is not None:
             values = [jnp.where(valid, value, zero) for value in values]
-        return values, tiles.running_sums(memory.sums, values, tokens.left, backward=False)
+        return values, running_sums(scratch.sums, values, tokens.from_start, reverse=False)
 
-    differences, added = add_up(
-        [(mean - c.pivot) + rest for mean, rest, c in zip(means, rests, starts, strict=True)]
+    differences, sums = sum_valid(
+        [
+            (mean - state.pivot) + error
+            for mean, error, state in zip(means, errors, initial, strict=True)
+        ]
     )
-    totals = [c.total + more for c, more in zip(starts, added, strict=True)]
+    totals = [state.total + added for state, added in zip(initial, sums, strict=True)]
     summands = []
     for difference, total, var in zip(differences, totals, variances, strict=True):
-        moved = difference - (total - difference) * each_before
-        summands.append(var + moved * moved * share)
-    _, added = add_up(summands)
+        deviation = difference - (total - difference) * each_before
+        summands.append(var + deviation * deviation * share)
+    _, sums = sum_valid(summands)
     found = []
-    for start, total, more in zip(starts, totals, added, strict=True):
-        squares = start.squares + more
+    for state, total, added in zip(initial, totals, sums, strict=True):
+        squares = state.squares + added
         rstd = jax.lax.rsqrt(squares * each + eps)
-        found.append(_Advanced(start.pivot, total * each, rstd, total, squares))
+        found.append(_RunningMoments(state.pivot, total * each, rstd, total, squares))
     return found
 
 
 class Outputs(NamedTuple):
-    """Results of `tsn_outputs`, or their shapes; None what was not asked for.
+    """Results of `timestep_norm_outputs`, or their shapes; None if not saved.
 
     Attributes:
-      y: normalized.
-      last: mean and variance after each token of the row's last tile.
-      kept: for the backward pass; see `Inputs`.
+      y: (B, L, D) normalized.
+      final_moments: (B, G, 2, 128) mean and variance after each token of the row's last tile.
+      statistics: for the backward pass; see `KernelInputs`.
       pivots: likewise.
     """
 
     y: Any
-    last: Any  # (B G 2 128)
-    kept: Any
+    final_moments: Any
+    statistics: Any
     pivots: Any
 
 
-class _OutputsBlock(NamedTuple):
-    """A warpgroup of `tsn_outputs`."""
+class _OutputsWarpgroup(NamedTuple):
+    """A warpgroup of `timestep_norm_outputs`."""
 
-    inputs: Inputs
+    inputs: KernelInputs
     results: Outputs
-    memory: Memory
-    geometry: Geometry
+    scratch: KernelScratch
+    geometry: TimestepNormGeometry
     eps: float
-    place: Place
+    work: WorkItem
     scale: Array
     bias: Array
 
     @property
-    def packed(self) -> bool:
+    def is_packed(self) -> bool:
         return self.inputs.documents is not None
 
-    def run_tile(self, tile, read, written, carries: list[_Carry]) -> list[_Carry]:
-        memory, groups = self.memory, range(self.geometry.together)
+    def run_tile(
+        self, tile, tiles_smem: InputTiles, output_smem, states: list[_State]
+    ) -> list[_State]:
+        scratch, groups = self.scratch, range(self.geometry.groups_per_block)
         for half in range(HALVES):
-            rows = pl.ds(half * HALF, HALF)
-            moments = _group_moments(tiles.load_half(read[0], half), self.geometry)
+            rows = pl.ds(half * HALF_TILE, HALF_TILE)
+            moments = _find_token_moments(load_half(tiles_smem.x, half), self.geometry)
             for i, values in enumerate(moments):
                 for j, value in enumerate(values):
-                    memory.stats[i, j, rows] = value
-        tokens = find_tokens(self.inputs, self.place, tile, read)
-        tiles.meet()
-        if not self.packed:
-            carries = [self.find_pivot(carries[i], i, tile) for i in groups]
-        found = _advance(self.inputs, self.place, tile, tokens, memory, carries, self.eps)
+                    scratch.feature_sums[i, j, rows] = value
+        tokens = load_token_info(self.inputs, self.work, tile, tiles_smem)
+        synchronize()
+        if not self.is_packed:
+            states = [self.choose_pivot(states[i], i, tile) for i in groups]
+        found = _find_running_moments(
+            self.inputs, self.work, tile, tokens, scratch, states, self.eps
+        )
         for i in groups:
-            self.store_tokens(i, tile, tokens, found[i])
-        tiles.meet()
+            self.store_moments(i, tile, tokens, found[i])
+        synchronize()
         for half in range(HALVES):
-            y = self.normalize(tiles.load_half(read[0], half), half)
-            written[0][0, pl.ds(half * HALF, HALF)] = y.astype(written[0].dtype)
-        last = TOKENS - 1
+            y = self.normalize(load_half(tiles_smem.x, half), half)
+            output_smem[0, pl.ds(half * HALF_TILE, HALF_TILE)] = y.astype(output_smem.dtype)
+        last = TILE - 1
         return [
-            _Carry(memory.tokens[i, 0, last], memory.stats[i, 0, last], memory.stats[i, 1, last])
+            _State(
+                scratch.token_results[i, 0, last],
+                scratch.feature_sums[i, 0, last],
+                scratch.feature_sums[i, 1, last],
+            )
             for i in groups
         ]
 
-    def find_pivot(self, carry: _Carry, i: int, tile: Any) -> _Carry:
-        """The row's first token is the pivot where there is no state."""
-        place = self.place
-        is_first = (self.inputs.count[place.row] == 0) & (tile == 0)
-        pivot = jnp.where(is_first, self.memory.stats[i, 0, 0], carry.pivot)
+    def choose_pivot(self, state: _State, i: int, tile: Any) -> _State:
+        """The pivot is the mean of the row's first token if the row starts from a count of 0."""
+        work = self.work
+        is_first = (self.inputs.initial_count[work.row] == 0) & (tile == 0)
+        pivot = jnp.where(is_first, self.scratch.feature_sums[i, 0, 0], state.pivot)
         if self.results.pivots is not None:
-            self.results.pivots[place.row, place.split, place.groups[i]] = pivot
-        return carry._replace(pivot=pivot)
+            self.results.pivots[work.row, work.split, work.groups[i]] = pivot
+        return state._replace(pivot=pivot)
 
-    def store_tokens(self, i: int, tile: Any, tokens: Tokens, found: _Advanced) -> None:
-        results, everyone = self.results, pl.ds(0, TOKENS)
-        row, group = self.place.row, self.place.groups[i]
-        for j, value in enumerate(found[:3]):
-            self.memory.tokens[i, j, everyone] = value
-        # Read back as scalars, the last token's.
-        self.memory.stats[i, 0, everyone] = found.total
-        self.memory.stats[i, 1, everyone] = found.squares
-        if self.packed:
+    def store_moments(self, i: int, tile: Any, tokens: TokenInfo, found: _RunningMoments) -> None:
+        results, all_tokens = self.results, pl.ds(0, TILE)
+        row, group = self.work.row, self.work.groups[i]
+        for j, value in enumerate((found.pivot, found.offset, found.rstd)):
+            self.scratch.token_results[i, j, all_tokens] = value
+        # The last token's sums are read back as scalars.
+        self.scratch.feature_sums[i, 0, all_tokens] = found.total
+        self.scratch.feature_sums[i, 1, all_tokens] = found.squares
+        if self.is_packed:
             one = jnp.ones_like(found.rstd)
             valid = jnp.where(has(tokens.flags, VALID), one, jnp.zeros_like(one))
-            self.memory.tokens[i, 3, everyone] = valid
-        if results.kept is not None:
-            kept = (found.offset, found.rstd, found.pivot)[: 3 if self.packed else 2]
-            for j, value in enumerate(kept):
-                results.kept[row, group, tile, j, everyone] = value
+            self.scratch.token_results[i, 3, all_tokens] = valid
+        if results.statistics is not None:
+            saved = (found.offset, found.rstd, found.pivot)[: 3 if self.is_packed else 2]
+            for j, value in enumerate(saved):
+                results.statistics[row, group, tile, j, all_tokens] = value
 
         @pl.when(tile == self.geometry.tiles - 1)
-        def _():
-            results.last[row, group, 0, everyone] = found.pivot + found.offset
-            results.last[row, group, 1, everyone] = found.squares / tokens.count
+        def _store_final_moments():
+            results.final_moments[row, group, 0, all_tokens] = found.pivot + found.offset
+            results.final_moments[row, group, 1, all_tokens] = found.squares / tokens.count
 
-    def normalize(self, v: Array, half: int) -> Array:
-        k, a, r, *valid = (
-            tiles.over_columns(
-                [
-                    tiles.load_rows(self.memory.tokens.at[i, j], half)
-                    for i in range(self.geometry.together)
-                ],
+    def normalize(self, x: Array, half: int) -> Array:
+        groups = range(self.geometry.groups_per_block)
+        pivot, offset, rstd, *valid = (
+            broadcast_groups(
+                [load_rows(self.scratch.token_results.at[i, j], half) for i in groups],
                 self.geometry.width,
             )
-            for j in range(4 if self.packed else 3)
+            for j in range(4 if self.is_packed else 3)
         )
-        y = ((v - k) - a) * r * tiles.over_rows(self.scale) + tiles.over_rows(self.bias)
+        y = ((x - pivot) - offset) * rstd * broadcast_columns(self.scale)
+        y = y + broadcast_columns(self.bias)
         return jnp.where(valid[0] > 0.5, y, jnp.zeros_like(y)) if valid else y
 
 
 def outputs_kernel(
-    inputs: Inputs, results: Outputs, memory: Memory, *, geometry: Geometry, eps: float
-):
+    inputs: KernelInputs,
+    results: Outputs,
+    scratch: KernelScratch,
+    *,
+    geometry: TimestepNormGeometry,
+    eps: float,
+) -> None:
     """Writes y and what the backward pass needs."""
-    place = tiles.find_place(geometry)
-    tiles.clear(memory.sums)
-    scale, bias = (tiles.load_columns(a, place.columns) for a in (inputs.scale, inputs.bias))
-    block = _OutputsBlock(inputs, results, memory, geometry, eps, place, scale, bias)
-    start = [
-        _Carry(*(inputs.entering[place.row, place.split, group, j] for j in range(3)))
-        for group in place.groups
+    work = find_work_item(geometry)
+    clear_margins(scratch.sums)
+    scale, bias = (load_columns(a, work.columns) for a in (inputs.scale, inputs.bias))
+    warpgroup = _OutputsWarpgroup(inputs, results, scratch, geometry, eps, work, scale, bias)
+    states = [
+        _State(*(inputs.previous_states[work.row, work.split, group, j] for j in range(3)))
+        for group in work.groups
     ]
-    tiles.stream(
-        place,
-        memory.stage,
-        find_sources(inputs, place, inputs.x),
-        lambda tile: [[place.window(results.y, tile)]],
-        start,
-        block.run_tile,
-        backward=False,
+    stream(
+        work,
+        scratch.stage,
+        lambda tile: input_slices(inputs, work, tile),
+        lambda tile: work.sequence_slice(results.y, tile),
+        states,
+        warpgroup.run_tile,
+        reverse=False,
     )

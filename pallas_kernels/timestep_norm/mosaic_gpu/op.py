@@ -1,32 +1,24 @@
-"""TimestepNorm on Hopper GPUs: padding to whole tiles and groups, and how rows are split."""
+"""TimestepNorm on Hopper GPUs: padding to whole tiles and groups, and the custom VJP."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.common.target import check_hopper, is_interpreted
-from pallas_kernels.timestep_norm.mosaic_gpu.context_parallel import Tokens, normalize_part
-from pallas_kernels.timestep_norm.mosaic_gpu.launch import (
-    Options,
-    Pair,
-    Rows,
-    backward,
-    find_rows,
-    forward,
+from pallas_kernels.common.mosaic_gpu import interpret_params
+from pallas_kernels.common.target import check_hopper
+from pallas_kernels.timestep_norm.mosaic_gpu.block_sizes import (
+    FEATURE_MULTIPLE,
+    MAX_GROUP_FEATURES,
+    choose_geometry,
 )
-from pallas_kernels.timestep_norm.mosaic_gpu.pipeline import TOKENS, Geometry
-from pallas_kernels.timestep_norm.types import TimestepNormOutput, TimestepNormState
-
-# Features of a group: more do not fit in registers, and wgmma's layout has them by 8, banks by 16.
-LARGEST_GROUP = 64
-_MULTIPLE = 16
-# Warpgroups that the splits of all rows and groups should make: two on each of 132 multiprocessors.
-WARPGROUPS = 264
-# Tiles of a split at least.
-SHORTEST_SPLIT = 4
+from pallas_kernels.timestep_norm.mosaic_gpu.context_parallel import normalize_shard
+from pallas_kernels.timestep_norm.mosaic_gpu.documents import RowInfo, describe_rows
+from pallas_kernels.timestep_norm.mosaic_gpu.launch import TimestepNormGpuOptions
+from pallas_kernels.timestep_norm.mosaic_gpu.layout import TILE
+from pallas_kernels.timestep_norm.mosaic_gpu.passes import backward_pass, forward_pass
+from pallas_kernels.timestep_norm.types import MeanVar, TimestepNormOutput, TimestepNormState
 
 
 def timestep_norm(
@@ -35,109 +27,89 @@ def timestep_norm(
     bias: Float[Array, " D"],
     num_groups: int,
     eps: float,
-    state: TimestepNormState,
+    initial_state: TimestepNormState,
     prior: TimestepNormState,
     segment_ids: Int32[Array, "B L"] | None,
+    sequence_axis: str | None = None,
     *,
     split: int | None = None,
-    together: int | None = None,
-    sequence_axis: str | None = None,
+    groups_per_block: int | None = None,
 ) -> TimestepNormOutput:
-    """The kernels; arguments as in the API, state and prior filled in.
+    """The Hopper kernels. Arguments as in `api.py`, with complete states.
 
-    Lengths that are not a multiple of 128, and groups not of 16 features, are padded in a copy.
+    Lengths that are no multiple of 128, and groups of no multiple of 16 features, are padded in a
+    copy of x. With `sequence_axis` the initial state is ignored.
 
-    Args:
-      x: bfloat16 or float32.
-      scale: scale.
-      bias: bias.
-      num_groups: groups of at most 64 features.
-      eps: added to the variance.
-      state: before the row.
-      prior: before other documents.
-      segment_ids: documents.
-      split: tokens worked on by one warpgroup, a multiple of 128; a measured choice if None.
-      together: groups worked on by one warpgroup, a divisor of all; a measured choice if None.
-      sequence_axis: mesh axis over which the sequence is split; the state is the prior then.
+    `split` is the number of tokens that one warpgroup works on, a multiple of 128, and
+    `groups_per_block` the number of groups, a divisor of `num_groups`; None for measured choices.
 
     Raises:
-      ValueError: another dtype, larger groups, or a device that is no Hopper GPU.
+      ValueError: another dtype, larger groups, or a target that is not a Hopper GPU.
     """
     check_hopper("mosaic_gpu")
     B, L, D = x.shape
     features = D // num_groups
-    if x.dtype not in (jnp.bfloat16, jnp.float32) or features > LARGEST_GROUP:
+    if x.dtype not in (jnp.bfloat16, jnp.float32) or features > MAX_GROUP_FEATURES:
         raise ValueError(
-            f"mosaic_gpu takes bfloat16 or float32 and groups of at most {LARGEST_GROUP} features, "
-            f"x is {x.dtype} with groups of {features}; use implementation 'xla'"
+            "mosaic_gpu takes bfloat16 or float32 and groups of at most "
+            f"{MAX_GROUP_FEATURES} features, x is {x.dtype} with groups of {features}; use "
+            "implementation 'xla'"
         )
-    missing, narrow = -L % TOKENS, -features % _MULTIPLE
-    geometry = _choose_geometry(B, L + missing, num_groups, features, split, together)
-    if missing and segment_ids is None:
+    token_padding, feature_padding = -L % TILE, -features % FEATURE_MULTIPLE
+    geometry = choose_geometry(
+        B, L + token_padding, num_groups, features, split=split, groups_per_block=groups_per_block
+    )
+    options = TimestepNormGpuOptions(eps, geometry, interpret_params())
+    if token_padding and segment_ids is None:
         segment_ids = jnp.ones((B, L), jnp.int32)
     if segment_ids is not None:
-        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, missing)))
+        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, token_padding)))
 
-    widen = partial(_widen, num_groups=num_groups, narrow=narrow)
-    wide = widen(jnp.pad(x, ((0, 0), (0, missing), (0, 0))))
-    options = Options(eps, geometry, plgpu.InterpretGPUParams() if is_interpreted() else None)
-    affine = [widen(a.astype(jnp.float32)) for a in (scale, bias)]
-    start = prior.mean, prior.var
+    pad_groups = partial(_pad_groups, num_groups=num_groups, padding=feature_padding)
+    padded = pad_groups(jnp.pad(x, ((0, 0), (0, token_padding), (0, 0))))
+    affine = [pad_groups(a.astype(jnp.float32)) for a in (scale, bias)]
+    prior_moments = prior.mean, prior.var
     if sequence_axis is None:
-        rows = find_rows(geometry, state.count, prior.count, segment_ids, L)
-        y, mean, var = _normalize(options, wide, *affine, (state.mean, state.var), start, rows)
-        after = TimestepNormState(rows.last_count, mean, var)
+        row_info = describe_rows(geometry, initial_state.count, prior.count, segment_ids, L)
+        initial = initial_state.mean, initial_state.var
+        y, mean, var = _normalize(options, padded, *affine, initial, prior_moments, row_info)
+        final_state = TimestepNormState(row_info.final_count, mean, var)
     else:
-        tokens = Tokens(prior.count, segment_ids)
-        y, after = normalize_part(options, sequence_axis, wide, *affine, start, tokens)
-    if narrow:
-        y = y.reshape(B, -1, num_groups, features + narrow)[..., :features].reshape(B, -1, D)
-    return TimestepNormOutput(y[:, :L], after)
+        y, final_state = normalize_shard(
+            options, sequence_axis, padded, *affine, prior_moments, prior.count, segment_ids
+        )
+    if feature_padding:
+        y = y.reshape(B, -1, num_groups, features + feature_padding)
+        y = y[..., :features].reshape(B, -1, D)
+    return TimestepNormOutput(y[:, :L], final_state)
 
 
-def _widen(a: Float[Array, "*B D"], num_groups: int, narrow: int) -> Array:
-    """The same with `narrow` features added to every group."""
-    if not narrow:
+def _pad_groups(a: Float[Array, "*B D"], num_groups: int, padding: int) -> Array:
+    """Adds `padding` features to every group."""
+    if not padding:
         return a
     groups = a.reshape(*a.shape[:-1], num_groups, -1)
-    return jnp.pad(groups, ((0, 0),) * a.ndim + ((0, narrow),)).reshape(*a.shape[:-1], -1)
+    return jnp.pad(groups, ((0, 0),) * a.ndim + ((0, padding),)).reshape(*a.shape[:-1], -1)
 
 
 def is_faster(x: Float[Array, "B L D"], num_groups: int) -> bool:
     """Whether the kernels beat `xla` on a Hopper GPU; not measured for fewer tokens or float32."""
     features = x.shape[2] // num_groups
-    is_whole = features <= LARGEST_GROUP and features % _MULTIPLE == 0
-    return x.dtype == jnp.bfloat16 and is_whole and x.shape[1] >= TOKENS
-
-
-def _choose_geometry(
-    rows: int, length: int, groups: int, features: int, split: int | None, together: int | None
-) -> Geometry:
-    width = features + -features % _MULTIPLE
-    count = length // TOKENS
-    if together is None:
-        together = _choose_together(rows, groups, width)
-    blocks = rows * groups // together
-    if split is None:
-        wanted = max(1, WARPGROUPS // blocks)
-        each = max(-(-count // min(wanted, count)), min(SHORTEST_SPLIT, count))
-    else:
-        each = min(split // TOKENS, count)
-    return Geometry(rows, count, each, groups, together, features, width)
-
-
-def _choose_together(rows: int, groups: int, width: int) -> int:
-    """Groups of a block: as many as fill lines of the cache, or fewer if then no row is split."""
-    choices = [n for n in (4, 2, 1) if n * width <= LARGEST_GROUP and groups % n == 0]
-    unsplit = (n for n in choices if 4 * rows * (groups // n) >= 3 * WARPGROUPS)
-    return next(unsplit, choices[0])
+    is_supported = features <= MAX_GROUP_FEATURES and features % FEATURE_MULTIPLE == 0
+    return x.dtype == jnp.bfloat16 and is_supported and x.shape[1] >= TILE
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _normalize(
-    options: Options, x: Array, scale: Array, bias: Array, state: Pair, prior: Pair, rows: Rows
+    options: TimestepNormGpuOptions,
+    x: Array,
+    scale: Array,
+    bias: Array,
+    initial: MeanVar,
+    prior: MeanVar,
+    row_info: RowInfo,
 ) -> tuple[Array, Array, Array]:
-    return forward(options, x, scale, bias, state, prior, rows, with_kept=False)[0]
+    return forward_pass(options, x, scale, bias, initial, prior, row_info, save_statistics=False)[0]
 
 
-_normalize.defvjp(partial(forward, with_kept=True), backward)
+_normalize.defvjp(partial(forward_pass, save_statistics=True), backward_pass)

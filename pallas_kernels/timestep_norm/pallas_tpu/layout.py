@@ -1,13 +1,17 @@
-"""How TimestepNorm's TPU kernels see their arrays: tokens along lanes, channels along sublanes.
+"""Tiles of TimestepNorm's TPU kernels: tokens along lanes, channels along sublanes.
 
-A tile of x is turned on its side, so that a sum over a group's channels is a sum of registers, and
+A tile of x is transposed in VMEM, so that a sum over a group's channels is a sum of registers, and
 a running sum over tokens runs along the lanes of a few registers that hold all groups.
+
+Both kernels have the grid (row, channel step, tile of tokens); the last axis runs in order, in the
+backward kernel from a row's end. B rows, L tokens, D channels, S channel steps, R rows of group
+statistics.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,29 +19,27 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
-from pallas_kernels.timestep_norm.pallas_tpu.block_sizes import LANES, VMEM_LIMIT, TpuBlocks
-from pallas_kernels.timestep_norm.types import document_starts
+from pallas_kernels.common.devices import DEFAULT_VMEM
+from pallas_kernels.common.pallas_tpu import Operand, launch
+from pallas_kernels.timestep_norm.pallas_tpu.block_sizes import (
+    LANES,
+    SUBLANES,
+    TimestepNormTpuBlocks,
+)
 
-Operand = tuple[Array | jax.ShapeDtypeStruct, pl.BlockSpec]
-
-# Rows of `find_places`; a register has 8.
-COUNT, INITIAL_COUNT, FIRST, LAST, FLAGS = range(5)
-_PLACES_ROWS = 8
 # Steps of 128 tokens that are scheduled together.
-_OVERLAPPING = 4
-# Bits of the row FLAGS.
-VALID, START, LATER, FINAL = 1, 2, 4, 8
+_OVERLAPPING_STEPS = 4
 
 
-class Part(NamedTuple):
+class GroupSlice(NamedTuple):
     """At most 128 channels of one group.
 
     Attributes:
-      group: its number in the grid step.
-      channels: among those of the grid step.
-      first_feature: of the group.
+      group: index of the group in the tile.
+      channels: the channels in the tile.
+      first_feature: index of the first channel in its group.
     """
 
     group: int
@@ -46,15 +48,15 @@ class Part(NamedTuple):
 
     @property
     def row(self) -> slice:
-        """Of the group in statistics."""
+        """The group's row of statistics."""
         return slice(self.group, self.group + 1)
 
 
-class Band(NamedTuple):
-    """128 channels of a grid step, and whose they are."""
+class ChannelBlock(NamedTuple):
+    """128 channels of a tile and the groups that they belong to."""
 
     channels: slice
-    parts: list[Part]
+    group_slices: list[GroupSlice]
 
 
 class GroupSums(dict[int, Array]):
@@ -67,22 +69,22 @@ class GroupSums(dict[int, Array]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TimestepNormTpuPlan:
     """Static sizes of one call.
 
     Attributes:
       length: tokens of a row.
-      features: of a group, without padding.
-      blocks: of a grid step.
-      packed: whether there are documents and padding.
+      features: features of a group without padding.
+      blocks: sizes of a tile.
+      is_packed: whether rows have documents and padding.
       eps: added to the variance.
-      interpret: for `pallas_call`.
+      interpret: as in `pl.pallas_call`.
     """
 
     length: int
     features: int
-    blocks: TpuBlocks
-    packed: bool
+    blocks: TimestepNormTpuBlocks
+    is_packed: bool
     eps: float
     interpret: bool | pltpu.InterpretParams
 
@@ -97,30 +99,30 @@ class Plan:
         return self.tiles * self.blocks.tokens
 
     @property
-    def steps(self) -> int:
+    def channel_steps(self) -> int:
         """Grid steps along the channels."""
         return self.blocks.padded_groups // self.blocks.groups
 
     @property
-    def rows(self) -> int:
-        """Rows that hold the statistics of a grid step's groups."""
-        return -(-self.blocks.groups // 8) * 8
+    def group_rows(self) -> int:
+        """Rows that hold the statistics of a tile's groups."""
+        return -(-self.blocks.groups // SUBLANES) * SUBLANES
 
     @property
-    def has_gaps(self) -> bool:
-        """Whether a tile may hold what is no token."""
-        return self.packed or self.length != self.padded_length
+    def may_have_padding(self) -> bool:
+        """Whether a tile may hold positions without a token."""
+        return self.is_packed or self.length != self.padded_length
 
     @property
-    def bands(self) -> list[Band]:
-        """A grid step's channels, 128 at once."""
+    def channel_blocks(self) -> list[ChannelBlock]:
+        """A tile's channels, 128 at once."""
         features = self.blocks.features
         size = min(features, LANES)
         return [
-            Band(
+            ChannelBlock(
                 slice(start, start + LANES),
                 [
-                    Part(at // features, slice(at, at + size), at % features)
+                    GroupSlice(at // features, slice(at, at + size), at % features)
                     for at in range(start, start + LANES, size)
                 ],
             )
@@ -128,10 +130,25 @@ class Plan:
         ]
 
     @property
-    def closed_bands(self) -> list[list[Band]]:
-        """Bands in lists that hold whole groups."""
-        size = max(1, self.blocks.features // LANES)
-        return [self.bands[at : at + size] for at in range(0, len(self.bands), size)]
+    def whole_group_blocks(self) -> list[list[ChannelBlock]]:
+        """Channel blocks in lists that hold whole groups."""
+        blocks, size = self.channel_blocks, max(1, self.blocks.features // LANES)
+        return [blocks[at : at + size] for at in range(0, len(blocks), size)]
+
+    @property
+    def transposed_tile(self) -> Any:
+        """VMEM for a tile with tokens along lanes."""
+        return pltpu.VMEM((self.blocks.channels, self.blocks.tokens), jnp.float32)
+
+    @property
+    def per_channel(self) -> Any:
+        """VMEM for 128 numbers of every channel of a tile."""
+        return pltpu.VMEM((self.blocks.channels, LANES), jnp.float32)
+
+    @property
+    def per_group(self) -> Any:
+        """VMEM for a number of every token and group of a tile."""
+        return pltpu.VMEM((self.group_rows, self.blocks.tokens), jnp.float32)
 
     def for_lanes(self, body: Callable[[Any], None]) -> None:
         """Runs `body` on every 128 tokens of a tile."""
@@ -140,179 +157,63 @@ class Plan:
             body(pl.ds(pl.multiple_of(i * LANES, LANES), LANES))
 
         count = self.blocks.tokens // LANES
-        # A transpose hands out its first rows when it has taken in the last, so several overlap.
-        unroll = 1 if self.interpret else math.gcd(count, _OVERLAPPING)
+        # A transpose yields its first rows only after its last input, so several steps overlap.
+        unroll = 1 if self.interpret else math.gcd(count, _OVERLAPPING_STEPS)
         lax.fori_loop(0, count, step, None, unroll=unroll)
 
     def add_lanes(self, values: Float[Array, "R T"]) -> Float[Array, "R 128"]:
-        """Sums over 128 tokens of a tile each."""
+        """Sums of the tokens in every 128th lane of a tile."""
         starts = range(0, self.blocks.tokens, LANES)
         return functools.reduce(jnp.add, [values[:, at : at + LANES] for at in starts])
 
-    def where_valid(self, places: Any, lanes: Any, values: Array) -> Array:
-        """Zero at padding."""
-        if not self.has_gaps:
-            return values
-        flags = jnp.broadcast_to(places[FLAGS : FLAGS + 1, lanes], values.shape)
-        return jnp.where((flags & VALID) != 0, values, 0)
-
-    def without_padding(self, values: Array, part: Part) -> Array:
-        """Zero in place of the channels that fill up a group."""
+    def zero_channel_padding(self, values: Array, group_slice: GroupSlice) -> Array:
+        """Zero at the channels that pad a group."""
         if self.features == self.blocks.features:
             return values
-        feature = part.first_feature + lax.broadcasted_iota(jnp.int32, values.shape, 0)
+        feature = group_slice.first_feature + lax.broadcasted_iota(jnp.int32, values.shape, 0)
         return jnp.where(feature < self.features, values, 0)
 
 
-def find_places(
-    plan: Plan,
-    rows: int,
-    state_count: Int32[Array, " B"],
-    prior_count: Int32[Array, ""],
-    segment_ids: Int32[Array, "B L"] | None,
-) -> Int32[Array, "B 8 L"]:
-    """Where every token stands.
+@dataclasses.dataclass(frozen=True)
+class TileSpecs:
+    """Arrays of a call with the block of each that a grid step works on.
 
-    COUNT: tokens in the state after it. INITIAL_COUNT: tokens in the state before its document's
-    first. FIRST: index of that one. LAST: index before the next document's first token. FLAGS:
-    VALID unless it is padding, START at a document's first token, LATER in all documents but a
-    row's first, FINAL at a row's last token.
+    Attributes:
+      plan: static sizes.
+      reverse: whether tiles are visited from a row's end to its start.
     """
-    length = plan.padded_length
-    index = jnp.arange(length, dtype=jnp.int32)
-    if segment_ids is None:
-        flags = VALID * (index < plan.length) + START * (index == 0)
-        flags += FINAL * (index == plan.length - 1)
-        places = {
-            COUNT: state_count[:, None] + jnp.minimum(index + 1, plan.length),
-            INITIAL_COUNT: state_count[:, None],
-            FIRST: 0,
-            LAST: length - 1,
-            FLAGS: flags,
-        }
-    else:
-        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, length - plan.length)))
-        valid, starts = segment_ids != 0, document_starts(segment_ids)
-        tokens = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
-        later = jnp.cumsum(starts, axis=1) > 1
-        before = lax.cummax(jnp.where(starts, tokens - 1, 0), axis=1)
-        initial = jnp.where(later, prior_count, state_count[:, None])
-        ends = jnp.pad(starts[:, 1:], ((0, 0), (0, 1)), constant_values=True)
-        final = valid & (tokens == tokens[:, -1:])
-        places = {
-            COUNT: initial + tokens - before,
-            INITIAL_COUNT: initial,
-            FIRST: lax.cummax(jnp.where(starts, index, 0), axis=1),
-            LAST: lax.cummin(jnp.where(ends, index, length - 1), axis=1, reverse=True),
-            FLAGS: VALID * valid + START * starts + LATER * later + FINAL * final,
-        }
-    shape = (rows, length)
-    parts = [jnp.broadcast_to(jnp.int32(places[row]), shape) for row in range(len(places))]
-    return jnp.pad(
-        jnp.stack(parts, axis=1), ((0, 0), (0, _PLACES_ROWS - len(places)), (0, 0))
-    )  # fmt: skip
 
+    plan: TimestepNormTpuPlan
+    reverse: bool
 
-class Tile(NamedTuple):
-    """Places of a tile's tokens, repeated for every group: (rows, tokens)."""
-
-    count: Float[Array, "R T"]
-    initial_count: Float[Array, "R T"]
-    flags: Int32[Array, "R T"]
-    lane: Int32[Array, "R T"]
-    from_start: Int32[Array, "R T"]
-    to_end: Int32[Array, "R T"]
-    came_before: Array
-    goes_on: Array
-
-    @classmethod
-    def read(cls, plan: Plan, places: Any, number: Array) -> "Tile":
-        """The places of tile `number` of a row."""
-        tokens = plan.blocks.tokens
-        shape = (plan.rows, tokens)
-        row = [jnp.broadcast_to(places[i : i + 1, :], shape) for i in range(FLAGS + 1)]
-        lane = lax.broadcasted_iota(jnp.int32, shape, 1)
-        first, last = row[FIRST] - number * tokens, row[LAST] - number * tokens
-        return cls(
-            count=jnp.maximum(row[COUNT], 1).astype(jnp.float32),
-            initial_count=row[INITIAL_COUNT].astype(jnp.float32),
-            flags=row[FLAGS],
-            lane=lane,
-            from_start=lane - jnp.maximum(first, 0),
-            to_end=jnp.minimum(last, tokens - 1) - lane,
-            came_before=first < 0,
-            goes_on=last >= tokens,
-        )
-
-    def has(self, flag: int) -> Array:
-        """Where a flag is set."""
-        return (self.flags & flag) != 0
-
-    def running_sums(self, values: Array, *, reverse: bool = False) -> Array:
-        """Inclusive sums along each document inside the tile; selects, so infinities stay where
-        they are.
-        """
-        tokens = values.shape[1]
-        left = self.to_end if reverse else self.from_start
-        distance = 1
-        while distance < tokens:
-            shifted = pltpu.roll(values, tokens - distance if reverse else distance, 1)
-            values = values + jnp.where(left >= distance, shifted, 0)
-            distance *= 2
-        return values
-
-
-def repeat_lanes(column: Array, tokens: int) -> Array:
-    """(R, 128) whose lanes are equal, for more tokens."""
-    return jnp.tile(column, (1, tokens // LANES))
-
-
-def fill_lanes(values: Array, lane: int) -> Array:
-    """One lane of (R, T) in all of (R, 128)."""
-    return jnp.broadcast_to(values[:, lane : lane + 1], (values.shape[0], LANES))
-
-
-def turn_row(row: Float[Array, "1 C"]) -> Float[Array, "C 128"]:
-    """A number for every channel, in all lanes of the channel's row."""
-    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
-
-
-class Frame:
-    """Collects a kernel's operands by name and calls it on a grid of rows, channels and tiles."""
-
-    def __init__(self, plan: Plan, batch: int, *, backward: bool):
-        """Starts without operands; `backward` visits tiles from a row's end to its start."""
-        self.plan = plan
-        self.batch = batch
-        self.backward = backward
-
-    def _tile(self, t: Any) -> Any:
-        return self.plan.tiles - 1 - t if self.backward else t
+    def tile_index(self, step: Any) -> Any:
+        """The tile that a step of the last grid axis works on."""
+        return self.plan.tiles - 1 - step if self.reverse else step
 
     def sequence(self, value: Array | jax.ShapeDtypeStruct) -> Operand:
         """(B, L, D)."""
         block = (None, self.plan.blocks.tokens, self.plan.blocks.channels)
-        return value, pl.BlockSpec(block, lambda b, d, t: (b, self._tile(t), d))
+        return value, pl.BlockSpec(block, lambda b, d, t: (b, self.tile_index(t), d))
 
-    def places(self, value: Array) -> Operand:
-        """(B, 8, L) of `find_places`."""
+    def positions(self, value: Array) -> Operand:
+        """(B, 8, L) of `position_rows`."""
         block = (None, value.shape[1], self.plan.blocks.tokens)
-        return value, pl.BlockSpec(block, lambda b, d, t: (b, 0, self._tile(t)))
+        return value, pl.BlockSpec(block, lambda b, d, t: (b, 0, self.tile_index(t)))
 
     def statistics(self, value: Array | jax.ShapeDtypeStruct) -> Operand:
         """(B, S, R, L), a number for every token and group."""
-        block = (None, None, self.plan.rows, self.plan.blocks.tokens)
-        return value, pl.BlockSpec(block, lambda b, d, t: (b, d, 0, self._tile(t)))
+        block = (None, None, self.plan.group_rows, self.plan.blocks.tokens)
+        return value, pl.BlockSpec(block, lambda b, d, t: (b, d, 0, self.tile_index(t)))
 
-    def pivots(self, shape: tuple[int, ...]) -> Operand:
-        """(B, S, R, L), or (B, S, R, 128) if every row has one pivot."""
-        if self.plan.packed:
-            return self.statistics(jax.ShapeDtypeStruct(shape, jnp.float32))
-        spec = pl.BlockSpec((None, None, self.plan.rows, LANES), lambda b, d, t: (b, d, 0, 0))
-        return jax.ShapeDtypeStruct((*shape[:3], LANES), jnp.float32), spec
+    def pivots(self, value: Array | jax.ShapeDtypeStruct) -> Operand:
+        """(B, S, R, L) of packed rows, else (B, S, R, 128): one pivot a row, in all lanes."""
+        if self.plan.is_packed:
+            return self.statistics(value)
+        spec = pl.BlockSpec((None, None, self.plan.group_rows, LANES), lambda b, d, t: (b, d, 0, 0))
+        return value, spec
 
-    def moments(self, value: Array | jax.ShapeDtypeStruct) -> Operand:
-        """(B, S, N, R, 128), numbers for every row and group."""
+    def group_moments(self, value: Array | jax.ShapeDtypeStruct) -> Operand:
+        """(B, S, N, R, 128), N numbers for every row and group."""
         block = (None, None, *value.shape[2:])
         return value, pl.BlockSpec(block, lambda b, d, t: (b, d, 0, 0, 0))
 
@@ -325,38 +226,57 @@ class Frame:
         block = (None, 1, self.plan.blocks.channels)
         return value, pl.BlockSpec(block, lambda b, d, t: (b, 0, d))
 
-    def call(
-        self,
-        kernel: Callable[[Any], None],
-        refs: Callable[..., Any],
-        *,
-        inputs: Mapping[str, Operand],
-        outputs: Mapping[str, Operand],
-        scratch: Mapping[str, Any],
-        name: str,
-    ) -> dict[str, Any]:
-        """Runs `kernel(refs(**references by name))`."""
-        plan = self.plan
-        names = [*inputs, *outputs, *scratch]
-        arrays = [value for value, _ in inputs.values()]
-        shapes = [value for value, _ in outputs.values()]
-        results = pl.pallas_call(
-            lambda *references: kernel(refs(**dict(zip(names, references, strict=True)))),
-            grid=(self.batch, plan.steps, plan.tiles),
-            in_specs=[spec for _, spec in inputs.values()],
-            out_specs=[spec for _, spec in outputs.values()],
-            scratch_shapes=list(scratch.values()),
-            out_shape=shapes,
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary"),
-                vmem_limit_bytes=VMEM_LIMIT,
-            ),
-            cost_estimate=pl.CostEstimate(
-                flops=10 * sum(a.size for a in arrays),
-                bytes_accessed=sum(a.size * a.dtype.itemsize for a in [*arrays, *shapes]),
-                transcendentals=0,
-            ),
-            interpret=plan.interpret,
-            name=name,
-        )(*arrays)
-        return dict(zip(outputs, results, strict=True))
+
+def launch_over_tiles(
+    kernel: Callable[..., None],
+    plan: TimestepNormTpuPlan,
+    num_rows: int,
+    *,
+    inputs: Mapping[str, Operand],
+    outputs: Mapping[str, Operand],
+    scratch: Mapping[str, Any],
+    name: str,
+) -> dict[str, Array]:
+    """Runs `kernel(**references by name)` for every row, channel step and tile of tokens."""
+    return launch(
+        kernel,
+        name=name,
+        grid=(num_rows, plan.channel_steps, plan.tiles),
+        dimension_semantics=("parallel", "parallel", "arbitrary"),
+        inputs=inputs,
+        outputs=outputs,
+        scratch=scratch,
+        vmem_limit=DEFAULT_VMEM,
+        flops=10 * sum(value.size for value, _ in inputs.values()),
+        interpret=plan.interpret,
+    )
+
+
+def initialize_scratch(
+    tile_step: Array, *, per_channel: Sequence[tuple[Any, Any]], zeros: Sequence[Any]
+) -> None:
+    """Prepares VMEM in the first step of every row and channel step.
+
+    Args:
+      tile_step: step of the last grid axis.
+      per_channel: pairs of a (C, 128) scratch reference and the (1, C) row that its lanes repeat.
+      zeros: references that start from zero.
+    """
+
+    @pl.when(tile_step == 0)
+    def _initialize() -> None:
+        for ref, row in per_channel:
+            row = row[...]
+            ref[...] = jnp.broadcast_to(row, (LANES, row.shape[1])).T
+        for ref in zeros:
+            ref[...] = jnp.zeros_like(ref)
+
+
+def repeat_lanes(column: Float[Array, "R 128"], tokens: int) -> Float[Array, "R T"]:
+    """Numbers that are equal in all lanes, for `tokens` lanes."""
+    return jnp.tile(column, (1, tokens // LANES))
+
+
+def broadcast_lane(values: Float[Array, "R T"], lane: int) -> Float[Array, "R 128"]:
+    """One lane's numbers in 128 lanes."""
+    return jnp.broadcast_to(values[:, lane : lane + 1], (values.shape[0], LANES))

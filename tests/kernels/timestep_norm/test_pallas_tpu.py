@@ -1,5 +1,6 @@
 """TimestepNorm's TPU kernels, interpreted, against float64 and the definition."""
 
+import functools
 from typing import Any, get_args
 
 import jax
@@ -10,20 +11,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.dispatch import Implementation
 from pallas_kernels.common.target import Target, interpreted
-from pallas_kernels.timestep_norm import (
-    TimestepNormState,
-    api,
-    pallas_tpu,
-    timestep_norm,
-    tpu_block_sizes,
-)
-from pallas_kernels.timestep_norm.pallas_tpu.block_sizes import choose_blocks
+from pallas_kernels.timestep_norm import TimestepNormState, api, timestep_norm
+from pallas_kernels.timestep_norm.pallas_tpu import block_sizes, op
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Short rows then have several tiles, as long ones do."""
-    monkeypatch.setattr(tpu_block_sizes, "_MOST_TOKENS", 128)
+    """Short rows get several tiles, as long ones have."""
+    monkeypatch.setattr(block_sizes, "_MAX_TOKENS", 128)
 
 
 def relative(actual, expected):
@@ -41,53 +36,53 @@ def draw(seed, B, L, D, G, *, offset=0.0, moments=()) -> Any:
         "bias": rng.normal(size=D),
     }
     for name in moments:
-        shape = (B, G) if name == "state" else (G,)
+        shape = (B, G) if name == "initial_state" else (G,)
         inputs[name] = (rng.normal(size=shape), rng.uniform(0.5, 2, shape))
     cotangents = tuple(rng.normal(size=shape) for shape in ((B, L, D), (B, G), (B, G)))
     return jax.tree.map(lambda a: a.astype(np.float32).astype(np.float64), (inputs, cotangents))
 
 
-def differentiate(inputs, cotangents, *, call, groups, counts=None, ids=None):
-    """(y, mean, var), the last count, and gradients of every input."""
+# Calls of equal shapes share one compilation.
+@functools.partial(jax.jit, static_argnames=("normalize", "groups"))
+def _differentiate(inputs, cotangents, counts, ids, *, normalize, groups):
+    def run(inputs):
+        initial_state, prior = (
+            TimestepNormState(counts[name], *inputs[name]) if name in inputs else None
+            for name in ("initial_state", "prior")
+        )
+        y, final_state = normalize(
+            inputs["x"], inputs["scale"], inputs["bias"],
+            num_groups=groups, initial_state=initial_state, prior=prior, segment_ids=ids,
+        )  # fmt: skip
+        return (y, final_state.mean, final_state.var), final_state.count
 
-    @jax.jit
-    def run(inputs, cotangents):
-        def normalize(inputs):
-            state, prior = (
-                TimestepNormState(jnp.asarray((counts or {})[name], jnp.int32), *inputs[name])
-                if name in inputs
-                else None
-                for name in ("state", "prior")
-            )
-            y, last = call(
-                inputs["x"], inputs["scale"], inputs["bias"],
-                num_groups=groups, state=state, prior=prior, segment_ids=ids,
-            )  # fmt: skip
-            return (y, last.mean, last.var), last.count
+    out, pull_back, count = jax.vjp(run, inputs, has_aux=True)
+    return out, count, pull_back(cotangents)[0]
 
-        out, pull_back, count = jax.vjp(normalize, inputs, has_aux=True)
-        return out, count, pull_back(cotangents)[0]
 
-    return jax.tree.map(np.asarray, run(inputs, cotangents))
+def differentiate(inputs, cotangents, *, normalize, groups, counts=None, ids=None):
+    """(y, mean, var), the final count, and gradients of every input."""
+    counts = {name: jnp.asarray(count, jnp.int32) for name, count in (counts or {}).items()}
+    ids = None if ids is None else jnp.asarray(ids, jnp.int32)
+    result = _differentiate(inputs, cotangents, counts, ids, normalize=normalize, groups=groups)
+    return jax.tree.map(np.asarray, result)
+
+
+_normalize_by_kernels = functools.partial(timestep_norm, implementation="pallas_tpu")
+_normalize_by_definition = functools.partial(timestep_norm, implementation="reference")
 
 
 def by_kernels(inputs, cotangents, dtype=jnp.float32, **options):
     inputs, cotangents = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (inputs, cotangents))
     inputs["x"], dy = inputs["x"].astype(dtype), cotangents[0].astype(dtype)
-
-    def call(*vectors, **rest):
-        return timestep_norm(*vectors, **rest, implementation="pallas_tpu")
-
+    cotangents = dy, *cotangents[1:]
     with interpreted():
-        return differentiate(inputs, (dy, *cotangents[1:]), call=call, **options)
+        return differentiate(inputs, cotangents, normalize=_normalize_by_kernels, **options)
 
 
 def exactly(inputs, cotangents, **options):
-    def call(*vectors, **rest):
-        return timestep_norm(*vectors, **rest, implementation="reference")
-
     with jax.enable_x64(True):
-        return differentiate(inputs, cotangents, call=call, **options)
+        return differentiate(inputs, cotangents, normalize=_normalize_by_definition, **options)
 
 
 def assert_close(got, want, *, gradients=3e-6):
@@ -99,11 +94,11 @@ def assert_close(got, want, *, gradients=3e-6):
             assert relative(a, b) <= gradients, name
 
 
-# Several groups to a register row of channels, groups of several such rows, groups filled up.
+# Several groups in 128 channels, groups of several times 128 channels, padded groups.
 @pytest.mark.parametrize(("L", "D", "G"), [(300, 128, 2), (200, 256, 1), (129, 36, 3)])
 def test_rows(L, D, G):
-    inputs, cotangents = draw(L, 2, L, D, G, offset=2.0, moments=["state"])
-    options = {"groups": G, "counts": {"state": np.array([0, 7])}}
+    inputs, cotangents = draw(L, 2, L, D, G, offset=2.0, moments=["initial_state"])
+    options = {"groups": G, "counts": {"initial_state": np.array([0, 7])}}
     got = by_kernels(inputs, cotangents, **options)
     assert_close(got, exactly(inputs, cotangents, **options))
 
@@ -129,27 +124,31 @@ PACKED = (
 def test_packed_documents():
     L, D, G = 300, 128, 2
     ids = lay_out(PACKED, L)
-    inputs, cotangents = draw(1, 3, L, D, G, offset=2.0, moments=["state", "prior"])
-    options = {"groups": G, "ids": ids, "counts": {"state": np.array([9, 0, 4]), "prior": 3}}
+    inputs, cotangents = draw(1, 3, L, D, G, offset=2.0, moments=["initial_state", "prior"])
+    options = {
+        "groups": G,
+        "ids": ids,
+        "counts": {"initial_state": np.array([9, 0, 4]), "prior": 3},
+    }
     got = by_kernels(inputs, cotangents, **options)
     assert_close(got, exactly(inputs, cotangents, **options))
     assert not got[0][0][ids == 0].any()
-    # A row of padding alone hands its state on.
+    # A row of padding alone returns its initial state.
     for i in range(2):
-        np.testing.assert_array_equal(got[0][1 + i][2], inputs["state"][i][2])
-        np.testing.assert_array_equal(got[2]["state"][i][2], cotangents[1 + i][2])
+        np.testing.assert_array_equal(got[0][1 + i][2], inputs["initial_state"][i][2])
+        np.testing.assert_array_equal(got[2]["initial_state"][i][2], cotangents[1 + i][2])
 
-    # What padding holds does not matter.
+    # The values at padding do not matter.
     padding = (ids == 0)[..., None]
     inputs["x"] = np.where(padding, np.nan, inputs["x"])
-    loud = by_kernels(
+    with_nan = by_kernels(
         inputs, (np.where(padding, np.inf, cotangents[0]), *cotangents[1:]), **options
     )
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(loud), strict=True):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(with_nan), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_nothing_crosses_a_border():
+def test_documents_do_not_affect_each_other():
     L, D, G = 300, 128, 2
     ids = lay_out([[(1, 70), (2, 160), (3, 70)], [(1, 128), (2, 128), (3, 44)]], L)
     others = (ids != 2)[..., None]
@@ -157,10 +156,10 @@ def test_nothing_crosses_a_border():
     disturbed = {**inputs, "x": np.where(others, inputs["x"] * np.inf, inputs["x"])}
     d_others = np.where(others, cotangents[0] * np.inf, cotangents[0])
     options = {"groups": G, "ids": ids}
-    quiet = by_kernels(inputs, cotangents, **options)
-    noisy = by_kernels(disturbed, (d_others, *cotangents[1:]), **options)
-    assert not np.isfinite(noisy[2]["x"]).all()
-    for a, b in ((quiet[0][0], noisy[0][0]), (quiet[2]["x"], noisy[2]["x"])):
+    expected = by_kernels(inputs, cotangents, **options)
+    actual = by_kernels(disturbed, (d_others, *cotangents[1:]), **options)
+    assert not np.isfinite(actual[2]["x"]).all()
+    for a, b in ((actual[0][0], expected[0][0]), (actual[2]["x"], expected[2]["x"])):
         np.testing.assert_array_equal(a[ids == 2], b[ids == 2])
         assert a[ids == 2].any(axis=-1).all()
 
@@ -175,7 +174,7 @@ def test_pieces_with_state_equal_the_whole():
         for piece in (slice(0, 135), slice(135, 270)):
             x = first["x"][:, piece]
             out, state = timestep_norm(
-                x, first["scale"], first["bias"], num_groups=G, state=state,
+                x, first["scale"], first["bias"], num_groups=G, initial_state=state,
                 implementation="pallas_tpu",
             )  # fmt: skip
             y.append(out)
@@ -186,7 +185,7 @@ def test_pieces_with_state_equal_the_whole():
     assert relative(state.var, want[0][2]) <= 5e-7
 
 
-def test_numbers_far_from_zero_keep_their_digits():
+def test_rows_far_from_zero_are_accurate():
     L, D, G = 1000, 128, 2
     inputs, cotangents = draw(4, 1, L, D, G, offset=1000.0)
     ids = np.ones((1, L), np.int32)
@@ -197,7 +196,7 @@ def test_numbers_far_from_zero_keep_their_digits():
     )
 
 
-def test_bfloat16_rounds_the_result_alone():
+def test_bfloat16_rounds_only_the_result():
     L, D, G = 200, 128, 2
     inputs, cotangents = draw(5, 1, L, D, G, offset=4.0)
     inputs["x"] = np.asarray(jnp.asarray(inputs["x"], jnp.bfloat16), np.float64)
@@ -216,23 +215,24 @@ def test_bfloat16_rounds_the_result_alone():
 def test_no_races_and_nothing_uninitialized(capfd):
     L, D, G = 300, 256, 4
     ids = lay_out([[(1, 100), (2, 150), (0, 50)]], L)
-    inputs, cotangents = draw(6, 1, L, D, G, offset=2.0, moments=["state", "prior"])
+    inputs, cotangents = draw(6, 1, L, D, G, offset=2.0, moments=["initial_state", "prior"])
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 
-    def call(x, scale, bias, *, num_groups, state, prior, segment_ids):
-        return pallas_tpu.timestep_norm(
-            x, scale, bias, num_groups, 1e-5, state, prior, segment_ids, interpret=interpret
-        )
+    def normalize(x, scale, bias, *, num_groups, initial_state, prior, segment_ids):
+        return op.timestep_norm(
+            x, scale, bias, num_groups, 1e-5, initial_state, prior, segment_ids,
+            interpret=interpret,
+        )  # fmt: skip
 
-    options = {"groups": G, "ids": ids, "counts": {"state": np.array([5]), "prior": 2}}
+    options = {"groups": G, "ids": ids, "counts": {"initial_state": np.array([5]), "prior": 2}}
     single = jax.tree.map(jnp.float32, (inputs, cotangents))
-    got = differentiate(*single, call=call, **options)
+    got = differentiate(*single, normalize=normalize, **options)
     # The interpreter prints what it finds.
     assert "RACE" not in capfd.readouterr().out
     assert_close(got, exactly(inputs, cotangents, **options))
 
 
-def test_what_the_kernels_cannot_do_is_refused():
+def test_unsupported_inputs_are_refused():
     ones = jnp.ones(4)
     options: Any = {"num_groups": 2, "implementation": "pallas_tpu"}
     with pytest.raises(ValueError, match="pallas_tpu needs a TPU"):
@@ -268,15 +268,15 @@ def test_choice(target, shape, groups, dtype, choice, monkeypatch):
     assert api._choose_implementation(jax.ShapeDtypeStruct(shape, dtype), groups) == choice
 
 
-def test_the_model_can_be_configured_with_every_implementation():
-    assert get_args(Implementation) == get_args(api.Implementation)
+def test_every_implementation_can_be_named():
+    assert set(api.IMPLEMENTATIONS) == set(get_args(Implementation))
 
 
 @pytest.mark.parametrize("features", [1, 8, 24, 64, 100, 128, 300, 2048])
 @pytest.mark.parametrize("groups", [1, 2, 6, 32, 64])
 def test_blocks_cover_all_groups(features, groups, monkeypatch):
     monkeypatch.undo()
-    blocks = choose_blocks(5000, groups, features, 2)
+    blocks = block_sizes.choose_blocks(5000, groups, features, 2)
     assert blocks is not None
     assert blocks.channels % 128 == 0
     assert blocks.tokens % 128 == 0

@@ -11,26 +11,28 @@ TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6
 
 
 def compile_gradient(chip, shape, groups, dtype, *, packed):
-    """Of a call without a name, with a state, and with documents if `packed`."""
+    """Compiles both passes of the default implementation, with an initial state."""
     rows, length, channels = shape
     array = jax.ShapeDtypeStruct
     x, vector = array(shape, dtype), array((channels,), jnp.float32)
     moments = (array((rows, groups), jnp.float32),) * 2
-    state = TimestepNormState(array((rows,), jnp.int32), *moments)
+    initial_state = TimestepNormState(array((rows,), jnp.int32), *moments)
     ids = array((rows, length), jnp.int32) if packed else None
 
-    def run(x, scale, bias, state, ids, cotangent):
+    def run(x, scale, bias, initial_state, ids, cotangent):
         def normalize(x, scale, bias, mean, var):
-            start = TimestepNormState(state.count, mean, var)
-            result = timestep_norm(x, scale, bias, num_groups=groups, state=start, segment_ids=ids)
-            return result.y, *result.state[1:]
+            result = timestep_norm(
+                x, scale, bias, num_groups=groups, segment_ids=ids,
+                initial_state=TimestepNormState(initial_state.count, mean, var),
+            )  # fmt: skip
+            return result.y, *result.final_state[1:]
 
-        out, pull_back = jax.vjp(normalize, x, scale, bias, *state[1:])
+        out, pull_back = jax.vjp(normalize, x, scale, bias, *initial_state[1:])
         return out, pull_back(cotangent)
 
     cotangent = (x, *moments)
     device = tpu_device(TOPOLOGIES[chip])
-    return compile_for(device, run, x, vector, vector, state, ids, cotangent)
+    return compile_for(device, run, x, vector, vector, initial_state, ids, cotangent)
 
 
 @pytest.mark.slow
@@ -50,7 +52,7 @@ def test_compiles_where_it_is_the_default(chip, shape, groups, packed):
     ]
     assert any("timestep_norm_forward" in line for line in kernels)
     assert any("timestep_norm_backward" in line for line in kernels)
-    # The statistics of groups, and nothing of x's size.
+    # Temporary memory holds statistics of groups, no array of x's size.
     rows, length, channels = shape
     memory = compiled.memory_analysis()
     assert memory is not None
@@ -58,6 +60,6 @@ def test_compiles_where_it_is_the_default(chip, shape, groups, packed):
 
 
 @pytest.mark.slow
-def test_float32_and_wide_filled_groups_compile():
+def test_float32_and_wide_padded_groups_compile():
     compiled = compile_gradient("v5e", (2, 700, 600), 2, jnp.float32, packed=True)
     assert "timestep_norm_backward" in compiled.as_text()

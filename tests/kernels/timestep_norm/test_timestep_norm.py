@@ -23,13 +23,15 @@ def relative(actual, expected):
 
 
 @functools.partial(jax.jit, static_argnames=("num_groups", "implementation"))
-def run(x, scale, bias, state=None, prior=None, segment_ids=None, *, num_groups, implementation):
+def run(
+    x, scale, bias, initial_state=None, prior=None, segment_ids=None, *, num_groups, implementation
+):
     return timestep_norm(
         x,
         scale,
         bias,
         num_groups=num_groups,
-        state=state,
+        initial_state=initial_state,
         prior=prior,
         segment_ids=segment_ids,
         implementation=implementation,
@@ -40,16 +42,16 @@ def run(x, scale, bias, state=None, prior=None, segment_ids=None, *, num_groups,
 def differentiate(
     arrays, counts, cotangents, segment_ids=None, *, num_groups, implementation="xla"
 ):
-    """The result, and gradients by x, scale, bias, state and prior (mean, var), where given."""
+    """The result, and gradients of all arrays; of states those of mean and var."""
 
     def loss(arrays):
-        state, prior = (
+        initial_state, prior = (
             TimestepNormState(counts[name], *arrays[name]) if name in arrays else None
-            for name in ("state", "prior")
+            for name in ("initial_state", "prior")
         )
-        vectors = (arrays["scale"], arrays["bias"], state, prior, segment_ids)
+        vectors = (arrays["scale"], arrays["bias"], initial_state, prior, segment_ids)
         result = run(arrays["x"], *vectors, num_groups=num_groups, implementation=implementation)
-        outputs = (result.y, result.state.mean, result.state.var)
+        outputs = (result.y, result.final_state.mean, result.final_state.var)
         return sum((a * c).sum() for a, c in zip(outputs, cotangents)), result
 
     (_, result), gradients = jax.value_and_grad(loss, has_aux=True)(arrays)
@@ -96,27 +98,27 @@ def test_matches_released_code(case, implementation):
     arrays = {"x": load["x"], "scale": 1 + load["weight"], "bias": load["bias"]}
     counts, segment_ids = {}, None
     if "prev_mean" in load:
-        arrays["state"] = (load["prev_mean"], load["prev_var"])
-        counts["state"] = jnp.asarray(load["prev_count"], jnp.int32)
+        arrays["initial_state"] = (load["prev_mean"], load["prev_var"])
+        counts["initial_state"] = jnp.asarray(load["prev_count"], jnp.int32)
     if "padding_mask" in load:
         segment_ids = jnp.asarray(~load["padding_mask"], jnp.int32)
     cotangents = (load["cot_y"], load["cot_mean"], load["cot_var"])
-    (y, after), grads = differentiate(
+    (y, final_state), grads = differentiate(
         arrays, counts, cotangents, segment_ids, num_groups=load["mean"].shape[1],
         implementation=implementation,
     )  # fmt: skip
 
     assert relative(y, load["y"]) <= 1e-6
-    assert relative(after.mean, load["mean"]) <= 1e-6
-    assert relative(after.var, load["var"]) <= 1e-6
-    np.testing.assert_array_equal(after.count, load["count"])
-    assert after.count.dtype == jnp.int32
+    assert relative(final_state.mean, load["mean"]) <= 1e-6
+    assert relative(final_state.var, load["var"]) <= 1e-6
+    np.testing.assert_array_equal(final_state.count, load["count"])
+    assert final_state.count.dtype == jnp.int32
     assert relative(grads["x"], load["grad_x"]) <= 5e-6
     assert relative(grads["scale"], load["grad_weight"]) <= 5e-6
     assert relative(grads["bias"], load["grad_bias"]) <= 5e-6
-    if "state" in arrays:
-        assert relative(grads["state"][0], load["grad_prev_mean"]) <= 5e-6
-        assert relative(grads["state"][1], load["grad_prev_var"]) <= 5e-6
+    if "initial_state" in arrays:
+        assert relative(grads["initial_state"][0], load["grad_prev_mean"]) <= 5e-6
+        assert relative(grads["initial_state"][1], load["grad_prev_var"]) <= 5e-6
 
 
 @both
@@ -129,7 +131,7 @@ def test_matches_moments_of_all_numbers(L, D, G, implementation, normalize_docum
     moments = single(tuple(np.tile(f((0, 2)), (2, 1)) for f in (seen.mean, seen.var)))
     state = TimestepNormState(jnp.full((2,), 5, jnp.int32), *moments)
     for given, prefix in ((None, before[:0]), (state, before)):
-        y, after = run(
+        y, final_state = run(
             *single([arrays[n] for n in ("x", "scale", "bias")]), given, num_groups=G,
             implementation=implementation,
         )  # fmt: skip
@@ -137,24 +139,24 @@ def test_matches_moments_of_all_numbers(L, D, G, implementation, normalize_docum
             expected, mean, var = normalize_document(arrays["x"][row], G, 1e-5, prefix)
             expected = expected * arrays["scale"] + arrays["bias"]
             np.testing.assert_allclose(y[row], expected, rtol=0, atol=2e-5)
-            np.testing.assert_allclose(after.mean[row], mean, rtol=2e-6)
-            np.testing.assert_allclose(after.var[row], var, rtol=2e-6)
-        np.testing.assert_array_equal(after.count, len(prefix) + L)
+            np.testing.assert_allclose(final_state.mean[row], mean, rtol=2e-6)
+            np.testing.assert_allclose(final_state.var[row], var, rtol=2e-6)
+        np.testing.assert_array_equal(final_state.count, len(prefix) + L)
 
 
 def lay_out(lengths_by_row, L):
     """Segment ids of rows of documents; 0 stands for one padding token between documents."""
     ids = np.zeros((len(lengths_by_row), L), np.int32)
-    places = []
+    spans = []
     for row, lengths in enumerate(lengths_by_row):
         at, document = 0, 0
         for length in lengths:
             if length:
                 document += 1
                 ids[row, at : at + length] = document
-                places.append((row, slice(at, at + length)))
+                spans.append((row, slice(at, at + length)))
             at += max(length, 1)
-    return ids, places
+    return ids, spans
 
 
 ROWS = ([17, 1, 1, 20], [0, 0, 17, 0, 1, 20], [38])
@@ -165,31 +167,31 @@ ROWS = ([17, 1, 1, 20], [0, 0, 17, 0, 1, 20], [38])
 def test_packed_documents_equal_documents_alone(with_prior, implementation):
     L, D, G = 43, 12, 6
     arrays, cotangents = draw(3, len(ROWS), L, D, G)
-    ids, places = lay_out(ROWS, L)
+    ids, spans = lay_out(ROWS, L)
     counts = {}
     if with_prior == "prior":
         arrays["prior"] = draw_moments(4, G)
         counts["prior"] = jnp.asarray(3, jnp.int32)
     arrays, cotangents = single(arrays), single(cotangents)
     options = {"num_groups": G, "implementation": implementation}
-    (y, after), grads = differentiate(arrays, counts, cotangents, jnp.asarray(ids), **options)
+    (y, final_state), grads = differentiate(arrays, counts, cotangents, jnp.asarray(ids), **options)
 
     assert not np.asarray(y)[ids == 0].any()
     assert not np.asarray(grads["x"])[ids == 0].any()
     total = jax.tree.map(jnp.zeros_like, {n: g for n, g in grads.items() if n != "x"})
-    for number, (row, place) in enumerate(places):
-        is_last = number + 1 == len(places) or places[number + 1][0] != row
-        alone = {**arrays, "x": arrays["x"][row : row + 1, place]}
+    for number, (row, span) in enumerate(spans):
+        is_last = number + 1 == len(spans) or spans[number + 1][0] != row
+        single_document = {**arrays, "x": arrays["x"][row : row + 1, span]}
         # A row's final state is its last document's, and so is that state's cotangent.
         of_state = [c[row : row + 1] * is_last for c in cotangents[1:]]
-        (y_alone, after_alone), g = differentiate(
-            alone, counts, (cotangents[0][row : row + 1, place], *of_state), **options
+        (expected_y, expected_state), g = differentiate(
+            single_document, counts, (cotangents[0][row : row + 1, span], *of_state), **options
         )
-        np.testing.assert_allclose(y[row, place], y_alone[0], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(y[row, span], expected_y[0], rtol=0, atol=1e-5)
         if is_last:
-            for packed, by_itself in zip(after, after_alone):
-                np.testing.assert_allclose(packed[row], by_itself[0], rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(grads["x"][row, place], g.pop("x")[0], rtol=0, atol=2e-5)
+            for a, b in zip(final_state, expected_state):
+                np.testing.assert_allclose(a[row], b[0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(grads["x"][row, span], g.pop("x")[0], rtol=0, atol=2e-5)
         total = jax.tree.map(jnp.add, total, g)
     for name, summed in total.items():
         for a, b in zip(jax.tree.leaves(grads[name]), jax.tree.leaves(summed)):
@@ -197,28 +199,26 @@ def test_packed_documents_equal_documents_alone(with_prior, implementation):
 
 
 @both
-def test_nothing_crosses_a_border(implementation):
+def test_documents_do_not_affect_each_other(implementation):
     L, D, G = 43, 12, 6
     arrays, cotangents = single(draw(5, 2, L, D, G))
-    ids, places = lay_out(([20, 0, 22], [13, 30]), L)
+    ids, spans = lay_out(([20, 0, 22], [13, 30]), L)
     options = {"num_groups": G, "implementation": implementation}
 
     def second_documents(x, cot_y):
-        (y, after), grads = differentiate(
+        (y, final_state), grads = differentiate(
             {**arrays, "x": x}, {}, (cot_y, *cotangents[1:]), ids, **options
         )
         dx = grads["x"]
         return [
-            np.asarray(a) for row, place in places[1::2] for a in (y[row, place], dx[row, place])
-        ] + list(map(np.asarray, after))
+            np.asarray(a) for row, span in spans[1::2] for a in (y[row, span], dx[row, span])
+        ] + list(map(np.asarray, final_state))
 
     x, cot_y = arrays["x"], cotangents[0]
     first = (ids <= 1)[..., None]
-    plain = second_documents(x, cot_y)
-    disturbed = second_documents(
-        jnp.where(first, x * 1e30, x), jnp.where(first, cot_y * 1e30, cot_y)
-    )
-    for a, b in zip(plain, disturbed, strict=True):
+    expected = second_documents(x, cot_y)
+    actual = second_documents(jnp.where(first, x * 1e30, x), jnp.where(first, cot_y * 1e30, cot_y))
+    for a, b in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -226,8 +226,11 @@ def test_nothing_crosses_a_border(implementation):
 def test_gradients_match_float64(implementation):
     L, D, G = 63, 12, 6
     arrays, cotangents = draw(6, len(ROWS), L, D, G, offset=2.0)
-    arrays["state"], arrays["prior"] = draw_moments(7, len(ROWS), G), draw_moments(8, G)
-    counts = {"state": jnp.asarray([4, 0, 900], jnp.int32), "prior": jnp.asarray(2, jnp.int32)}
+    arrays["initial_state"], arrays["prior"] = draw_moments(7, len(ROWS), G), draw_moments(8, G)
+    counts = {
+        "initial_state": jnp.asarray([4, 0, 900], jnp.int32),
+        "prior": jnp.asarray(2, jnp.int32),
+    }
     ids, _ = lay_out(ROWS, L)
     for segment_ids in (None, jnp.asarray(ids)):
         exact = exact_gradients(arrays, counts, cotangents, segment_ids, num_groups=G)
@@ -239,7 +242,7 @@ def test_gradients_match_float64(implementation):
             for a, b in zip(jax.tree.leaves(found[name]), jax.tree.leaves(value)):
                 if np.any(b):
                     assert relative(a, b) <= 5e-6, name
-                else:  # Without segments nothing starts from the prior.
+                else:  # Without segment ids no document starts from the prior.
                     assert not np.any(a), name
 
 
@@ -252,22 +255,22 @@ def test_pieces_with_state_equal_the_whole(implementation):
     sizes = [20, 1, 20, 20]
     options = {"num_groups": G, "implementation": implementation}
     vectors = (arrays["scale"], arrays["bias"])
-    places = np.split(np.arange(L), np.cumsum(sizes)[:-1])
+    spans = np.split(np.arange(L), np.cumsum(sizes)[:-1])
 
     def by_piece(x):
-        # Ids begin at 1 in every piece; a border on a piece's edge makes a fresh state.
+        # A piece whose first document is new starts from the prior.
         state, ys = None, []
-        for place in places:
-            piece = np.asarray(ids[:, place])
+        for span in spans:
+            piece = np.asarray(ids[:, span])
             if state is not None:
-                before = ids[:, : place[0]].max(1)
-                fresh = (piece[:, 0] > before)[:, None]
+                before = ids[:, : span[0]].max(1)
+                is_new = (piece[:, 0] > before)[:, None]
                 state = TimestepNormState(
-                    jnp.where(fresh[:, 0], prior.count, state.count),
-                    jnp.where(fresh, prior.mean, state.mean),
-                    jnp.where(fresh, prior.var, state.var),
+                    jnp.where(is_new[:, 0], prior.count, state.count),
+                    jnp.where(is_new, prior.mean, state.mean),
+                    jnp.where(is_new, prior.var, state.var),
                 )
-            y, state = run(x[:, place], *vectors, state, prior, piece, **options)
+            y, state = run(x[:, span], *vectors, state, prior, piece, **options)
             ys.append(y)
         return jnp.concatenate(ys, axis=1), state
 
@@ -296,36 +299,40 @@ def test_pieces_with_state_equal_the_whole(implementation):
 def test_padding_inside_a_document_changes_nothing(implementation):
     L, D, G = 40, 12, 3
     arrays, _ = single(draw(11, 1, L, D, G))
-    kept = np.random.default_rng(0).random(L) > 0.4
+    is_token = np.random.default_rng(0).random(L) > 0.4
     options = {"num_groups": G, "implementation": implementation}
     vectors = (arrays["scale"], arrays["bias"])
-    ids = kept[None].astype(np.int32)
-    y, after = run(arrays["x"], *vectors, None, None, ids, **options)
-    y_kept, after_kept = run(arrays["x"][:, kept], *vectors, **options)
-    np.testing.assert_allclose(y[:, kept], y_kept, rtol=0, atol=1e-5)
-    assert not np.asarray(y)[:, ~kept].any()
-    for a, b in zip(after, after_kept):
+    ids = is_token[None].astype(np.int32)
+    y, final_state = run(arrays["x"], *vectors, None, None, ids, **options)
+    expected_y, expected_state = run(arrays["x"][:, is_token], *vectors, **options)
+    np.testing.assert_allclose(y[:, is_token], expected_y, rtol=0, atol=1e-5)
+    assert not np.asarray(y)[:, ~is_token].any()
+    for a, b in zip(final_state, expected_state):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @both
-def test_row_of_padding_returns_its_state(implementation):
+def test_row_of_padding_returns_its_initial_state(implementation):
     L, D, G = 7, 12, 3
     arrays, cotangents = single(draw(12, 2, L, D, G))
     moments = single(draw_moments(13, 2, G))
-    state = TimestepNormState(jnp.asarray([3, 5], jnp.int32), *moments)
+    initial_state = TimestepNormState(jnp.asarray([3, 5], jnp.int32), *moments)
     ids = np.stack([np.zeros(L, np.int32), np.ones(L, np.int32)])
     options = {"num_groups": G, "implementation": implementation}
-    (y, after), grads = differentiate(
-        {**arrays, "state": moments}, {"state": state.count}, cotangents, ids, **options
+    (y, final_state), grads = differentiate(
+        {**arrays, "initial_state": moments},
+        {"initial_state": initial_state.count},
+        cotangents,
+        ids,
+        **options,
     )
     assert not np.asarray(y[0]).any()
-    for a, b in zip(after, state):
+    for a, b in zip(final_state, initial_state):
         np.testing.assert_array_equal(a[0], b[0])
         assert (a[1] != b[1]).all()
     assert not np.asarray(grads["x"][0]).any()
-    np.testing.assert_array_equal(grads["state"][0][0], cotangents[1][0])
-    np.testing.assert_array_equal(grads["state"][1][0], cotangents[2][0])
+    np.testing.assert_array_equal(grads["initial_state"][0][0], cotangents[1][0])
+    np.testing.assert_array_equal(grads["initial_state"][1][0], cotangents[2][0])
 
 
 def running_moments_float64(x, G):
@@ -342,7 +349,7 @@ def running_moments_float64(x, G):
 
 @pytest.mark.parametrize("kind", ["offset", "drift", "outlier first"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_long_rows_far_from_zero_keep_their_digits(kind, packed):
+def test_long_rows_far_from_zero_are_accurate(kind, packed):
     L, D, G = 131_072, 8, 2
     x = np.random.default_rng(14).normal(size=(1, L, D))
     x += {"offset": 1000.0, "drift": np.linspace(0, 300, L)[:, None], "outlier first": 0.0}[kind]
@@ -359,7 +366,7 @@ def test_long_rows_far_from_zero_keep_their_digits(kind, packed):
     np.testing.assert_allclose(state.var[0], var[-1], rtol=2e-6)
 
 
-def test_gradient_far_from_zero_keeps_its_digits():
+def test_gradient_far_from_zero_is_accurate():
     L, D, G = 2048, 8, 2
     arrays, cotangents = draw(15, 1, L, D, G, offset=1000.0)
     arrays["x"] = arrays["x"].astype(np.float32).astype(np.float64)
@@ -376,21 +383,21 @@ def test_bfloat16_input_has_float32_moments(implementation):
     arrays, cotangents = single(draw(16, 2, L, D, G, offset=4.0))
     x = arrays["x"].astype(jnp.bfloat16)
     options = {"num_groups": G, "implementation": implementation}
-    (y, after), grads = differentiate({**arrays, "x": x}, {}, cotangents, **options)
-    (wide, after_wide), exact = differentiate(
+    (y, final_state), grads = differentiate({**arrays, "x": x}, {}, cotangents, **options)
+    (wide, wide_state), exact = differentiate(
         {**arrays, "x": x.astype(jnp.float32)}, {}, cotangents, **options
     )
     assert y.dtype == jnp.bfloat16
-    assert after.mean.dtype == after.var.dtype == jnp.float32
-    # The only rounding is that of y.
+    assert final_state.mean.dtype == final_state.var.dtype == jnp.float32
+    # Only y is rounded.
     np.testing.assert_array_equal(y, wide.astype(jnp.bfloat16))
-    np.testing.assert_array_equal(after.var, after_wide.var)
+    np.testing.assert_array_equal(final_state.var, wide_state.var)
     assert grads["x"].dtype == jnp.bfloat16
     assert grads["scale"].dtype == jnp.float32
     assert relative(grads["x"], exact["x"]) <= 4e-3
 
 
-def test_backward_pass_keeps_x_and_group_statistics_only():
+def test_backward_pass_saves_x_and_group_statistics_only():
     B, L, D, G = 1, 16, 64, 2
     x = jnp.ones((B, L, D), jnp.bfloat16)
     ones = jnp.ones((D,))
@@ -401,8 +408,8 @@ def test_backward_pass_keeps_x_and_group_statistics_only():
             1
         ]
 
-    kept = jax.tree.leaves(jax.eval_shape(backward, x))
-    large = [r for r in kept if r.size >= B * L * D]
+    residuals = jax.tree.leaves(jax.eval_shape(backward, x))
+    large = [r for r in residuals if r.size >= B * L * D]
     assert [r.dtype for r in large] == [jnp.bfloat16]
 
 
@@ -415,5 +422,5 @@ def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match=r"segment_ids has shape \(2, 4\)"):
         timestep_norm(x, ones, ones, num_groups=2, segment_ids=jnp.ones((2, 4), jnp.int32))
     state = TimestepNormState(jnp.zeros((), jnp.int32), jnp.zeros((2,)), jnp.zeros((2,)))
-    with pytest.raises(ValueError, match="state has shapes"):
-        timestep_norm(x, ones, ones, num_groups=2, state=state)
+    with pytest.raises(ValueError, match="initial_state has shapes"):
+        timestep_norm(x, ones, ones, num_groups=2, initial_state=state)
