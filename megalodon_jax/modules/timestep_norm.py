@@ -19,7 +19,7 @@ from pallas_kernels.common.dispatch import Implementation
 from pallas_kernels.timestep_norm import (
     TimestepNormOutput,
     TimestepNormState,
-    before_rows,
+    broadcast_to_rows,
     timestep_norm,
 )
 
@@ -141,7 +141,7 @@ class TimestepNorm(nnx.Module):
             # Two arrays: a cache whose leaves share memory cannot be donated.
             mean, var = (jnp.zeros((batch_size, self.num_groups), jnp.float32) for _ in range(2))
             return TimestepNormState(jnp.zeros(batch_size, jnp.int32), mean, var)
-        return before_rows(prior, batch_size)
+        return broadcast_to_rows(prior, batch_size)
 
     def _prior(self) -> TimestepNormState | None:
         if self.prior_mean is None or self.prior_logv is None:
