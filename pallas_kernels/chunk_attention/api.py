@@ -55,8 +55,8 @@ def chunk_attention(
       k: keys after RoPE.
       v: values.
       chunk_size: tokens C in a chunk, at least 1.
-      positions: each token's position in its document, consecutive inside a document. None means
-        0..L-1 in every row, which needs no mask per token: without segments and cache only.
+      positions: each token's position in its document, consecutive inside a document. None: 0..L-1
+        in every row, which needs no mask per token; only without segment_ids and cache.
       segment_ids: documents of a row numbered 1, 2, ...; a document's tokens are contiguous. 0 is
         padding: its output is 0, and its k and v are ignored. None: one document, no padding. With
         a cache, padding comes only after a row's tokens.
@@ -67,12 +67,10 @@ def chunk_attention(
         "mosaic_gpu" (kernels for NVIDIA Hopper; bfloat16, no dropout, the default there from 512
         tokens on), "pallas_tpu" (kernels for TPU; no dropout), or None for the fastest known here.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which the sequence is sharded
-        (context parallelism); without positions every device must hold whole chunks. None: every
-        device has whole rows.
+        (context parallelism); without positions every shard must hold whole chunks.
 
     Returns:
-      The outputs, and the next cache if there is a cache. A row of padding alone returns its cache
-      unchanged.
+      The outputs, and the next cache if there is one. A row of padding keeps its cache.
 
     Raises:
       ValueError: shapes or dtypes do not fit together, positions are missing, the implementation

@@ -80,8 +80,12 @@ def can_run(
 
 
 def _head_sizes(q: Array, v: Array) -> HeadSizes:
-    widths = (round_up(x.shape[3], LANES) for x in (q, v))
-    return HeadSizes(*widths, q.dtype.itemsize, v.dtype.itemsize)
+    return HeadSizes(
+        key_width=round_up(q.shape[3], LANES),
+        value_width=round_up(v.shape[3], LANES),
+        key_bytes=q.dtype.itemsize,
+        value_bytes=v.dtype.itemsize,
+    )
 
 
 def _make_plan(
