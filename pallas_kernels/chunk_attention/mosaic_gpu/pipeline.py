@@ -13,7 +13,7 @@ from pallas_kernels.common.devices import HOPPER
 
 NUM_WARPGROUPS = 3
 _CONSUMERS = 2
-# Registers of a thread; together less than a multiprocessor has.
+# Registers of a thread: two consumer warpgroups and the producer use 64,512 of HOPPER.registers.
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 232, 40
 # Rows of a tile that one consumer warpgroup multiplies, and the layout of one number for each.
 WARPGROUP_ROWS = 64

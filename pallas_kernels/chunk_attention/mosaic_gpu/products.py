@@ -41,9 +41,12 @@ STORE_WIDTH = 64
 KEY_TILES = 2
 
 
-def _work_item(turn: Any, num_blocks: int) -> Any:
-    """The work item of a block at a turn; the shift keeps blocks from always meeting equal ones."""
-    return turn * num_blocks + lax.rem(lax.axis_index("block") + 37 * turn, num_blocks)
+def _work_item(iteration: Any, num_blocks: int) -> Any:
+    """The block's work item of an iteration.
+
+    The shift by 37 spreads work items of unequal size over the blocks.
+    """
+    return iteration * num_blocks + lax.rem(lax.axis_index("block") + 37 * iteration, num_blocks)
 
 
 def _store(value: Any, smem: Any, gmem: Any, max_pending: int) -> None:
@@ -82,7 +85,7 @@ class ProductScratch(NamedTuple):
 
 
 class _ProductItem(NamedTuple):
-    """An output tile, the first tile that it sums over, and the steps of the sum."""
+    """One output tile: where it is, the first tile that it sums over, and the steps of the sum."""
 
     row: Any
     head: Any
@@ -116,16 +119,16 @@ class _ProductKernelCall(NamedTuple):
         return geometry.num_rows, geometry.heads, pairs.num_chunks, pairs.pairs_per_chunk, columns
 
     @property
-    def num_turns(self) -> int:
-        """A work item is a pair of tiles: two turns."""
+    def num_iterations(self) -> int:
+        """Iterations of a block's loop: two for every work item, which is a pair of tiles."""
         return 2 * -(-math.prod(self.sizes) // self.num_blocks)
 
-    def locate(self, turn: Any) -> _ProductItem:
+    def locate(self, iteration: Any) -> _ProductItem:
         band, geometry = self.operands.band, self.geometry
         num_items = math.prod(self.sizes)
-        item = _work_item(lax.div(turn, 2), self.num_blocks)
+        item = _work_item(lax.div(iteration, 2), self.num_blocks)
         row, head, chunk, pair, column = unravel(jnp.minimum(item, num_items - 1), self.sizes)
-        tile, is_valid = self.pairs.tile(chunk, pair, lax.rem(turn, 2) == 1)
+        tile, is_valid = self.pairs.tile(chunk, pair, lax.rem(iteration, 2) == 1)
         is_valid = is_valid & (item < num_items)
         if self.is_transposed:
             first = jnp.maximum(tile - geometry.key_tile_offset, 0)
@@ -140,15 +143,17 @@ class _ProductKernelCall(NamedTuple):
     def produce(self):
         repaired, pipeline = self.operands.repaired, self.scratch.pipeline
 
-        def produce_tile(turn, done):
-            item = self.locate(turn)
+        def produce_tile(iteration, steps_done):
+            item = self.locate(iteration)
             is_repaired = None
             if repaired is not None:
                 is_repaired = repaired[1][item.row, item.head, item.tile] != 0
-            pipeline.produce(done, item.num_steps, partial(self._copy_step, item, is_repaired))
-            return done + item.num_steps
+            pipeline.produce(
+                steps_done, item.num_steps, partial(self._copy_step, item, is_repaired)
+            )
+            return steps_done + item.num_steps
 
-        pipeline.producer_tail(lax.fori_loop(0, self.num_turns, produce_tile, 0))
+        pipeline.producer_tail(lax.fori_loop(0, self.num_iterations, produce_tile, 0))
 
     def _copy_step(self, item, is_repaired, step, stage, barrier):
         _, weights, repaired, x, _ = self.operands
@@ -180,17 +185,17 @@ class _ProductKernelCall(NamedTuple):
     def consume(self, warpgroup):
         rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
-        def consume_tile(turn, done):
-            item = self.locate(turn)
+        def consume_tile(iteration, steps_done):
+            item = self.locate(iteration)
             tokens = pl.ds(item.tile * TILE + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-            write = partial(self._write_tile, item, warpgroup, rows, tokens, done)
+            write = partial(self._write_tile, item, warpgroup, rows, tokens, steps_done)
             pl.when(item.is_valid)(write)
-            return done + item.num_steps
+            return steps_done + item.num_steps
 
-        lax.fori_loop(0, self.num_turns, consume_tile, 0)
+        lax.fori_loop(0, self.num_iterations, consume_tile, 0)
         plgpu.wait_smem_to_gmem(0)
 
-    def _write_tile(self, item, warpgroup, rows, tokens, done):
+    def _write_tile(self, item, warpgroup, rows, tokens, steps_done):
         weights_smem, x_smem, out_smem, pipeline = self.scratch
         scale = self.operands.scale
         row_scale = None
@@ -205,7 +210,7 @@ class _ProductKernelCall(NamedTuple):
                     a = weights_smem.at[stage, rows]
                 plgpu.wgmma(acc, a, x_smem.at[stage])
 
-            pipeline.consume(done, item.num_steps, multiply)
+            pipeline.consume(steps_done, item.num_steps, multiply)
             return acc[...]
 
         acc_type = Accumulator((WARPGROUP_ROWS, self.width), jnp.float32)
@@ -296,29 +301,29 @@ class _GradientKernelCall(NamedTuple):
         return self.operands.v.shape[3] // DEPTH
 
     @property
-    def num_turns(self) -> int:
+    def num_iterations(self) -> int:
         return -(-count_gradient_items(self.geometry) // self.num_blocks)
 
-    def locate(self, turn: Any) -> tuple[BandTile, Any]:
-        """A turn's first tile, and its number of key tiles: 0, 1 or 2."""
-        item = _work_item(turn, self.num_blocks)
+    def locate(self, iteration: Any) -> tuple[BandTile, Any]:
+        """An iteration's first tile, and its number of key tiles: 0, 1 or 2."""
+        item = _work_item(iteration, self.num_blocks)
         tile, is_double, is_valid = _locate_gradient(self.operands.band, self.geometry, item)
         return tile, jnp.where(is_valid & is_double, KEY_TILES, is_valid.astype(jnp.int32))
 
     def produce(self):
         pipeline = self.scratch.pipeline
 
-        def produce_item(turn, done):
-            tile, key_tiles = self.locate(turn)
+        def produce_item(iteration, steps_done):
+            tile, key_tiles = self.locate(iteration)
             first = first_key_tile(self.operands.band, self.geometry, tile.row, tile.query_tile)
             first_key = (first + tile.column) * TILE
             steps = jnp.where(key_tiles > 0, self.depth_steps, 0)
             copy_step = partial(self._copy_step, tile, first_key, key_tiles)
-            pipeline.produce(done, steps, copy_step)
-            pipeline.produce(done + steps, key_tiles, partial(self._copy_weights, tile))
-            return done + steps + key_tiles
+            pipeline.produce(steps_done, steps, copy_step)
+            pipeline.produce(steps_done + steps, key_tiles, partial(self._copy_weights, tile))
+            return steps_done + steps + key_tiles
 
-        pipeline.producer_tail(lax.fori_loop(0, self.num_turns, produce_item, 0))
+        pipeline.producer_tail(lax.fori_loop(0, self.num_iterations, produce_item, 0))
 
     def _copy_step(self, tile, first_key, key_tiles, step, stage, barrier):
         _, _, do, v, _ = self.operands
@@ -349,17 +354,17 @@ class _GradientKernelCall(NamedTuple):
     def consume(self, warpgroup):
         rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
-        def consume_item(turn, done):
-            tile, key_tiles = self.locate(turn)
+        def consume_item(iteration, steps_done):
+            tile, key_tiles = self.locate(iteration)
             for count in (KEY_TILES, 1):
-                write = partial(self._write_tiles, tile, count, warpgroup, rows, done)
+                write = partial(self._write_tiles, tile, count, warpgroup, rows, steps_done)
                 pl.when(key_tiles == count)(write)
-            return done + jnp.where(key_tiles > 0, self.depth_steps, 0) + key_tiles
+            return steps_done + jnp.where(key_tiles > 0, self.depth_steps, 0) + key_tiles
 
-        lax.fori_loop(0, self.num_turns, consume_item, 0)
+        lax.fori_loop(0, self.num_iterations, consume_item, 0)
         plgpu.wait_smem_to_gmem(0)
 
-    def _write_tiles(self, tile, key_tiles, warpgroup, rows, done):
+    def _write_tiles(self, tile, key_tiles, warpgroup, rows, steps_done):
         """Score gradients of a warpgroup's queries and `key_tiles` key tiles."""
         do_smem, v_smem, _, pipeline = self.scratch
         tokens = pl.ds(tile.query_tile * TILE + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
@@ -370,14 +375,14 @@ class _GradientKernelCall(NamedTuple):
                 values = v_smem.at[stage, pl.ds(0, key_tiles * TILE)].transpose((1, 0))
                 plgpu.wgmma(acc, do_smem.at[stage, rows], values)
 
-            pipeline.consume(done, self.depth_steps, multiply)
+            pipeline.consume(steps_done, self.depth_steps, multiply)
             return acc[...]
 
         acc_type = Accumulator((WARPGROUP_ROWS, key_tiles * TILE), jnp.float32)
         gradient = pl.run_scoped(accumulate, acc_type)
         gradient = gradient - lax.broadcast_in_dim(delta, gradient.shape, [0])
         for i in range(key_tiles):
-            stage = lax.rem(done + self.depth_steps + i, pipeline.num_stages)
+            stage = lax.rem(steps_done + self.depth_steps + i, pipeline.num_stages)
             plgpu.barrier_wait(pipeline.full_barrier.at[stage])
             for half in range(TILE // STORE_WIDTH):
                 start = i * TILE + half * STORE_WIDTH

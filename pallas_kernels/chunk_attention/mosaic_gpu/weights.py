@@ -135,7 +135,10 @@ class _WeightsKernelCall(NamedTuple):
     end: Any
 
     def for_each_tile(self, visit: Any) -> Any:
-        """Runs `visit(step, tile, is_new, is_first)` and counts steps; is_new: other queries."""
+        """Runs `visit(step, tile, is_new, is_first)` for the block's tiles; returns their number.
+
+        is_new: whether the tile's queries differ from the previous tile's.
+        """
         band, geometry = self.operands.band, self.geometry
         tiles = BandTiles(geometry, 1)
 

@@ -412,5 +412,9 @@ def test_errors_say_what_to_do():
         chunk_attention(*qkv, chunk_size=4, positions=positions, cache=empty_cache(2, 3))
     with pytest.raises(ValueError, match="have shapes"):
         chunk_attention(qkv[0], qkv[1][:, :4], qkv[2], chunk_size=4)
+    with pytest.raises(ValueError, match="shards the sequence over devices; pass None for cache"):
+        chunk_attention(
+            *qkv, chunk_size=4, positions=positions, cache=empty_cache(2, 4), sequence_axis="chunk"
+        )
     with pytest.raises(ValueError, match="chunk_size is 0"):
         chunk_attention(*qkv, chunk_size=0)
