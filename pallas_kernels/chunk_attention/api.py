@@ -1,12 +1,12 @@
-"""The public function of chunk attention."""
+"""The public function of chunk attention: check, choose an implementation, call it."""
 
+from collections.abc import Callable
 from typing import get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.chunk_attention import reference, xla
-from pallas_kernels.chunk_attention.context_parallel import cache_of_part
+from pallas_kernels.chunk_attention import context_parallel, reference, xla
 from pallas_kernels.chunk_attention.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.chunk_attention.pallas_tpu import op as pallas_tpu
 from pallas_kernels.chunk_attention.pallas_tpu.block_sizes import (
@@ -19,10 +19,11 @@ from pallas_kernels.chunk_attention.types import (
     DropoutMode,
     KeyValueCache,
 )
-from pallas_kernels.common.dispatch import Implementation
+from pallas_kernels.common.dispatch import Implementation, check_implementation
 from pallas_kernels.common.target import find_target
 
-_IMPLEMENTATIONS = {
+# All called as f(q, k, v, chunk_size, positions, segment_ids, cache, dropout).
+IMPLEMENTATIONS: dict[str, Callable[..., ChunkAttentionOutput]] = {
     "reference": reference.chunk_attention,
     "xla": xla.chunk_attention,
     "mosaic_gpu": mosaic_gpu.chunk_attention,
@@ -54,69 +55,48 @@ def chunk_attention(
       k: keys after RoPE.
       v: values.
       chunk_size: tokens C in a chunk, at least 1.
-      positions: each token's position in its document, consecutive inside a document. None means
-        0..L-1 in every row, which needs no mask per token: without segments and cache only.
+      positions: each token's position in its document, consecutive inside a document. None: 0..L-1
+        in every row, which needs no mask per token; only without segment_ids and cache.
       segment_ids: documents of a row numbered 1, 2, ...; a document's tokens are contiguous. 0 is
-        padding: its output is 0, and its k and v are ignored. None: one document, no padding. If
-        there is a cache, padding only comes after a row's tokens.
+        padding: its output is 0, and its k and v are ignored. None: one document, no padding. With
+        a cache, padding comes only after a row's tokens.
       cache: tokens of the current chunk before the row's first token, whose position is
-        positions[:, 0]. It counts for the row's first document only.
-      dropout: drops attention at random; None does not.
+        positions[:, 0]. Only the row's first document sees them.
+      dropout: attention dropout; None: no dropout.
       implementation: "reference" (dense, L x (C + L) scores), "xla" (blocks, any platform),
         "mosaic_gpu" (kernels for NVIDIA Hopper; bfloat16, no dropout, the default there from 512
         tokens on), "pallas_tpu" (kernels for TPU; no dropout), or None for the fastest known here.
-      sequence_axis: inside `jax.shard_map`, the mesh axis over which the sequence is split; without
-        positions every device must hold whole chunks. None: every device has whole rows.
+      sequence_axis: inside `jax.shard_map`, the mesh axis over which the sequence is sharded
+        (context parallelism); without positions every shard must hold whole chunks.
 
     Returns:
-      The outputs, and the next cache if one came in. A row of padding alone keeps its cache.
+      The outputs, and the next cache if there is one. A row of padding keeps its cache.
 
     Raises:
-      ValueError: shapes or dtypes do not fit together, positions are missing, or the implementation
-        does not exist or cannot run this here.
+      ValueError: shapes or dtypes do not fit together, positions are missing, the implementation
+        does not exist or cannot run these operands on this device.
     """
     _check_operands(q, k, v, chunk_size)
     _check_rows(q, positions, segment_ids, cache is not None)
+    check_implementation("chunk attention", implementation, IMPLEMENTATIONS)
     if sequence_axis is not None:
-        cache = _cache_of_part(k, v, chunk_size, positions, cache, sequence_axis)
+        cache = context_parallel.incoming_cache(
+            k, v, chunk_size=chunk_size, positions=positions, cache=cache, axis=sequence_axis
+        )
     if cache is not None:
         _check_cache(cache, k, v, chunk_size)
     if dropout is not None:
         _check_dropout(dropout)
-    name = _choose(q, v, chunk_size, dropout) if implementation is None else implementation
-    if name not in _IMPLEMENTATIONS:
-        raise ValueError(
-            f"chunk attention has no implementation {implementation!r}; "
-            f"use one of {', '.join(map(repr, _IMPLEMENTATIONS))} or None"
-        )
-    out = _IMPLEMENTATIONS[name](q, k, v, chunk_size, positions, segment_ids, cache, dropout)
+    name = implementation or _choose_implementation(q, v, chunk_size, dropout)
+    out = IMPLEMENTATIONS[name](q, k, v, chunk_size, positions, segment_ids, cache, dropout)
+    # A sequence shard's cache is not the row's.
     return out if sequence_axis is None else out._replace(cache=None)
 
 
-def _cache_of_part(
-    k: Array,
-    v: Array,
-    chunk_size: int,
-    positions: Array | None,
-    cache: KeyValueCache | None,
-    axis: str,
-) -> KeyValueCache | None:
-    if cache is not None:
-        raise ValueError("a sequence that is split over devices continues no cache; pass None")
-    if positions is not None:
-        return cache_of_part(k, v, chunk_size, positions, axis)
-    if k.shape[1] % chunk_size:
-        raise ValueError(
-            f"a part of the sequence has {k.shape[1]} tokens, no multiple of the chunk of "
-            f"{chunk_size}: attention stays local only in whole chunks"
-        )
-    return None
-
-
-def _choose(
+def _choose_implementation(
     q: Array, v: Array, chunk_size: int, dropout: AttentionDropout | None
 ) -> Implementation:
-    """The fastest by README.md's measurements (Hopper) and the TPU compiler's estimates."""
+    """The fastest by measurement (Hopper) and by the TPU compiler's estimates (README.md)."""
     dtypes, target = {q.dtype, v.dtype}, find_target()
     if (
         target.is_hopper
@@ -163,11 +143,11 @@ def _check_rows(
 
 
 def _check_cache(cache: KeyValueCache, k: Array, v: Array, chunk_size: int) -> None:
-    for name, held, new in (("key", cache.key, k), ("value", cache.value, v)):
+    for name, slots, new in (("key", cache.key, k), ("value", cache.value, v)):
         expected = (new.shape[0], chunk_size, *new.shape[2:])
-        if held.shape != expected or held.dtype != new.dtype:
+        if slots.shape != expected or slots.dtype != new.dtype:
             raise ValueError(
-                f"cache.{name} is {held.dtype}{held.shape}; expected {new.dtype}{expected}: "
+                f"cache.{name} is {slots.dtype}{slots.shape}; expected {new.dtype}{expected}: "
                 "the rows, heads and dtype of the new tokens, chunk_size slots"
             )
 

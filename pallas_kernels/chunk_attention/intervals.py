@@ -1,73 +1,139 @@
-"""Rows of cache and tokens laid end to end, and the interval of keys that every query sees."""
+"""Chunk attention as attention over intervals of keys.
+
+Cached keys and the row's keys lie end to end. A document's tokens are contiguous, so every query
+sees one interval of keys that ends with its own: start .. key_offset + t for query t. All
+implementations but the reference compute this form.
+"""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.chunk_attention.types import KeyValueCache, last_token
+from pallas_kernels.chunk_attention.types import ChunkAttentionOutput, KeyValueCache, last_token
+
+# attend(q, k, v, start) with k and v of `key_offset` + L tokens, to (B, L, H, Dv).
+IntervalAttention = Callable[[Array, Array, Array, Array], Array]
+
+
+def attend_intervals(
+    attend: IntervalAttention,
+    q: Float[Array, "B L H Dk"],
+    k: Float[Array, "B L H Dk"],
+    v: Float[Array, "B L H Dv"],
+    *,
+    chunk_size: int,
+    positions: Int32[Array, "B L"],
+    segment_ids: Int32[Array, "B L"] | None,
+    cache: KeyValueCache | None,
+    key_offset: int,
+    zero_padding: bool,
+) -> ChunkAttentionOutput:
+    """Chunk attention by an implementation of interval attention.
+
+    Args:
+      attend: attention of every query t to keys start[t] .. key_offset + t.
+      q: queries.
+      k: keys.
+      v: values.
+      chunk_size: tokens C in a chunk.
+      positions: of tokens in their documents.
+      segment_ids: documents of the row, 0 for padding.
+      cache: cached tokens of the current chunk.
+      key_offset: keys before the row's first token that `attend` wants; at least C with a cache.
+      zero_padding: whether `attend` needs zeros at padding. It does if it multiplies weights of
+        zero by padding, because 0 times NaN is NaN.
+    """
+    num_cached = jnp.zeros((q.shape[0], 1), jnp.int32)
+    if cache is not None:
+        num_cached = positions[:, :1] % chunk_size
+    start = interval_starts(positions, segment_ids, chunk_size, key_offset, num_cached)
+    is_token = None
+    if zero_padding and segment_ids is not None:
+        is_token = (segment_ids != 0)[:, :, None, None]
+        q, k, v = (jnp.where(is_token, x, 0) for x in (q, k, v))
+    all_k, all_v = k, v
+    if cache is not None:
+        all_k = jnp.concatenate([_align_right(cache.key, num_cached), k], axis=1)
+        all_v = jnp.concatenate([_align_right(cache.value, num_cached), v], axis=1)
+    left_padding = key_offset - (all_k.shape[1] - q.shape[1])
+    out = attend(q, pad_length(all_k, left_padding, 0), pad_length(all_v, left_padding, 0), start)
+    if is_token is not None:
+        out = _zero_unless(is_token, out)
+    if cache is not None:
+        cache = _next_cache(all_k, all_v, chunk_size, positions, segment_ids, cache)
+    return ChunkAttentionOutput(out, cache)
 
 
 def interval_starts(
     positions: Int32[Array, "B L"],
     segment_ids: Int32[Array, "B L"] | None,
     chunk_size: int,
-    left: int,
-    held: Int32[Array, "B 1"],
+    key_offset: int,
+    num_cached: Int32[Array, "B 1"],
 ) -> Int32[Array, "B L"]:
-    """The first key that every query sees, after its own if it sees none.
+    """The first key that every query sees; the key after its own for padding, which sees none.
 
     Args:
       positions: of tokens in their documents.
       segment_ids: documents of the row.
       chunk_size: tokens in a chunk.
-      left: keys before the row's first token.
-      held: of those, how many a cache filled; they are the last ones.
+      key_offset: keys before the row's first token.
+      num_cached: how many of those hold cached tokens; they are the last ones.
     """
     B, L = positions.shape
-    index = left + jnp.arange(L, dtype=jnp.int32)
-    start = index - positions % chunk_size
+    own_key = key_offset + jnp.arange(L, dtype=jnp.int32)
+    start = own_key - positions % chunk_size
     if segment_ids is None:
-        return jnp.maximum(start, left - held)
-    border = segment_ids[:, 1:] != segment_ids[:, :-1]
-    border = jnp.concatenate([jnp.zeros((B, 1), bool), border], axis=1)
-    document = jax.lax.cummax(jnp.where(border, index, left - held), axis=1)
-    # An interval that starts after its query is empty.
-    return jnp.where(segment_ids != 0, jnp.maximum(start, document), index + 1)
+        return jnp.maximum(start, key_offset - num_cached)
+    is_first = segment_ids[:, 1:] != segment_ids[:, :-1]
+    is_first = jnp.concatenate([jnp.zeros((B, 1), bool), is_first], axis=1)
+    document_start = jnp.where(is_first, own_key, key_offset - num_cached)
+    document_start = jax.lax.cummax(document_start, axis=1)
+    return jnp.where(segment_ids != 0, jnp.maximum(start, document_start), own_key + 1)
 
 
-def align_right(
-    slots: Float[Array, "B C H D"], held: Int32[Array, "B 1"]
+def pad_length(x: Float[Array, "B L H D"], before: int, after: int) -> Float[Array, "B _ H D"]:
+    """Adds zeros before and after the row."""
+    if before == 0 and after == 0:
+        return x
+    return jnp.pad(x, ((0, 0), (before, after), (0, 0), (0, 0)))
+
+
+def _align_right(
+    slots: Float[Array, "B C H D"], num_cached: Int32[Array, "B 1"]
 ) -> Float[Array, "B C H D"]:
-    """Moves the `held` first slots of each row to its end and zeroes the others."""
+    """Moves each row's first `num_cached` slots to its end and zeroes the others."""
     C = slots.shape[1]
     slot = jnp.arange(C, dtype=jnp.int32)
-    rolled = jnp.take_along_axis(slots, ((slot + held) % C)[:, :, None, None], axis=1)
-    return jnp.where((slot >= C - held)[:, :, None, None], rolled, 0)
+    rolled = jnp.take_along_axis(slots, ((slot + num_cached) % C)[:, :, None, None], axis=1)
+    return _zero_unless((slot >= C - num_cached)[:, :, None, None], rolled)
 
 
-def next_cache(
-    k_row: Float[Array, "B C+L H Dk"],
-    v_row: Float[Array, "B C+L H Dv"],
+def _next_cache(
+    k: Float[Array, "B C+L H Dk"],
+    v: Float[Array, "B C+L H Dv"],
     chunk_size: int,
     positions: Int32[Array, "B L"],
     segment_ids: Int32[Array, "B L"] | None,
     cache: KeyValueCache,
 ) -> KeyValueCache:
-    """The cache after the row's last token, from keys and values of cache and tokens."""
+    """The cache after the row's last token, from cached and new keys and values end to end."""
     last, position = last_token(positions, segment_ids)
-    last, filled = last[:, None], (position[:, None] + 1) % chunk_size
+    last, num_cached = last[:, None], (position[:, None] + 1) % chunk_size
     slot = jnp.arange(chunk_size, dtype=jnp.int32)
-    source = jnp.minimum(chunk_size + last + 1 - filled + slot, k_row.shape[1] - 1)
-    filled_slot = (slot < filled)[:, :, None, None]
+    source = jnp.minimum(chunk_size + last + 1 - num_cached + slot, k.shape[1] - 1)
+    is_filled = (slot < num_cached)[:, :, None, None]
 
-    def take(row: Array, old: Array) -> Array:
-        chunk = jnp.take_along_axis(row, source[:, :, None, None], axis=1)
-        return jnp.where((last < 0)[:, :, None, None], old, jnp.where(filled_slot, chunk, 0))
+    def take(tokens: Array, previous: Array) -> Array:
+        chunk = jnp.take_along_axis(tokens, source[:, :, None, None], axis=1)
+        is_padding_row = (last < 0)[:, :, None, None]
+        return jnp.where(is_padding_row, previous, _zero_unless(is_filled, chunk))
 
-    return KeyValueCache(take(k_row, cache.key), take(v_row, cache.value))
+    return KeyValueCache(take(k, cache.key), take(v, cache.value))
 
 
-def pad_length(x: Array, length: int) -> Array:
-    """Adds zeros after the row."""
-    missing = length - x.shape[1]
-    return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
+def _zero_unless(condition: Bool[Array, "..."], x: Array) -> Array:
+    """A selection, not a product: 0 times NaN is NaN."""
+    return jnp.where(condition, x, 0)

@@ -1,4 +1,4 @@
-"""Chunk attention by its definition: one dense masked softmax. Slow; float64 stays float64."""
+"""Chunk attention by its definition: one dense masked softmax. Slow; float64-capable."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
@@ -24,7 +24,7 @@ def chunk_attention(
     cache: KeyValueCache | None,
     dropout: AttentionDropout | None,
 ) -> ChunkAttentionOutput:
-    """The definition: L x (C + L) scores and a mask. Arguments as in `api.chunk_attention`."""
+    """Dense attention: L x (C + L) scores and a mask. Arguments as in `api.chunk_attention`."""
     B, L = q.shape[:2]
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
@@ -34,13 +34,13 @@ def chunk_attention(
     own = jnp.broadcast_to(jnp.eye(L, dtype=bool), (B, L, L))
     keys, values = k, v
     if cache is not None:
-        held = jnp.arange(chunk_size) < positions[:, :1] % chunk_size
-        in_cache = _allowed_in_cache(positions, segment_ids, held, chunk_size)
+        is_filled = jnp.arange(chunk_size) < positions[:, :1] % chunk_size
+        in_cache = _allowed_in_cache(positions, segment_ids, is_filled, chunk_size)
         allowed = jnp.concatenate([in_cache, allowed], axis=2)
         own = jnp.concatenate([jnp.zeros_like(in_cache), own], axis=2)
-        held = held[:, :, None, None]
-        keys = jnp.concatenate([jnp.where(held, cache.key, 0), k], axis=1)
-        values = jnp.concatenate([jnp.where(held, cache.value, 0), v], axis=1)
+        is_filled = is_filled[:, :, None, None]
+        keys = jnp.concatenate([jnp.where(is_filled, cache.key, 0), k], axis=1)
+        values = jnp.concatenate([jnp.where(is_filled, cache.value, 0), v], axis=1)
     out = _masked_softmax_attention(q, keys, values, allowed[:, None], own[:, None], dropout)
     if cache is not None:
         cache = _next_cache(k, v, chunk_size, positions, segment_ids, cache)
@@ -63,12 +63,12 @@ def _allowed_among_tokens(
 def _allowed_in_cache(
     positions: Int32[Array, "B L"],
     segment_ids: Int32[Array, "B L"],
-    held: Bool[Array, "B C"],
+    is_filled: Bool[Array, "B C"],
     chunk_size: int,
 ) -> Bool[Array, "B L C"]:
     chunk = positions // chunk_size
     continues = (segment_ids == segment_ids[:, :1]) & (segment_ids != 0) & (chunk == chunk[:, :1])
-    return continues[:, :, None] & held[:, None, :]
+    return continues[:, :, None] & is_filled[:, None, :]
 
 
 def _masked_softmax_attention(
@@ -84,10 +84,10 @@ def _masked_softmax_attention(
     scores = jnp.einsum("blhd,bshd->bhls", q, k, precision=precision, preferred_element_type=wide)
     factor = None
     if dropout is not None and dropout.rate > 0:
-        kept, factor = dropout_masks(dropout, scores.shape, own)
-        allowed = allowed if kept is None else allowed & kept
-    # A row without keys (padding) takes a softmax over equal finite scores, then is set to 0, so
-    # that neither its output nor any gradient is NaN.
+        keep_mask, factor = dropout_masks(dropout, scores.shape, own)
+        allowed = allowed if keep_mask is None else allowed & keep_mask
+    # A query without keys (padding) takes a softmax over equal finite scores and is then set to 0:
+    # neither its output nor any gradient is NaN.
     scores = jnp.where(allowed, scores, jnp.finfo(wide).min)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     weights = weights / jnp.sum(weights, axis=-1, keepdims=True)

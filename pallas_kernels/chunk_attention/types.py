@@ -1,4 +1,4 @@
-"""What goes into and comes out of chunk attention, whichever implementation runs.
+"""Arguments and results of chunk attention, and small functions that implementations share.
 
 B batch, L length, C chunk size, H heads, Dk width of a query/key head, Dv width of a value head.
 """
@@ -14,9 +14,9 @@ DropoutMode = Literal["softmax", "dropkey"]
 
 
 class KeyValueCache(NamedTuple):
-    """Keys and values of the chunk a row is in; slot j is the token at position j of the chunk.
+    """Keys and values of a row's current chunk; slot j holds the chunk's token j.
 
-    Slots at or after the row's position modulo C hold no token and are ignored, whatever is there.
+    Slots at or after the row's position modulo C are empty: their contents are ignored.
 
     Attributes:
       key: keys after RoPE.
@@ -30,14 +30,14 @@ class KeyValueCache(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionDropout:
-    """Random dropping inside attention; the mask is a function of key, shapes and implementation.
+    """Dropout inside attention; the mask is a function of key, shapes and implementation.
 
     Attributes:
       rate: dropped fraction, in [0, 1).
       key: PRNG key.
       mode: `softmax` zeroes weights after the softmax and divides the others by 1 - rate; `dropkey`
-        removes keys from the softmax (scores of -inf) and rescales nothing. With `dropkey` a
-        token's own key is never dropped, so that a softmax always has at least one key.
+        removes keys from the softmax (scores of -inf) without rescaling. `dropkey` never drops a
+        token's own key, so that every softmax has at least one key.
     """
 
     rate: float = dataclasses.field(metadata={"static": True})
@@ -50,7 +50,8 @@ class ChunkAttentionOutput(NamedTuple):
 
     Attributes:
       out: weighted values, 0 at padding, dtype of v.
-      cache: the chunk after the row's last non-padding token; None if none came in.
+      cache: the current chunk after the row's last token that is not padding; None without an
+        incoming cache.
     """
 
     out: Float[Array, "B L H Dv"]
@@ -58,12 +59,12 @@ class ChunkAttentionOutput(NamedTuple):
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype of scores and sums: float32, or float64 for float64 operands."""
+    """Dtype of scores and sums: float32, or float64 for float64 operands."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    """Full precision, no TF32 and no bfloat16 passes, unless the operands are narrower already."""
+    """Full precision for float32 and float64 operands: no TF32 and no bfloat16 passes."""
     if dtype in (jnp.float32, jnp.float64):
         return jax.lax.Precision.HIGHEST
     return jax.lax.Precision.DEFAULT
@@ -72,23 +73,23 @@ def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
 def dropout_masks(
     dropout: AttentionDropout, shape: tuple[int, ...], own: Bool[Array, "..."]
 ) -> tuple[Bool[Array, "..."] | None, Float[Array, "..."] | None]:
-    """Draws one mask: (keys that stay in the softmax, factor on the weights); one of them is None.
+    """Draws a dropout mask: (keys in the softmax, factor on the weights), one of which is None.
 
     Args:
       dropout: rate, key and mode.
       shape: shape of the scores.
       own: True where the key is the query's own token; broadcasts to `shape`.
     """
-    kept = jax.random.bernoulli(dropout.key, 1.0 - dropout.rate, shape)
+    keep_mask = jax.random.bernoulli(dropout.key, 1.0 - dropout.rate, shape)
     if dropout.mode == "dropkey":
-        return kept | own, None
-    return None, jnp.where(kept, 1.0 / (1.0 - dropout.rate), 0.0)
+        return keep_mask | own, None
+    return None, jnp.where(keep_mask, 1.0 / (1.0 - dropout.rate), 0.0)
 
 
 def last_token(
     positions: Int32[Array, "B L"], segment_ids: Int32[Array, "B L"] | None
 ) -> tuple[Int32[Array, " B"], Int32[Array, " B"]]:
-    """Index and position of each row's last non-padding token; index -1 (position -1) if none."""
+    """Index and position of each row's last token that is not padding; both -1 without one."""
     B, L = positions.shape
     if segment_ids is None:
         return jnp.full((B,), L - 1, jnp.int32), positions[:, -1]

@@ -24,6 +24,7 @@ def launch(
     prefetched: Mapping[str, Array] | None = None,
     vmem_limit: int,
     flops: int,
+    bytes_accessed: int | None = None,
     interpret: Any,
 ) -> dict[str, Array]:
     """Runs `kernel(**references by name)` on every step of the grid.
@@ -39,6 +40,7 @@ def launch(
       prefetched: integers that index maps see as well, in SMEM.
       vmem_limit: bytes of VMEM that the kernel may use.
       flops: estimate for XLA's scheduler.
+      bytes_accessed: another estimate for it; None: the bytes of all operands and results.
       interpret: as in `pl.pallas_call`.
 
     Returns:
@@ -48,6 +50,8 @@ def launch(
     names = [*prefetched, *inputs, *outputs, *scratch]
     arrays = [*prefetched.values(), *(value for value, _ in inputs.values())]
     shapes = [value for value, _ in outputs.values()]
+    if bytes_accessed is None:
+        bytes_accessed = sum(a.size * a.dtype.itemsize for a in [*arrays, *shapes])
     results = pl.pallas_call(
         lambda *refs: kernel(**dict(zip(names, refs, strict=True))),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -62,9 +66,7 @@ def launch(
             dimension_semantics=tuple(dimension_semantics), vmem_limit_bytes=vmem_limit
         ),
         cost_estimate=pl.CostEstimate(
-            flops=flops,
-            bytes_accessed=sum(a.size * a.dtype.itemsize for a in [*arrays, *shapes]),
-            transcendentals=0,
+            flops=flops, bytes_accessed=bytes_accessed, transcendentals=0
         ),
         interpret=interpret,
         name=name,

@@ -1,4 +1,4 @@
-"""Norms and gates of rows: what stands between the matrix products of a block."""
+"""Norms and gates of rows: the operations between the matrix products of a block."""
 
 from pallas_kernels.rowwise.api import layer_norm, rms_norm, silu, silu_gate
 

@@ -1,14 +1,28 @@
-"""The public functions on rows."""
+"""The public functions on rows: check, choose an implementation, call it."""
 
-from typing import Any, get_args
+from typing import Any
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.common.dispatch import Implementation
+from pallas_kernels.common.dispatch import Implementation, check_implementation
 from pallas_kernels.common.target import find_target
-from pallas_kernels.rowwise import xla
+from pallas_kernels.rowwise import reference, xla
 from pallas_kernels.rowwise.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.rowwise.mosaic_gpu.block_sizes import DEFAULT_WIDTH, SMALLEST_SIZE
+from pallas_kernels.rowwise.types import (
+    NORMS,
+    Rows,
+    RowwiseImplementation,
+    RowwiseOperation,
+    Vectors,
+)
+
+# Modules with the four functions.
+IMPLEMENTATIONS: dict[str, RowwiseImplementation] = {
+    "reference": reference,
+    "xla": xla,
+    "mosaic_gpu": mosaic_gpu,
+}
 
 
 def rms_norm(
@@ -19,23 +33,23 @@ def rms_norm(
     dtype: Any,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*R W"]:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis.
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang and Sennrich 2019).
 
     Args:
       x: rows, bfloat16, float32 or float64; the result is computed in float32 or float64.
-      scale: the multiplier itself; None: 1.
+      scale: factor for every column, the multiplier itself; None: 1.
       eps: added to the mean.
-      dtype: of the result.
-      implementation: "xla", for every platform and type; "mosaic_gpu", kernels for NVIDIA Hopper
-        and bfloat16 rows of a multiple of 128 numbers; or None for the fastest known here.
+      dtype: dtype of the result.
+      implementation: "reference" (one row at a time, by definition), "xla" (every platform and
+        dtype), "mosaic_gpu" (kernels for NVIDIA Hopper; bfloat16 rows of a multiple of 128
+        numbers), or None for the fastest known here.
 
     Raises:
-      ValueError: shapes do not fit together, or the implementation does not exist or cannot run.
+      ValueError: shapes do not fit together, or the implementation does not exist or cannot run
+        these operands on this device.
     """
-    operation = mosaic_gpu.RmsNorm(x.shape[-1], eps)
-    if _choose(operation, implementation, (x,), (scale,)) == "mosaic_gpu":
-        return mosaic_gpu.apply(operation, (x,), (scale,), dtype=dtype)
-    return xla.rms_norm(x, scale, eps=eps, dtype=dtype)
+    chosen = _select("rms_norm", implementation, (x,), (scale,))
+    return chosen.rms_norm(x, scale, eps=eps, dtype=dtype)
 
 
 def layer_norm(
@@ -53,22 +67,19 @@ def layer_norm(
 
     Args:
       x: rows, as in `rms_norm`.
-      scale: the multiplier itself; None: 1.
-      bias: None: 0.
-      added: more rows, such as a matrix product; None: 0.
-      offset: added to every row, such as that product's bias; None: 0.
+      scale: factor for every column, the multiplier itself; None: 1.
+      bias: term for every column; None: 0.
+      added: rows to add before the norm, such as a matrix product; None: 0.
+      offset: term for every column before the norm, such as that product's bias; None: 0.
       eps: added to the variance.
-      dtype: of the result.
+      dtype: dtype of the result.
       implementation: as in `rms_norm`.
 
     Raises:
       ValueError: as `rms_norm`.
     """
-    operation = mosaic_gpu.LayerNorm(x.shape[-1], eps)
-    rows, vectors = (x, added), (offset, scale, bias)
-    if _choose(operation, implementation, rows, vectors) == "mosaic_gpu":
-        return mosaic_gpu.apply(operation, rows, vectors, dtype=dtype)
-    return xla.layer_norm(x, scale, bias, added=added, offset=offset, eps=eps, dtype=dtype)
+    chosen = _select("layer_norm", implementation, (x, added), (offset, scale, bias))
+    return chosen.layer_norm(x, scale, bias, added=added, offset=offset, eps=eps, dtype=dtype)
 
 
 def silu(
@@ -78,21 +89,19 @@ def silu(
     dtype: Any,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*R W"]:
-    """The function z / (1 + exp(-z)) of z = x + bias.
+    """z * sigmoid(z) of z = x + bias.
 
     Args:
       x: rows, as in `rms_norm`.
-      bias: None: 0.
-      dtype: of the result.
+      bias: term for every column; None: 0.
+      dtype: dtype of the result.
       implementation: as in `rms_norm`.
 
     Raises:
       ValueError: as `rms_norm`.
     """
-    operation = mosaic_gpu.Silu()
-    if _choose(operation, implementation, (x,), (bias,)) == "mosaic_gpu":
-        return mosaic_gpu.apply(operation, (x,), (bias,), dtype=dtype)
-    return xla.silu(x, bias, dtype=dtype)
+    chosen = _select("silu", implementation, (x,), (bias,))
+    return chosen.silu(x, bias, dtype=dtype)
 
 
 def silu_gate(
@@ -107,47 +116,44 @@ def silu_gate(
 
     Args:
       x: rows of the gate, as in `rms_norm`.
-      bias: None: 0.
-      y: rows that pass it.
-      dtype: of the result.
+      bias: term for every column; None: 0.
+      y: rows that the gate multiplies.
+      dtype: dtype of the result.
       implementation: as in `rms_norm`.
 
     Raises:
       ValueError: as `rms_norm`.
     """
-    operation = mosaic_gpu.SiluGate()
-    if _choose(operation, implementation, (x, y), (bias,)) == "mosaic_gpu":
-        return mosaic_gpu.apply(operation, (x, y), (bias,), dtype=dtype)
-    return xla.silu_gate(x, bias, y, dtype=dtype)
+    chosen = _select("silu_gate", implementation, (x, y), (bias,))
+    return chosen.silu_gate(x, bias, y, dtype=dtype)
 
 
-def _choose(
-    operation: mosaic_gpu.Operation,
-    implementation: str | None,
-    rows: mosaic_gpu.Rows,
-    vectors: mosaic_gpu.Vectors,
-) -> str:
-    """The implementation asked for, or the fastest by measurement (README.md)."""
-    known = get_args(Implementation)
-    if implementation is not None and implementation not in known:
-        raise ValueError(
-            f"{operation.name} has no implementation {implementation!r}; use one of "
-            f"{', '.join(known)} or None"
-        )
+def _select(
+    operation: RowwiseOperation, implementation: str | None, rows: Rows, vectors: Vectors
+) -> RowwiseImplementation:
+    _check_shapes(operation, rows, vectors)
+    check_implementation(operation, implementation, IMPLEMENTATIONS)
+    return IMPLEMENTATIONS[implementation or _choose_implementation(operation, rows, vectors)]
+
+
+def _choose_implementation(
+    operation: RowwiseOperation, rows: Rows, vectors: Vectors
+) -> Implementation:
+    """The fastest by measurement (README.md)."""
+    # Without sums along rows or over rows, XLA's fused loop is as fast.
+    has_sums = operation in NORMS or any(vector is not None for vector in vectors)
+    is_large = rows[0].size >= SMALLEST_SIZE and rows[0].shape[-1] % DEFAULT_WIDTH == 0
+    can_run = find_target().is_hopper and mosaic_gpu.find_obstacle(operation, rows) is None
+    return "mosaic_gpu" if has_sums and is_large and can_run else "xla"
+
+
+def _check_shapes(operation: RowwiseOperation, rows: Rows, vectors: Vectors) -> None:
     shape = rows[0].shape
     for row in rows:
         if row is not None and row.shape != shape:
-            raise ValueError(f"{operation.name}: rows have shapes {shape} and {row.shape}")
+            raise ValueError(f"{operation}: rows have shapes {shape} and {row.shape}; use one")
     for vector in vectors:
         if vector is not None and vector.shape != shape[-1:]:
             raise ValueError(
-                f"{operation.name}: a vector has shape {vector.shape}, rows {shape} need "
-                f"{shape[-1:]}"
+                f"{operation}: a vector has shape {vector.shape}; rows {shape} need {shape[-1:]}"
             )
-    if implementation is not None:
-        return implementation
-    # Without moments or sums over rows there is nothing that XLA does not do as well.
-    gains = operation.num_moments > 0 or any(vector is not None for vector in vectors)
-    fits = rows[0].size >= SMALLEST_SIZE and shape[-1] % DEFAULT_WIDTH == 0
-    runs = find_target().is_hopper and mosaic_gpu.find_obstacle(operation, rows) is None
-    return "mosaic_gpu" if gains and fits and runs else "xla"

@@ -1,4 +1,4 @@
-"""The row operations in plain JAX: float32 inside (float64 if the rows are), one rounding."""
+"""The row operations in plain JAX on whole arrays: float32 inside (float64 for float64 rows)."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def layer_norm(
 def silu(
     x: Float[Array, "*R W"], bias: Float[Array, " W"] | None, *, dtype: Any
 ) -> Float[Array, "*R W"]:
-    """The function z / (1 + exp(-z)) of z = x + bias."""
+    """z * sigmoid(z) of z = x + bias."""
     return jax.nn.silu(_add(_widen(x), bias)).astype(dtype)
 
 

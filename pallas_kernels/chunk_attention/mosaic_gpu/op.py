@@ -1,40 +1,36 @@
-"""Chunk attention on Hopper: what surrounds `mosaic_gpu_weights` and `mosaic_gpu_products`."""
+"""Chunk attention on Hopper: checks, padding to tiles, and the custom gradient."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.chunk_attention.intervals import align_right, interval_starts, next_cache
-from pallas_kernels.chunk_attention.mosaic_gpu.band import TILE, Geometry, find_band
-from pallas_kernels.chunk_attention.mosaic_gpu.products import band_product, score_gradient
-from pallas_kernels.chunk_attention.mosaic_gpu.weights import make_first_weights, make_weights
+from pallas_kernels.chunk_attention.intervals import attend_intervals, pad_length
+from pallas_kernels.chunk_attention.mosaic_gpu.band import TILE, AttentionGeometry, find_band
+from pallas_kernels.chunk_attention.mosaic_gpu.launch import (
+    band_product,
+    make_unnormalized_weights,
+    recompute_weights,
+    score_gradient,
+)
 from pallas_kernels.chunk_attention.types import (
     AttentionDropout,
     ChunkAttentionOutput,
     KeyValueCache,
 )
+from pallas_kernels.common.mosaic_gpu import interpret_params
 from pallas_kernels.common.residuals import name_residuals
-from pallas_kernels.common.target import check_hopper, is_interpreted
+from pallas_kernels.common.target import check_hopper
 
 # Shorter rows were not timed against `xla`; one query, a decoding step, fills 1/128 of a tile.
 SHORTEST_LENGTH = 512
-# A tile of queries and two of keys of this width fill shared memory.
-_WIDEST_KEY = 256
-# Widths of heads that the kernels' tiles are made for: multiples of the first, above the second
-# multiples of the second. Others are padded in a copy.
+# A tile of queries and two tiles of keys of this width fill shared memory.
+_MAX_KEY_WIDTH = 256
+# Head widths are padded to multiples of the first up to the second, above it to multiples of the
+# second.
 _NARROW, _WIDE = 64, 256
-
-
-class _Options(NamedTuple):
-    width: int
-    left: int
-    period: int
-    is_regular: bool
-    interpret: Any
 
 
 def chunk_attention(
@@ -47,64 +43,50 @@ def chunk_attention(
     cache: KeyValueCache | None,
     dropout: AttentionDropout | None,
 ) -> ChunkAttentionOutput:
-    """The kernels; arguments as in `api.chunk_attention`.
+    """Attention by Pallas kernels for Hopper. Arguments as in `api.chunk_attention`.
 
     Raises:
       ValueError: operands that are not bfloat16, key heads wider than 256, dropout, or a device
         that is no Hopper GPU.
     """
-    _check(q, v, dropout)
-    B, L = q.shape[:2]
-    index = jnp.arange(L, dtype=jnp.int32)
+    check_hopper("mosaic_gpu")
+    obstacle = _find_obstacle(q, v, dropout)
+    if obstacle is not None:
+        raise ValueError(f"{obstacle}; use implementation 'xla'")
     if positions is None:
+        B, L = q.shape[:2]
+        index = jnp.arange(L, dtype=jnp.int32)
         starts = jnp.broadcast_to(index - index % chunk_size, (B, L))
-        out = attend(q, k, v, starts, left=0, chunk_size=chunk_size, is_from_zero=True)
+        out = attend(q, k, v, starts, key_offset=0, chunk_size=chunk_size, starts_at_zero=True)
         return ChunkAttentionOutput(out, None)
-    left = 0 if cache is None else chunk_size
-    held = jnp.zeros((B, 1), jnp.int32) if cache is None else positions[:, :1] % chunk_size
-    starts = interval_starts(positions, segment_ids, chunk_size, left, held)
-    if segment_ids is not None:
-        # A weight of zero does not undo what padding may hold, a NaN for instance.
-        is_token = (segment_ids != 0)[:, :, None, None]
-        q, k, v = (jnp.where(is_token, a, 0) for a in (q, k, v))
-    k_row, v_row = k, v
-    if cache is not None:
-        k_row = jnp.concatenate([align_right(cache.key, held), k], axis=1)
-        v_row = jnp.concatenate([align_right(cache.value, held), v], axis=1)
-    out = attend(q, k_row, v_row, starts, left=left, chunk_size=chunk_size)
-    if segment_ids is not None:
-        out = jnp.where(is_token, out, 0)
-    if cache is not None:
-        cache = next_cache(k_row, v_row, chunk_size, positions, segment_ids, cache)
-    return ChunkAttentionOutput(out, cache)
+    key_offset = 0 if cache is None else chunk_size
+    return attend_intervals(
+        partial(attend, key_offset=key_offset, chunk_size=chunk_size),
+        q,
+        k,
+        v,
+        chunk_size=chunk_size,
+        positions=positions,
+        segment_ids=segment_ids,
+        cache=cache,
+        key_offset=key_offset,
+        zero_padding=True,
+    )
 
 
 def can_run(q: Array, v: Array, dropout: AttentionDropout | None) -> bool:
-    """Whether the kernels compute this on a GPU that they are made for."""
-    return _find_reason_against(q, v, dropout) is None
+    """Whether a Hopper GPU can run the kernels on these operands."""
+    return _find_obstacle(q, v, dropout) is None
 
 
-def _check(q: Array, v: Array, dropout: AttentionDropout | None) -> None:
-    check_hopper("mosaic_gpu")
-    reason = _find_reason_against(q, v, dropout)
-    if reason is not None:
-        raise ValueError(f"{reason}; use implementation 'xla'")
-
-
-def _find_reason_against(q: Array, v: Array, dropout: AttentionDropout | None) -> str | None:
+def _find_obstacle(q: Array, v: Array, dropout: AttentionDropout | None) -> str | None:
     if q.dtype != jnp.bfloat16 or v.dtype != jnp.bfloat16:
         return f"mosaic_gpu multiplies bfloat16, q is {q.dtype} and v {v.dtype}"
-    if q.shape[3] > _WIDEST_KEY:
-        return f"mosaic_gpu takes key heads at most {_WIDEST_KEY} wide, q's are {q.shape[3]}"
+    if q.shape[3] > _MAX_KEY_WIDTH:
+        return f"mosaic_gpu takes key heads at most {_MAX_KEY_WIDTH} wide, q's are {q.shape[3]}"
     if dropout is not None and dropout.rate > 0:
         return "mosaic_gpu has no attention dropout"
     return None
-
-
-def _pad_width(a: Array) -> Array:
-    width = a.shape[-1]
-    missing = -width % (_NARROW if width <= _WIDE else _WIDE)
-    return jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else a
 
 
 def attend(
@@ -113,77 +95,79 @@ def attend(
     v: Float[Array, "B M H Dv"],
     starts: Int32[Array, "B L"],
     *,
-    left: int,
+    key_offset: int,
     chunk_size: int,
-    is_from_zero: bool = False,
+    starts_at_zero: bool = False,
 ) -> Float[Array, "B L H Dv"]:
-    """softmax(q kᵀ) v of every query t over keys starts[t] .. left + t, M = left + L.
+    """softmax(q kᵀ) v of every query t over keys starts[t] .. key_offset + t, M = key_offset + L.
 
     Args:
       q: queries, bfloat16.
-      k: keys, `left` of them before the first query's own.
+      k: keys.
       v: values.
-      starts: first key of every query, never less than that of a query before; beyond left + t
-        for a query that sees nothing and gives 0.
-      left: keys before the first query's own.
-      chunk_size: no query sees more keys.
-      is_from_zero: whether rows are one document that starts at position 0.
+      starts: first key of every query, increasing along the row; past key_offset + t for a query
+        that sees no key, whose output is 0.
+      key_offset: keys before the first query's own.
+      chunk_size: upper bound on the keys of a query.
+      starts_at_zero: whether every row is one document from position 0.
     """
-    length, value_width, extra = q.shape[1], v.shape[3], -left % TILE
-    q, k, v = (_pad_width(a) for a in (q, k, v))
-    missing = -length % TILE
-    k, v = (jnp.pad(a, ((0, 0), (extra, missing), (0, 0), (0, 0))) for a in (k, v))
-    q = jnp.pad(q, ((0, 0), (0, missing), (0, 0), (0, 0)))
-    starts = jnp.pad(starts + extra, ((0, 0), (0, missing)), constant_values=k.shape[1])
-    tiles = -(-(chunk_size - 1) // TILE) + 1
-    width = min(tiles, k.shape[1] // TILE)
-    interpret = plgpu.InterpretGPUParams() if is_interpreted() else None
-    is_regular = is_from_zero and chunk_size % TILE == 0
-    options = _Options(width, left + extra, -(-chunk_size // TILE), is_regular, interpret)
-    return _attend(options, q, k, v, starts)[:, :length, :, :value_width]
-
-
-def _geometry(options: _Options, q: Array) -> Geometry:
-    rows, length, heads, _ = q.shape
-    query_tiles = length // TILE
-    return Geometry(
-        rows=rows,
-        heads=heads,
+    length, value_width = q.shape[1], v.shape[3]
+    before, after = -key_offset % TILE, -length % TILE
+    q, k, v = (_pad_width(x) for x in (q, k, v))
+    k, v = (pad_length(x, before, after) for x in (k, v))
+    q = pad_length(q, 0, after)
+    starts = jnp.pad(starts + before, ((0, 0), (0, after)), constant_values=k.shape[1])
+    query_tiles = q.shape[1] // TILE
+    geometry = AttentionGeometry(
+        num_rows=q.shape[0],
+        heads=q.shape[2],
         query_tiles=query_tiles,
-        offset=options.left // TILE,
-        width=options.width,
-        period=min(options.period, query_tiles),
-        is_regular=options.is_regular,
+        key_tile_offset=(key_offset + before) // TILE,
+        max_key_tiles=min(-(-(chunk_size - 1) // TILE) + 1, k.shape[1] // TILE),
+        tiles_per_chunk=min(-(-chunk_size // TILE), query_tiles),
+        is_aligned=starts_at_zero and chunk_size % TILE == 0,
     )
+    return _attend(geometry, interpret_params(), q, k, v, starts)[:, :length, :, :value_width]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options: _Options, q: Array, k: Array, v: Array, starts: Array) -> Array:
-    return _attend_forward(options, q, k, v, starts)[0]
+def _pad_width(x: Float[Array, "B L H D"]) -> Float[Array, "B L H _"]:
+    width = x.shape[-1]
+    missing = -width % (_NARROW if width <= _WIDE else _WIDE)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else x
 
 
-def _attend_forward(options, q, k, v, starts):
-    geometry = _geometry(options, q)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(
+    geometry: AttentionGeometry, interpret: Any, q: Array, k: Array, v: Array, starts: Array
+) -> Array:
+    return _attend_forward(geometry, interpret, q, k, v, starts)[0]
+
+
+def _attend_forward(geometry, interpret, q, k, v, starts):
     band = find_band(starts, geometry)
-    first = make_first_weights(band, q, k, geometry, options.interpret)
-    repaired = first.repaired, first.is_repaired
+    first = make_unnormalized_weights(band, q, k, geometry, interpret)
     out = band_product(
-        band, first.weights, v, first.scale, geometry, options.interpret, repaired=repaired
+        band,
+        first.weights,
+        v,
+        first.scale,
+        geometry,
+        interpret,
+        repaired=(first.repaired_weights, first.is_repaired),
     )
     out, lse = name_residuals((out, first.lse), "chunk_attention")
     return out, (q, k, v, out, lse, band)
 
 
-def _attend_backward(options, kept, do):
-    q, k, v, out, lse, band = kept
-    geometry = _geometry(options, q)
-    arguments = geometry, options.interpret
-    weights = make_weights(band, q, k, lse, *arguments)
-    dv = band_product(band, weights, do, None, *arguments, is_transposed=True)
+def _attend_backward(geometry, interpret, residuals, do):
+    q, k, v, out, lse, band = residuals
+    static = geometry, interpret
+    weights = recompute_weights(band, q, k, lse, *static)
+    dv = band_product(band, weights, do, None, *static, is_transposed=True)
     delta = jnp.sum(do.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    ds = score_gradient(band, weights, do, v, jnp.swapaxes(delta, 1, 2), *arguments)
-    dq = band_product(band, ds, k, None, *arguments)
-    dk = band_product(band, ds, q, None, *arguments, is_transposed=True)
+    ds = score_gradient(band, weights, do, v, jnp.swapaxes(delta, 1, 2), *static)
+    dq = band_product(band, ds, k, None, *static)
+    dk = band_product(band, ds, q, None, *static, is_transposed=True)
     return dq, dk, dv, None
 
 

@@ -1,354 +1,423 @@
-"""Matrix products over a band of scores: O = P V, dQ = dS K, dV = Pᵀ dO, dK = dSᵀ Q, and dS.
+"""Kernels of matrix products over the band: O = P V, dQ = dS K, dV = Pᵀ dO, dK = dSᵀ Q, and dS.
 
-Blocks of threads stay on their multiprocessor and go from one tile of results to the next; while
-two warpgroups round and write a tile, the third already copies for the next one.
+Blocks are persistent: each takes one work item after the other, and while the consumer warpgroups
+round and write a tile, the producer warpgroup already copies operands of the next one.
 """
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float, Int32
 
 from pallas_kernels.chunk_attention.mosaic_gpu.band import (
     TILE,
+    AttentionGeometry,
     Band,
-    Geometry,
-    Runs,
-    Spans,
+    BandTile,
+    BandTiles,
+    TilePairs,
     count_key_tiles,
     first_key_tile,
     last_query_tile,
     unravel,
 )
 from pallas_kernels.chunk_attention.mosaic_gpu.pipeline import (
-    ROWS,
+    WARPGROUP_ROWS,
     Accumulator,
-    by_warpgroup,
-    count_blocks,
-    launch,
-    load_rows,
-    staged,
+    Pipeline,
+    load_row_values,
+    warp_specialize,
 )
 
-# Terms of a sum that one step brings, and columns of a tile of results.
-_DEPTH, _WIDTH = 64, 256
-_STAGES = 4
-# Columns of results that are written at once.
-_PART = 64
+# Terms of a contraction in one step, and columns of an output tile at most.
+DEPTH, MAX_WIDTH = 64, 256
+# Columns of the output that one copy to global memory writes.
+STORE_WIDTH = 64
+# Key tiles of one work item of the score gradient.
+KEY_TILES = 2
 
 
-def _unit_of(turn: Any, blocks: int) -> Any:
-    """A block's unit of work: the next of `blocks` every turn, shifted against regularities."""
-    return turn * blocks + lax.rem(lax.axis_index("block") + 37 * turn, blocks)
+def _work_item(iteration: Any, num_blocks: int) -> Any:
+    """The block's work item of an iteration.
 
-
-def _write(value: Any, part: Any, target: Any, pending: int) -> None:
-    """Writes registers (64, 64) to `target` through `part`, one of two buffers.
-
-    `pending`: 1 if the write before this one took the other buffer; 0 if it may be this one.
+    The shift by 37 spreads work items of unequal size over the blocks.
     """
-    plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
-    part[...] = value.astype(part.dtype)
+    return iteration * num_blocks + lax.rem(lax.axis_index("block") + 37 * iteration, num_blocks)
+
+
+def _store(value: Any, smem: Any, gmem: Any, max_pending: int) -> None:
+    """Rounds a (64, 64) tile and writes it through one of two buffers, asynchronously.
+
+    Args:
+      value: the tile, in registers.
+      smem: buffer of the warpgroup.
+      gmem: where to.
+      max_pending: copies that may still read their buffers: 1 if the previous copy used the other
+        buffer, 0 if it may have used this one.
+    """
+    plgpu.wait_smem_to_gmem(max_pending, wait_read_only=True)
+    smem[...] = value.astype(smem.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(part, target)
+    plgpu.copy_smem_to_gmem(smem, gmem)
 
 
-def _product_kernel(
-    pipe,
-    band,
-    weights,
-    repaired,
-    x,
-    scale,
-    out,
-    a_s,
-    x_s,
-    out_s,
-    *,
-    geometry,
-    blocks,
-    is_transposed,
-):
-    width = x_s.shape[2]
-    halves = TILE // _DEPTH
-    columns = out.shape[3] // width
-    run = Runs(out.shape[1] // TILE, geometry.period)
-    sizes = (geometry.rows, geometry.heads, run.count, run.pairs, columns)
-    units = math.prod(sizes)
-    turns = 2 * -(-units // blocks)
-    # An odd number of parts ends and begins with the same buffer.
-    pending = 1 - width // _PART % 2
+class ProductOperands(NamedTuple):
+    """Operands of `product_kernel`; `repaired` (weights, is_repaired) and `scale` may be None."""
 
-    def find(turn):
-        """Place of the tile of a turn, the first tile it is a sum over, and how many steps."""
-        unit = _unit_of(lax.div(turn, 2), blocks)
-        row, head, part, pair, column = unravel(jnp.minimum(unit, units - 1), sizes)
-        tile, is_live = run.tile(part, pair, lax.rem(turn, 2) == 1)
-        is_live = is_live & (unit < units)
-        if is_transposed:
-            first = jnp.maximum(tile - geometry.offset, 0)
-            count = jnp.maximum(last_query_tile(band, geometry, row, tile) + 1 - first, 0)
+    band: Band
+    weights: Any
+    repaired: tuple[Any, Any] | None
+    x: Any
+    scale: Any
+
+
+class ProductScratch(NamedTuple):
+    """Shared memory and barriers of `product_kernel`."""
+
+    weights_smem: Any
+    x_smem: Any
+    out_smem: Any
+    pipeline: Pipeline
+
+
+class _ProductItem(NamedTuple):
+    """One output tile: where it is, the first tile that it sums over, and the steps of the sum."""
+
+    row: Any
+    head: Any
+    tile: Any
+    columns: Any
+    first: Any
+    num_steps: Any
+    is_valid: Any
+
+
+class _ProductKernelCall(NamedTuple):
+    operands: ProductOperands
+    out: Any
+    scratch: ProductScratch
+    geometry: AttentionGeometry
+    num_blocks: int
+    is_transposed: bool
+
+    @property
+    def width(self) -> int:
+        return self.scratch.x_smem.shape[2]
+
+    @property
+    def pairs(self) -> TilePairs:
+        return TilePairs(self.out.shape[1] // TILE, self.geometry.tiles_per_chunk)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows, heads, chunks of a row, pairs of a chunk, output tiles side by side."""
+        geometry, pairs, columns = self.geometry, self.pairs, self.out.shape[3] // self.width
+        return geometry.num_rows, geometry.heads, pairs.num_chunks, pairs.pairs_per_chunk, columns
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations of a block's loop: two for every work item, which is a pair of tiles."""
+        return 2 * -(-math.prod(self.sizes) // self.num_blocks)
+
+    def locate(self, iteration: Any) -> _ProductItem:
+        band, geometry = self.operands.band, self.geometry
+        num_items = math.prod(self.sizes)
+        item = _work_item(lax.div(iteration, 2), self.num_blocks)
+        row, head, chunk, pair, column = unravel(jnp.minimum(item, num_items - 1), self.sizes)
+        tile, is_valid = self.pairs.tile(chunk, pair, lax.rem(iteration, 2) == 1)
+        is_valid = is_valid & (item < num_items)
+        if self.is_transposed:
+            first = jnp.maximum(tile - geometry.key_tile_offset, 0)
+            num_tiles = jnp.maximum(last_query_tile(band, geometry, row, tile) + 1 - first, 0)
         else:
             first = first_key_tile(band, geometry, row, tile)
-            count = count_key_tiles(band, geometry, row, tile)
-        steps = jnp.where(is_live, count * halves, 0)
-        return (row, head, tile, pl.ds(column * width, width)), first, steps, is_live
+            num_tiles = count_key_tiles(band, geometry, row, tile)
+        num_steps = jnp.where(is_valid, num_tiles * (TILE // DEPTH), 0)
+        columns = pl.ds(column * self.width, self.width)
+        return _ProductItem(row, head, tile, columns, first, num_steps, is_valid)
 
-    def copy():
-        def fill(turn, done):
-            (row, head, tile, n), first, steps, _ = find(turn)
-            is_repaired = repaired is not None and repaired[1][row, head, tile] != 0
+    def produce(self):
+        repaired, pipeline = self.operands.repaired, self.scratch.pipeline
 
-            def copy_step(step, slot, barrier):
-                if is_transposed:
-                    query = first + lax.div(step, halves)
-                    half = lax.rem(step, halves) * _DEPTH
-                    before = first_key_tile(band, geometry, row, query)
-                    keys = pl.ds((tile - before) * TILE, TILE)
-                    place = row, head, query, pl.ds(half, _DEPTH), keys
-                else:
-                    place = row, head, tile, slice(None), pl.ds(step * _DEPTH, _DEPTH)
+        def produce_tile(iteration, steps_done):
+            item = self.locate(iteration)
+            is_repaired = None
+            if repaired is not None:
+                is_repaired = repaired[1][item.row, item.head, item.tile] != 0
+            pipeline.produce(
+                steps_done, item.num_steps, partial(self._copy_step, item, is_repaired)
+            )
+            return steps_done + item.num_steps
 
-                def copy_part(source):
-                    plgpu.copy_gmem_to_smem(source.at[place], a_s.at[slot], barrier)
+        pipeline.producer_tail(lax.fori_loop(0, self.num_iterations, produce_tile, 0))
 
-                if repaired is None:
-                    copy_part(weights)
-                else:
-                    pl.when(is_repaired)(lambda: copy_part(repaired[0]))
-                    pl.when(jnp.logical_not(is_repaired))(lambda: copy_part(weights))
-                tokens = pl.ds(first * TILE + step * _DEPTH, _DEPTH)
-                plgpu.copy_gmem_to_smem(x.at[row, tokens, head, n], x_s.at[slot], barrier)
+    def _copy_step(self, item, is_repaired, step, stage, barrier):
+        _, weights, repaired, x, _ = self.operands
+        scratch = self.scratch
+        index = self._weights_index(item, step)
 
-            pipe.fill(done, steps, copy_step)
-            return done + steps
+        def copy_weights(source):
+            plgpu.copy_gmem_to_smem(source.at[index], scratch.weights_smem.at[stage], barrier)
 
-        pipe.drain(lax.fori_loop(0, turns, fill, 0))
+        if repaired is None:
+            copy_weights(weights)
+        else:
+            pl.when(is_repaired)(lambda: copy_weights(repaired[0]))
+            pl.when(jnp.logical_not(is_repaired))(lambda: copy_weights(weights))
+        tokens = pl.ds(item.first * TILE + step * DEPTH, DEPTH)
+        x_gmem = x.at[item.row, tokens, item.head, item.columns]
+        plgpu.copy_gmem_to_smem(x_gmem, scratch.x_smem.at[stage], barrier)
 
-    def compute(warpgroup):
-        rows = pl.ds(warpgroup * ROWS, ROWS)
+    def _weights_index(self, item, step):
+        if not self.is_transposed:
+            return item.row, item.head, item.tile, slice(None), pl.ds(step * DEPTH, DEPTH)
+        steps_per_tile = TILE // DEPTH
+        query_tile = item.first + lax.div(step, steps_per_tile)
+        query = lax.rem(step, steps_per_tile) * DEPTH
+        first = first_key_tile(self.operands.band, self.geometry, item.row, query_tile)
+        keys = pl.ds((item.tile - first) * TILE, TILE)
+        return item.row, item.head, query_tile, pl.ds(query, DEPTH), keys
 
-        def multiply(turn, done):
-            (row, head, tile, n), *_, steps, is_live = find(turn)
-            tokens = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
+    def consume(self, warpgroup):
+        rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
-            @pl.when(is_live)
-            def make_tile():
-                factor = load_rows(scale.at[row, head, tokens]) if scale is not None else None
+        def consume_tile(iteration, steps_done):
+            item = self.locate(iteration)
+            tokens = pl.ds(item.tile * TILE + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+            write = partial(self._write_tile, item, warpgroup, rows, tokens, steps_done)
+            pl.when(item.is_valid)(write)
+            return steps_done + item.num_steps
 
-                def sum_up(acc):
-                    def add(_, slot):
-                        a = a_s.at[slot, :, rows] if is_transposed else a_s.at[slot, rows]
-                        plgpu.wgmma(acc, a.transpose((1, 0)) if is_transposed else a, x_s.at[slot])
-
-                    pipe.multiply(done, steps, add)
-                    return acc[...]
-
-                total = pl.run_scoped(sum_up, Accumulator((ROWS, width), jnp.float32))
-                if factor is not None:
-                    total = total * lax.broadcast_in_dim(factor, total.shape, [0])
-                for i, start in enumerate(range(0, width, _PART)):
-                    target = out.at[row, tokens, head, n].at[:, pl.ds(start, _PART)]
-                    value = total[:, start : start + _PART]
-                    _write(value, out_s.at[warpgroup, i % 2], target, pending)
-
-            return done + steps
-
-        lax.fori_loop(0, turns, multiply, 0)
+        lax.fori_loop(0, self.num_iterations, consume_tile, 0)
         plgpu.wait_smem_to_gmem(0)
 
-    by_warpgroup(copy, compute)
+    def _write_tile(self, item, warpgroup, rows, tokens, steps_done):
+        weights_smem, x_smem, out_smem, pipeline = self.scratch
+        scale = self.operands.scale
+        row_scale = None
+        if scale is not None:
+            row_scale = load_row_values(scale.at[item.row, item.head, tokens])
+
+        def accumulate(acc):
+            def multiply(stage):
+                if self.is_transposed:
+                    a = weights_smem.at[stage, :, rows].transpose((1, 0))
+                else:
+                    a = weights_smem.at[stage, rows]
+                plgpu.wgmma(acc, a, x_smem.at[stage])
+
+            pipeline.consume(steps_done, item.num_steps, multiply)
+            return acc[...]
+
+        acc_type = Accumulator((WARPGROUP_ROWS, self.width), jnp.float32)
+        total = pl.run_scoped(accumulate, acc_type)
+        if row_scale is not None:
+            total = total * lax.broadcast_in_dim(row_scale, total.shape, [0])
+        # An odd number of copies ends and begins with the same buffer.
+        max_pending = 1 - self.width // STORE_WIDTH % 2
+        for i, start in enumerate(range(0, self.width, STORE_WIDTH)):
+            out_gmem = self.out.at[item.row, tokens, item.head, item.columns]
+            out_gmem = out_gmem.at[:, pl.ds(start, STORE_WIDTH)]
+            value = total[:, start : start + STORE_WIDTH]
+            _store(value, out_smem.at[warpgroup, i % 2], out_gmem, max_pending)
 
 
-def band_product(
-    band: Band,
-    weights: BFloat16[Array, "B H I 128 W"],
-    x: BFloat16[Array, "B N H D"],
-    scale: Float[Array, "B H L"] | None,
-    geometry: Geometry,
-    interpret: Any,
+def product_kernel(
+    operands: ProductOperands,
+    out: Any,
+    scratch: ProductScratch,
     *,
-    is_transposed: bool = False,
-    repaired: tuple[BFloat16[Array, "B H I 128 W"], Int32[Array, "B H I"]] | None = None,
-) -> BFloat16[Array, "B N H D"]:
-    """The sums over s of scale[t] weights[t, s] x[s]; transposed, over t of weights[t, s] x[t].
+    geometry: AttentionGeometry,
+    num_blocks: int,
+    is_transposed: bool,
+) -> None:
+    """Products of the band, or of its transpose, with x."""
+    call = _ProductKernelCall(operands, out, scratch, geometry, num_blocks, is_transposed)
+    warp_specialize(call.produce, call.consume)
 
-    Query tiles with a 1 in repaired[1] take repaired[0] for weights, not where transposed.
+
+class GradientOperands(NamedTuple):
+    """Operands of `score_gradient_kernel`."""
+
+    band: Band
+    weights: Any
+    do: Any
+    v: Any
+    delta: Any
+
+
+class GradientScratch(NamedTuple):
+    """Shared memory and barriers of `score_gradient_kernel`; weights pass through `v_smem` too."""
+
+    do_smem: Any
+    v_smem: Any
+    out_smem: Any
+    pipeline: Pipeline
+
+
+def count_gradient_items(geometry: AttentionGeometry) -> int:
+    """Work items of `score_gradient_kernel`, invalid ones included."""
+    *pairs, groups = BandTiles(geometry, KEY_TILES).sizes
+    return math.prod(pairs) * (groups + 2)
+
+
+def _locate_gradient(
+    band: Band, geometry: AttentionGeometry, item: Any
+) -> tuple[BandTile, Any, Any]:
+    """A work item's first tile, whether it has two key tiles, and whether it has any.
+
+    Items with two key tiles come first, then the last key tile of query tiles with an odd number.
     """
-    width = min(_WIDTH, x.shape[3])
-    tiles = geometry.key_tiles if is_transposed else geometry.query_tiles
-    run = Runs(tiles, geometry.period)
-    columns = x.shape[3] // width
-    units = geometry.rows * geometry.heads * run.count * run.pairs * columns
-    blocks = count_blocks(units, interpret)
-    return launch(
-        partial(
-            _product_kernel,
-            geometry=geometry,
-            blocks=blocks,
-            is_transposed=is_transposed,
-        ),
-        (band, weights, repaired, x, scale),
-        jax.ShapeDtypeStruct((geometry.rows, tiles * TILE, *x.shape[2:]), x.dtype),
-        name="chunk_attention_band_" + ("transpose_product" if is_transposed else "product"),
-        grid={"block": blocks},
-        scratch=[
-            staged(_STAGES, _DEPTH, TILE) if is_transposed else staged(_STAGES, TILE, _DEPTH),
-            staged(_STAGES, _DEPTH, width),
-            staged(2, 2, ROWS, _PART),
-        ],
-        stages=_STAGES,
-        copies=2,
-        interpret=interpret,
-    )
-
-
-# Key tiles whose scores' gradients are made together.
-_TOGETHER = 2
-
-
-def _find_gradients(band: Band, geometry: Geometry, unit: Any) -> tuple[Any, Any, Any]:
-    """A unit's (row, head, query tile, key tile), whether there are two of those, and any at all.
-
-    First come all pairs of key tiles, then what is left of query tiles with an odd number.
-    """
-    spans = Spans(geometry, _TOGETHER)
-    pairs, sizes = math.prod(spans.sizes), (*spans.sizes[:-1], 2)
-    singles = math.prod(sizes)
-    is_pair = unit < pairs
-    row, head, run, pair, second = unravel(jnp.clip(unit - pairs, 0, singles - 1), sizes)
-    tile, is_live = spans.runs.tile(run, pair, second == 1)
+    tiles = BandTiles(geometry, KEY_TILES)
+    num_doubles, sizes = math.prod(tiles.sizes), (*tiles.sizes[:-1], 2)
+    num_singles = math.prod(sizes)
+    is_double = item < num_doubles
+    index = jnp.clip(item - num_doubles, 0, num_singles - 1)
+    row, head, chunk, pair, second = unravel(index, sizes)
+    tile, is_valid = tiles.pairs.tile(chunk, pair, second == 1)
     count = count_key_tiles(band, geometry, row, tile)
-    is_live = is_live & (lax.rem(count, _TOGETHER) == 1) & (unit < pairs + singles)
-    single = row, head, tile, count - 1, is_live
-    *place, is_live = (
-        jnp.where(is_pair, a, b) for a, b in zip(spans.find(band, unit), single, strict=True)
-    )
-    return tuple(place), is_pair, is_live
+    is_odd = lax.rem(count, KEY_TILES) == 1
+    is_valid = is_valid & is_odd & (item < num_doubles + num_singles)
+    single = *BandTile(row, head, tile, count - 1), is_valid
+    double_tile, double_is_valid = tiles.locate(band, item)
+    double = *double_tile, double_is_valid
+    *tile, is_valid = (jnp.where(is_double, a, b) for a, b in zip(double, single, strict=True))
+    return BandTile(*tile), is_double, is_valid
 
 
-def _count_gradient_units(geometry: Geometry) -> int:
-    *pairs, spans = Spans(geometry, _TOGETHER).sizes
-    return math.prod(pairs) * (spans + 2)
+class _GradientKernelCall(NamedTuple):
+    operands: GradientOperands
+    out: Any
+    scratch: GradientScratch
+    geometry: AttentionGeometry
+    num_blocks: int
 
+    @property
+    def depth_steps(self) -> int:
+        return self.operands.v.shape[3] // DEPTH
 
-def _gradient_kernel(pipe, band, weights, do, v, delta, out, do_s, v_s, out_s, *, geometry, blocks):
-    depth_steps = v.shape[3] // _DEPTH
-    turns = -(-_count_gradient_units(geometry) // blocks)
+    @property
+    def num_iterations(self) -> int:
+        return -(-count_gradient_items(self.geometry) // self.num_blocks)
 
-    def find(turn):
-        place, is_pair, is_live = _find_gradients(band, geometry, _unit_of(turn, blocks))
-        return place, jnp.where(is_live & is_pair, _TOGETHER, is_live.astype(jnp.int32))
+    def locate(self, iteration: Any) -> tuple[BandTile, Any]:
+        """An iteration's first tile, and its number of key tiles: 0, 1 or 2."""
+        item = _work_item(iteration, self.num_blocks)
+        tile, is_double, is_valid = _locate_gradient(self.operands.band, self.geometry, item)
+        return tile, jnp.where(is_valid & is_double, KEY_TILES, is_valid.astype(jnp.int32))
 
-    def copy():
-        def fill(turn, done):
-            (row, head, tile, column), tiles = find(turn)
-            token = (first_key_tile(band, geometry, row, tile) + column) * TILE
+    def produce(self):
+        pipeline = self.scratch.pipeline
 
-            def copy_step(step, slot, barrier):
-                part = pl.ds(step * _DEPTH, _DEPTH)
-                rows = do.at[row, pl.ds(tile * TILE, TILE), head, part]
-                plgpu.copy_gmem_to_smem(rows, do_s.at[slot], barrier)
+        def produce_item(iteration, steps_done):
+            tile, key_tiles = self.locate(iteration)
+            first = first_key_tile(self.operands.band, self.geometry, tile.row, tile.query_tile)
+            first_key = (first + tile.column) * TILE
+            steps = jnp.where(key_tiles > 0, self.depth_steps, 0)
+            copy_step = partial(self._copy_step, tile, first_key, key_tiles)
+            pipeline.produce(steps_done, steps, copy_step)
+            pipeline.produce(steps_done + steps, key_tiles, partial(self._copy_weights, tile))
+            return steps_done + steps + key_tiles
 
-                def copy_values(number):
-                    keys = pl.ds(number * TILE, TILE)
-                    values = v.at[row, pl.ds(token + number * TILE, TILE), head, part]
-                    plgpu.copy_gmem_to_smem(values, v_s.at[slot, keys], barrier)
+        pipeline.producer_tail(lax.fori_loop(0, self.num_iterations, produce_item, 0))
 
-                copy_values(0)
-                pl.when(tiles == _TOGETHER)(lambda: copy_values(1))
-                pl.when(tiles < _TOGETHER)(lambda: plgpu.barrier_arrive(barrier))
+    def _copy_step(self, tile, first_key, key_tiles, step, stage, barrier):
+        _, _, do, v, _ = self.operands
+        channels = pl.ds(step * DEPTH, DEPTH)
+        queries = pl.ds(tile.query_tile * TILE, TILE)
+        do_gmem = do.at[tile.row, queries, tile.head, channels]
+        plgpu.copy_gmem_to_smem(do_gmem, self.scratch.do_smem.at[stage], barrier)
 
-            def copy_weights(number, slot, barrier):
-                for half in range(TILE // _PART):
-                    columns = pl.ds((column + number) * TILE + half * _PART, _PART)
-                    part = weights.at[row, head, tile, :, columns]
-                    own = v_s.at[slot, pl.ds(half * TILE, TILE)]
-                    plgpu.copy_gmem_to_smem(part, own, barrier)
-                plgpu.barrier_arrive(barrier)
+        def copy_values(i):
+            rows = pl.ds(i * TILE, TILE)
+            v_gmem = v.at[tile.row, pl.ds(first_key + i * TILE, TILE), tile.head, channels]
+            plgpu.copy_gmem_to_smem(v_gmem, self.scratch.v_smem.at[stage, rows], barrier)
 
-            steps = jnp.where(tiles > 0, depth_steps, 0)
-            pipe.fill(done, steps, copy_step)
-            pipe.fill(done + steps, tiles, copy_weights)
-            return done + steps + tiles
+        copy_values(0)
+        pl.when(key_tiles == KEY_TILES)(lambda: copy_values(1))
+        # The barrier expects as many arrivals from an item with one key tile.
+        pl.when(key_tiles < KEY_TILES)(lambda: plgpu.barrier_arrive(barrier))
 
-        pipe.drain(lax.fori_loop(0, turns, fill, 0))
+    def _copy_weights(self, tile, i, stage, barrier):
+        row, head, query_tile, column = tile
+        for half in range(TILE // STORE_WIDTH):
+            columns = pl.ds((column + i) * TILE + half * STORE_WIDTH, STORE_WIDTH)
+            weights_gmem = self.operands.weights.at[row, head, query_tile, :, columns]
+            smem = self.scratch.v_smem.at[stage, pl.ds(half * TILE, TILE)]
+            plgpu.copy_gmem_to_smem(weights_gmem, smem, barrier)
+        plgpu.barrier_arrive(barrier)
 
-    def compute(warpgroup):
-        rows = pl.ds(warpgroup * ROWS, ROWS)
+    def consume(self, warpgroup):
+        rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
-        def make(done, place, tiles):
-            """Gradients of the scores of 64 queries and `tiles` key tiles."""
-            row, head, tile, column = place
-            tokens = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
-            mean = load_rows(delta.at[row, head, tokens])
+        def consume_item(iteration, steps_done):
+            tile, key_tiles = self.locate(iteration)
+            for count in (KEY_TILES, 1):
+                write = partial(self._write_tiles, tile, count, warpgroup, rows, steps_done)
+                pl.when(key_tiles == count)(write)
+            return steps_done + jnp.where(key_tiles > 0, self.depth_steps, 0) + key_tiles
 
-            def sum_up(acc):
-                def add(_, slot):
-                    values = v_s.at[slot, pl.ds(0, tiles * TILE)].transpose((1, 0))
-                    plgpu.wgmma(acc, do_s.at[slot, rows], values)
-
-                pipe.multiply(done, depth_steps, add)
-                return acc[...]
-
-            total = pl.run_scoped(sum_up, Accumulator((ROWS, tiles * TILE), jnp.float32))
-            total = total - lax.broadcast_in_dim(mean, total.shape, [0])
-            for number in range(tiles):
-                slot = lax.rem(done + depth_steps + number, pipe.count)
-                plgpu.barrier_wait(pipe.full.at[slot])
-                for half in range(TILE // _PART):
-                    own = v_s.at[slot, pl.ds(half * TILE + warpgroup * ROWS, ROWS)]
-                    values = plgpu.load(own, layout=plgpu.Layout.WGMMA, optimized=False)
-                    values = values.astype(jnp.float32)
-                    start = number * TILE + half * _PART
-                    gradient = total[:, start : start + _PART]
-                    # Not even an infinite gradient counts where the weight is zero.
-                    gradient = jnp.where(values == 0, 0.0, values * gradient)
-                    target = out.at[row, head, tile, rows, pl.ds(column * TILE + start, _PART)]
-                    _write(gradient, out_s.at[warpgroup, half], target, 1)
-                plgpu.barrier_arrive(pipe.free.at[slot])
-
-        def multiply(turn, done):
-            place, tiles = find(turn)
-            pl.when(tiles == _TOGETHER)(lambda: make(done, place, _TOGETHER))
-            pl.when(tiles == 1)(lambda: make(done, place, 1))
-            return done + jnp.where(tiles > 0, depth_steps, 0) + tiles
-
-        lax.fori_loop(0, turns, multiply, 0)
+        lax.fori_loop(0, self.num_iterations, consume_item, 0)
         plgpu.wait_smem_to_gmem(0)
 
-    by_warpgroup(copy, compute)
+    def _write_tiles(self, tile, key_tiles, warpgroup, rows, steps_done):
+        """Score gradients of a warpgroup's queries and `key_tiles` key tiles."""
+        do_smem, v_smem, _, pipeline = self.scratch
+        tokens = pl.ds(tile.query_tile * TILE + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        delta = load_row_values(self.operands.delta.at[tile.row, tile.head, tokens])
+
+        def accumulate(acc):
+            def multiply(stage):
+                values = v_smem.at[stage, pl.ds(0, key_tiles * TILE)].transpose((1, 0))
+                plgpu.wgmma(acc, do_smem.at[stage, rows], values)
+
+            pipeline.consume(steps_done, self.depth_steps, multiply)
+            return acc[...]
+
+        acc_type = Accumulator((WARPGROUP_ROWS, key_tiles * TILE), jnp.float32)
+        gradient = pl.run_scoped(accumulate, acc_type)
+        gradient = gradient - lax.broadcast_in_dim(delta, gradient.shape, [0])
+        for i in range(key_tiles):
+            stage = lax.rem(steps_done + self.depth_steps + i, pipeline.num_stages)
+            plgpu.barrier_wait(pipeline.full_barrier.at[stage])
+            for half in range(TILE // STORE_WIDTH):
+                start = i * TILE + half * STORE_WIDTH
+                weights_rows = pl.ds(half * TILE + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+                self._write_half(
+                    tile,
+                    warpgroup,
+                    rows,
+                    weights_smem=v_smem.at[stage, weights_rows],
+                    gradient=gradient,
+                    start=start,
+                    half=half,
+                )
+            plgpu.barrier_arrive(pipeline.consumed_barrier.at[stage])
+
+    def _write_half(self, tile, warpgroup, rows, *, weights_smem, gradient, start, half):
+        weights = plgpu.load(weights_smem, layout=plgpu.Layout.WGMMA, optimized=False)
+        weights = weights.astype(jnp.float32)
+        gradient = gradient[:, start : start + STORE_WIDTH]
+        # A selection, because 0 times an infinite gradient is NaN.
+        gradient = jnp.where(weights == 0, 0.0, weights * gradient)
+        row, head, query_tile, column = tile
+        columns = pl.ds(column * TILE + start, STORE_WIDTH)
+        out_gmem = self.out.at[row, head, query_tile, rows, columns]
+        _store(gradient, self.scratch.out_smem.at[warpgroup, half], out_gmem, 1)
 
 
-def score_gradient(
-    band: Band,
-    weights: BFloat16[Array, "B H I 128 W"],
-    do: BFloat16[Array, "B L H Dv"],
-    v: BFloat16[Array, "B M H Dv"],
-    delta: Float[Array, "B H L"],
-    geometry: Geometry,
-    interpret: Any,
-) -> BFloat16[Array, "B H I 128 W"]:
+def score_gradient_kernel(
+    operands: GradientOperands,
+    out: Any,
+    scratch: GradientScratch,
+    *,
+    geometry: AttentionGeometry,
+    num_blocks: int,
+) -> None:
     """weights * (do vᵀ - delta) in the band."""
-    blocks = count_blocks(_count_gradient_units(geometry), interpret)
-    return launch(
-        partial(_gradient_kernel, geometry=geometry, blocks=blocks),
-        (band, weights, do, v, delta),
-        jax.ShapeDtypeStruct(geometry.shape, weights.dtype),
-        name="chunk_attention_score_gradient",
-        grid={"block": blocks},
-        scratch=[
-            staged(_STAGES, TILE, _DEPTH),
-            staged(_STAGES, _TOGETHER * TILE, _DEPTH),
-            staged(2, 2, ROWS, _PART),
-        ],
-        stages=_STAGES,
-        copies=1 + _TOGETHER,
-        interpret=interpret,
-    )
+    call = _GradientKernelCall(operands, out, scratch, geometry, num_blocks)
+    warp_specialize(call.produce, call.consume)

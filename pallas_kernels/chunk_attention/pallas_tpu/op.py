@@ -1,23 +1,22 @@
-"""Chunk attention on TPU: one kernel forward and one backward, over blocks of a row."""
+"""Chunk attention on TPU: checks, sizes of a call, padding to blocks, and the custom gradient."""
 
-import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.chunk_attention.intervals import (
-    align_right,
-    interval_starts,
-    next_cache,
-    pad_length,
-)
+from pallas_kernels.chunk_attention.intervals import attend_intervals, pad_length
 from pallas_kernels.chunk_attention.pallas_tpu.block_sizes import (
+    INTERPRETED_BLOCKS,
+    LANES,
     SMALLEST_BLOCK,
-    TpuBlocks,
-    blocks_for,
+    HeadSizes,
+    find_blocks,
+    round_up,
 )
-from pallas_kernels.chunk_attention.pallas_tpu.kernels import Plan, attend_backward, attend_forward
+from pallas_kernels.chunk_attention.pallas_tpu.kernels import AttentionTpuPlan
+from pallas_kernels.chunk_attention.pallas_tpu.launch import attend_backward, attend_forward
 from pallas_kernels.chunk_attention.types import (
     AttentionDropout,
     ChunkAttentionOutput,
@@ -25,8 +24,6 @@ from pallas_kernels.chunk_attention.types import (
 )
 from pallas_kernels.common.residuals import name_residuals
 from pallas_kernels.common.target import check_tpu, is_interpreted
-
-_LANES = 128
 
 
 def chunk_attention(
@@ -55,39 +52,21 @@ def chunk_attention(
             raise ValueError(
                 f"{name} is float64, which TPUs lack; use implementation 'xla' or 'reference'"
             )
-    B, L = q.shape[:2]
-    plan = _make_plan(q, v, chunk_size, aligned=positions is None, cached=cache is not None)
+    plan = _make_plan(q, v, chunk_size, is_aligned=positions is None, has_cache=cache is not None)
     if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
-    held = jnp.zeros((B, 1), jnp.int32) if cache is None else positions[:, :1] % chunk_size
-    start = interval_starts(positions, segment_ids, chunk_size, plan.left, held)
-
-    tokens = None
-    if segment_ids is not None:
-        # Padding meets tokens in the kernels' products, and 0 times a NaN is a NaN.
-        tokens = (segment_ids != 0)[:, :, None, None]
-        q, k, v = (jnp.where(tokens, x, 0) for x in (q, k, v))
-    k_row, v_row = k, v
-    if cache is not None:
-        k_row = jnp.concatenate([align_right(cache.key, held), k], axis=1)
-        v_row = jnp.concatenate([align_right(cache.value, held), v], axis=1)
-    before = plan.left - (k_row.shape[1] - L)
-    k_all, v_all = (jnp.pad(x, ((0, 0), (before, 0), (0, 0), (0, 0))) for x in (k_row, v_row))
-    total = plan.left + plan.length
-    start = jnp.pad(start, ((0, 0), (0, plan.length - L)), constant_values=total)
-    out = _attend(
-        plan,
-        _join_heads(pad_length(q, plan.length), plan.key_width),
-        _join_heads(pad_length(k_all, total), plan.key_width),
-        _join_heads(pad_length(v_all, total), plan.value_width),
-        start,
+        positions = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
+    return attend_intervals(
+        partial(_attend_row, plan),
+        q,
+        k,
+        v,
+        chunk_size=chunk_size,
+        positions=positions,
+        segment_ids=segment_ids,
+        cache=cache,
+        key_offset=plan.key_offset,
+        zero_padding=True,
     )
-    out = out.reshape(B, plan.length, plan.heads, plan.value_width)[:, :L, :, : v.shape[3]]
-    if tokens is not None:
-        out = jnp.where(tokens, out, 0)
-    if cache is not None:
-        cache = next_cache(k_row, v_row, chunk_size, positions, segment_ids, cache)
-    return ChunkAttentionOutput(out, cache)
 
 
 def can_run(
@@ -96,77 +75,69 @@ def can_run(
     chunk_size: int,
     device_kind: str,
 ) -> bool:
-    """Whether blocks for these shapes fit into the memory of a TPU in `tpu_block_sizes.BLOCKS`."""
-    widths = _round_up(q.shape[3], _LANES), _round_up(v.shape[3], _LANES)
-    blocks = _fit(blocks_for(device_kind), widths, chunk_size, q.dtype.itemsize, v.dtype.itemsize)
-    return blocks is not None
+    """Whether blocks for these shapes fit into the memory of a TPU in `block_sizes.BLOCKS`."""
+    return find_blocks(device_kind, _head_sizes(q, v), chunk_size) is not None
 
 
-def _make_plan(q: Array, v: Array, chunk_size: int, *, aligned: bool, cached: bool) -> Plan:
+def _head_sizes(q: Array, v: Array) -> HeadSizes:
+    return HeadSizes(
+        key_width=round_up(q.shape[3], LANES),
+        value_width=round_up(v.shape[3], LANES),
+        key_bytes=q.dtype.itemsize,
+        value_bytes=v.dtype.itemsize,
+    )
+
+
+def _make_plan(
+    q: Array, v: Array, chunk_size: int, *, is_aligned: bool, has_cache: bool
+) -> AttentionTpuPlan:
     interpret = is_interpreted()
-    widths = _round_up(q.shape[3], _LANES), _round_up(v.shape[3], _LANES)
+    heads = _head_sizes(q, v)
     if interpret:
-        blocks = blocks_for(None)
+        blocks = INTERPRETED_BLOCKS
     else:
         kind = check_tpu("pallas_tpu")
-        table = blocks_for(kind)
-        blocks = _fit(table, widths, chunk_size, q.dtype.itemsize, v.dtype.itemsize)
+        blocks = find_blocks(kind, heads, chunk_size)
         if blocks is None:
             raise ValueError(
                 f"heads of {q.shape[3]} and {v.shape[3]} channels ({q.dtype}, {v.dtype}) in chunks "
                 f"of {chunk_size} tokens do not fit into the memory of {kind}; use "
                 "implementation 'xla'"
             )
-    # A short row or chunk needs no block that is mostly empty.
+    # Smaller blocks for short rows and chunks, which would leave most of a block empty.
     while max(blocks[:3]) > max(SMALLEST_BLOCK, min(q.shape[1], chunk_size)):
         blocks = blocks.halved()
     largest = max(blocks[:3])
-    return Plan(
+    return AttentionTpuPlan(
         heads=q.shape[2],
-        key_width=widths[0],
-        value_width=widths[1],
+        key_width=heads.key_width,
+        value_width=heads.value_width,
         chunk_size=chunk_size,
-        aligned=aligned,
-        left=_round_up(chunk_size, largest) if cached else 0,
-        length=_round_up(q.shape[1], largest),
+        is_aligned=is_aligned,
+        key_offset=round_up(chunk_size, largest) if has_cache else 0,
+        length=round_up(q.shape[1], largest),
         blocks=blocks,
         interpret=interpret,
     )
 
 
-def _fit(
-    blocks: TpuBlocks, widths: tuple[int, int], chunk_size: int, q_bytes: int, v_bytes: int
-) -> TpuBlocks | None:
-    """The largest blocks up to `blocks` that fit; None if none do."""
-    while (
-        _backward_bytes(blocks.backward, widths, chunk_size, q_bytes, v_bytes) > (blocks.vmem_limit)
-        or _forward_bytes(blocks, widths, q_bytes, v_bytes) > blocks.vmem_limit
-    ):
-        if blocks == blocks.halved():
-            return None
-        blocks = blocks.halved()
-    return blocks
-
-
-def _forward_bytes(blocks: TpuBlocks, widths: tuple[int, int], q_bytes: int, v_bytes: int) -> int:
-    """Of arrays that come and go, in two buffers; of sums and columns; of scores and products."""
-    Dk, Dv = widths
-    moved = (blocks.queries + blocks.keys) * (Dk * q_bytes + Dv * v_bytes)
-    kept = blocks.queries * (Dv + 3 * _LANES) * 4
-    return 2 * moved + kept + blocks.queries * (3 * blocks.keys + Dv) * 4
-
-
-def _backward_bytes(
-    size: int, widths: tuple[int, int], chunk_size: int, q_bytes: int, v_bytes: int
-) -> int:
-    Dk, Dv = widths
-    moved = size * (4 * Dk * q_bytes + 3 * Dv * v_bytes)
-    kept = (_round_up(chunk_size, size) + 2 * size) * Dk * 4 + size * Dv * 4
-    return 2 * moved + kept + size * (5 * size + Dv) * 4
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+def _attend_row(
+    plan: AttentionTpuPlan,
+    q: Float[Array, "B L H Dk"],
+    k: Float[Array, "B M H Dk"],
+    v: Float[Array, "B M H Dv"],
+    start: Int32[Array, "B L"],
+) -> Float[Array, "B L H Dv"]:
+    B, L, value_width = q.shape[0], q.shape[1], v.shape[3]
+    after = plan.length - L
+    # Padding after the row sees no key.
+    beyond = plan.key_offset + plan.length
+    start = jnp.pad(start, ((0, 0), (0, after)), constant_values=beyond)
+    q, k, v = (pad_length(x, 0, after) for x in (q, k, v))
+    q, k = (_join_heads(x, plan.key_width) for x in (q, k))
+    out = _attend(plan, q, k, _join_heads(v, plan.value_width), start)
+    out = out.reshape(B, plan.length, plan.heads, plan.value_width)
+    return out[:, :L, :, :value_width]
 
 
 def _join_heads(x: Float[Array, "B L H D"], width: int) -> Float[Array, "B L H*W"]:
@@ -174,31 +145,29 @@ def _join_heads(x: Float[Array, "B L H D"], width: int) -> Float[Array, "B L H*W
     return x.reshape(*x.shape[:2], -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: Plan, q, k, v, start):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: AttentionTpuPlan, q, k, v, start):
     return attend_forward(plan, q, k, v, start)[0]
 
 
-def _attend_forward(plan: Plan, q, k, v, start):
+def _attend_forward(plan: AttentionTpuPlan, q, k, v, start):
     out, lse = name_residuals(attend_forward(plan, q, k, v, start), "chunk_attention")
     return out, (q, k, v, start, out, lse)
 
 
-def _attend_backward(plan: Plan, residuals, d_out):
+def _attend_backward(plan: AttentionTpuPlan, residuals, do):
     q, k, v, start, out, lse = residuals
-    # Head by head: as a (B, L, H, Dv) array, XLA would lay the product out anew in memory.
-    mean = jnp.stack(
+    # Head by head: for a (B, L, H, Dv) array XLA would copy the product to another layout.
+    delta = jnp.stack(
         [
             jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=2)
             for a, b in zip(
-                jnp.split(out, plan.heads, axis=2),
-                jnp.split(d_out, plan.heads, axis=2),
-                strict=True,
+                jnp.split(out, plan.heads, axis=2), jnp.split(do, plan.heads, axis=2), strict=True
             )
         ],
         axis=1,
     )[:, :, None]
-    return *attend_backward(plan, q, k, v, start, lse, mean, d_out), None
+    return *attend_backward(plan, q, k, v, start, lse, delta, do), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

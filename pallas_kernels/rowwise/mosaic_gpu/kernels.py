@@ -1,223 +1,148 @@
-"""A Hopper kernel from a function of one row, and the functions of the row operations.
+"""One row of every operation, forward and backward, in registers.
 
-A warpgroup walks down some rows. Thread i holds the same few columns of every row, so vectors stay
-in its registers, and sums over rows need no other thread. The next rows are on their way while
-these are worked on.
+A norm's backward function gets the moments of its row from the forward one. With
+xh = (z - mean) r, r = 1 / sqrt(var + eps), g = dy scale and means over a row,
+
+    dz = r (g - mean(g) - xh mean(g xh))        dscale = Σ dy xh    dbias = Σ dy    doffset = Σ dz
+
+where Σ is over rows; without mean(g) for RMSNorm. With s = sigmoid(z) of a gate,
+d silu(z) / dz = s (1 + z (1 - s)).
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+import abc
+import dataclasses
+from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-THREADS = 128
-
-Row = Any  # float32 in registers, THREADS threads side by side
-Scalar = Any  # float32, the same in all threads
+from pallas_kernels.rowwise.mosaic_gpu.pipeline import Row, RowOperands, RowResults
+from pallas_kernels.rowwise.types import RowwiseOperation
 
 
-class Operands(NamedTuple):
-    """What a kernel reads: arrays in memory, or one row of them in registers; None: there is none.
+class RowKernel(abc.ABC):
+    """The functions of one row of an operation."""
 
-    Attributes:
-      rows: (N, W), any float type; in registers float32.
-      vectors: (W,) float32.
-      moments: (N,) float32, a number for every row.
-    """
+    name: ClassVar[RowwiseOperation]
+    num_moments: ClassVar[int]
+    """Numbers of a row that `backward` needs."""
+    num_gradients: ClassVar[int]
+    """Different gradients of rows: terms of one sum share theirs."""
 
-    rows: tuple[Any, ...]
-    vectors: tuple[Any, ...] = ()
-    moments: tuple[Any, ...] = ()
+    @abc.abstractmethod
+    def forward(self, operands: RowOperands) -> RowResults:
+        """One row of the result, and its moments."""
 
-
-class Results(NamedTuple):
-    """What a kernel writes, in memory or for one row in registers.
-
-    Attributes:
-      rows: (N, W).
-      sums: a row's part of a sum over rows; in memory (blocks, W) float32.
-      moments: (N,) float32.
-    """
-
-    rows: tuple[Any, ...]
-    sums: tuple[Any, ...] = ()
-    moments: tuple[Any, ...] = ()
+    @abc.abstractmethod
+    def backward(self, operands: RowOperands) -> RowResults:
+        """Gradients of rows, and of vectors as sums; the last of the rows is the cotangent."""
 
 
-class Shape(NamedTuple):
-    """How the rows are shared out.
+@dataclasses.dataclass(frozen=True)
+class RmsNorm(RowKernel):
+    """Rows (x), vectors (scale), moments (r)."""
 
-    Attributes:
-      tile: columns of a block.
-      rows_at_once: rows that are loaded together.
-      blocks: blocks at most.
-      keep_vectors: whether vectors stay in registers; else every row reads them from the cache.
-      ahead: whether the next rows are read before these are worked on.
-    """
+    name = "rms_norm"
+    num_moments, num_gradients = 1, 1
 
-    tile: int
-    rows_at_once: int
-    blocks: int
-    keep_vectors: bool = True
-    ahead: bool = True
+    width: int
+    eps: float
 
-    @property
-    def vec_size(self) -> int:
-        """Neighbouring columns of a thread: 8 of bfloat16 are the 16 bytes of the widest load."""
-        return next(size for size in (8, 4, 2, 1) if self.tile % (size * THREADS) == 0)
+    def forward(self, operands: RowOperands) -> RowResults:
+        (x,), (scale,), _ = operands
+        r = lax.rsqrt(jnp.sum(x * x) * (1 / self.width) + self.eps)
+        y = x * r
+        return RowResults((y if scale is None else y * scale,), moments=(r,))
 
-    def rows_per_block(self, rows: int, width: int) -> int:
-        """Rows of every block but the last, which may have fewer."""
-        wanted = max(1, self.blocks * self.tile // width)
-        return pl.cdiv(rows, wanted * self.rows_at_once) * self.rows_at_once
+    def backward(self, operands: RowOperands) -> RowResults:
+        (x, dy), (scale,), (r,) = operands
+        x = x * r
+        g = dy if scale is None else dy * scale
+        dx = r * (g - x * (jnp.sum(g * x) * (1 / self.width)))
+        return RowResults((dx,), (None if scale is None else dy * x,))
 
 
-RowFunction = Callable[[Operands], Results]
+@dataclasses.dataclass(frozen=True)
+class LayerNorm(RowKernel):
+    """Rows (x, added), vectors (offset, scale, bias), moments (mean, r)."""
 
+    name = "layer_norm"
+    num_moments, num_gradients = 2, 1
 
-def run(
-    function: RowFunction,
-    operands: Operands,
-    out: Results,
-    shape: Shape,
-    *,
-    name: str,
-    interpret: Any,
-) -> Results:
-    """Applies `function` to every row.
+    width: int
+    eps: float
 
-    Args:
-      function: from one row of the operands in registers to one of the results.
-      operands: arrays.
-      out: dtypes of what it gives; None where it gives None.
-      shape: how; the tile must divide the width.
-      name: what profiles call it.
-      interpret: `plgpu.InterpretGPUParams()` or None.
+    def forward(self, operands: RowOperands) -> RowResults:
+        (x, added), (offset, scale, bias), _ = operands
+        z = _add(x, added, offset)
+        mean = jnp.sum(z) * (1 / self.width)
+        z = z - mean
+        r = lax.rsqrt(jnp.sum(z * z) * (1 / self.width) + self.eps)
+        y = z * r
+        y = y if scale is None else y * scale
+        return RowResults((_add(y, bias),), moments=(mean, r))
 
-    Returns:
-      Rows and moments; sums of every block, to be added up.
-    """
-    count, width = operands.rows[0].shape
-    per_block = shape.rows_per_block(count, width)
-    blocks = pl.cdiv(count, per_block)
-    shapes = Results(
-        *(
-            jax.tree.map(partial(jax.ShapeDtypeStruct, size), dtypes)
-            for size, dtypes in zip(((count, width), (blocks, width), (count,)), out, strict=True)
+    def backward(self, operands: RowOperands) -> RowResults:
+        (x, added, dy), (offset, scale, bias), (mean, r) = operands
+        z = (_add(x, added, offset) - mean) * r
+        g = dy if scale is None else dy * scale
+        g_mean, gz_mean = (jnp.sum(a) * (1 / self.width) for a in (g, g * z))
+        dz = r * (g - g_mean - z * gz_mean)
+        sums = (
+            None if offset is None else dz,
+            None if scale is None else dy * z,
+            None if bias is None else dy,
         )
-    )
-    arrays, structure = jax.tree.flatten(operands)
-    outs, out_structure = jax.tree.flatten(shapes)
-
-    def body(*refs):
-        inputs = jax.tree.unflatten(structure, refs[: len(arrays)])
-        results = jax.tree.unflatten(out_structure, refs[len(arrays) :])
-        _Walk(function, inputs, results, shape, count).through_rows(per_block)
-
-    body.__name__ = name
-    results = plgpu.kernel(
-        body,
-        out_type=outs,
-        grid=(blocks, width // shape.tile),
-        grid_names=("r", "c"),
-        # A thread reads nothing that it or another one writes.
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
-        interpret=interpret,
-    )(*arrays)
-    return jax.tree.unflatten(out_structure, results)
+        return RowResults((dz,), sums)
 
 
-class _Walk(NamedTuple):
-    """The way of one block down its rows."""
+@dataclasses.dataclass(frozen=True)
+class Silu(RowKernel):
+    """Rows (x), vectors (bias)."""
 
-    function: RowFunction
-    inputs: Operands
-    results: Results
-    shape: Shape
-    count: int
+    name = "silu"
+    num_moments, num_gradients = 0, 1
 
-    @property
-    def layout(self) -> Any:
-        return plgpu.Layout.WG_STRIDED((self.shape.tile,), vec_size=self.shape.vec_size)
+    def forward(self, operands: RowOperands) -> RowResults:
+        (x,), (bias,), _ = operands
+        z = _add(x, bias)
+        return RowResults((z * _sigmoid(z),))
 
-    @property
-    def columns(self) -> Any:
-        return pl.ds(lax.axis_index("c") * self.shape.tile, self.shape.tile)
+    def backward(self, operands: RowOperands) -> RowResults:
+        (x, dy), (bias,), _ = operands
+        z = _add(x, bias)
+        s = _sigmoid(z)
+        dz = dy * (s * (1 + z * (1 - s)))
+        return RowResults((dz,), (None if bias is None else dz,))
 
-    def through_rows(self, per_block: int) -> None:
-        at_once = self.shape.rows_at_once
-        block = lax.axis_index("r")
-        first = block * per_block
-        rows = jnp.minimum(per_block, self.count - first)
-        steps = lax.div(rows, at_once)
-        vectors = self._load_vectors() if self.shape.keep_vectors else None
-        zeros = plgpu.layout_cast(jnp.zeros((self.shape.tile,), jnp.float32), self.layout)
 
-        def take(start, number, sums):
-            return self._take(start, self._load_rows(start, number), vectors, sums)
+@dataclasses.dataclass(frozen=True)
+class SiluGate(RowKernel):
+    """Rows (x, y), vectors (bias)."""
 
-        def step_ahead(i, carry):
-            loaded, sums = carry
-            # In the last step what it has just read, which costs no way to memory.
-            after = self._load_rows(first + jnp.minimum(i + 1, steps - 1) * at_once, at_once)
-            return after, self._take(first + i * at_once, loaded, vectors, sums)
+    name = "silu_gate"
+    num_moments, num_gradients = 0, 2
 
-        def step(i, sums):
-            return take(first + i * at_once, at_once, sums)
+    def forward(self, operands: RowOperands) -> RowResults:
+        (x, y), (bias,), _ = operands
+        z = _add(x, bias)
+        return RowResults((y * (z * _sigmoid(z)),))
 
-        sums = jax.tree.map(lambda _: zeros, self.results.sums)
-        if self.shape.ahead:
-            carry = self._load_rows(first, at_once), sums
-            sums = lax.fori_loop(0, steps, step_ahead, carry)[1]
-        else:
-            sums = lax.fori_loop(0, steps, step, sums)
-        if self.count % at_once:
-            sums = lax.fori_loop(
-                steps * at_once, rows, lambda i, sums: take(first + i, 1, sums), sums
-            )
+    def backward(self, operands: RowOperands) -> RowResults:
+        (x, y, d_out), (bias,), _ = operands
+        z = _add(x, bias)
+        s = _sigmoid(z)
+        dz = d_out * y * (s * (1 + z * (1 - s)))
+        return RowResults((dz, d_out * (z * s)), (None if bias is None else dz,))
 
-        def store_sum(ref, value):
-            ref[block, self.columns] = value
 
-        jax.tree.map(store_sum, self.results.sums, sums)
+def _add(row: Row, *others: Row | None) -> Row:
+    for other in others:
+        row = row if other is None else row + other
+    return row
 
-    def _load_vectors(self) -> tuple:
-        return jax.tree.map(self._load, self.inputs.vectors)
 
-    def _load(self, ref: Any, *index: Any) -> Row:
-        return plgpu.load(ref.at[*index, self.columns], layout=self.layout)
-
-    def _load_rows(self, start: Any, number: int) -> list[tuple]:
-        def load(row):
-            if self.count % self.shape.rows_at_once:
-                row = jnp.clip(row, 0, self.count - 1)
-            rows = jax.tree.map(lambda ref: self._load(ref, row), self.inputs.rows)
-            return rows, jax.tree.map(lambda ref: ref[row], self.inputs.moments)
-
-        return [load(start + i) for i in range(number)]
-
-    def _take(self, start: Any, loaded: list[tuple], kept: tuple | None, sums: tuple) -> tuple:
-        for i, (rows, moments) in enumerate(loaded):
-            wide = jax.tree.map(lambda row: row.astype(jnp.float32), rows)
-            vectors = self._load_vectors() if kept is None else kept
-            result = self.function(Operands(wide, vectors, moments))
-
-            def store_row(ref, value, row=start + i):
-                ref[row, self.columns] = value.astype(ref.dtype)
-
-            def store_moment(ref, value, row=start + i):
-                ref[row] = value
-
-            jax.tree.map(store_row, self.results.rows, result.rows)
-            jax.tree.map(store_moment, self.results.moments, result.moments)
-            sums = jax.tree.map(jnp.add, sums, result.sums)
-        return sums
+def _sigmoid(z: Row) -> Row:
+    # One rsqrt instruction and a product; a float32 division takes ten instructions.
+    root = lax.rsqrt(1 + jnp.exp(-z))
+    return root * root

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 
-def _attend_token_by_token(q, k, v, chunk_size, positions, segment_ids, held=None):
-    """Row by row; `held` (B, M, H, ...) k and v of tokens right before each row's first token."""
+def _attend_token_by_token(q, k, v, chunk_size, positions, segment_ids, cached=None):
+    """Row by row; `cached` (B, M, H, ...) k and v of the tokens before each row's first token."""
     B, L, H, _ = q.shape
     out = np.zeros((B, L, H, v.shape[-1]))
     for row in range(B):
         documents = {}
-        if held is not None:
-            documents[segment_ids[row, 0]] = list(zip(*(part[row] for part in held)))
+        if cached is not None:
+            documents[segment_ids[row, 0]] = list(zip(*(x[row] for x in cached)))
         for t in range(L):
             document = segment_ids[row, t]
             if document == 0:
@@ -20,7 +20,7 @@ def _attend_token_by_token(q, k, v, chunk_size, positions, segment_ids, held=Non
             if positions[row, t] % chunk_size == 0:
                 seen.clear()
             seen.append((k[row, t], v[row, t]))
-            keys, values = (np.stack(part).astype(np.float64) for part in zip(*seen))
+            keys, values = (np.stack(x).astype(np.float64) for x in zip(*seen))
             for head in range(H):
                 scores = keys[:, head] @ q[row, t, head].astype(np.float64)
                 weights = np.exp(scores - scores.max())

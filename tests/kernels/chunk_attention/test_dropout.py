@@ -42,19 +42,19 @@ def test_drops_at_the_rate(mode, implementation, masked):
         options["positions"] = positions()
     weights = np.asarray(run(q, k, v, **options).out)
     dropped = np.asarray(run(q, k, v, dropout=drop(mode), **options).out)
-    kept = dropped != 0
+    is_kept = dropped != 0
     causal = np.tril(np.ones((C, C), bool))[None, :, None]
-    causal = np.broadcast_to(np.tile(causal, (1, L // C, 1, 1)), kept.shape)
-    own = np.broadcast_to(np.tile(np.eye(C, dtype=bool)[:, None], (L // C, 1, 1)), kept.shape)
+    causal = np.broadcast_to(np.tile(causal, (1, L // C, 1, 1)), is_kept.shape)
+    own = np.broadcast_to(np.tile(np.eye(C, dtype=bool)[:, None], (L // C, 1, 1)), is_kept.shape)
     random = causal if mode == "softmax" else causal & ~own
     count = random.sum()
-    assert abs(kept[random].mean() - (1 - RATE)) < 4 * np.sqrt(RATE * (1 - RATE) / count)
-    assert not kept[~causal].any()
+    assert abs(is_kept[random].mean() - (1 - RATE)) < 4 * np.sqrt(RATE * (1 - RATE) / count)
+    assert not is_kept[~causal].any()
     if mode == "softmax":
-        expected = weights * kept / (1 - RATE)
+        expected = weights * is_kept / (1 - RATE)
     else:
-        assert kept[own].all()
-        expected = weights * kept / (weights * kept).sum(-1, keepdims=True)
+        assert is_kept[own].all()
+        expected = weights * is_kept / (weights * is_kept).sum(-1, keepdims=True)
     np.testing.assert_allclose(dropped, expected, rtol=2e-5, atol=1e-7)
 
 
@@ -69,10 +69,10 @@ def test_the_key_decides(mode, implementation):
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
     # Rows, heads and chunks are dropped independently.
-    kept = (first != 0).reshape(16, L // C, C, 2, C)
-    assert (kept[0] != kept[1]).any()
-    assert (kept[:, 0] != kept[:, 1]).any()
-    assert (kept[:, :, :, 0] != kept[:, :, :, 1]).any()
+    is_kept = (first != 0).reshape(16, L // C, C, 2, C)
+    assert (is_kept[0] != is_kept[1]).any()
+    assert (is_kept[:, 0] != is_kept[:, 1]).any()
+    assert (is_kept[:, :, :, 0] != is_kept[:, :, :, 1]).any()
 
 
 @both
@@ -81,7 +81,7 @@ def test_gradients_use_the_same_mask(mode, implementation):
     q, k, v = draw(2, B=2)
     options = {"chunk_size": C, "positions": positions(2), "implementation": implementation}
     cotangent = np.random.default_rng(3).normal(size=v.shape).astype(np.float32)
-    kept = np.asarray(run(q, k, v, dropout=drop(mode), **options).out) != 0
+    is_kept = np.asarray(run(q, k, v, dropout=drop(mode), **options).out) != 0
 
     @jax.jit
     def found(q, k, v):
@@ -96,7 +96,7 @@ def test_gradients_use_the_same_mask(mode, implementation):
         def attend(q, k, v):
             chunks = (x.reshape(2, L // C, C, 2, -1) for x in (q, k, v))
             q, k, v = chunks
-            mask = jnp.asarray(kept).reshape(2, L // C, C, 2, C).transpose(0, 1, 3, 2, 4)
+            mask = jnp.asarray(is_kept).reshape(2, L // C, C, 2, C).transpose(0, 1, 3, 2, 4)
             scores = jnp.einsum("bnqhd,bnkhd->bnhqk", q, k)
             inside = mask if mode == "dropkey" else jnp.tril(jnp.ones((C, C), bool))
             weights = jax.nn.softmax(jnp.where(inside, scores, -1e30), axis=-1)
@@ -125,14 +125,14 @@ def test_one_cached_token(mode):
     dropped = np.asarray(run(q, k, v, dropout=drop(mode), **options).out)
     assert not dropped[..., position + 1 :].any()
     dropped = dropped[..., : position + 1]
-    kept = dropped != 0
-    random = kept if mode == "softmax" else kept[..., :position]
+    is_kept = dropped != 0
+    random = is_kept if mode == "softmax" else is_kept[..., :position]
     assert abs(random.mean() - (1 - RATE)) < 4 * np.sqrt(RATE * (1 - RATE) / random.size)
     if mode == "softmax":
-        expected = weights * kept / (1 - RATE)
+        expected = weights * is_kept / (1 - RATE)
     else:
-        assert kept[..., position].all()
-        expected = weights * kept / (weights * kept).sum(-1, keepdims=True)
+        assert is_kept[..., position].all()
+        expected = weights * is_kept / (weights * is_kept).sum(-1, keepdims=True)
     np.testing.assert_allclose(dropped, expected, rtol=2e-5, atol=1e-7)
 
 

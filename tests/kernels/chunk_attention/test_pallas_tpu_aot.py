@@ -13,7 +13,7 @@ TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6
 def compile_gradient(
     chip, *, length=4096, chunk=2048, widths=(256, 2048), dtype=jnp.bfloat16, rows=(), **options
 ):
-    """Of a call with what `rows` names among positions, segment_ids and cache."""
+    """The compiled program; `rows` names arguments among positions, segment_ids and cache."""
     shape = jax.ShapeDtypeStruct
     q, v = (shape((1, length, 2, width), dtype) for width in widths)
     given = {name: shape((1, length), jnp.int32) for name in ("positions", "segment_ids")}
@@ -33,7 +33,7 @@ def compile_gradient(
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 def test_compiles(chip):
-    # By the default choice where that is what runs.
+    # Through the default choice where that is pallas_tpu.
     options = {"implementation": "pallas_tpu"} if chip == "v4" else {}
     text = compile_gradient(chip, rows=("positions", "segment_ids"), **options)
     kernels = [line for line in text.splitlines() if "tpu_custom_call" in line]

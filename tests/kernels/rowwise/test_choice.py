@@ -1,4 +1,4 @@
-"""Which implementation of the row operations is taken, and what is refused."""
+"""The implementation of the row operations that is chosen by default, and errors."""
 
 from typing import get_args
 
@@ -9,7 +9,7 @@ import pytest
 from pallas_kernels import rowwise
 from pallas_kernels.common.dispatch import Implementation
 from pallas_kernels.common.target import Target, find_target, interpreted
-from pallas_kernels.rowwise import api, mosaic_gpu
+from pallas_kernels.rowwise import api
 
 H200, A100 = Target("gpu", "NVIDIA H200"), Target("gpu", "NVIDIA A100-SXM4-80GB")
 BF16 = jnp.bfloat16
@@ -33,19 +33,19 @@ def test_choice_by_device_size_and_dtype(target, shape, dtype, choice, monkeypat
     monkeypatch.setattr(api, "find_target", lambda: target)
     x = jax.ShapeDtypeStruct(shape, dtype)
     vector = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
-    norm, gate = mosaic_gpu.LayerNorm(shape[-1], 1e-5), mosaic_gpu.SiluGate()
-    assert api._choose(norm, None, (x, None), (None, vector, vector)) == choice
-    assert api._choose(gate, None, (x, x), (vector,)) == choice
-    # Without sums over rows XLA does as well.
-    assert api._choose(gate, None, (x, x), (None,)) == "xla"
+    choose = api._choose_implementation
+    assert choose("layer_norm", (x, None), (None, vector, vector)) == choice
+    assert choose("silu_gate", (x, x), (vector,)) == choice
+    # Without sums over rows XLA is as fast.
+    assert choose("silu_gate", (x, x), (None,)) == "xla"
 
 
-def test_rows_too_wide_for_registers_are_for_xla(monkeypatch):
+def test_choice_for_rows_too_wide_for_registers(monkeypatch):
     monkeypatch.setattr(api, "find_target", lambda: H200)
     x = jax.ShapeDtypeStruct((1024, 8192), BF16)
     vector = jax.ShapeDtypeStruct((8192,), jnp.float32)
-    assert api._choose(mosaic_gpu.RmsNorm(8192, 1e-5), None, (x,), (vector,)) == "xla"
-    assert api._choose(mosaic_gpu.Silu(), None, (x,), (vector,)) == "mosaic_gpu"
+    assert api._choose_implementation("rms_norm", (x,), (vector,)) == "xla"
+    assert api._choose_implementation("silu", (x,), (vector,)) == "mosaic_gpu"
 
 
 @pytest.mark.parametrize(
@@ -66,20 +66,24 @@ def test_what_kernels_cannot_take_is_refused_by_name(shape, dtype, message):
 
 def test_kernels_are_refused_elsewhere():
     if find_target().is_hopper:
-        pytest.skip("says what happens on another device")
+        pytest.skip("is about other devices")
     with pytest.raises(ValueError, match="needs an NVIDIA Hopper GPU, this is"):
         rowwise.silu(jnp.zeros((2, 128), BF16), None, dtype=BF16, implementation="mosaic_gpu")
 
 
-def test_mistakes():
+def test_errors_name_what_is_wrong():
     x = jnp.zeros((2, 128))
-    with pytest.raises(ValueError, match="silu has no implementation 'cuda'; use one of xla, mos"):
-        rowwise.silu(x, None, dtype=BF16, implementation="cuda")  # pyright: ignore
+    for unknown in ("cuda", "pallas_tpu"):
+        message = (
+            f"silu has no implementation '{unknown}'; use one of 'reference', 'xla', 'mosaic_gpu'"
+        )
+        with pytest.raises(ValueError, match=message):
+            rowwise.silu(x, None, dtype=BF16, implementation=unknown)  # pyright: ignore
     with pytest.raises(ValueError, match=r"rows have shapes \(2, 128\) and \(128,\)"):
         rowwise.silu_gate(x, None, x[0], dtype=BF16)
     with pytest.raises(ValueError, match=r"a vector has shape \(3,\)"):
         rowwise.rms_norm(x, jnp.zeros(3), eps=1e-5, dtype=BF16)
 
 
-def test_the_model_can_be_configured_with_every_implementation():
-    assert get_args(Implementation) == get_args(rowwise.Implementation)
+def test_implementations_have_the_common_names():
+    assert set(api.IMPLEMENTATIONS) <= set(get_args(Implementation))

@@ -9,23 +9,24 @@ from megalodon_jax.config import ModelConfig
 from megalodon_jax.modules import PositionInfo
 from megalodon_jax.modules.block import Block
 from megalodon_jax.modules.rotary import rotation
-from pallas_kernels.rowwise import mosaic_gpu
-from pallas_kernels.rowwise.mosaic_gpu.block_sizes import GATES, NORMS
+from pallas_kernels.common.devices import HOPPER
+from pallas_kernels.rowwise.mosaic_gpu import op as mosaic_gpu
+from pallas_kernels.rowwise.mosaic_gpu.block_sizes import GATE_BLOCKS, NORM_BLOCKS, THREADS
+from pallas_kernels.rowwise.mosaic_gpu.kernels import LayerNorm, RmsNorm, Silu, SiluGate
 from tests.topologies import compile_for, h200_device, ptxas_usage
 
-REGISTERS = 65_536
-# Blocks come and go where there are more than a multiprocessor can hold.
-MOST_BLOCKS = 16
+# More blocks than this on a multiprocessor need not run at once.
+MAX_RESIDENT_BLOCKS = 16
 
 
 def operands(name: str, width: int):
     rows = jax.ShapeDtypeStruct((16_384, width), jnp.bfloat16)
     vector = jax.ShapeDtypeStruct((width,), jnp.float32)
     return {
-        "rms_norm": (mosaic_gpu.RmsNorm(width, 1e-5), (rows,), (vector,)),
-        "layer_norm": (mosaic_gpu.LayerNorm(width, 1e-5), (rows, rows), (vector,) * 3),
-        "silu": (mosaic_gpu.Silu(), (rows,), (vector,)),
-        "silu_gate": (mosaic_gpu.SiluGate(), (rows, rows), (vector,)),
+        "rms_norm": (RmsNorm(width, 1e-5), (rows,), (vector,)),
+        "layer_norm": (LayerNorm(width, 1e-5), (rows, rows), (vector,) * 3),
+        "silu": (Silu(), (rows,), (vector,)),
+        "silu_gate": (SiluGate(), (rows, rows), (vector,)),
     }[name]
 
 
@@ -38,11 +39,11 @@ def operands(name: str, width: int):
     ],
 )
 def test_kernels_fit_into_registers(name, width):
-    operation, rows, vectors = operands(name, width)
+    kernel, rows, vectors = operands(name, width)
 
     def run(rows, vectors, dy):
         y, pull_back = jax.vjp(
-            lambda rows, vectors: mosaic_gpu.apply(operation, rows, vectors, dtype=jnp.bfloat16),
+            lambda rows, vectors: mosaic_gpu.apply(kernel, rows, vectors, dtype=jnp.bfloat16),
             rows,
             vectors,
         )
@@ -50,26 +51,28 @@ def test_kernels_fit_into_registers(name, width):
 
     compiled = compile_for(h200_device(), run, rows, vectors, rows[0])
     usage = {kernel.name: kernel for kernel in ptxas_usage(compiled)}
-    choices = NORMS[name][width] if name in NORMS else GATES
+    choices = NORM_BLOCKS[name][width] if name in NORM_BLOCKS else GATE_BLOCKS
     for direction, choice in zip(("forward", "backward"), choices, strict=True):
-        kernel = usage.pop(f"rowwise_{name}_{direction}")
-        print(f"{kernel.name} at {width}: {kernel.registers} registers")
-        assert kernel.spill_bytes == 0
-        assert choice.blocks > MOST_BLOCKS or kernel.registers * 128 * choice.blocks <= REGISTERS
+        found = usage.pop(f"rowwise_{name}_{direction}")
+        print(f"{found.name} at {width}: {found.registers} registers")
+        assert found.spill_bytes == 0
+        blocks = choice.blocks_per_multiprocessor
+        fits = found.registers * THREADS * blocks <= HOPPER.registers
+        assert blocks > MAX_RESIDENT_BLOCKS or fits
     assert not usage
 
 
-def test_a_block_uses_them(monkeypatch):
+def test_model_block_uses_the_kernels(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "check_hopper", lambda name: None)
     config = ModelConfig(
         model_dim=128, z_dim=32, value_dim=256, ffn_hidden_dim=128, cema_ndim=2, chunk_size=16,
         norm_num_groups=2, dtype="bfloat16", rowwise_implementation="mosaic_gpu",
     )  # fmt: skip
     graphdef, state = nnx.split(Block(config, 0.0, rngs=nnx.Rngs(0)))
-    places = PositionInfo(rotation(jnp.arange(16)[None], 32, 10_000.0), None, None)
+    position_info = PositionInfo(rotation(jnp.arange(16)[None], 32, 10_000.0), None, None)
 
     def loss(state, x):
-        y = nnx.merge(graphdef, state)(x, places).x
+        y = nnx.merge(graphdef, state)(x, position_info).x
         return jnp.square(y.astype(jnp.float32)).sum()
 
     x = jax.ShapeDtypeStruct((2, 16, 128), jnp.bfloat16)

@@ -14,7 +14,7 @@ from pallas_kernels.chunk_attention import KeyValueCache, blocks, chunk_attentio
 GOLDEN = np.load(Path(__file__).resolve().parents[2] / "golden" / "ops_attention.npz")
 CASES = json.loads(GOLDEN["__meta__"].item())["cases"]
 IMPLEMENTATIONS = ("reference", "xla")
-both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 run = jax.jit(chunk_attention, static_argnames=("chunk_size", "implementation"))
 
@@ -57,18 +57,18 @@ def draw(seed, B, L, H=2, Dk=8, Dv=12) -> tuple[Any, Any]:
 
 
 def lay_out(lengths_by_row, L):
-    """Segment ids and positions of documents laid end to end in each row, then padding."""
+    """Segment ids, positions and (row, tokens) of documents that lie end to end, before padding."""
     ids = np.zeros((len(lengths_by_row), L), np.int32)
     positions = np.zeros_like(ids)
-    places = []
+    documents = []
     for row, lengths in enumerate(lengths_by_row):
         at = 0
         for number, length in enumerate(lengths):
-            place = slice(at, at + length)
-            ids[row, place], positions[row, place] = number + 1, np.arange(length)
-            places.append((row, place))
+            tokens = slice(at, at + length)
+            ids[row, tokens], positions[row, tokens] = number + 1, np.arange(length)
+            documents.append((row, tokens))
             at += length
-    return ids, positions, places
+    return ids, positions, documents
 
 
 def rotate(x, base, chunk_size):
@@ -80,11 +80,11 @@ def rotate(x, base, chunk_size):
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape)
 
 
-@both
+@each_implementation
 @pytest.mark.parametrize("case", CASES)
 def test_matches_released_code(case, implementation):
     load = {key.split("/")[1]: GOLDEN[key] for key in GOLDEN.files if key.startswith(case + "/")}
-    settings = {part.rstrip("0123456789"): part for part in case.split("_")}
+    settings = {word.rstrip("0123456789"): word for word in case.split("_")}
     H, C, base = (int(settings[n].removeprefix(n)) for n in ("H", "C", "base"))
 
     @jax.jit
@@ -126,7 +126,7 @@ def test_matches_definition(L, attend_token_by_token):
             assert relative(grads[1], exact_grads[1]) <= 5e-6
 
 
-def test_tiles_and_groups_change_nothing(monkeypatch):
+def test_result_is_independent_of_tiles_and_groups(monkeypatch):
     """Several query tiles in a block, blocks in a loop: sizes that small inputs do not reach."""
     C, L = 260, 1040
     qkv, cotangent = draw(0, 1, L, H=1)
@@ -134,9 +134,10 @@ def test_tiles_and_groups_change_nothing(monkeypatch):
     packed = {"positions": positions, "segment_ids": ids}
     exact = [exact_differentiate(qkv, cotangent, chunk_size=C, **rows) for rows in ({}, packed)]
     for group in (1, 2, 4):
-        monkeypatch.setattr(blocks, "_LARGEST_SCORES", group * 128 * 2 * C)
-        plan = blocks.BlockPlan.make((1, L, 1, 8), C, left=C)
-        assert (len(list(plan.tiles())), plan.blocks, plan.group) == (3, 4, group)
+        monkeypatch.setattr(blocks, "_MAX_SCORES", group * 128 * 2 * C)
+        sizes = blocks.AttentionBlocks.make((1, L, 1, 8), C, key_offset=C)
+        found_sizes = len(list(sizes.tiles())), sizes.num_blocks, sizes.blocks_per_group
+        assert found_sizes == (3, 4, group)
         for rows, (out, grads) in zip(({}, packed), exact, strict=True):
             if group > 1 and not rows:
                 continue  # Half the keys: these are groups of 4, in one step.
@@ -155,38 +156,40 @@ def test_tiles_and_groups_change_nothing(monkeypatch):
 ROWS = ([31, 32, 1, 31], [64, 31], [0], [1, 64, 31])
 
 
-@both
+@each_implementation
 def test_packed_documents_equal_documents_alone(implementation, attend_token_by_token):
     C, L = 32, 96
     qkv, cotangent = draw(1, len(ROWS), L)
-    ids, positions, places = lay_out(ROWS, L)
+    ids, positions, documents = lay_out(ROWS, L)
     options = {"chunk_size": C, "implementation": implementation}
     out, grads = differentiate(qkv, cotangent, positions=positions, segment_ids=ids, **options)
     expected = attend_token_by_token(*qkv, C, positions, ids)
     np.testing.assert_allclose(out, expected, rtol=0, atol=2e-6)
     for array in (out, *grads):
         assert not np.asarray(array)[ids == 0].any()
-    for row, place in places:
-        if place.start == place.stop:
+    for row, tokens in documents:
+        if tokens.start == tokens.stop:
             continue
-        alone = [a[row : row + 1, place] for a in (*qkv, cotangent)]
+        alone = [a[row : row + 1, tokens] for a in (*qkv, cotangent)]
         out_alone, grads_alone = differentiate(tuple(alone[:3]), alone[3], **options)
-        np.testing.assert_allclose(out[row, place], out_alone[0], rtol=0, atol=2e-6)
+        np.testing.assert_allclose(out[row, tokens], out_alone[0], rtol=0, atol=2e-6)
         for packed, by_itself in zip(grads, grads_alone):
-            np.testing.assert_allclose(packed[row, place], by_itself[0], rtol=0, atol=1e-5)
+            np.testing.assert_allclose(packed[row, tokens], by_itself[0], rtol=0, atol=1e-5)
 
 
-@both
-def test_nothing_crosses_a_border(implementation):
+@each_implementation
+def test_documents_are_independent(implementation):
     C, L = 32, 96
     (q, k, v), cotangent = draw(2, 2, L)
-    ids, positions, places = lay_out(([20, 70], [40, 56]), L)
+    ids, positions, documents = lay_out(([20, 70], [40, 56]), L)
     options = {"positions": positions, "segment_ids": ids, "chunk_size": C}
 
     def second_documents(*qkv_cotangent):
         *qkv, cotangent = qkv_cotangent
         out, grads = differentiate(tuple(qkv), cotangent, implementation=implementation, **options)
-        return [np.asarray(a)[row, place] for row, place in places[1::2] for a in (out, *grads)]
+        return [
+            np.asarray(a)[row, tokens] for row, tokens in documents[1::2] for a in (out, *grads)
+        ]
 
     first = (ids == 1)[..., None, None]
     # The scores between the documents overflow to infinity.
@@ -197,15 +200,15 @@ def test_nothing_crosses_a_border(implementation):
 
 
 def feed(qkv, sizes, chunk_size, implementation, cache, positions, segment_ids, **options):
-    """Feeds rows piece by piece; joins the outputs."""
+    """Feeds rows in several calls; joins the outputs."""
     outs, at = [], 0
     for size in sizes:
-        place = slice(at, at + size)
+        tokens = slice(at, at + size)
         out, cache = run(
-            *(x[:, place] for x in qkv),
+            *(x[:, tokens] for x in qkv),
             chunk_size=chunk_size,
-            positions=positions[:, place],
-            segment_ids=None if segment_ids is None else segment_ids[:, place],
+            positions=positions[:, tokens],
+            segment_ids=None if segment_ids is None else segment_ids[:, tokens],
             cache=cache,
             implementation=implementation,
             **options,
@@ -221,8 +224,8 @@ def empty_cache(B, C, H=2, Dk=8, Dv=12, fill=0.0):
     )
 
 
-@both
-def test_pieces_with_cache_equal_one_call(implementation):
+@each_implementation
+def test_streaming_equals_one_call(implementation):
     C, sizes = 32, (1, 40, 22, 1, 1, 40)
     L = sum(sizes)
     qkv, cotangent = draw(3, 2, L)
@@ -249,26 +252,26 @@ def test_pieces_with_cache_equal_one_call(implementation):
         assert relative(a, b) <= 5e-6
 
 
-@both
-@pytest.mark.parametrize("pieces", [(24, 1, 1, 24), (50,)])
-def test_rows_at_different_positions(pieces, implementation, attend_token_by_token):
-    """Rows begin anywhere in a chunk, pieces end in padding, documents end inside pieces."""
+@each_implementation
+@pytest.mark.parametrize("sizes", [(24, 1, 1, 24), (50,)])
+def test_rows_at_different_positions(sizes, implementation, attend_token_by_token):
+    """Rows begin anywhere in a chunk, calls end in padding, documents end inside calls."""
     C, B = 16, 4
     rng = np.random.default_rng(4)
-    L = sum(pieces)
+    L = sum(sizes)
     begin = np.array([0, 5, 15, 37], np.int32)
     qkv, _ = draw(5, B, L)
-    held = [[rng.normal(size=(begin[r] % C, 2, w)).astype(np.float32) for r in range(B)]
+    cached = [[rng.normal(size=(begin[r] % C, 2, w)).astype(np.float32) for r in range(B)]
             for w in (8, 12)]  # fmt: skip
     cache = jax.tree.map(np.array, empty_cache(B, C))
     for row in range(B):
-        cache.key[row, : begin[row] % C] = held[0][row]
-        cache.value[row, : begin[row] % C] = held[1][row]
-    at, outs, expected_pieces = 0, [], []
-    position, seen = begin.copy(), [list(map(list, zip(*(part[r] for part in held))))
+        cache.key[row, : begin[row] % C] = cached[0][row]
+        cache.value[row, : begin[row] % C] = cached[1][row]
+    at, outs, expected_rows = 0, [], []
+    position, seen = begin.copy(), [list(map(list, zip(*(x[r] for x in cached))))
                                     for r in range(B)]  # fmt: skip
-    for size in pieces:
-        place = slice(at, at + size)
+    for size in sizes:
+        call = slice(at, at + size)
         ids, positions = np.zeros((B, size), np.int32), np.zeros((B, size), np.int32)
         for row in range(B):
             tokens = rng.integers(0, size + 1) if row else size
@@ -279,26 +282,26 @@ def test_rows_at_different_positions(pieces, implementation, attend_token_by_tok
             positions[row, tokens:] = 7777
             if tokens == 0:
                 positions[row] = position[row]
-        piece = [x[:, place] for x in qkv]
+        call_qkv = [x[:, call] for x in qkv]
         for row in range(B):
             so_far = tuple(np.array([s[i] for s in seen[row]]).reshape(-1, 2, w)[None]
                            for i, w in ((0, 8), (1, 12)))  # fmt: skip
-            expected_pieces.append(
+            expected_rows.append(
                 attend_token_by_token(
-                    *(x[row : row + 1] for x in piece), C, positions[row : row + 1],
-                    ids[row : row + 1], held=so_far,
+                    *(x[row : row + 1] for x in call_qkv), C, positions[row : row + 1],
+                    ids[row : row + 1], cached=so_far,
                 )
             )  # fmt: skip
             for t in np.flatnonzero(ids[row]):
                 if positions[row, t] % C == 0:
                     seen[row].clear()
-                seen[row].append([piece[1][row, t], piece[2][row, t]])
+                seen[row].append([call_qkv[1][row, t], call_qkv[2][row, t]])
                 position[row] = positions[row, t] + 1
                 if position[row] % C == 0:
                     seen[row].clear()
         before = cache
         out, cache = run(
-            *piece, chunk_size=C, positions=positions, segment_ids=ids, cache=cache,
+            *call_qkv, chunk_size=C, positions=positions, segment_ids=ids, cache=cache,
             implementation=implementation,
         )  # fmt: skip
         outs.append(out)
@@ -312,13 +315,13 @@ def test_rows_at_different_positions(pieces, implementation, attend_token_by_tok
                 for new, old in zip(cache, before):
                     np.testing.assert_array_equal(new[row], old[row])
         at += size
-    expected = [np.concatenate(expected_pieces[i : i + B]) for i in range(0, B * len(pieces), B)]
+    expected = [np.concatenate(expected_rows[i : i + B]) for i in range(0, B * len(sizes), B)]
     np.testing.assert_allclose(
         np.concatenate(outs, 1), np.concatenate(expected, 1), rtol=0, atol=2e-6
     )
 
 
-@both
+@each_implementation
 @pytest.mark.parametrize("L", [1, 5])
 def test_rows_of_padding_alone(L, implementation):
     """Output 0, the cache as it came, and gradients of 0 rather than NaN."""
@@ -361,7 +364,7 @@ def largest_intermediate(jaxpr):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_long_rows_never_make_all_scores(packed):
+def test_memory_is_linear_in_the_length(packed):
     L, C, H = 131_072, 2048, 2
     qkv = tuple(jax.ShapeDtypeStruct((1, L, H, w), jnp.bfloat16) for w in (64, 64, 128))
     row = jax.ShapeDtypeStruct((1, L), jnp.int32)
@@ -374,10 +377,10 @@ def test_long_rows_never_make_all_scores(packed):
     jaxpr = jax.make_jaxpr(jax.grad(loss))(qkv, row, row)
     largest = largest_intermediate(jaxpr.jaxpr)
     # v itself is the smallest bound there could be; dense chunks would make 32 times as much.
-    assert L * H * 128 <= largest <= max(2 * L * H * 128, blocks._LARGEST_SCORES)
+    assert L * H * 128 <= largest <= max(2 * L * H * 128, blocks._MAX_SCORES)
 
 
-@both
+@each_implementation
 def test_bfloat16(implementation):
     C, L = 32, 65
     qkv, cotangent = draw(7, 2, L)
@@ -409,5 +412,9 @@ def test_errors_say_what_to_do():
         chunk_attention(*qkv, chunk_size=4, positions=positions, cache=empty_cache(2, 3))
     with pytest.raises(ValueError, match="have shapes"):
         chunk_attention(qkv[0], qkv[1][:, :4], qkv[2], chunk_size=4)
+    with pytest.raises(ValueError, match="shards the sequence over devices; pass None for cache"):
+        chunk_attention(
+            *qkv, chunk_size=4, positions=positions, cache=empty_cache(2, 4), sequence_axis="chunk"
+        )
     with pytest.raises(ValueError, match="chunk_size is 0"):
         chunk_attention(*qkv, chunk_size=0)

@@ -1,6 +1,6 @@
-"""The row operations against float64: results and every gradient, in both implementations."""
+"""Contract of the row operations, over all implementations: results and every gradient."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -11,15 +11,16 @@ import pytest
 
 from pallas_kernels import rowwise
 from pallas_kernels.common.target import find_target, interpreted
-from pallas_kernels.rowwise import mosaic_gpu
-from pallas_kernels.rowwise.mosaic_gpu.kernels import Shape
+from pallas_kernels.rowwise.mosaic_gpu.block_sizes import RowTiling
+from pallas_kernels.rowwise.mosaic_gpu.kernels import LayerNorm, SiluGate
+from pallas_kernels.rowwise.mosaic_gpu.op import apply as apply_kernels
 
 EPS = 1e-5
 
 
 @pytest.fixture(autouse=True)
 def runnable() -> Iterator[None]:
-    """Kernels run where they can, else in their interpreter."""
+    """Kernels run on a Hopper GPU, elsewhere in their interpreter."""
     if find_target().is_hopper:
         yield
         return
@@ -27,32 +28,8 @@ def runnable() -> Iterator[None]:
         yield
 
 
-def exact_rms_norm(x, scale=None):
-    y = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + EPS)
-    return y if scale is None else y * scale
-
-
-def exact_layer_norm(x, scale=None, bias=None, added=None, offset=None):
-    z = x + (0 if added is None else added) + (0 if offset is None else offset)
-    y = (z - z.mean(-1, keepdims=True)) / jnp.sqrt(z.var(-1, keepdims=True) + EPS)
-    return y * (1 if scale is None else scale) + (0 if bias is None else bias)
-
-
-def exact_silu(x, bias=None):
-    z = x if bias is None else x + bias
-    return z / (1 + jnp.exp(-z))
-
-
-def exact_silu_gate(x, y, bias=None):
-    return y * exact_silu(x, bias)
-
-
-EXACT: dict[str, Callable[..., Any]] = {
-    "rms_norm": exact_rms_norm,
-    "layer_norm": exact_layer_norm,
-    "silu": exact_silu,
-    "silu_gate": exact_silu_gate,
-}
+IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu")
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 VECTORS = ("scale", "bias", "offset")
 FULL = {
     "rms_norm": ("x", "scale"),
@@ -72,6 +49,7 @@ def make_inputs(names, rows: int, width: int, seed: int = 0) -> dict[str, Any]:
     }
 
 
+@partial(jax.jit, static_argnames=("op", "implementation"))
 def run(op: str, inputs: dict[str, Any], cotangent, implementation: str) -> dict[str, Any]:
     """The result and the gradients by name."""
 
@@ -88,14 +66,14 @@ def run(op: str, inputs: dict[str, Any], cotangent, implementation: str) -> dict
 
 
 def run_exactly(op: str, inputs: dict[str, Any], cotangent) -> dict[str, Any]:
+    """The reference in float64."""
     with jax.enable_x64(True):
         wide, cotangent = jax.tree.map(lambda a: a.astype(jnp.float64), (inputs, cotangent))
-        y, pull_back = jax.vjp(lambda inputs: EXACT[op](**inputs), wide)
-        return jax.tree.map(np.asarray, {"result": y} | pull_back(cotangent)[0])
+        return jax.tree.map(np.asarray, run(op, wide, cotangent, "reference"))
 
 
 def check(got: dict[str, Any], exact: dict[str, Any]) -> None:
-    """Rows have the error of one rounding, vectors that of float32 sums."""
+    """Rows have the error of one rounding, gradients of vectors that of float32 sums."""
     assert got.keys() == exact.keys()
     for name, expected in exact.items():
         value = np.asarray(got[name]).astype(np.float64)
@@ -120,14 +98,14 @@ def check(got: dict[str, Any], exact: dict[str, Any]) -> None:
         ("silu_gate", ("x", "y"), 5, 384),
     ],
 )
-@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
+@each_implementation
 def test_results_and_gradients(implementation, op, names, rows, width):
     inputs = make_inputs(names, rows, width)
     cotangent = make_inputs(("dy",), rows, width, seed=1)["dy"]
     check(run(op, inputs, cotangent, implementation), run_exactly(op, inputs, cotangent))
 
 
-@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
+@each_implementation
 def test_float32_results_of_bfloat16_rows(implementation):
     inputs = make_inputs(FULL["silu_gate"], 3, 128)
     cotangent = make_inputs(("dy",), 3, 128, seed=1)["dy"].astype(jnp.float32)
@@ -137,26 +115,34 @@ def test_float32_results_of_bfloat16_rows(implementation):
 
 
 @pytest.mark.parametrize(
-    "shape",
-    [Shape(128, 2, 3), Shape(128, 4, 2, keep_vectors=False, ahead=False), Shape(128, 1, 2)],
+    "tiling",
+    [
+        RowTiling(128, 2, 3),
+        RowTiling(128, 4, 2, vectors_in_registers=False, prefetch=False),
+        RowTiling(128, 1, 2),
+    ],
 )
-def test_blocks_of_many_rows(shape):
+def test_blocks_of_many_rows(tiling):
     """Several steps, a last one that is not full, and sums over blocks."""
     inputs = make_inputs(FULL["layer_norm"], 19, 128)
     cotangent = make_inputs(("dy",), 19, 128, seed=1)["dy"]
 
     def apply(inputs):
-        return mosaic_gpu.apply(
-            mosaic_gpu.LayerNorm(128, EPS),
+        return apply_kernels(
+            LayerNorm(128, EPS),
             (inputs["x"], inputs["added"]),
             (inputs["offset"], inputs["scale"], inputs["bias"]),
             dtype=jnp.bfloat16,
-            forward=shape,
-            backward=shape,
+            forward=tiling,
+            backward=tiling,
         )
 
-    y, pull_back = jax.vjp(apply, inputs)
-    got = {"result": y} | pull_back(cotangent)[0]
+    @jax.jit
+    def differentiate(inputs, cotangent):
+        y, pull_back = jax.vjp(apply, inputs)
+        return {"result": y} | pull_back(cotangent)[0]
+
+    got = differentiate(inputs, cotangent)
     check(got, run_exactly("layer_norm", inputs, cotangent))
 
 
@@ -165,22 +151,26 @@ def test_columns_of_a_gate_are_cut_into_tiles():
     cotangent = make_inputs(("dy",), 5, 384, seed=1)["dy"]
 
     def apply(inputs):
-        return mosaic_gpu.apply(
-            mosaic_gpu.SiluGate(),
+        return apply_kernels(
+            SiluGate(),
             (inputs["x"], inputs["y"]),
             (inputs["bias"],),
             dtype=jnp.bfloat16,
-            forward=Shape(128, 2, 6),
-            backward=Shape(128, 2, 6),
+            forward=RowTiling(128, 2, 6),
+            backward=RowTiling(128, 2, 6),
         )
 
-    y, pull_back = jax.vjp(apply, inputs)
-    got = {"result": y} | pull_back(cotangent)[0]
+    @jax.jit
+    def differentiate(inputs, cotangent):
+        y, pull_back = jax.vjp(apply, inputs)
+        return {"result": y} | pull_back(cotangent)[0]
+
+    got = differentiate(inputs, cotangent)
     check(got, run_exactly("silu_gate", inputs, cotangent))
 
 
-@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
-def test_a_large_mean_does_not_eat_the_variance(implementation):
+@each_implementation
+def test_variance_survives_a_large_mean(implementation):
     inputs = make_inputs(("x",), 3, 128) | {"offset": jnp.full(128, 1000.0)}
     cotangent = make_inputs(("dy",), 3, 128, seed=1)["dy"]
     got = run("layer_norm", inputs, cotangent, implementation)
@@ -190,7 +180,7 @@ def test_a_large_mean_does_not_eat_the_variance(implementation):
     np.testing.assert_allclose(np.asarray(got["x"], np.float64), exact["x"], atol=2e-2)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
+@each_implementation
 def test_gates_saturate(implementation):
     x = jnp.asarray([[-1e30, -200.0, -90.0, 0.0, 90.0, 1e30, 3.0, -3.0] * 16], jnp.bfloat16)
     got = run("silu", {"x": x}, jnp.ones_like(x), implementation)
@@ -200,26 +190,43 @@ def test_gates_saturate(implementation):
     assert np.isfinite(np.asarray(got["x"], np.float64)).all()
 
 
-def test_rows_do_not_mix():
+def test_rows_are_independent():
     inputs = make_inputs(FULL["layer_norm"], 5, 128)
     cotangent = make_inputs(("dy",), 5, 128, seed=1)["dy"]
     apply = partial(run, "layer_norm", cotangent=cotangent, implementation="mosaic_gpu")
-    spoiled = inputs | {"x": inputs["x"].at[2].set(jnp.nan)}
+    with_nan = inputs | {"x": inputs["x"].at[2].set(jnp.nan)}
     others = np.array([0, 1, 3, 4])
-    clean, dirty = apply(inputs), apply(spoiled)
+    plain, disturbed = apply(inputs), apply(with_nan)
     for name in ("result", "x", "added"):
-        assert np.isnan(np.asarray(dirty[name])[2].astype(np.float32)).all()
+        assert np.isnan(np.asarray(disturbed[name])[2].astype(np.float32)).all()
         np.testing.assert_array_equal(
-            np.asarray(clean[name])[others], np.asarray(dirty[name])[others]
+            np.asarray(plain[name])[others], np.asarray(disturbed[name])[others]
         )
 
 
+def define_in_numpy(op: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """The operation from its equation, in float64."""
+    z = inputs["x"] + inputs.get("added", 0.0) + inputs.get("offset", 0.0)
+    if op.startswith("silu"):
+        z = z + inputs.get("bias", 0.0)
+        return inputs.get("y", 1.0) * z / (1 + np.exp(-z))
+    centered = z - z.mean(-1, keepdims=True) if op == "layer_norm" else z
+    y = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + EPS)
+    return y * inputs.get("scale", 1.0) + inputs.get("bias", 0.0)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_xla_computes_in_the_type_of_wide_rows(dtype):
-    with jax.enable_x64(True):
-        rng = np.random.default_rng(0)
-        x, scale = rng.normal(size=(2, 3, 10)), rng.normal(size=10)
-        y = rowwise.rms_norm(jnp.asarray(x, dtype), jnp.asarray(scale, dtype), eps=EPS, dtype=dtype)
-        expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * scale
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("op", FULL)
+def test_equations_hold_in_the_dtype_of_wide_rows(op, implementation, dtype):
+    rng = np.random.default_rng(0)
+    for names in (FULL[op], [name for name in FULL[op] if name in ("x", "y")]):
+        shapes = {name: (10,) if name in VECTORS else (2, 3, 10) for name in names}
+        inputs = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+        with jax.enable_x64(True):
+            cast = {name: jnp.asarray(a, dtype) for name, a in inputs.items()}
+            y = run(op, cast, jnp.zeros((2, 3, 10), dtype), implementation)["result"]
         assert y.dtype == dtype
-        np.testing.assert_allclose(y, expected, rtol=1e-14 if dtype == jnp.float64 else 1e-6)
+        tolerance = 1e-14 if dtype == jnp.float64 else 1e-6
+        expected = define_in_numpy(op, inputs)
+        np.testing.assert_allclose(y, expected, rtol=tolerance, atol=tolerance)
