@@ -126,6 +126,11 @@ class ModelConfig:
             )
         check_literals(self, "model")
         require(
+            self.rowwise_implementation != "pallas_tpu",
+            "model.rowwise_implementation is 'pallas_tpu', but norms and gates have no kernels for "
+            "TPU; use 'xla', or leave it out",
+        )
+        require(
             not self.share_emb or self.output_size in (None, self.vocab_size),
             f"share_emb needs output_size == vocab_size, got {self.output_size} and "
             f"{self.vocab_size}",
