@@ -17,6 +17,9 @@ IMPLEMENTATIONS = [*EXACT, *KERNELS]
 # Largest relative error of outputs and of gradients, float32.
 TOLERANCES = {"xla": (5e-7, 3e-6), "mosaic_gpu": (3e-6, 1e-5), "pallas_tpu": (5e-7, 3e-6)}
 
+# Tests of packed rows have the shape (3, 65, 3), N = 2 and this option: they share a compilation.
+SHARED = {"llvm_level": 3}
+
 
 def segments_of(*rows: list[tuple[int, int]]) -> np.ndarray:
     """Rows of segment ids from (id, length) runs."""
@@ -64,7 +67,7 @@ def test_equals_float64_recurrence(
         pytest.skip("test_precision.py tests longer rows")
     case = make_case(rows, length, channels, order, with_state=with_state, segment_ids=segment_ids)
     want = outputs_and_gradients(case, jnp.float64, implementation="reference")
-    got = outputs_and_gradients(case, jnp.float32, llvm_level=3, implementation=implementation)
+    got = outputs_and_gradients(case, jnp.float32, **SHARED, implementation=implementation)
     errors = {name: relative_error(got[name], want[name]) for name in want}
     assert all(np.isfinite(value).all() for value in got.values())
     output_tolerance, gradient_tolerance = TOLERANCES[implementation]
@@ -160,25 +163,27 @@ def test_packed_documents_equal_documents_alone(
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_documents_are_isolated(implementation, make_case, outputs_and_gradients):
-    segment_ids = segments_of([(1, 40), (2, 5), (3, 45), (0, 10)])
-    case = make_case(1, 100, 3, 4, with_state=True, segment_ids=segment_ids)
-    selected = segment_ids[0] == 3
+    segment_ids = segments_of(
+        [(1, 25), (2, 5), (3, 30), (0, 5)], [(1, 33), (3, 32)], [(0, 10), (2, 15), (3, 40)]
+    )
+    case = make_case(3, 65, 3, 2, with_state=True, segment_ids=segment_ids)
+    selected = segment_ids == 3
     # The cotangent of other documents is zero, so parameter gradients must not change either.
-    case = case._replace(cot_y=case.cot_y * selected[:, None])
+    case = case._replace(cot_y=case.cot_y * selected[..., None])
     changed = case._replace(
-        x=np.where(selected[:, None], case.x, 1e30 * (1 + np.abs(case.x))),
+        x=np.where(selected[..., None], case.x, 1e30 * (1 + np.abs(case.x))),
         initial_state=case.initial_state * 1e30,
     )
     want, got = (
-        outputs_and_gradients(each, jnp.float32, implementation=implementation)
+        outputs_and_gradients(each, jnp.float32, **SHARED, implementation=implementation)
         for each in (case, changed)
     )
     for name, value in want.items():
         other = got[name]
         if name in ("y", "dx"):
-            value, other = value[:, selected], other[:, selected]
+            value, other = value[selected], other[selected]
         np.testing.assert_array_equal(value, other, err_msg=name)
-    assert not want["dx"][:, ~selected].any()
+    assert not want["dx"][~selected].any()
     assert not want["dinitial_state"].any()
 
 
@@ -201,15 +206,15 @@ def test_padding_leaves_the_state_unchanged(implementation, make_case, relative_
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_padding_values_have_no_influence(implementation, make_case, outputs_and_gradients):
-    segment_ids = segments_of([(0, 7), (1, 20), (0, 13)], [(0, 40)])
-    case = make_case(2, 40, 3, 2, with_state=True, segment_ids=segment_ids)
+    segment_ids = segments_of([(0, 7), (1, 40), (0, 18)], [(0, 65)], [(1, 30), (0, 35)])
+    case = make_case(3, 65, 3, 2, with_state=True, segment_ids=segment_ids)
     padding = segment_ids[..., None] == 0
     zeros, nans = (
         case._replace(x=np.where(padding, fill, case.x), cot_y=np.where(padding, fill, case.cot_y))
         for fill in (0, np.nan)
     )
     want, got = (
-        outputs_and_gradients(each, jnp.float32, implementation=implementation)
+        outputs_and_gradients(each, jnp.float32, **SHARED, implementation=implementation)
         for each in (zeros, nans)
     )
     for name, value in want.items():
