@@ -30,7 +30,7 @@ from pallas_kernels.common.context_parallel import local_documents
 
 
 class CemaShardResiduals(NamedTuple):
-    """What the backward pass needs of the forward pass.
+    """Values saved by the forward pass for the backward pass.
 
     Attributes:
       inputs: of this shard.

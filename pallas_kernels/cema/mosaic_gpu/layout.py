@@ -1,4 +1,4 @@
-"""How CEMA's Hopper kernels divide a call, and where a warpgroup finds its numbers.
+"""Work items and data layout of CEMA's Hopper kernels.
 
 The grid is (blocks of 128 channels, splits of a row, rows). A warpgroup owns one block of channels
 of one split; thread i holds channel i of every value in registers.
@@ -22,7 +22,7 @@ Lanes = Any  # float32 (CHANNELS,) in registers, one number per thread
 
 
 class CemaWorkItem(NamedTuple):
-    """What one warpgroup works on; all fields are traced int32 but `channels`.
+    """The share of one warpgroup; all fields are traced int32 but `channels`.
 
     Attributes:
       row: row of the batch.

@@ -26,7 +26,7 @@ from pallas_kernels.common.target import check_hopper
 
 
 class CemaResiduals(NamedTuple):
-    """What the backward pass needs of the forward pass.
+    """Values saved by the forward pass for the backward pass.
 
     Attributes:
       inputs: of the call.

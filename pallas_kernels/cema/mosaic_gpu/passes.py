@@ -52,7 +52,7 @@ class CemaOptions(NamedTuple):
 
 
 class CemaInputs(NamedTuple):
-    """The inputs of a call and what the kernels need of them.
+    """The inputs of a call, with boundaries and coefficients for the kernels.
 
     Attributes:
       x: whole tiles of tokens and channels.
@@ -244,7 +244,7 @@ def run_gradients(
 def _decay_through_last_split(
     options: CemaOptions, adjoint: Complex[Array, "B D N"], inputs: CemaInputs
 ) -> Complex[Array, "B D N"]:
-    """What e after a row leaves at the first token of its last split, which may be shorter."""
+    """e after a row, decayed to the first token of its last split, which may be shorter."""
     tokens = (inputs.x.shape[1] - 1) % options.split_size + 1
     decay = coefficients.powers(inputs.params, jnp.asarray([tokens], jnp.int32))[..., 0]
     decayed = adjoint * decay

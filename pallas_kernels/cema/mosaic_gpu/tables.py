@@ -1,4 +1,4 @@
-"""What CEMA's Hopper kernels read beside the sequences: coefficients and document boundaries.
+"""Inputs of CEMA's Hopper kernels beside the sequences: coefficients, document boundaries.
 
 Made in plain JAX before the kernels run. The kernels keep states divided by p.
 """
@@ -50,7 +50,7 @@ class CemaDocuments(NamedTuple):
 
 
 class CemaOperands(NamedTuple):
-    """What all kernels read beside the sequences; fields are None when unused.
+    """Inputs of the kernels beside the sequences; fields are None when unused.
 
     Attributes:
       tables: `CemaTables`.

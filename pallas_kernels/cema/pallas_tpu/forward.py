@@ -40,7 +40,7 @@ from pallas_kernels.cema.pallas_tpu.tile import (
 
 
 class CemaTpuOutputs(NamedTuple):
-    """What the forward kernel returns.
+    """Results of the forward kernel.
 
     Attributes:
       y: the output.

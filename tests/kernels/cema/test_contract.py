@@ -1,4 +1,4 @@
-"""What every implementation of CEMA promises."""
+"""Properties of every implementation of CEMA."""
 
 from functools import partial
 
