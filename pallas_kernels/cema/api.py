@@ -1,24 +1,27 @@
-"""The one public function of CEMA."""
-
-from typing import get_args
+"""The public function of CEMA: check the inputs, choose an implementation, call it."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Int32
 
 from pallas_kernels.cema.block_sizes import SHORTEST_GPU_LENGTH, SHORTEST_TPU_LENGTH
-from pallas_kernels.cema.context_parallel import cema_of_part
-from pallas_kernels.cema.final_state import last_state
+from pallas_kernels.cema.context_parallel import CemaImplementation, with_context_parallelism
 from pallas_kernels.cema.mosaic_gpu.op import cema_mosaic_gpu
-from pallas_kernels.cema.mosaic_gpu.pipeline import TILE
 from pallas_kernels.cema.pallas_tpu.block_sizes import TPUS_FASTER_THAN_XLA
-from pallas_kernels.cema.pallas_tpu.op import cema_pallas_tpu
+from pallas_kernels.cema.pallas_tpu.op import cema_pallas_tpu, final_state_pallas_tpu
 from pallas_kernels.cema.reference import cema_reference
 from pallas_kernels.cema.types import CemaOutput, CemaParams
 from pallas_kernels.cema.xla import cema_xla
-from pallas_kernels.common.dispatch import Implementation
+from pallas_kernels.common.dispatch import Implementation, check_implementation
 from pallas_kernels.common.target import find_target
 
 LARGEST_ORDER = 32
+
+IMPLEMENTATIONS: dict[str, CemaImplementation] = {
+    "reference": with_context_parallelism(cema_reference),
+    "xla": with_context_parallelism(cema_xla),
+    "mosaic_gpu": cema_mosaic_gpu,
+    "pallas_tpu": with_context_parallelism(cema_pallas_tpu, final_state_pallas_tpu),
+}
 
 
 def cema(
@@ -36,81 +39,56 @@ def cema(
     p = sigmoid(alpha);  q = (1 - sigmoid(alpha) sigmoid(delta)) exp(i n sigmoid(theta) 2π/N) for
     n = 1..N. Ma et al. 2024 (arXiv 2404.08801), with p and gamma as in the authors' released code.
 
-    Differentiable in x, every parameter and the state, in reverse mode.
+    Differentiable in x, the parameters and the initial state, in reverse mode.
 
     Args:
-      x: bfloat16, float32 or float64. Everything inside is computed in the parameters' dtype.
+      x: bfloat16, float32 or float64. The computation inside has the parameters' dtype.
       params: float32, or float64 to compute in float64.
       initial_state: h before the row's first token; zero if None.
-      segment_ids: the document of every token; 0 is padding, which gives 0 and leaves the state
-        alone. A document's tokens stand together. Every document but the row's first starts from
-        zero, the first from `state`. None: one document, no padding.
+      segment_ids: the document of every token, contiguous; 0 is padding, whose y is 0 and which
+        leaves the state unchanged. The row's first document starts from `initial_state`, every
+        other one from zero. None: one document without padding.
       implementation: "reference", the recurrence; "xla", for every platform; "mosaic_gpu", kernels
-        for NVIDIA Hopper; "pallas_tpu", kernels for TPU; or None for the fastest known here.
-      block_size: tokens of a block in "xla"; of what a warpgroup works on in "mosaic_gpu", a
-        multiple of 32; of a step of the grid in "pallas_tpu", a multiple of 1,024; if None a
-        measured choice (README.md).
-      sequence_axis: inside `jax.shard_map`, the mesh axis over which the sequence is split; rows
-        start from zero then. None: every device has whole rows.
+        for NVIDIA Hopper; "pallas_tpu", kernels for TPU; None: the fastest one known here.
+      block_size: tokens of a block in "xla"; of a warpgroup's split of the row in "mosaic_gpu", a
+        multiple of 32; of a grid step in "pallas_tpu", a multiple of 1,024. None: a measured
+        choice (README.md).
+      sequence_axis: inside `jax.shard_map`, the mesh axis of the sequence shards; x and segment_ids
+        are this device's shard, segment ids are numbered along whole rows, and rows start from
+        zero. None: every device has whole rows.
 
     Returns:
-      y in x's dtype; the state after each row's last token that is not padding.
+      y in x's dtype, and the state after each row's last token that is not padding; of a sequence
+      shard, after the shard's.
 
     Raises:
-      ValueError: a shape, dtype, implementation or block size that cannot be used here.
+      ValueError: a shape, dtype, implementation or block size that cannot be used here, or an
+        initial state together with `sequence_axis`.
     """
-    known = get_args(Implementation)
-    if implementation is not None and implementation not in known:
-        raise ValueError(
-            f"CEMA has no implementation {implementation!r}; use one of {', '.join(known)} or None"
-        )
     _check_inputs(x, params, initial_state, segment_ids)
-    if implementation is None:
-        implementation = _choose_implementation(x, params)
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size is {block_size}; use a positive number of tokens or None")
-    if sequence_axis is not None:
-        if initial_state is not None:
-            raise ValueError("a sequence split over devices starts from no state; pass None")
-        if implementation == "mosaic_gpu" and x.shape[1] % TILE == 0:
-            return cema_mosaic_gpu(
-                x, params, None, segment_ids, split=block_size, sequence_axis=sequence_axis
-            )
-
-        def run(entering: Array | None) -> CemaOutput:
-            return cema(
-                x,
-                params,
-                initial_state=entering,
-                segment_ids=segment_ids,
-                implementation=implementation,
-                block_size=block_size,
-            )
-
-        def summarize() -> Array:
-            # A TPU is slow at products of every channel by itself, whatever they leave out.
-            if implementation == "pallas_tpu":
-                return run(None).final_state
-            return last_state(x, params, None, segment_ids)
-
-        return cema_of_part(x, params, segment_ids, sequence_axis, summarize, run)
+    if sequence_axis is not None and initial_state is not None:
+        raise ValueError("rows sharded along the sequence start from zero; pass initial_state=None")
+    check_implementation("CEMA", implementation, IMPLEMENTATIONS)
+    if implementation is None:
+        implementation = _choose_implementation(x, params)
     if initial_state is not None:
         initial_state = initial_state.astype(jnp.result_type(params.alpha, jnp.complex64))
-    if implementation == "mosaic_gpu":
-        return cema_mosaic_gpu(x, params, initial_state, segment_ids, split=block_size)
-    if implementation == "pallas_tpu":
-        return cema_pallas_tpu(x, params, initial_state, segment_ids, block_size=block_size)
-    if implementation == "reference":
-        if block_size is not None:
-            raise ValueError("implementation 'reference' has no blocks; leave block_size out")
-        return cema_reference(x, params, initial_state, segment_ids)
-    return cema_xla(x, params, initial_state, segment_ids, block_size)
+    return IMPLEMENTATIONS[implementation](
+        x,
+        params,
+        initial_state,
+        segment_ids,
+        block_size=block_size,
+        sequence_axis=sequence_axis,
+    )
 
 
 def _choose_implementation(x: Array, params: CemaParams) -> Implementation:
     """The fastest by measurement (GPU) or by the compiler's estimate (TPU); README.md has both.
 
-    For float32 x on a GPU the more exact one: `xla` keeps the last bits of a long memory.
+    float32 x on a GPU takes the more exact `xla`, which keeps the last bits of a long memory.
     """
     target, length = find_target(), x.shape[1]
     if params.alpha.dtype == jnp.float64:

@@ -1,6 +1,6 @@
-"""The scan over blocks: states between blocks, in few steps, forward or backward in time.
+"""The scan over blocks: the state before every block, in few steps, forward or backward in time.
 
-Complex numbers arrive packed as [real parts | imaginary parts], as matrix products want them.
+Complex numbers are packed as [real parts | imaginary parts], the layout of the matrix products.
 """
 
 import jax.numpy as jnp
@@ -22,22 +22,22 @@ def level_exponents(num_blocks: int, block_size: int) -> tuple[int, ...]:
 
 def scan_blocks(
     increments: Float[Array, "D B J 2N"],
-    is_whole: Bool[Array, "B J"] | None,
+    passes_state_through: Bool[Array, "B J"] | None,
     decays: tuple[Float[Array, "D 2N"], ...],
     initial: Float[Array, "D B 2N"] | None,
 ) -> Float[Array, "D B J 2N"]:
-    """States entering every block: H[0] = initial, H[j+1] = decay·H[j] + increments[j].
+    """The state before every block: H[0] = initial, H[j+1] = decay·H[j] + increments[j].
 
-    Where not `is_whole`, decay counts as 0. With `initial` None the scan runs back in time from 0:
-    H[J-1] = 0, H[j-1] = conj(decay)·H[j] + increments[j].
+    The decay is 0 where not `passes_state_through`. If `initial` is None the scan runs backward in
+    time from 0: H[J-1] = 0, H[j-1] = conj(decay)·H[j] + increments[j].
 
-    F blocks merge into one with decay^F, and so on up: F steps a level instead of J in all, and the
-    data is read twice and written once. The decays of the levels come from the parameters, not from
-    squaring, which would double the error of the phase every time.
+    A hierarchical scan: F blocks merge into one with decay^F, level upon level. Each level takes F
+    steps, reads its data twice and writes it once. The decays of the levels come from the
+    parameters, because squaring would double the error of the phase at every level.
 
     Args:
-      increments: what each block adds.
-      is_whole: blocks that hand on the state before them; None if all do.
+      increments: the state that each block adds.
+      passes_state_through: blocks that the state before them passes through; None: all of them.
       decays: decay^(F^i), one for each entry of `level_exponents`.
       initial: the state before the first block, or None.
     """
@@ -46,40 +46,41 @@ def scan_blocks(
     missing = -count % fan_in
     padded = jnp.pad(increments, ((0, 0), (0, 0), (0, missing), (0, 0)))
     grouped = padded.reshape(*increments.shape[:2], -1, fan_in, width)
-    whole = None
-    if is_whole is not None:
-        whole = jnp.pad(is_whole, ((0, 0), (0, missing))).reshape(grouped.shape[1:4])
+    passes = None
+    if passes_state_through is not None:
+        passes = jnp.pad(passes_state_through, ((0, 0), (0, missing)))
+        passes = passes.reshape(grouped.shape[1:4])
     backward = initial is None
     decay = unpack(decays[0][:, None, None])
     decay = jnp.conj(decay) if backward else decay
     if count <= fan_in:
         start = jnp.zeros_like(grouped[:, :, :, 0]) if initial is None else initial[:, :, None]
     else:
-        merged = _merge(grouped, whole, decay, backward)
-        whole_groups = None if whole is None else whole.all(axis=-1)
-        start = scan_blocks(merged, whole_groups, decays[1:], initial)
-    states = _states_within_groups(grouped, whole, decay, start, backward)
+        merged = _merge(grouped, passes, decay, backward)
+        group_passes = None if passes is None else passes.all(axis=-1)
+        start = scan_blocks(merged, group_passes, decays[1:], initial)
+    states = _states_within_groups(grouped, passes, decay, start, backward)
     return states.reshape(padded.shape)[:, :, :count]
 
 
 def _merge(
     grouped: Float[Array, "D B K F 2N"],
-    whole: Bool[Array, "B K F"] | None,
+    passes: Bool[Array, "B K F"] | None,
     decay: Complex[Array, "D 1 1 N"],
     backward: bool,
 ) -> Float[Array, "D B K 2N"]:
-    """What each group of F successive blocks adds as a whole."""
+    """The state that each group of F successive blocks adds."""
     order = list(range(grouped.shape[3]))[:: -1 if backward else 1]
     total = unpack(grouped[..., order[0], :])
     for i in order[1:]:
-        keeps = None if whole is None else whole[..., i]
-        total = _advance(total, decay, keeps, unpack(grouped[..., i, :]))
+        block_passes = None if passes is None else passes[..., i]
+        total = _advance(total, decay, block_passes, unpack(grouped[..., i, :]))
     return pack(total)
 
 
 def _states_within_groups(
     grouped: Float[Array, "D B K F 2N"],
-    whole: Bool[Array, "B K F"] | None,
+    passes: Bool[Array, "B K F"] | None,
     decay: Complex[Array, "D 1 1 N"],
     start: Float[Array, "D B K 2N"],
     backward: bool,
@@ -90,18 +91,18 @@ def _states_within_groups(
         states, state = carry
         i = last - k if backward else k
         increment = unpack(lax.dynamic_index_in_dim(states, i, axis=3, keepdims=False))
-        keeps = None
-        if whole is not None:
-            keeps = lax.dynamic_index_in_dim(whole, i, axis=2, keepdims=False)
-        # A state takes the place of its increment: no second array of this size exists.
+        block_passes = None
+        if passes is not None:
+            block_passes = lax.dynamic_index_in_dim(passes, i, axis=2, keepdims=False)
+        # In place: the state overwrites its increment, so that no second array of this size exists.
         states = lax.dynamic_update_index_in_dim(states, pack(state), i, axis=3)
-        return states, _advance(state, decay, keeps, increment)
+        return states, _advance(state, decay, block_passes, increment)
 
     return lax.fori_loop(0, last + 1, step, (grouped, unpack(start)))[0]
 
 
-def _advance(state: Array, decay: Array, keeps: Array | None, increment: Array) -> Array:
+def _advance(state: Array, decay: Array, passes: Array | None, increment: Array) -> Array:
     carried = decay * state
-    if keeps is not None:
-        carried = jnp.where(keeps[None, ..., None], carried, 0)
+    if passes is not None:
+        carried = jnp.where(passes[None, ..., None], carried, 0)
     return carried + increment

@@ -1,8 +1,8 @@
-"""From CEMA's parameters to the numbers that a recurrence or a block of it needs.
+"""Coefficients of the recurrence, and tables of a block of it, from CEMA's parameters.
 
     p = sigmoid(alpha),  q = (1 - sigmoid(alpha) sigmoid(delta)) exp(i n sigmoid(theta) 2π / N)
 
-All of it is differentiable by autodiff; the results are a few (D, N)-sized tables, never sequences.
+Everything is differentiable by autodiff; results are small (D, N)-sized tables, never sequences.
 """
 
 import math
@@ -15,18 +15,18 @@ from jaxtyping import Array, Complex, Float, Int
 from pallas_kernels.cema.phase import cos_sin_of_multiples
 from pallas_kernels.cema.types import CemaParams
 
-# sigmoid(alpha) sigmoid(delta) rounds to 1 for large logits, and log(0) would make 0 * inf of q^0.
+# sigmoid(alpha) sigmoid(delta) rounds to 1 for large logits, and q^0 = exp(0 · log 0) would be NaN.
 _LARGEST_DAMPING = 1 - 2.0**-24
 
 
 class BlockTables(NamedTuple):
-    """CEMA over a block of T tokens as small real tables; 2N means [real parts | imaginary parts].
+    """CEMA over a block of T tokens as small real tables; 2N is [real parts | imaginary parts].
 
     Attributes:
       taps: Re Σ_n gamma p q^τ for lags τ < T, plus omega at τ = 0.
-      to_state: p q^(T-1-t), what token t adds to the state after the block.
-      from_state: gamma q^(t+1), real and negated imaginary part: what the state before the block
-        adds to y[t].
+      to_state: p q^(T-1-t): projects tokens to the state after the block.
+      from_state: gamma q^(t+1), real part and negated imaginary part: projects the state before
+        the block to y[t].
       decay: q^T.
       decay_levels: q^(T F^i) for i = 0, 1, ..., F the fan-in of the scan over blocks; no gradient.
     """
@@ -58,13 +58,13 @@ def damping(params: CemaParams) -> Float[Array, "D N"]:
 def powers(params: CemaParams, exponents: Int[Array, " T"]) -> Complex[Array, "D N T"]:
     """q^t for integers t >= 0.
 
-    log|q| = log1p(-sigmoid(alpha) sigmoid(delta)) keeps the distance of |q| from 1 exact, and the
-    angle is reduced exactly (`phase`), so the error stays near 1e-6 even where t is 10^5 tokens.
+    log|q| = log1p(-sigmoid(alpha) sigmoid(delta)) preserves the distance of |q| from 1, and the
+    angle is reduced exactly (`phase`): the error is near 1e-6 even if t is 10^5 tokens.
     """
     order = params.alpha.shape[-1]
     damped = damping(params)[..., None]
     scaled = jnp.log1p(-damped) * exponents.astype(damped.dtype)
-    # |q| itself is used at every token by a recurrence; exp would add an error to it.
+    # A recurrence applies |q| at every token: for t = 1, avoid the rounding error of exp.
     modulus = jnp.where(exponents == 1, 1 - damped, jnp.exp(scaled))
     multiples = jnp.arange(1, order + 1, dtype=jnp.int32)[:, None] * exponents.astype(jnp.int32)
     cos, sin = cos_sin_of_multiples(params.theta, multiples, order)
@@ -82,7 +82,7 @@ def block_tables(
       level_exponents: exponents of q in `decay_levels`.
     """
     exponents = [*range(block_size + 1), *level_exponents]
-    # Without the barrier every table below computes its own sines and cosines.
+    # Without the barrier XLA computes sines and cosines again for every table below.
     all_powers = jax.lax.optimization_barrier(powers(params, jnp.asarray(exponents, jnp.int32)))
     q, levels = jnp.split(all_powers, [block_size + 1], axis=-1)
     levels = jax.lax.stop_gradient(levels)

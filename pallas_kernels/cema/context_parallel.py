@@ -1,90 +1,143 @@
-"""CEMA over a sequence that is split over devices."""
+"""CEMA under context parallelism: the state before each sequence shard.
+
+Inside `jax.shard_map` every device holds one sequence shard. Forward:
+
+    1. summarize the own shard: its final state if its documents started from zero;
+    2. `incoming_state`: all-gather the summaries, fold those of the shards before;
+    3. run the own shard from that state.
+
+Backward the same happens in reverse order with the adjoint state, by `incoming_state_vjp`.
+"""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Int32
 
 from pallas_kernels.cema.coefficients import pack, powers, unpack
+from pallas_kernels.cema.final_state import final_state
 from pallas_kernels.cema.types import CemaOutput, CemaParams
-from pallas_kernels.common import context_parallel
+from pallas_kernels.common.context_parallel import (
+    LocalDocuments,
+    all_gather_summaries,
+    exclusive_fold,
+    local_documents,
+)
 
 
-class Links(NamedTuple):
-    """How states pass from part to part.
+class RunCema(Protocol):
+    """CEMA of whole rows, or of a sequence shard from the state before it."""
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        params: CemaParams,
+        initial_state: Complex[Array, "B D N"] | None,
+        segment_ids: Int32[Array, "B L"] | None,
+        *,
+        block_size: int | None,
+    ) -> CemaOutput: ...
+
+
+class CemaImplementation(Protocol):
+    """An entry of `api.IMPLEMENTATIONS`: arguments as in `api.cema`, checked."""
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        params: CemaParams,
+        initial_state: Complex[Array, "B D N"] | None,
+        segment_ids: Int32[Array, "B L"] | None,
+        *,
+        block_size: int | None,
+        sequence_axis: str | None,
+    ) -> CemaOutput: ...
+
+
+class ShardDecays(NamedTuple):
+    """How much of a state each sequence shard leaves.
 
     Attributes:
-      parts: documents of all parts, leading axis S.
-      decays: q^tokens, what every part leaves of the state before it, packed.
+      documents: documents of all shards, leading axis S.
+      decays: q^tokens for the tokens of each shard's last document, packed.
     """
 
-    parts: context_parallel.LocalDocuments
+    documents: LocalDocuments
     decays: Float[Array, "S B D 2N"]
 
 
-def cema_of_part(
-    x: Float[Array, "B L D"],
-    params: CemaParams,
-    segment_ids: Int32[Array, "B L"] | None,
-    axis: str,
-    summarize: Callable[[], Array],
-    run: Callable[[Array], CemaOutput],
-) -> CemaOutput:
-    """Outputs of this device's tokens, the sequence going on from part to part along `axis`.
-
-    The state after the part is that of the tokens so far, so the last device's is the row's.
+def with_context_parallelism(
+    run: RunCema, summarize: Callable[..., Complex[Array, "B D N"]] | None = None
+) -> CemaImplementation:
+    """An implementation that also runs on sequence shards.
 
     Args:
-      x: this device's tokens.
-      params: CEMA's parameters.
-      segment_ids: documents, numbered along whole rows.
-      axis: mesh axis over which the sequence is split.
-      summarize: the state after this part of a document that begins with it, or in it.
-      run: CEMA of this part from a state.
+      run: CEMA of one shard from the state before it.
+      summarize: `(x, params, segment_ids, block_size=...)` to the final state of one shard from
+        zero; `final_state` if None.
     """
-    part = context_parallel.local_documents(segment_ids, *x.shape[:2])
-    return run(enter(summarize(), part, params, axis)[0])
+
+    def implementation(x, params, initial_state, segment_ids, *, block_size, sequence_axis):
+        if sequence_axis is not None:
+            documents = local_documents(segment_ids, *x.shape[:2])
+            if summarize is None:
+                summary = final_state(x, params, None, segment_ids)
+            else:
+                summary = summarize(x, params, segment_ids, block_size=block_size)
+            initial_state, _ = incoming_state(summary, documents, params, sequence_axis)
+        return run(x, params, initial_state, segment_ids, block_size=block_size)
+
+    return implementation
 
 
-def enter(
-    own: Complex[Array, "B D N"],
-    part: context_parallel.LocalDocuments,
+def incoming_state(
+    summary: Complex[Array, "B D N"],
+    documents: LocalDocuments,
     params: CemaParams,
     axis: str,
-) -> tuple[Complex[Array, "B D N"], Links]:
-    """The state before this device's tokens, from what every device finds of its own alone.
+) -> tuple[Complex[Array, "B D N"], ShardDecays]:
+    """The state before this device's sequence shard, and what its transpose needs.
 
     Args:
-      own: the state after this device's last document, as if it had begun here.
-      part: this device's documents.
+      summary: the final state of this shard if its last document started from zero here.
+      documents: of this shard.
       params: CEMA's parameters.
-      axis: mesh axis over which the sequence is split.
+      axis: mesh axis of the sequence shards.
     """
-    parts, summaries = context_parallel.all_gather_summaries(part, pack(own), axis)
-    # For every part and row.
-    exponents = parts.num_tokens.reshape(-1)
-    decays = jnp.moveaxis(powers(params, exponents), -1, 0)
-    links = Links(parts, pack(decays).reshape(*parts.num_tokens.shape, *decays.shape[1:-1], -1))
-    return _fold(summaries, links, axis), links
+    all_documents, summaries = all_gather_summaries(documents, pack(summary), axis)
+    tokens = all_documents.num_tokens
+    decays = pack(jnp.moveaxis(powers(params, tokens.reshape(-1)), -1, 0))
+    shards = ShardDecays(all_documents, decays.reshape(*tokens.shape, *decays.shape[1:]))
+    return _fold(summaries, shards, axis), shards
 
 
-def enter_backward(e: Complex[Array, "B D N"], links: Links, axis: str) -> Complex[Array, "B D N"]:
-    """The transpose of `enter`: from every device's e at its first token to e after its last.
+def incoming_state_vjp(
+    adjoint: Complex[Array, "B D N"], shards: ShardDecays, axis: str
+) -> Complex[Array, "B D N"]:
+    """The transpose of `incoming_state`: one reduce-scatter, the mirror of the all-gather.
 
-    One reduce-scatter, the mirror of the gather.
+    Args:
+      adjoint: the adjoint state e at this shard's first token, from this shard's dy.
+      shards: from `incoming_state`.
+      axis: mesh axis of the sequence shards.
+
+    Returns:
+      The adjoint state e at the token after this shard.
     """
 
-    def through(own: Complex[Array, "B D N"]) -> Complex[Array, "B D N"]:
-        return _fold(jax.lax.all_gather(pack(own), axis), links, axis)
+    def gather_and_fold(summary: Complex[Array, "B D N"]) -> Complex[Array, "B D N"]:
+        return _fold(jax.lax.all_gather(pack(summary), axis), shards, axis)
 
-    return jax.linear_transpose(through, e)(e)[0]
+    return jax.linear_transpose(gather_and_fold, adjoint)(adjoint)[0]
 
 
-def _fold(summaries: Float[Array, "S B D 2N"], links: Links, axis: str) -> Complex[Array, "B D N"]:
-    def append(before: Array, summary: Array, number: int) -> Array:
-        return unpack(links.decays[number]) * before + unpack(summary)
+def _fold(
+    summaries: Float[Array, "S B D 2N"], shards: ShardDecays, axis: str
+) -> Complex[Array, "B D N"]:
+    def combine(before: Array, summary: Array, index: int) -> Array:
+        return unpack(shards.decays[index]) * before + unpack(summary)
 
-    fresh = jnp.zeros_like(unpack(summaries[0]))
-    return context_parallel.exclusive_fold(links.parts, summaries, fresh, append, axis)
+    empty_state = jnp.zeros_like(unpack(summaries[0]))
+    return exclusive_fold(shards.documents, summaries, empty_state, combine, axis)

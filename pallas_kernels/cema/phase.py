@@ -1,14 +1,14 @@
 """Angles of powers of q, exact over hundreds of thousands of tokens, in float32 and int32 alone.
 
-q turns by n sigmoid(theta) / N of a full turn per token. In plain float32 the rounding of that
-number is multiplied by the distance in tokens: at |q| = 1 - 1e-5 it alone makes 1e-3 of relative
-error. Here the turn is kept as a 32-bit fixed-point integer and a float32 rest, together some 44
-bits. A multiple of the integer wraps modulo 2^32, which is modulo one turn, so the reduction of the
-angle is free and exact.
+The angle of q is n sigmoid(theta) / N of a revolution per token. In plain float32 the distance in
+tokens multiplies the rounding error of that number: at |q| = 1 - 1e-5 this alone gives a relative
+error of 1e-3. Here the fraction of a revolution is a 32-bit fixed-point integer and a float32
+remainder, together some 44 bits. Multiples of the integer wrap modulo 2^32, which is modulo one
+revolution, so the reduction of the angle is free and exact.
 
 The sigmoid is computed on unevaluated pairs hi + lo of float32. Every `hi` passes through
-`lax.reduce_precision` to 23 bits and every product that must be exact has factors of 12 bits, so
-neither fused multiply-adds nor algebraic rewriting by a compiler can change the result.
+`lax.reduce_precision` to 23 bits, and every product that must be exact has factors of 12 bits.
+Neither fused multiply-adds nor algebraic rewriting by a compiler can therefore change the result.
 """
 
 import math
@@ -20,14 +20,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-# ln 2 in pieces of 15 bits, so that their products with an exponent below 2^8 are exact.
+# ln 2 in three numbers, two of 15 bits, whose products with an exponent below 2^8 are exact.
 _LN2_HIGH = math.floor(math.log(2) * 2**15) / 2**15
 _LN2_MIDDLE = math.floor((math.log(2) - _LN2_HIGH) * 2**30) / 2**30
 _LN2_LOW = math.log(2) - _LN2_HIGH - _LN2_MIDDLE
-# exp(-r), |r| < 0.35: terms below this one in pairs, those from it on in float32 (9e-8 of the sum).
+# Taylor series of exp(-r), |r| < 0.35: terms below this one in pairs, the rest in float32 (9e-8 of
+# the sum).
 _FIRST_FLOAT32_TERM = 7
 _TERMS = 14
-# Beyond it sigmoid is 0 or 1 to 2^-92, far below the precision of the pairs.
+# For larger logits sigmoid is 0 or 1 to 2^-92, far below the precision of the pairs.
 _LARGEST_LOGIT = 64.0
 
 
@@ -38,26 +39,26 @@ class _Pair(NamedTuple):
 
 @jax.custom_jvp
 def _cos_sin(theta: Array, multiples: Array, order: Array) -> tuple[Array, Array]:
-    turn = _sigmoid_over(theta, order)
-    # Above half a turn count from the full turn: the integer below is signed. Exact (Sterbenz).
-    centred = jnp.where(turn.hi >= 0.5, turn.hi - 1.0, turn.hi)
+    frequency = _sigmoid_over(theta, order)  # revolutions per token
+    # The integer below is signed: above 1/2 subtract a revolution. Exact (Sterbenz).
+    centred = jnp.where(frequency.hi >= 0.5, frequency.hi - 1.0, frequency.hi)
     units = jnp.floor(centred * 2.0**32)
-    rest = (centred * 2.0**32 - units) + turn.lo * 2.0**32
-    carry = jnp.round(rest)
+    remainder = (centred * 2.0**32 - units) + frequency.lo * 2.0**32
+    carry = jnp.round(remainder)
     fixed = units.astype(jnp.int32) + carry.astype(jnp.int32)
-    fraction = (rest - carry) * 2.0**-32
+    fraction = (remainder - carry) * 2.0**-32
     shape = theta.shape + (1,) * multiples.ndim
     wrapped = multiples * fixed.reshape(shape)
-    # What is left of a quarter turn keeps its last bits as float32; a half turn would not.
+    # Reduced to an eighth of a revolution, the angle in float32 has all its bits.
     quarters = (wrapped + 2**29) >> 30
     wrapped = (wrapped - (quarters << 30)).astype(jnp.float32) * 2.0**-32
-    rest = multiples.astype(jnp.float32) * fraction.reshape(shape)
-    angle = (wrapped + rest) * (2 * math.pi)
+    remainder = multiples.astype(jnp.float32) * fraction.reshape(shape)
+    angle = (wrapped + remainder) * (2 * math.pi)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    swapped = (quarters & 1) == 1
-    turned_cos, turned_sin = jnp.where(swapped, sin, cos), jnp.where(swapped, cos, sin)
-    turned_cos = jnp.where(((quarters + 1) & 2) == 2, -turned_cos, turned_cos)
-    return turned_cos, jnp.where((quarters & 2) == 2, -turned_sin, turned_sin)
+    is_odd = (quarters & 1) == 1
+    cos, sin = jnp.where(is_odd, sin, cos), jnp.where(is_odd, cos, sin)
+    cos = jnp.where(((quarters + 1) & 2) == 2, -cos, cos)
+    return cos, jnp.where((quarters & 2) == 2, -sin, sin)
 
 
 @_cos_sin.defjvp
@@ -76,12 +77,12 @@ def cos_sin_of_multiples(
 
     Args:
       theta: logits, float32 or float64.
-      multiples: int32 numbers m of any shape; a product that wraps around int32 is still right.
+      multiples: int32 numbers m of any shape; a product n · t that wraps around int32 is correct.
       order: N.
 
     Returns:
-      In theta's dtype; for float32 right to 2e-7 of a turn's radius for |m| up to 2^20, to 1e-6 up
-      to 2^22. The derivative in theta is that of the unreduced angle.
+      In theta's dtype. The error in float32 is at most 2e-7 for |m| up to 2^20 and 1e-6 up to
+      2^22. The derivative in theta is that of the unreduced angle.
     """
     if theta.dtype == jnp.float64:
         base = jax.nn.sigmoid(theta) * (2 * math.pi / order)
@@ -100,9 +101,9 @@ def _sigmoid_over(theta: Array, order: Array) -> _Pair:
 
 def _exp_of_negative(a: Array) -> _Pair:
     k = jnp.round(a * (1 / math.log(2)))
-    rest = a - k * _LN2_HIGH
-    hi = _round(rest - k * _LN2_MIDDLE)
-    lo = ((rest - hi) - k * _LN2_MIDDLE) - k * _LN2_LOW
+    remainder = a - k * _LN2_HIGH
+    hi = _round(remainder - k * _LN2_MIDDLE)
+    lo = ((remainder - hi) - k * _LN2_MIDDLE) - k * _LN2_LOW
     z = _Pair(-hi, -lo)
     tail = jnp.zeros_like(a)
     for term in range(_TERMS - 1, _FIRST_FLOAT32_TERM - 1, -1):
@@ -137,9 +138,9 @@ def _add(a: _Pair, b: _Pair) -> _Pair:
 
 def _multiply(a: _Pair, b: _Pair) -> _Pair:
     hi = _round(a.hi * b.hi)
-    a_top, a_rest = _split(a.hi)
-    b_top, b_rest = _split(b.hi)
-    error = (((a_top * b_top - hi) + a_top * b_rest) + a_rest * b_top) + a_rest * b_rest
+    a_top, a_low = _split(a.hi)
+    b_top, b_low = _split(b.hi)
+    error = (((a_top * b_top - hi) + a_top * b_low) + a_low * b_top) + a_low * b_low
     return _Pair(hi, error + (a.hi * b.lo + a.lo * b.hi))
 
 

@@ -1,4 +1,4 @@
-"""What goes into CEMA and what comes out.
+"""CEMA's parameters and results.
 
 B batch, L length, D channels (model width), N orders of every channel.
 """
@@ -14,7 +14,7 @@ class CemaParams(NamedTuple):
     Attributes:
       alpha: logit of the input weight p.
       delta: logit of the damping factor.
-      theta: logit of the base frequency, in turns over N.
+      theta: logit of the base frequency, in revolutions over N.
       gamma: output weights, [..., 0] real and [..., 1] imaginary.
       omega: weight of the direct path.
     """
@@ -27,11 +27,12 @@ class CemaParams(NamedTuple):
 
 
 class CemaOutput(NamedTuple):
-    """Result of one call.
+    """Result of `cema`.
 
     Attributes:
       y: output, in the input's dtype.
-      final_state: h after each row's last token; complex64, complex128 for float64 parameters.
+      final_state: h after each row's last token that is not padding; complex64, complex128 for
+        float64 parameters.
     """
 
     y: Float[Array, "B L D"]

@@ -1,9 +1,9 @@
-"""CEMA on Hopper GPUs over a sequence that is split over devices.
+"""CEMA on Hopper GPUs under context parallelism.
 
-A device's part is to the row what a split is to a part. The kernels sum up what every split hands
-on; the part's own sum goes to the other devices once, and the outputs start from what comes in.
-Backward the same happens with e, which dy drives. Nothing is computed twice, and no device waits
-for another's outputs.
+A sequence shard is to the row what a split is to the shard: the kernels' summaries of the splits
+give the shard's summary without a second pass over x. Forward: summarize the own shard, all-gather
+and fold the summaries (`incoming_state`), run the outputs. Backward: summarize dy, the transpose
+(`incoming_state_vjp`), run the gradients. No device waits for the outputs of another one.
 """
 
 from functools import partial
@@ -14,102 +14,97 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.cema.context_parallel import Links, enter, enter_backward
-from pallas_kernels.cema.final_state import last_state
-from pallas_kernels.cema.mosaic_gpu.kernels import Documents, Tables
-from pallas_kernels.cema.mosaic_gpu.launch import (
-    Onward,
-    Options,
-    find_documents,
-    make_tables,
+from pallas_kernels.cema.context_parallel import ShardDecays, incoming_state, incoming_state_vjp
+from pallas_kernels.cema.final_state import final_state
+from pallas_kernels.cema.mosaic_gpu.passes import (
+    CemaInputs,
+    CemaOptions,
+    IncomingGradient,
+    prepare,
     run_gradients,
     run_outputs,
     summarize,
 )
 from pallas_kernels.cema.types import CemaOutput, CemaParams
-from pallas_kernels.common import context_parallel
+from pallas_kernels.common.context_parallel import local_documents
 
 
-class _Kept(NamedTuple):
-    """What the backward pass needs of the forward pass."""
+class CemaShardResiduals(NamedTuple):
+    """Values saved by the forward pass for the backward pass.
 
-    x: Array
-    params: CemaParams
-    segment_ids: Array | None
-    documents: Documents | None
-    tables: list[Tables]
-    entering: list[Array | None]
-    links: Links
+    Attributes:
+      inputs: of this shard.
+      previous_states: the states before its splits, for every group of orders.
+      shards: the decays of all shards.
+    """
+
+    inputs: CemaInputs
+    previous_states: list[Array | None]
+    shards: ShardDecays
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def cema_of_own_part(
-    options: Options,
+def cema_of_shard(
+    options: CemaOptions,
     axis: str,
     x: Float[Array, "B L D"],
     params: CemaParams,
     segment_ids: Int32[Array, "B L"] | None,
 ) -> CemaOutput:
-    """Outputs of this device's tokens, inside `jax.shard_map`; `api.cema` has the contract.
+    """CEMA of this device's sequence shard, inside `jax.shard_map`; contract as in `api.cema`.
 
     Args:
       options: static choices.
-      axis: mesh axis over which the sequence is split.
-      x: this device's tokens, whole tiles of them and of channels.
+      axis: mesh axis of the sequence shards.
+      x: this device's shard, whole tiles of tokens and of channels.
       params: CEMA's parameters.
       segment_ids: documents, numbered along whole rows.
     """
-    return _forward(options, axis, x, params, segment_ids, with_entering=False)[0]
+    return _forward(options, axis, x, params, segment_ids, save_split_states=False)[0]
 
 
-def _forward(options, axis, x, params, segment_ids, *, with_entering):
-    documents = None if segment_ids is None else find_documents(segment_ids, options.split)
-    tables = make_tables(params, options.split)
-    # Where padding follows a part's last document, no other part goes on with it.
-    summaries, own = summarize(options, x, params, tables, documents, backward=False)
-    part = context_parallel.local_documents(segment_ids, *x.shape[:2])
-    before, links = enter(own, part, params, axis)
-    out, entering = run_outputs(
-        options,
-        x,
-        params,
-        tables,
-        documents,
-        before,
-        summaries=summaries,
-        with_entering=with_entering,
+def _forward(options, axis, x, params, segment_ids, *, save_split_states):
+    inputs = prepare(options, x, params, segment_ids)
+    # If padding follows the last document, its summary has decayed, but then no shard continues it.
+    summaries, summary = summarize(options, x, inputs, backward=False)
+    documents = local_documents(segment_ids, *x.shape[:2])
+    before, shards = incoming_state(summary, documents, params, axis)
+    out, previous_states = run_outputs(
+        options, inputs, before, summaries=summaries, save_split_states=save_split_states
     )
-    return out, _Kept(x, params, segment_ids, documents, tables, entering, links)
+    return out, CemaShardResiduals(inputs, previous_states, shards)
 
 
 def _forward_rule(options, axis, *primals):
-    return _forward(options, axis, *custom_vjp_primal_tree_values(primals), with_entering=True)
+    primals = custom_vjp_primal_tree_values(primals)
+    return _forward(options, axis, *primals, save_split_states=True)
 
 
-def _backward_rule(options, axis, kept, cotangents):
-    x, params, segment_ids, documents, tables, entering, links = kept
-    dy, d_last = cotangents
-    dy = jnp.zeros_like(x) if isinstance(dy, SymbolicZero) else dy
-    summaries, first = summarize(options, dy, params, tables, documents, backward=True)
-    onward = Onward(enter_backward(first, links, axis), summaries)
-    *gradients, _ = run_gradients(
-        options, x, dy, params, tables, documents, entering, None, onward=onward
-    )
-    if not isinstance(d_last, SymbolicZero):
-        gradients = _add_last_state(tuple(gradients), axis, x, params, segment_ids, d_last)
+def _backward_rule(options, axis, residuals, cotangents):
+    inputs, previous_states, shards = residuals
+    dy, d_final_state = cotangents
+    dy = jnp.zeros_like(inputs.x) if isinstance(dy, SymbolicZero) else dy
+    summaries, summary = summarize(options, dy, inputs, backward=True)
+    incoming = IncomingGradient(incoming_state_vjp(summary, shards, axis), summaries)
+    dx, d_params, _ = run_gradients(options, inputs, dy, None, previous_states, incoming=incoming)
+    gradients = dx, d_params
+    if not isinstance(d_final_state, SymbolicZero):
+        more = _final_state_gradients(axis, inputs, d_final_state)
+        gradients = jax.tree.map(jnp.add, gradients, more)
     return *gradients, None
 
 
-cema_of_own_part.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
+cema_of_shard.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
 
 
-def _add_last_state(gradients, axis, x, params, segment_ids, d_last):
-    """Adds what the gradient of the state after this part gives, in plain JAX."""
-    part = context_parallel.local_documents(segment_ids, *x.shape[:2])
+def _final_state_gradients(axis, inputs, d_final_state):
+    """Gradients of x and the parameters from the state after this shard, in plain JAX."""
+    segment_ids = inputs.segment_ids
+    documents = local_documents(segment_ids, *inputs.x.shape[:2])
 
-    def after(x, params):
-        before, _ = enter(last_state(x, params, None, segment_ids), part, params, axis)
-        return last_state(x, params, before, segment_ids)
+    def state_after(x, params):
+        summary = final_state(x, params, None, segment_ids)
+        before, _ = incoming_state(summary, documents, params, axis)
+        return final_state(x, params, before, segment_ids)
 
-    more = jax.vjp(after, x, params)[1](d_last)
-    return jax.tree.map(jnp.add, gradients, more)
+    return jax.vjp(state_after, inputs.x, inputs.params)[1](d_final_state)

@@ -1,5 +1,6 @@
 """CEMA's backward kernel for TPU: the forward kernel transposed, from a row's end to its start."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -7,47 +8,51 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.cema.pallas_tpu import layout, products
-from pallas_kernels.cema.pallas_tpu.launch import Frame, Tile, run_tile
+from pallas_kernels.cema.pallas_tpu.launch import CemaKernelCall
 from pallas_kernels.cema.pallas_tpu.layout import (
     BLOCK,
     BLOCK_STRIDE,
     CHANNELS,
     LANES,
-    Documents,
-    Plan,
+    CemaTpuDocuments,
+    CemaTpuPlan,
     multiply,
 )
 from pallas_kernels.cema.pallas_tpu.tables import (
     MOMENTS,
-    TableSeeds,
+    TableParams,
+    TableRefs,
     make_tables,
-    seed_gradients,
-    sum_up_moments,
+    sum_moments,
+    table_param_gradients,
     table_scratch,
+)
+from pallas_kernels.cema.pallas_tpu.tile import (
+    CemaTpuTile,
+    DocumentRefs,
+    for_groups,
+    multiply_by_toeplitz,
+    run_tile,
 )
 
 
-class BackwardResult(NamedTuple):
-    """Gradients of what `cema_forward` took."""
+class CemaTpuGradients(NamedTuple):
+    """Gradients of the arguments of `cema_forward`."""
 
     x: Float[Array, "B L D"]
-    seeds: TableSeeds
+    table_params: TableParams
     initial: Float[Array, "B G 128"]
 
 
-class _Refs(NamedTuple):
-    picked_block: Any
+class _BackwardRefs(NamedTuple):
+    selected_block: Any
     x: Any
     dy: Any
-    states: Any
-    factors: Any
-    starts: Any
-    omega: Any
-    decay: Any
-    d_picked: Any
+    previous_states: Any
+    d_selected_state: Any
     dx: Any
     d_initial: Any
     moments: Any
@@ -55,78 +60,75 @@ class _Refs(NamedTuple):
     x_blocks: Any
     dy_blocks: Any
     dx_blocks: Any
-    leaving: Any
+    d_block_states: Any  # what dy of a block adds, then the gradient of the state after the block
     d_state: Any
-    to_state: Any
-    from_state: Any
-    taps: Any
     d_to_state: Any
     d_from_state: Any
     d_taps: Any
-    cuts: Any = None
-    most_cuts: Any = None
-    piece: Any = None
-    piece_from_end: Any = None
+    tables: TableRefs
+    documents: DocumentRefs
 
 
 def cema_backward(
     x: Float[Array, "B L D"],
     dy: Float[Array, "B L D"],
-    d_picked: Float[Array, "B G 128"],
-    states: Float[Array, "B J G 128"],
-    seeds: TableSeeds,
-    documents: Documents | None,
-    picked_block: Int32[Array, " B"],
-    plan: Plan,
-) -> BackwardResult:
+    d_selected_state: Float[Array, "B G 128"],
+    previous_states: Float[Array, "B J G 128"],
+    table_params: TableParams,
+    documents: CemaTpuDocuments | None,
+    selected_block: Int32[Array, " B"],
+    plan: CemaTpuPlan,
+) -> CemaTpuGradients:
     """dH[j] = conj(A) dH[j+1] + Σ_t conj(G[t]) dy[t], and from it all gradients (README.md).
 
     Args:
       x: as in the forward kernel.
       dy: gradient of y, in its dtype.
-      d_picked: gradient of `picked`.
-      states: from the forward kernel, at least as many blocks as the plan has.
-      seeds: as in the forward kernel.
+      d_selected_state: gradient of `selected_state`.
+      previous_states: from the forward kernel, at least as many blocks as the plan has.
+      table_params: as in the forward kernel.
       documents: as in the forward kernel.
-      picked_block: as in the forward kernel.
+      selected_block: as in the forward kernel.
       plan: what the kernel is specialised for.
     """
-    frame = Frame(plan, x.shape, picked_block, documents, backward=True)
-    frame.inputs |= {
-        "x": frame.sequence(x),
-        "dy": frame.sequence(dy),
-        "states": frame.block_states(states),
-        "d_picked": frame.row_state(d_picked),
+    call = CemaKernelCall(plan, x.shape, selected_block, documents, backward=True)
+    call.inputs |= {
+        "x": call.sequence(x),
+        "dy": call.sequence(dy),
+        "previous_states": call.block_states(previous_states),
+        "d_selected_state": call.row_state(d_selected_state),
     }
-    frame.add_seeds(seeds)
-    frame.add_outputs(
-        dx=frame.sequence(jax.ShapeDtypeStruct(x.shape, x.dtype)),
-        d_initial=frame.row_state(jax.ShapeDtypeStruct(d_picked.shape, jnp.float32)),
+    call.add_table_params(table_params)
+    call.add_outputs(
+        dx=call.sequence(jax.ShapeDtypeStruct(x.shape, x.dtype)),
+        d_initial=call.row_state(jax.ShapeDtypeStruct(d_selected_state.shape, jnp.float32)),
     )
-    groups = seeds.decay.shape[0]
-    frame.add_sums(moments=(groups, MOMENTS, LANES), d_decay=(groups, 2, LANES))
+    groups = table_params.decay.shape[0]
+    call.add_sums(moments=(groups, MOMENTS, LANES), d_decay=(groups, 2, LANES))
     blocks = pltpu.VMEM((plan.blocks * BLOCK_STRIDE, CHANNELS), jnp.float32)
     scratch = {
         "x_blocks": blocks,
         "dy_blocks": blocks,
         "dx_blocks": blocks,
-        "leaving": pltpu.VMEM((plan.blocks * plan.state_stride, LANES), jnp.float32),
-        "d_state": pltpu.VMEM((plan.groups, LANES), jnp.float32),
+        "d_block_states": pltpu.VMEM((plan.blocks * plan.state_stride, LANES), jnp.float32),
+        "d_state": pltpu.VMEM((plan.num_groups, LANES), jnp.float32),
         **table_scratch(plan),
-        "d_to_state": pltpu.VMEM((plan.groups, LANES, BLOCK), jnp.float32),
-        "d_from_state": pltpu.VMEM((plan.groups, LANES, BLOCK), jnp.float32),
+        "d_to_state": pltpu.VMEM((plan.num_groups, LANES, BLOCK), jnp.float32),
+        "d_from_state": pltpu.VMEM((plan.num_groups, LANES, BLOCK), jnp.float32),
         "d_taps": pltpu.VMEM((CHANNELS, layout.SUBLANES, BLOCK), jnp.float32),
     }
-    results = frame.call(
-        lambda refs: _kernel(refs, plan), _Refs, scratch, name="cema_backward", products=6
+    results = call.run(
+        partial(_kernel, plan=plan), _BackwardRefs, scratch, name="cema_backward", products=6
     )
-    d_seeds = seed_gradients(results["moments"], results["d_decay"], seeds, plan)
-    return BackwardResult(results["dx"], d_seeds, results["d_initial"])
+    d_table_params = table_param_gradients(
+        results["moments"], results["d_decay"], table_params, plan
+    )
+    return CemaTpuGradients(results["dx"], d_table_params, results["d_initial"])
 
 
-def _kernel(refs: _Refs, plan: Plan) -> None:
+def _kernel(refs: _BackwardRefs, plan: CemaTpuPlan) -> None:
     row, step = pl.program_id(1), pl.program_id(2)
-    number = plan.tiles - 1 - step
+    tile = plan.num_tiles - 1 - step
 
     @pl.when(step == 0)
     def _start_row() -> None:
@@ -136,135 +138,128 @@ def _kernel(refs: _Refs, plan: Plan) -> None:
     def _start_channels() -> None:
         for ref in (refs.d_taps, refs.d_to_state, refs.d_from_state, refs.d_decay):
             ref[...] = jnp.zeros_like(ref)
-        Tile(refs, plan, row, step, None).for_groups(
-            lambda _, group: make_tables(refs, group, plan, reversed_taps=True)
-        )
+        for_groups(plan, lambda group: make_tables(refs.tables, group, plan, reversed_taps=True))
 
-    layout.load_transposed(refs.x, refs.x_blocks, refs.piece, number, plan)
-    layout.load_transposed(refs.dy, refs.dy_blocks, refs.piece, number, plan)
-    run_tile(_compute, refs, plan, row, number)
-    layout.store_transposed(refs.dx_blocks, refs.dx, refs.piece, plan)
+    piece = refs.documents.piece
+    layout.load_transposed(refs.x, refs.x_blocks, piece, tile, plan)
+    layout.load_transposed(refs.dy, refs.dy_blocks, piece, tile, plan)
+    run_tile(_compute, refs, plan, row, tile)
+    layout.store_transposed(refs.dx_blocks, refs.dx, piece, plan)
 
-    @pl.when(step == plan.tiles - 1)
+    @pl.when(step == plan.num_tiles - 1)
     def _finish_row() -> None:
         refs.d_initial[0] = refs.d_state[...]
 
-    @pl.when((step == plan.tiles - 1) & (row == pl.num_programs(1) - 1))
+    @pl.when((step == plan.num_tiles - 1) & (row == pl.num_programs(1) - 1))
     def _finish_channels() -> None:
-        Tile(refs, plan, row, step, None).for_groups(
-            lambda _, group: sum_up_moments(refs, group, plan)
-        )
+        for_groups(plan, lambda group: sum_moments(refs, group, plan))
 
 
-def _compute(tile: Tile) -> None:
-    tile.for_groups(_sum_up_blocks)
+def _compute(tile: CemaTpuTile) -> None:
+    plan = tile.plan
+    for_groups(plan, partial(_project_blocks, tile))
     _scan_blocks(tile)
-    tile.for_groups(_add_to_tables)
-    tile.for_groups(_write_dx)
-    tile.for_groups(_add_to_taps)
+    for_groups(plan, partial(_add_to_tables, tile))
+    for_groups(plan, partial(_write_dx, tile))
+    for_groups(plan, partial(_add_to_taps, tile))
 
 
-def _sum_up_blocks(tile: Tile, group: Array) -> None:
+def _project_blocks(tile: CemaTpuTile, group: Array) -> None:
     refs, plan = tile.refs, tile.plan
     rows = layout.group_rows(refs.dy_blocks, group, plan)
     rows = [layout.zero_unless(tile.in_first, row) for row in rows]
-    added = products.sum_up(rows, refs.from_state, group, plan)
-    refs.leaving[layout.group_states(group, plan), :] = added
+    added = products.project_to_state(rows, refs.tables.from_state, group, plan)
+    refs.d_block_states[layout.group_states(group, plan), :] = added
 
 
-def _scan_blocks(tile: Tile) -> None:
+def _scan_blocks(tile: CemaTpuTile) -> None:
     refs, plan = tile.refs, tile.plan
-    same, swapped = refs.decay[:, 0, :], refs.decay[:, 1, :]
-    d_picked = refs.d_picked[0]
-    picked = refs.picked_block[tile.row] - tile.number * plan.blocks
+    decays = refs.tables.decay
+    same, swapped = decays[:, 0, :], decays[:, 1, :]
+    d_selected_state = refs.d_selected_state[0]
+    selected = refs.selected_block[tile.row] - tile.index * plan.blocks
 
-    def decay(d_leaving: Array) -> Array:
-        return d_leaving * same - layout.rotate_half(d_leaving) * swapped
+    def decay(d_next: Array) -> Array:
+        return d_next * same - layout.rotate_half(d_next) * swapped
 
     def go_back(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        d_leaving, d_same, d_swapped, *alone = carry
+        d_next, d_same, d_swapped, *decayed_last = carry
         j = plan.blocks - 1 - i
         where = layout.block_states(j, plan)
-        added = refs.leaving[where, :] + jnp.where(j == picked, d_picked, 0.0)
-        # The gradient of the state after a block takes the place of what the block adds.
-        refs.leaving[where, :] = d_leaving
-        d_carried = layout.zero_unless(tile.is_whole(j), d_leaving)
-        state = refs.states[0, j]
+        added = refs.d_block_states[where, :] + jnp.where(j == selected, d_selected_state, 0.0)
+        # In place: the gradient of the state after the block overwrites what the block adds.
+        refs.d_block_states[where, :] = d_next
+        d_carried = layout.zero_unless(tile.passes_state_through(j), d_next)
+        state = refs.previous_states[0, j]
         d_same += state * d_carried
         d_swapped += state * layout.rotate_half(d_carried)
-        return (decay(d_carried) + added, d_same, d_swapped, *map(decay, alone))
+        return (decay(d_carried) + added, d_same, d_swapped, *map(decay, decayed_last))
 
-    zero = jnp.zeros((plan.groups, LANES), jnp.float32)
+    zero = jnp.zeros((plan.num_groups, LANES), jnp.float32)
     last = refs.d_state[...]
     carry = (last, zero, zero, last) if tile.corrects_decay else (last, zero, zero)
-    first, d_same, d_swapped, *alone = lax.fori_loop(0, plan.blocks, go_back, carry)
-    if alone:
-        tile_decay = last * refs.decay[:, 2, :] - layout.rotate_half(last) * refs.decay[:, 3, :]
-        first += tile_decay - alone[0]
+    first, d_same, d_swapped, *decayed_last = lax.fori_loop(0, plan.blocks, go_back, carry)
+    if decayed_last:
+        exact = last * decays[:, 2, :] - layout.rotate_half(last) * decays[:, 3, :]
+        first += exact - decayed_last[0]
     refs.d_state[...] = first
     refs.d_decay[:, 0, :] += d_same
     refs.d_decay[:, 1, :] += d_swapped
 
 
-def _add_to_tables(tile: Tile, group: Array) -> None:
+def _add_to_tables(tile: CemaTpuTile, group: Array) -> None:
     refs, plan = tile.refs, tile.plan
-    for gradient, states, tokens, kept in (
-        (refs.d_from_state, refs.states[0, :, group, :], refs.dy_blocks, tile.in_first),
-        (refs.d_to_state, _leaving(tile, group), refs.x_blocks, tile.in_last),
+    previous = refs.previous_states[0, :, group, :]
+    for gradient, states, tokens, mask in (
+        (refs.d_from_state, previous, refs.dy_blocks, tile.in_first),
+        (refs.d_to_state, _d_next_states(tile, group), refs.x_blocks, tile.in_last),
     ):
-        rows = [layout.zero_unless(kept, row) for row in layout.group_rows(tokens, group, plan)]
+        rows = [layout.zero_unless(mask, row) for row in layout.group_rows(tokens, group, plan)]
         gradient[group] += products.table_gradient(states, rows, plan)
 
 
-def _write_dx(tile: Tile, group: Array) -> None:
+def _write_dx(tile: CemaTpuTile, group: Array) -> None:
     refs, plan = tile.refs, tile.plan
     mask = layout.toeplitz_mask(plan, keep_upper=False)
-    carried = products.read_out(_leaving(tile, group), refs.to_state, group, plan)
+    d_next = _d_next_states(tile, group)
+    carried = products.project_to_output(d_next, refs.tables.to_state, group, plan)
     for i, dx in enumerate(carried):
-        channel = group * plan.group + i
+        channel = group * plan.group_size + i
         where = layout.channel_blocks(channel, plan)
-        matrix = layout.toeplitz(refs.taps[channel], mask, plan)
-        leads = _leads(tile, refs.dy_blocks[where, :], matrix)
-        refs.dx_blocks[where, :] = layout.zero_unless(tile.in_last, dx) + leads
+        matrix = layout.toeplitz(refs.tables.taps[channel], mask, plan)
+        # Gradients come from later tokens only, so pieces count from the block's last.
+        later = multiply_by_toeplitz(
+            tile, refs.dy_blocks[where, :], matrix, refs.documents.piece_from_end
+        )
+        refs.dx_blocks[where, :] = layout.zero_unless(tile.in_last, dx) + later
 
 
-def _add_to_taps(tile: Tile, group: Array) -> None:
+def _add_to_taps(tile: CemaTpuTile, group: Array) -> None:
     refs, plan = tile.refs, tile.plan
-    for i in range(plan.group):
-        channel = group * plan.group + i
+    for i in range(plan.group_size):
+        channel = group * plan.group_size + i
         where = layout.channel_blocks(channel, plan)
         by_pairs = _sum_over_pairs(tile, refs.x_blocks[where, :], refs.dy_blocks[where, :])
         refs.d_taps[channel] += layout.fold_diagonals(by_pairs)
 
 
-def _leaving(tile: Tile, group: Array) -> Array:
-    return tile.refs.leaving[layout.group_states(group, tile.plan), :]
+def _d_next_states(tile: CemaTpuTile, group: Array) -> Float[Array, "J 128"]:
+    return tile.refs.d_block_states[layout.group_states(group, tile.plan), :]
 
 
-def _leads(tile: Tile, dy: Array, matrix: tuple[Array, ...]) -> Array:
-    plan = tile.plan
-    leads = multiply(layout.stack([dy], plan), matrix, (1, 0), plan)
-    if tile.most_cuts is None:
-        return leads
+def _sum_over_pairs(
+    tile: CemaTpuTile, x: Float[Array, "J T"], dy: Float[Array, "J T"]
+) -> Float[Array, "T T"]:
+    """Σ_j x[j, s] dy[j, t] for s <= t in one segment piece."""
 
-    def replace(number: Array, leads: Array) -> Array:
-        is_own = tile.refs.piece_from_end[0] == number
-        own = layout.stack([jnp.where(is_own, dy, 0.0)], plan)
-        return jnp.where(is_own, multiply(own, matrix, (1, 0), plan), leads)
-
-    # A token reaches later ones only, so the last piece needs no mask.
-    return lax.fori_loop(1, tile.most_cuts + 1, replace, leads)
-
-
-def _sum_over_pairs(tile: Tile, x: Array, dy: Array) -> Array:
-    def sum_over_blocks(kept: Array | None) -> Array:
+    def sum_over_blocks(mask: Bool[Array, "J T"] | None) -> Array:
         left, right = (
-            layout.stack([layout.zero_unless(kept, rows)], tile.plan) for rows in (x, dy)
+            layout.stack([layout.zero_unless(mask, rows)], tile.plan) for rows in (x, dy)
         )
         return multiply(left, right, (0, 0), tile.plan)
 
     def add_piece(number: Array, total: Array) -> Array:
-        return total + sum_over_blocks(tile.refs.piece[0] == number)
+        return total + sum_over_blocks(tile.refs.documents.piece[0] == number)
 
     total = sum_over_blocks(tile.in_first)
     if tile.most_cuts is not None:

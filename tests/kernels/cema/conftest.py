@@ -1,8 +1,8 @@
-"""What the tests of CEMA share: random cases, gradients of everything, relative errors."""
+"""Shared by the tests of CEMA: random cases, gradients of everything, relative errors."""
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 
 from pallas_kernels.cema import CemaParams, cema
-from pallas_kernels.common.target import find_target, interpreted
+from pallas_kernels.common.target import find_target, interpreted, is_interpreted
 
-# Tokens x orders that a kernel's interpreter works through in a few seconds.
+# Rows x tokens x orders that a kernel's interpreter runs in a few seconds.
 INTERPRETED_WORK = 700
 
 
 class Case(NamedTuple):
-    """Inputs of one call (`CemaParams` as a tuple) and cotangents of its results, float64 numpy."""
+    """Inputs of one call (params as a tuple) and cotangents of its results, float64 numpy."""
 
     x: np.ndarray
     params: Any
-    state: np.ndarray | None
+    initial_state: np.ndarray | None
     segment_ids: np.ndarray | None
     cot_y: np.ndarray
     cot_state: np.ndarray
@@ -51,13 +51,32 @@ def _make_case(
     return Case(
         x=normal(rows, length, channels),
         params=(alpha, delta, theta, gamma, normal(channels)),
-        state=complex_normal(rows, channels, order) if with_state else None,
+        initial_state=complex_normal(rows, channels, order) if with_state else None,
         segment_ids=segment_ids,
         cot_y=normal(rows, length, channels),
         cot_state=complex_normal(rows, channels, order),
     )
 
 
+@cache
+def _compiled_pass(llvm_level: int, options: tuple, interpret: bool) -> Callable[..., Any]:
+    """Forward and backward pass, compiled once for all cases of one shape."""
+    del interpret  # part of the cache's key: tracing depends on it
+
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": llvm_level})
+    def run(x, params, initial_state, segment_ids, cotangents):
+        def forward(x, params, initial_state):
+            return cema(
+                x, params, initial_state=initial_state, segment_ids=segment_ids, **dict(options)
+            )
+
+        out, pull_back = jax.vjp(forward, x, params, initial_state)
+        return out, pull_back(type(out)(*cotangents))
+
+    return run
+
+
+# LLVM level 0 compiles three times faster, and compilation is most of a test.
 def _outputs_and_gradients(
     case: Case, dtype: Any, *, llvm_level: int = 0, **options: Any
 ) -> dict[str, np.ndarray]:
@@ -65,25 +84,16 @@ def _outputs_and_gradients(
         complex_dtype = jnp.result_type(dtype, jnp.complex64)
         segment_ids = None if case.segment_ids is None else jnp.asarray(case.segment_ids, jnp.int32)
         cotangents = (jnp.asarray(case.cot_y, dtype), jnp.asarray(case.cot_state, complex_dtype))
-
-        # Level 0 compiles three times faster, and compilation is most of a test.
-        @partial(jax.jit, compiler_options={"xla_backend_optimization_level": llvm_level})
-        def run(x, params, state):
-            out, pull_back = jax.vjp(
-                lambda *a: cema(a[0], a[1], state=a[2], segment_ids=segment_ids, **options),
-                x,
-                params,
-                state,
-            )
-            return out, pull_back(type(out)(*cotangents))
-
-        state = None if case.state is None else jnp.asarray(case.state, complex_dtype)
+        state = None if case.initial_state is None else case.initial_state.astype(complex_dtype)
         params = CemaParams(*(jnp.asarray(value, dtype) for value in case.params))
-        out, (dx, dparams, dstate) = run(jnp.asarray(case.x, dtype), params, state)
-        results = {"y": out.y, "state": out.state, "dx": dx}
+        run = _compiled_pass(llvm_level, tuple(options.items()), is_interpreted())
+        out, (dx, dparams, dstate) = run(
+            jnp.asarray(case.x, dtype), params, state, segment_ids, cotangents
+        )
+        results = {"y": out.y, "final_state": out.final_state, "dx": dx}
         results |= {f"d{name}": value for name, value in dparams._asdict().items()}
         if dstate is not None:
-            results["dstate"] = dstate
+            results["dinitial_state"] = dstate
         return {name: np.asarray(value) for name, value in results.items()}
 
 
@@ -94,9 +104,9 @@ def _relative_error(got: np.ndarray, want: np.ndarray) -> float:
 
 @pytest.fixture(autouse=True)
 def runnable(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Runs a test of kernels where they run, else in their interpreter if it is small enough.
+    """Runs a test of kernels on their device, else in their interpreter if it is small enough.
 
-    A test that says `rows`, `length` and `order` beside `implementation` is skipped if it is not.
+    The parameters `rows`, `length` and `order` of a test say how large it is.
     """
     arguments = getattr(getattr(request.node, "callspec", None), "params", {})
     platforms = {"mosaic_gpu": "gpu", "pallas_tpu": "tpu"}
@@ -104,7 +114,7 @@ def runnable(request: pytest.FixtureRequest) -> Iterator[None]:
     if platform is None or platform == find_target().platform:
         yield
         return
-    # Kernels work on whole tiles.
+    # Kernels compute whole tiles.
     sizes = {**arguments, "length": max(arguments.get("length", 1), 64)}
     work = math.prod(sizes.get(name, 1) for name in ("rows", "length", "order"))
     device_only = request.node.get_closest_marker("device_only") is not None
@@ -122,7 +132,7 @@ def make_case() -> Callable[..., Case]:
 
 @pytest.fixture
 def outputs_and_gradients() -> Callable[..., dict[str, np.ndarray]]:
-    """Results of `cema(**options)` on a case and gradients of Σ y·cot_y + Re Σ state·cot_state."""
+    """Results of `cema(**options)`, and gradients of Σ y·cot_y + Re Σ final_state·cot_state."""
     return _outputs_and_gradients
 
 

@@ -1,4 +1,4 @@
-"""Which implementation of CEMA is taken where nobody asks for one."""
+"""Which implementation and split size CEMA chooses by default."""
 
 from typing import get_args
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.cema import CemaParams, api
-from pallas_kernels.cema.mosaic_gpu.op import WARPGROUPS, choose_split
+from pallas_kernels.cema.mosaic_gpu.block_sizes import WARPGROUPS, choose_split_size
 from pallas_kernels.chunk_attention import api as attention_api
 from pallas_kernels.common.dispatch import Implementation
 from pallas_kernels.common.target import Target, find_target
@@ -45,7 +45,7 @@ def test_choice_by_device_length_and_dtype(target, length, dtype, choice, monkey
     assert api._choose_implementation(x, make_params(8)) == choice
 
 
-def test_device_of_the_mesh_counts():
+def test_target_is_the_device_of_the_mesh():
     seen = []
 
     def look(a):
@@ -61,18 +61,19 @@ def test_device_of_the_mesh_counts():
     ("rows", "length", "width"), [(1, 16_384, 4096), (8, 2048, 1024), (1, 131_072, 1024)]
 )
 def test_splits_fill_the_gpu_once(rows, length, width):
-    split = choose_split(rows, length, width)
+    split = choose_split_size(rows, length, width)
     warpgroups = rows * (width // 128) * -(-length // split)
     assert split % 32 == 0
     assert 0.95 * WARPGROUPS <= warpgroups <= WARPGROUPS
 
 
-def test_short_rows_are_not_split_into_crumbs():
-    assert choose_split(1, 256, 128) == 128
-    assert choose_split(1, 64, 128) == 64
-    assert choose_split(512, 4096, 1024) == 4096
+def test_short_rows_are_not_split_further():
+    assert choose_split_size(1, 256, 128) == 128
+    assert choose_split_size(1, 64, 128) == 64
+    assert choose_split_size(512, 4096, 1024) == 4096
 
 
-def test_the_model_can_be_configured_with_every_implementation():
+def test_every_implementation_has_an_entry():
+    assert tuple(api.IMPLEMENTATIONS) == get_args(Implementation)
     assert get_args(Implementation) == get_args(api.Implementation)
     assert get_args(Implementation) == get_args(attention_api.Implementation)

@@ -1,4 +1,4 @@
-"""What every implementation of CEMA promises."""
+"""Properties of every implementation of CEMA."""
 
 from functools import partial
 
@@ -10,16 +10,19 @@ import pytest
 from pallas_kernels.cema import CemaParams, cema
 
 EXACT = ["reference", "xla"]
-# The TPU's interpreter takes half a minute for some of these: on a CPU, test_pallas_tpu.py asks the
-# same of functions compiled once.
+# The TPU's interpreter takes half a minute for some of these: on a CPU, test_pallas_tpu.py tests
+# these properties with functions compiled once.
 KERNELS = ["mosaic_gpu", pytest.param("pallas_tpu", marks=pytest.mark.device_only)]
 IMPLEMENTATIONS = [*EXACT, *KERNELS]
 # Largest relative error of outputs and of gradients, float32.
 TOLERANCES = {"xla": (5e-7, 3e-6), "mosaic_gpu": (3e-6, 1e-5), "pallas_tpu": (5e-7, 3e-6)}
 
+# Tests of packed rows have the shape (3, 65, 3), N = 2 and this option: they share a compilation.
+SHARED = {"llvm_level": 3}
+
 
 def segments_of(*rows: list[tuple[int, int]]) -> np.ndarray:
-    """Rows of segment ids from runs (id, length)."""
+    """Rows of segment ids from (id, length) runs."""
     return np.stack([np.concatenate([np.full(n, i) for i, n in row]) for row in rows])
 
 
@@ -61,15 +64,15 @@ def test_equals_float64_recurrence(
     relative_error,
 ):
     if implementation == "xla" and length > 1000:
-        pytest.skip("test_precision goes further")
+        pytest.skip("test_precision.py tests longer rows")
     case = make_case(rows, length, channels, order, with_state=with_state, segment_ids=segment_ids)
     want = outputs_and_gradients(case, jnp.float64, implementation="reference")
-    got = outputs_and_gradients(case, jnp.float32, llvm_level=3, implementation=implementation)
+    got = outputs_and_gradients(case, jnp.float32, **SHARED, implementation=implementation)
     errors = {name: relative_error(got[name], want[name]) for name in want}
     assert all(np.isfinite(value).all() for value in got.values())
-    of_outputs, of_gradients = TOLERANCES[implementation]
-    assert max(errors.values()) <= of_gradients, errors
-    assert max(errors["y"], errors["state"]) <= of_outputs, errors
+    output_tolerance, gradient_tolerance = TOLERANCES[implementation]
+    assert max(errors.values()) <= gradient_tolerance, errors
+    assert max(errors["y"], errors["final_state"]) <= output_tolerance, errors
 
 
 def test_xla_in_float64_equals_recurrence_to_rounding(
@@ -79,7 +82,7 @@ def test_xla_in_float64_equals_recurrence_to_rounding(
     want = outputs_and_gradients(case, jnp.float64, implementation="reference")
     got = outputs_and_gradients(case, jnp.float64, implementation="xla", block_size=24)
     assert got["y"].dtype == np.float64
-    assert got["state"].dtype == np.complex128
+    assert got["final_state"].dtype == np.complex128
     errors = {name: relative_error(got[name], want[name]) for name in want}
     assert max(errors.values()) <= 1e-12, errors
 
@@ -97,35 +100,36 @@ def test_recurrence_written_out_in_numpy(
     p = sigmoid(alpha)
     angle = np.arange(1, 6) * sigmoid(theta)[:, None] * 2 * np.pi / 5
     q = (1 - p * sigmoid(delta)) * np.exp(1j * angle)
-    h, y = case.state, np.empty_like(case.x)
+    h, y = case.initial_state, np.empty_like(case.x)
     for t in range(12):
         h = q * h + p * case.x[:, t, :, None]
         weighted = (gamma[..., 0] + 1j * gamma[..., 1]) / np.sqrt(5) * h
         y[:, t] = weighted.real.sum(-1) + omega * case.x[:, t]
     got = outputs_and_gradients(case, jnp.float64, implementation=implementation)
     assert relative_error(got["y"], y) <= 1e-13
-    assert relative_error(got["state"], h) <= 1e-13
+    assert relative_error(got["final_state"], h) <= 1e-13
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_pieces_with_carried_state_equal_one_call(implementation, make_case, relative_error):
+def test_streaming_equals_one_call(implementation, make_case, relative_error):
     case = make_case(2, 140, 3, 4, with_state=True)
     params = CemaParams(*(jnp.asarray(value, jnp.float32) for value in case.params))
     x = jnp.asarray(case.x, jnp.float32)
-    state = jnp.asarray(case.state, jnp.complex64)
-    call = jax.jit(lambda x, h: cema(x, params, state=h, implementation=implementation))
+    state = jnp.asarray(case.initial_state, jnp.complex64)
+    call = jax.jit(lambda x, h: cema(x, params, initial_state=h, implementation=implementation))
     whole = call(x, state)
     outputs, start = [], 0
-    for length in (1, 70, 1, 3, 65):
+    # Few different lengths: each is a compilation.
+    for length in (1, 69, 1, 69):
         y, state = call(x[:, start : start + length], state)
         outputs.append(y)
         start += length
     assert start == 140
     assert relative_error(np.concatenate(outputs, axis=1), np.asarray(whole.y)) <= 1e-6
-    assert relative_error(np.asarray(state), np.asarray(whole.state)) <= 1e-6
+    assert relative_error(np.asarray(state), np.asarray(whole.final_state)) <= 1e-6
 
 
-# Not "mosaic_gpu": half a minute in the interpreter, and its packed rows meet float64 above.
+# Not "mosaic_gpu": half a minute in the interpreter, and its packed rows equal float64 above.
 @pytest.mark.parametrize(
     "implementation", [name for name in IMPLEMENTATIONS if name != "mosaic_gpu"]
 )
@@ -150,7 +154,7 @@ def test_packed_documents_equal_documents_alone(
         for name in ("dalpha", "ddelta", "dtheta", "dgamma", "domega"):
             totals[name] = totals.get(name, 0) + got[name]
         if document == 3:
-            assert relative_error(whole["state"], got["state"]) <= 1e-6
+            assert relative_error(whole["final_state"], got["final_state"]) <= 1e-6
     for name, total in totals.items():
         assert relative_error(whole[name], total) <= 3e-6, name
     assert not whole["y"][:, segment_ids[0] == 0].any()
@@ -158,61 +162,64 @@ def test_packed_documents_equal_documents_alone(
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_nothing_crosses_a_border(implementation, make_case, outputs_and_gradients):
-    segment_ids = segments_of([(1, 40), (2, 5), (3, 45), (0, 10)])
-    case = make_case(1, 100, 3, 4, with_state=True, segment_ids=segment_ids)
-    kept = segment_ids[0] == 3
-    # The cotangent of other documents is zero, so parameter gradients must not change either.
-    case = case._replace(cot_y=case.cot_y * kept[:, None])
-    loud = case._replace(
-        x=np.where(kept[:, None], case.x, 1e30 * (1 + np.abs(case.x))), state=case.state * 1e30
+def test_documents_are_isolated(implementation, make_case, outputs_and_gradients):
+    segment_ids = segments_of(
+        [(1, 25), (2, 5), (3, 30), (0, 5)], [(1, 33), (3, 32)], [(0, 10), (2, 15), (3, 40)]
     )
-    quiet_out = outputs_and_gradients(case, jnp.float32, implementation=implementation)
-    loud_out = outputs_and_gradients(loud, jnp.float32, implementation=implementation)
-    for name, value in quiet_out.items():
-        other = loud_out[name]
+    case = make_case(3, 65, 3, 2, with_state=True, segment_ids=segment_ids)
+    selected = segment_ids == 3
+    # The cotangent of other documents is zero, so parameter gradients must not change either.
+    case = case._replace(cot_y=case.cot_y * selected[..., None])
+    changed = case._replace(
+        x=np.where(selected[..., None], case.x, 1e30 * (1 + np.abs(case.x))),
+        initial_state=case.initial_state * 1e30,
+    )
+    want, got = (
+        outputs_and_gradients(each, jnp.float32, **SHARED, implementation=implementation)
+        for each in (case, changed)
+    )
+    for name, value in want.items():
+        other = got[name]
         if name in ("y", "dx"):
-            value, other = value[:, kept], other[:, kept]
+            value, other = value[selected], other[selected]
         np.testing.assert_array_equal(value, other, err_msg=name)
-    assert not quiet_out["dx"][:, ~kept].any()
-    assert not quiet_out["dstate"].any()
+    assert not want["dx"][~selected].any()
+    assert not want["dinitial_state"].any()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_padding_leaves_the_state_alone(implementation, make_case, relative_error):
+def test_padding_leaves_the_state_unchanged(implementation, make_case, relative_error):
     case = make_case(2, 50, 3, 4, with_state=True)
     params = CemaParams(*(jnp.asarray(value, jnp.float32) for value in case.params))
-    state = jnp.asarray(case.state, jnp.complex64)
+    state = jnp.asarray(case.initial_state, jnp.complex64)
     x = jnp.asarray(case.x, jnp.float32).at[1].set(jnp.nan).at[0, :7].set(jnp.nan)
     segment_ids = jnp.asarray(segments_of([(0, 7), (1, 43)], [(0, 50)]), jnp.int32)
     call = jax.jit(partial(cema, implementation=implementation))
-    out = call(x, params, state=state, segment_ids=segment_ids)
-    alone = call(x[:1, 7:], params, state=state[:1])
+    out = call(x, params, initial_state=state, segment_ids=segment_ids)
+    alone = call(x[:1, 7:], params, initial_state=state[:1])
     assert relative_error(np.asarray(out.y[:1, 7:]), np.asarray(alone.y)) <= 1e-6
-    assert relative_error(np.asarray(out.state[:1]), np.asarray(alone.state)) <= 1e-6
-    np.testing.assert_array_equal(out.state[1], state[1])
+    assert relative_error(np.asarray(out.final_state[:1]), np.asarray(alone.final_state)) <= 1e-6
+    np.testing.assert_array_equal(out.final_state[1], state[1])
     assert not np.asarray(out.y[1]).any()
     assert not np.asarray(out.y[0, :7]).any()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_padding_gives_no_gradient_whatever_it_holds(
-    implementation, make_case, outputs_and_gradients
-):
-    segment_ids = segments_of([(0, 7), (1, 20), (0, 13)], [(0, 40)])
-    case = make_case(2, 40, 3, 2, with_state=True, segment_ids=segment_ids)
+def test_padding_values_have_no_influence(implementation, make_case, outputs_and_gradients):
+    segment_ids = segments_of([(0, 7), (1, 40), (0, 18)], [(0, 65)], [(1, 30), (0, 35)])
+    case = make_case(3, 65, 3, 2, with_state=True, segment_ids=segment_ids)
     padding = segment_ids[..., None] == 0
-    quiet = case._replace(x=np.where(padding, 0, case.x), cot_y=np.where(padding, 0, case.cot_y))
-    loud = case._replace(
-        x=np.where(padding, np.nan, case.x), cot_y=np.where(padding, np.nan, case.cot_y)
+    zeros, nans = (
+        case._replace(x=np.where(padding, fill, case.x), cot_y=np.where(padding, fill, case.cot_y))
+        for fill in (0, np.nan)
     )
-    quiet, loud = (
-        outputs_and_gradients(each, jnp.float32, implementation=implementation)
-        for each in (quiet, loud)
+    want, got = (
+        outputs_and_gradients(each, jnp.float32, **SHARED, implementation=implementation)
+        for each in (zeros, nans)
     )
-    for name, value in quiet.items():
-        np.testing.assert_array_equal(value, loud[name], err_msg=name)
-    np.testing.assert_array_equal(quiet["dstate"][1], case.cot_state[1].astype(np.complex64))
+    for name, value in want.items():
+        np.testing.assert_array_equal(value, got[name], err_msg=name)
+    np.testing.assert_array_equal(want["dinitial_state"][1], case.cot_state[1].astype(np.complex64))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -224,10 +231,10 @@ def test_bfloat16_input_is_computed_in_float32(implementation, make_case, relati
     low = call(x, params)
     full = call(x.astype(jnp.float32), params)
     assert low.y.dtype == jnp.bfloat16
-    assert low.state.dtype == jnp.complex64
-    # On TPU, tables in two bfloat16 terms.
+    assert low.final_state.dtype == jnp.complex64
+    # TPU kernels have tables in two bfloat16 terms.
     allowed = 5e-6 if implementation == "pallas_tpu" else 1e-6
-    assert relative_error(np.asarray(low.state), np.asarray(full.state)) <= allowed
+    assert relative_error(np.asarray(low.final_state), np.asarray(full.final_state)) <= allowed
     rounded = np.asarray(full.y.astype(jnp.bfloat16), np.float32)
     assert relative_error(np.asarray(low.y, np.float32), rounded) <= 1e-4
 
@@ -277,17 +284,21 @@ def test_large_logits_stay_finite():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"implementation": "cuda"}, "reference, xla, mosaic_gpu, pallas_tpu"),
+        ({"implementation": "cuda"}, "'reference', 'xla', 'mosaic_gpu', 'pallas_tpu'"),
         ({"implementation": "reference", "block_size": 8}, "leave block_size out"),
         ({"block_size": 0}, "positive"),
-        ({"state": jnp.zeros((2, 3, 5))}, "complex"),
+        ({"initial_state": jnp.zeros((2, 3, 5))}, "complex"),
         ({"segment_ids": jnp.ones((2, 9), jnp.int32)}, r"segment_ids is int32\(2, 9\)"),
         ({"x": jnp.zeros((2, 8))}, "B, L, D"),
         ({"x": jnp.zeros((2, 8, 3), jnp.int32)}, "int32"),
         ({"x": jnp.zeros((2, 8, 4))}, "alpha has shape"),
+        (
+            {"initial_state": jnp.zeros((2, 3, 5), jnp.complex64), "sequence_axis": "chunk"},
+            "initial_state=None",
+        ),
     ],
 )
-def test_what_cannot_be_used_is_refused(change, message):
+def test_unusable_arguments_are_refused(change, message):
     params = CemaParams(
         jnp.zeros((3, 5)), jnp.zeros((3, 5)), jnp.zeros(3), jnp.zeros((3, 5, 2)), jnp.zeros(3)
     )

@@ -25,11 +25,16 @@ def test_every_golden_case_is_listed():
         assert sorted(CASES) == sorted(json.loads(str(arrays["__meta__"]))["cases"])
 
 
-# Nearly all of the time is LLVM's; the contract suite compiles with its optimizations.
+# Nearly all of the time is LLVM's; test_contract.py compiles with its optimizations.
 @partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 def outputs_and_pull_back(implementation, x, params, state, cot_y, cot_state):
     out, pull_back = jax.vjp(
-        lambda *a: cema(a[0], a[1], state=a[2], implementation=implementation), x, params, state
+        lambda x, params, state: cema(
+            x, params, initial_state=state, implementation=implementation
+        ),
+        x,
+        params,
+        state,
     )
     return out, pull_back(type(out)(cot_y, cot_state))
 
@@ -55,18 +60,18 @@ def test_outputs_and_gradients_equal_released_code(case, implementation, relativ
     cot_y = jnp.asarray(golden["cot_y"].transpose(0, 2, 1))
     cot_state = jnp.conj(jnp.asarray(golden["cot_h"]))  # torch's convention
 
-    # No state is a state of zeros, so that cases of one shape share a compilation.
+    # Cases without a state start from zeros, so that cases of one shape share a compilation.
     start = jnp.zeros_like(cot_state) if state is None else state
-    out, of_y = outputs_and_pull_back(
+    out, y_gradients = outputs_and_pull_back(
         implementation, x, params, start, cot_y, jnp.zeros_like(cot_state)
     )
-    _, of_state = outputs_and_pull_back(
+    _, state_gradients = outputs_and_pull_back(
         implementation, x, params, start, jnp.zeros_like(cot_y), cot_state
     )
     assert relative_error(np.asarray(out.y).transpose(0, 2, 1), golden["y"]) <= 1e-6
-    assert relative_error(np.asarray(out.state), golden["h_last"]) <= 1e-6
+    assert relative_error(np.asarray(out.final_state), golden["h_last"]) <= 1e-6
     checked = 0
-    for kind, (dx, dparams, dstate) in (("y", of_y), ("h", of_state)):
+    for kind, (dx, dparams, dstate) in (("y", y_gradients), ("h", state_gradients)):
         got = {
             "x": dx.transpose(0, 2, 1),
             "alpha": dparams.alpha[..., None],

@@ -13,8 +13,8 @@ from pallas_kernels.cema import CemaParams, cema
 from pallas_kernels.cema.pallas_tpu.block_sizes import TILES, tile_for
 from pallas_kernels.cema.pallas_tpu.op import cema_pallas_tpu
 
-# Two tiles of 1,024 tokens: many borders in a block, padding at both ends, rows of one document
-# and of none. The last row has its border in the second tile.
+# Two tiles of 1,024 tokens: many boundaries in a block, padding at both ends, rows of one document
+# and of none. The last row has its boundaries in the second tile.
 PACKED = np.stack(
     [
         np.repeat(ids, lengths)
@@ -30,7 +30,7 @@ PACKED = np.stack(
 def arguments_of(case, dtype: Any) -> tuple:
     """A case as float32 parameters, complex64 state, tokens and their cotangent in `dtype`."""
     params = CemaParams(*(jnp.asarray(value, jnp.float32) for value in case.params))
-    state = None if case.state is None else jnp.asarray(case.state, jnp.complex64)
+    state = None if case.initial_state is None else jnp.asarray(case.initial_state, jnp.complex64)
     ids = None if case.segment_ids is None else jnp.asarray(case.segment_ids, jnp.int32)
     cotangents = (jnp.asarray(case.cot_y, dtype), jnp.asarray(case.cot_state, jnp.complex64))
     return jnp.asarray(case.x, dtype), params, state, ids, cotangents
@@ -57,10 +57,14 @@ def run_kernels(case, dtype: Any, interpret: Any = True) -> dict[str, np.ndarray
     """Outputs and gradients by name, as the fixture `outputs_and_gradients` gives them."""
     out, (dx, dparams, dstate) = compiled_pass(interpret)(*arguments_of(case, dtype))
     assert out.y.dtype == dx.dtype == dtype
-    results = {"y": out.y.astype(jnp.float32), "state": out.state, "dx": dx.astype(jnp.float32)}
+    results = {
+        "y": out.y.astype(jnp.float32),
+        "final_state": out.final_state,
+        "dx": dx.astype(jnp.float32),
+    }
     results |= {f"d{name}": value for name, value in dparams._asdict().items()}
     if dstate is not None:
-        results["dstate"] = dstate
+        results["dinitial_state"] = dstate
     return {name: np.asarray(value) for name, value in results.items()}
 
 
@@ -76,7 +80,7 @@ def test_equals_float64_recurrence_without_races(
     want = outputs_and_gradients(case, jnp.float64, implementation="reference")
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     got = run_kernels(case, jnp.float32, interpret)
-    # The interpreter prints what it finds.
+    # The interpreter prints the races that it finds.
     assert "RACE" not in capfd.readouterr().out
     errors = {name: relative_error(got[name], want[name]) for name in want}
     assert max(errors.values()) <= 3e-6, errors
@@ -105,49 +109,51 @@ def test_bfloat16_is_as_good_as_its_output(make_case, outputs_and_gradients, rel
     assert max(errors.values()) <= 1e-5, errors
     for name in ("y", "dx"):
         assert not got[name][PACKED == 0].any()
-    np.testing.assert_array_equal(got["state"][1], case.state[1].astype(np.complex64))
+    np.testing.assert_array_equal(got["final_state"][1], case.initial_state[1].astype(np.complex64))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept_document", [5, 6])
-def test_not_a_bit_crosses_a_border(kept_document, make_case):
+@pytest.mark.parametrize("document", [5, 6])
+def test_documents_are_isolated(document, make_case):
     case = make_case(3, 1100, 128, 4, with_state=True, segment_ids=PACKED)
-    kept = (kept_document == PACKED)[..., None]
+    selected = (document == PACKED)[..., None]
     # The cotangent of other documents is zero, so parameter gradients must not change either. The
     # state's reaches the last document alone.
-    keeps_state = (np.arange(3) == 0) & (kept_document == PACKED[0].max())
+    reaches_state = (np.arange(3) == 0) & (document == PACKED[0].max())
     case = case._replace(
-        cot_y=case.cot_y * kept, cot_state=case.cot_state * keeps_state[:, None, None]
+        cot_y=case.cot_y * selected, cot_state=case.cot_state * reaches_state[:, None, None]
     )
     noise = np.where(PACKED[..., None] == 0, np.nan, 1e30 * (1 + np.abs(case.x)))
-    loud = case._replace(x=np.where(kept, case.x, noise), state=case.state * 1e30)
-    quiet_out, loud_out = (run_kernels(each, jnp.bfloat16) for each in (case, loud))
-    for name, value in quiet_out.items():
-        other = loud_out[name]
+    changed = case._replace(
+        x=np.where(selected, case.x, noise), initial_state=case.initial_state * 1e30
+    )
+    want, got = (run_kernels(each, jnp.bfloat16) for each in (case, changed))
+    for name, value in want.items():
+        other = got[name]
         if name in ("y", "dx"):
-            value, other = value[kept[..., 0]], other[kept[..., 0]]
+            value, other = value[selected[..., 0]], other[selected[..., 0]]
             assert value.any()
-        elif name == "state":
-            value, other = value[keeps_state], other[keeps_state]
+        elif name == "final_state":
+            value, other = value[reaches_state], other[reaches_state]
         np.testing.assert_array_equal(value, other, err_msg=name)
-    assert not quiet_out["dx"][~kept[..., 0]].any()
-    assert not quiet_out["dstate"].any()
+    assert not want["dx"][~selected[..., 0]].any()
+    assert not want["dinitial_state"].any()
 
 
 @pytest.mark.slow
-def test_pieces_with_carried_state_equal_one_call(make_case, relative_error):
+def test_streaming_equals_one_call(make_case, relative_error):
     case = make_case(1, 1400, 128, 4, with_state=True)
     x, params, state, _, _ = arguments_of(case, jnp.float32)
     call = jax.jit(lambda x, h: cema_pallas_tpu(x, params, h, None, interpret=True))
-    whole = cema(x, params, state=state, implementation="xla")
+    whole = cema(x, params, initial_state=state, implementation="xla")
     first = call(x[:, :700], state)
-    rest = call(x[:, 700:], first.state)
+    rest = call(x[:, 700:], first.final_state)
     outputs = np.concatenate([first.y, rest.y], axis=1)
     assert relative_error(outputs, np.asarray(whole.y)) <= 1e-6
-    assert relative_error(np.asarray(rest.state), np.asarray(whole.state)) <= 1e-6
+    assert relative_error(np.asarray(rest.final_state), np.asarray(whole.final_state)) <= 1e-6
 
 
-def test_what_cannot_be_used_is_refused():
+def test_unusable_arguments_are_refused():
     params = CemaParams(
         jnp.zeros((3, 5)), jnp.zeros((3, 5)), jnp.zeros(3), jnp.zeros((3, 5, 2)), jnp.zeros(3)
     )

@@ -1,4 +1,4 @@
-"""CEMA stays right over 131,072 tokens, however slowly a channel forgets."""
+"""CEMA's error over 131,072 tokens, for channels with fast and slow decay."""
 
 from decimal import Decimal, localcontext
 
@@ -11,8 +11,8 @@ from pallas_kernels.cema import CemaParams, cema
 from pallas_kernels.cema.phase import cos_sin_of_multiples
 
 LENGTH, ORDER, CHANNELS = 131_072, 16, 8
-# Largest error of any channel by 1 - |q| of its modes, None for start values: twice to four times
-# what is measured. A float32 recurrence has 2e-7, 3e-6, 3e-5 and 2e-3.
+# Largest error of any channel by 1 - |q|, None for start values: two to four times the measured
+# error. A float32 recurrence has 2e-7, 3e-6, 3e-5 and 2e-3.
 LARGEST_ERROR = {None: 1e-6, 1e-2: 1e-6, 1e-3: 2e-6, 1e-5: 4e-6}
 
 
@@ -63,7 +63,7 @@ def test_error_against_float64_recurrence_of_131072_tokens():
 
 
 @pytest.mark.parametrize("order", [1, 7, 16, 32])
-def test_angles_of_millions_of_turns(order):
+def test_angles_of_millions_of_revolutions(order):
     rng = np.random.default_rng(order)
     edges = [0.0, 1e-6, -1e-6, 0.3465, -0.3466, 63.9, -63.9, 90.0]
     theta = np.concatenate([rng.normal(0, 4, 40), edges]).astype(np.float32)
@@ -122,11 +122,11 @@ def test_bfloat16_kernels_add_little_to_the_rounding_of_their_output(
     error = np.sqrt(((got - want) ** 2).mean(0) / (want**2).mean(0))
     allowed = 1.15 * np.sqrt(((rounded - want) ** 2).mean(0) / (want**2).mean(0))
     print(f"error over rounding: {(1.15 * error / allowed).max():.4f}")
-    # A constant output may round to itself in a channel: then its neighbours say how much is much.
+    # A constant output may round to itself in a channel, so the bound is on the median of channels.
     assert np.median(error / allowed) <= 1
     assert np.sqrt((error**2).mean()) <= np.sqrt((allowed**2).mean())
     if signal == "constant":
-        # Of a constant times a random cotangent little is left: gradients have no such promise.
+        # Sums of a constant times a random cotangent nearly cancel: no bound for gradients.
         return
     _, exact = run("xla", jnp.float32)
     for name, value in gradients._asdict().items():
