@@ -9,10 +9,11 @@ from megalodon_jax.bench import agreement, scaling, train
 
 @pytest.fixture
 def smaller_model(monkeypatch):
-    """One layer, and the reference implementations, whose recurrences compile soonest."""
+    """`--small` with one layer, and the reference implementations, which compile soonest."""
+    small = train.small
 
     def smaller(config):
-        config = train.small(config)
+        config = small(config)
         model = dataclasses.replace(
             config.model,
             num_layers=1,
@@ -21,5 +22,5 @@ def smaller_model(monkeypatch):
         )
         return dataclasses.replace(config, model=model)
 
-    monkeypatch.setattr(scaling, "small", smaller)
-    monkeypatch.setattr(agreement, "small", smaller)
+    for benchmark in (train, scaling, agreement):
+        monkeypatch.setattr(benchmark, "small", smaller)

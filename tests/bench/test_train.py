@@ -11,7 +11,7 @@ from megalodon_jax.cli.main import main
 
 
 @pytest.mark.slow
-def test_one_case_from_the_command_line(tmp_path, capsys):
+def test_one_case_from_the_command_line(tmp_path, capsys, smaller_model):
     file = tmp_path / "steps.json"
     arguments = ["--preset", "mega200M", "--documents", "3", "--scan_layers", "--steps", "1"]
     assert main(["bench", "train", *arguments, "--small", "--json", str(file)]) == 0
