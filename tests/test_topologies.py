@@ -1,4 +1,4 @@
-"""The compilers for absent devices take Pallas kernels, and report on them."""
+"""Ahead-of-time compilers accept Pallas kernels, and report on them."""
 
 import functools
 import math
@@ -10,7 +10,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from tests.topologies import compile_for, h200_device, ptxas_usage, tpu_device
+from pallas_kernels.common.devices import HOPPER
+from tests.topologies import compile_for, h100_device, h200_device, ptxas_usage, tpu_device
 
 MATRIX = jax.ShapeDtypeStruct((16, 1024), jnp.float32)
 
@@ -23,7 +24,7 @@ def affine_tpu(x):
 
 
 def sums_in_registers(x, *, sums: int, warpgroups: int = 1, name: str = "kernel"):
-    """A kernel that holds so many numbers at once, one column of x to a thread."""
+    """A kernel that holds `sums` numbers in every thread, one column of x to a thread."""
     rows, columns = x.shape
 
     def kernel(x_ref, y_ref, x_tile, y_tile, barrier):
@@ -84,18 +85,32 @@ def test_h200_registers_and_spills():
     def usage(sums: int, warpgroups: int = 1):
         function = functools.partial(sums_in_registers, sums=sums, warpgroups=warpgroups)
         (report,) = ptxas_usage(compile_for(device, function, MATRIX))
-        # A process compiles a kernel once, and its report is still known.
+        # A process compiles a kernel once; the report is kept.
         jax.clear_caches()
         assert ptxas_usage(compile_for(device, function, MATRIX)) == [report]
         assert report.name == "kernel"
         return report
 
     few, many, too_many = usage(8), usage(40), usage(72, warpgroups=8)
-    assert 8 < few.registers < 40 < many.registers <= 255
+    assert 8 < few.registers < 40 < many.registers <= HOPPER.max_registers_per_thread
     assert few.spill_bytes == many.spill_bytes == 0
-    # The 65,536 registers of a multiprocessor leave 64 to each of 1,024 threads.
-    assert too_many.registers <= 64
-    assert too_many.spill_bytes >= 4 * (72 - 64)
+    # Eight warpgroups share the registers of a multiprocessor.
+    per_thread = HOPPER.registers // (8 * 128)
+    assert per_thread == 64
+    assert too_many.registers <= per_thread
+    assert too_many.spill_bytes >= 4 * (72 - per_thread)
+
+
+def test_h100_compiles_the_same_kernel():
+    device = h100_device()
+    assert device.device_kind == "NVIDIA H100 80GB HBM3"
+    compiled = compile_for(
+        device, functools.partial(sums_in_registers, sums=9, name="h100"), MATRIX
+    )
+    (report,) = ptxas_usage(compiled)
+    assert report.name == "h100"
+    assert 9 < report.registers < 50
+    assert report.spill_bytes == 0
 
 
 def test_h200_several_kernels_and_ordinary_operations():

@@ -276,7 +276,7 @@ class RowwiseCase(OpCase):
             **fixed,
             **options,
             dtype=differentiable["x"].dtype,
-            implementation="xla" if implementation == "reference" else implementation,
+            implementation=implementation,
         )
         return {"y": y}
 

@@ -1,4 +1,4 @@
-"""`bench ops` measures what it says: all gradients, the least work, errors, and every refusal."""
+"""`bench ops`: all gradients, the least work, errors, and every refusal are measured."""
 
 import dataclasses
 import json
@@ -20,10 +20,10 @@ from megalodon_jax.bench.op_cases import (
     SMALL_CASES,
     CemaCase,
     ChunkAttentionCase,
-    Mode,
     RowwiseCase,
     TimestepNormCase,
 )
+from megalodon_jax.bench.options import BenchMode
 from megalodon_jax.bench.timing import seconds_per_call
 from megalodon_jax.cli.main import main
 
@@ -42,7 +42,7 @@ def seeded(seed=0):
 
 
 def measured(case, mode, implementation) -> list[Any]:
-    inputs = case.make_inputs(seeded(), mode, "start")
+    inputs = case.make_inputs(seeded(), mode, "initial")
     cotangents = ops.make_cotangents(case, inputs, seeded())
     return list(
         ops.measure(case, mode, implementation, CEILINGS, inputs=inputs, cotangents=cotangents)
@@ -75,7 +75,7 @@ def test_ceilings_are_rates_of_this_machine():
 
 @pytest.mark.parametrize(("op", "mode"), [(op, mode) for op in TINY for mode in TINY[op].modes])
 def test_errors_of_every_result_and_gradient(op, mode):
-    checked = ops.make_checked(TINY[op], mode, "start", seeded())
+    checked = ops.make_checked(TINY[op], mode, "initial", seeded())
     errors = ops.measure_errors(checked, "xla")
     results, gradients = errors["forward"], errors["forward+backward"]
     expected = {
@@ -86,7 +86,7 @@ def test_errors_of_every_result_and_gradient(op, mode):
     }[op]
     if mode == "carried":
         expected += {
-            "cema": ["state"],
+            "cema": ["initial_state"],
             "timestep_norm": ["mean", "var"],
             "chunk_attention": ["cache.key", "cache.value"],
         }[op]
@@ -97,7 +97,7 @@ def test_errors_of_every_result_and_gradient(op, mode):
         # bfloat16 rounds by up to 2^-9; attention rounds its weights too.
         assert error < (1e-2 if rounded else 1e-5), name
         assert error > 1e-4 or not rounded, name
-    # Nothing is compared with zeros.
+    # No expected result is zero.
     assert all(np.any(leaf) for leaf in jax.tree.leaves(checked.expected))
 
 
@@ -109,17 +109,17 @@ def test_an_error_is_seen():
                 return results
             return {"y": results["y"] + 0.1 * differentiable["params"].omega.astype("bfloat16")}
 
-    checked = ops.make_checked(Wrong(1, 24, channels=4), "plain", "start", seeded())
+    checked = ops.make_checked(Wrong(1, 24, channels=4), "plain", "initial", seeded())
     errors = ops.measure_errors(checked, "xla")
     assert errors["forward"]["y"] > 1e-2
     assert errors["forward+backward"]["params.omega"] > 1e-2
     assert errors["forward+backward"]["params.alpha"] < 1e-5
 
 
-@pytest.mark.parametrize("mode", get_args(Mode))
+@pytest.mark.parametrize("mode", get_args(BenchMode))
 def test_attention_flops_are_those_of_the_pairs(mode):
     case = TINY["chunk_attention"]
-    fixed = case.make_inputs(seeded(), mode, "start").fixed
+    fixed = case.make_inputs(seeded(), mode, "initial").fixed
     pairs = 0
     for row in range(case.rows):
         documents = fixed.get("segment_ids", np.ones((case.rows, case.length), int))[row].tolist()
@@ -155,7 +155,7 @@ def test_least_bytes():
 def test_eight_documents_fill_a_row():
     case = dataclasses.replace(TINY["cema"], rows=3)
     first, second = (
-        case.make_inputs(seeded(seed), "packed", "start").fixed["segment_ids"] for seed in (0, 1)
+        case.make_inputs(seeded(seed), "packed", "initial").fixed["segment_ids"] for seed in (0, 1)
     )
     for row in first:
         assert np.unique(row).tolist() == list(range(1, 9))
@@ -163,7 +163,7 @@ def test_eight_documents_fill_a_row():
     assert not np.array_equal(first, second)
 
 
-def test_cema_starts_as_in_the_model_or_remembers_long():
+def test_cema_params_are_the_models_or_have_a_long_decay():
     from flax import nnx
 
     from megalodon_jax.config import ModelConfig
@@ -172,15 +172,15 @@ def test_cema_starts_as_in_the_model_or_remembers_long():
     D, N = 512, 16
     module = CEMA(ModelConfig(model_dim=D, cema_ndim=N), rngs=nnx.Rngs(0))
     case = CemaCase(1, 1, channels=D)
-    start = case.make_inputs(seeded(), "plain", "start").differentiable["params"]
-    for name, value in start._asdict().items():
+    initial = case.make_inputs(seeded(), "plain", "initial").differentiable["params"]
+    for name, value in initial._asdict().items():
         expected = np.asarray(getattr(module, name)[...])
         assert value.shape == expected.shape
         assert value.dtype == expected.dtype
         np.testing.assert_allclose(value.mean(), expected.mean(), atol=0.05)
         np.testing.assert_allclose(value.std(), expected.std(), rtol=0.05)
-    np.testing.assert_allclose(np.sort(start.theta), np.sort(module.theta[...]), rtol=1e-4)
-    assert not start.gamma[..., 1].any()
+    np.testing.assert_allclose(np.sort(initial.theta), np.sort(module.theta[...]), rtol=1e-4)
+    assert not initial.gamma[..., 1].any()
 
     long = case.make_inputs(seeded(), "plain", "long").differentiable["params"]
     decay = jax.nn.sigmoid(long.alpha) * jax.nn.sigmoid(long.delta)
@@ -194,7 +194,7 @@ def test_a_refusal_is_shown_with_its_reason(error):
         def apply(self, differentiable, fixed, implementation):
             raise error("needs L % 128 == 0\nand more")
 
-    inputs = TINY["cema"].make_inputs(seeded(), "plain", "start")
+    inputs = TINY["cema"].make_inputs(seeded(), "plain", "initial")
     for row in ops.measure(
         Picky(1, 24, channels=4), "plain", "xla", CEILINGS, inputs=inputs, cotangents={}
     ):
@@ -234,8 +234,9 @@ def test_command(tmp_path, capsys, monkeypatch):
     [
         ([], "usage: megalodon bench"),
         (["opps"], "did you mean 'ops'"),
-        (["ops", "--op", "fft"], "invalid choice: 'fft'"),
-        (["ops", "--implementation", "cuda"], "invalid choice: 'cuda'"),
+        (["ops", "--op", "fft"], "fft"),
+        (["ops", "--implementation", "cuda"], "cuda"),
+        (["ops", "--op", "rowwise", "--implementation", "pallas_tpu"], "no implementation pallas"),
     ],
 )
 def test_mistakes(arguments, message, capsys):
@@ -262,11 +263,29 @@ for name in ("flax", "rich", "tyro", "cattrs", "optax", "orbax", "grain"):
 package = types.ModuleType("megalodon_jax")
 package.__path__ = ["megalodon_jax"]
 sys.modules["megalodon_jax"] = package
-from megalodon_jax.bench.ops import main
-main(["--help"])
+from megalodon_jax.bench import ops
+from megalodon_jax.bench.options import BenchOpsOptions
+ops.SMALL_CASES = (ops.SMALL_CASES[-1],)
+raise SystemExit(ops.run(BenchOpsOptions(small=True, implementation=("xla",))))
 """
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "--implementation" in done.stdout
+    assert "silu_gate" in done.stdout
+
+
+def test_options_import_nothing_heavy():
+    program = """
+import sys, types
+for name in ("jax", "flax", "numpy", "tyro"):
+    sys.modules[name] = None
+package = types.ModuleType("megalodon_jax")
+package.__path__ = ["megalodon_jax"]
+sys.modules["megalodon_jax"] = package
+import megalodon_jax.bench.options, megalodon_jax.plan.options
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,19 +1,19 @@
-"""`bench reference` trains in three ways on the same crops of a text."""
+"""`bench reference` trains three variants on the same crops of a text."""
 
-import argparse
 import dataclasses
 
 import numpy as np
 import pytest
 
 from megalodon_jax.bench import reference
+from megalodon_jax.bench.options import BenchReferenceOptions
 
-OPTIONS = {"steps": 30, "rows": 2, "length": 16, "layers": 1, "seed": 0, "small": True}
+OPTIONS = BenchReferenceOptions(text="", steps=30, rows=2, length=16, layers=1, small=True)
 
 
 def test_crops_are_cut_into_documents_and_targets_stay_inside():
     text = bytes(range(200))
-    source = reference.batches(text, argparse.Namespace(**OPTIONS | {"rows": 4, "length": 50}))
+    source = reference.batches(text, dataclasses.replace(OPTIONS, rows=4, length=50))
     batch = next(source)
     np.testing.assert_array_equal(batch.targets, batch.tokens + 1)
     ids = np.asarray(batch.segment_ids[0])
@@ -26,26 +26,23 @@ def test_crops_are_cut_into_documents_and_targets_stay_inside():
 
 def test_a_short_text_is_refused():
     with pytest.raises(ValueError, match="5 bytes; a row needs more than 16"):
-        next(reference.batches(b"short", argparse.Namespace(**OPTIONS)))
+        next(reference.batches(b"short", OPTIONS))
 
 
 @pytest.mark.slow
-def test_a_way_learns_its_text():
-    options = argparse.Namespace(**OPTIONS)
-    ways = reference.configurations(options)
-    assert set(ways) == {"float32", "reference", "default"}
-    portable = dataclasses.replace(ways["default"].model, dtype="float32")
-    source = reference.batches(b"A sentence that comes again. " * 40, options)
-    curve = reference.losses(dataclasses.replace(ways["default"], model=portable), source, 30)
+def test_a_variant_learns_its_text():
+    configs = reference.variants(OPTIONS)
+    assert set(configs) == {"float32", "reference", "default"}
+    portable = dataclasses.replace(configs["default"].model, dtype="float32")
+    source = reference.batches(b"A sentence that comes again. " * 40, OPTIONS)
+    curve = reference.losses(dataclasses.replace(configs["default"], model=portable), source, 30)
     assert len(curve) == 30
     assert curve[-1] < curve[0]
 
 
 @pytest.mark.slow
 def test_gradients_have_names():
-    options = argparse.Namespace(**OPTIONS)
-    config = reference.configurations(options)["default"]
-    batch = next(reference.batches(bytes(range(200)), options))
-    found = reference.gradients(config, batch)
+    batch = next(reference.batches(bytes(range(200)), OPTIONS))
+    found = reference.gradients(reference.variants(OPTIONS)["reference"], batch)
     assert found["loss"] > 0
     assert np.linalg.norm(found["layers.mega.cema.alpha"]) > 0

@@ -8,7 +8,7 @@ from megalodon_jax.cli.main import main
 
 
 @pytest.mark.slow
-def test_two_meshes_of_eight_devices(tmp_path, capsys):
+def test_two_meshes_of_eight_devices(tmp_path, capsys, smaller_model):
     file = tmp_path / "scaling.json"
     options = ["--small", "--steps", "1", "--mesh", "fsdp", "model", "--scaling", "weak"]
     assert main(["bench", "scaling", *options, "--json", str(file)]) == 0
@@ -18,7 +18,7 @@ def test_two_meshes_of_eight_devices(tmp_path, capsys):
     ratio = fsdp["tokens_per_second"] / one["tokens_per_second"]
     assert fsdp["efficiency"] == pytest.approx(ratio / 8)
     assert fsdp["peak_bytes"] > 0
-    # Two heads are not shared by eight devices; that is said, and the table goes on.
+    # Two heads do not divide by eight devices: reported, and the table goes on.
     assert model["tokens_per_second"] is None
     text = capsys.readouterr().out
     assert "model.num_heads 2 does not divide by mesh.model = 8" in text

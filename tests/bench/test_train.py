@@ -1,4 +1,4 @@
-"""`bench train` runs, reports what it promises, and knows kernels by their names."""
+"""`bench train` reports speed and memory, and sorts kernels by their names."""
 
 import json
 
@@ -11,7 +11,7 @@ from megalodon_jax.cli.main import main
 
 
 @pytest.mark.slow
-def test_one_case_from_the_command_line(tmp_path, capsys):
+def test_one_case_from_the_command_line(tmp_path, capsys, smaller_model):
     file = tmp_path / "steps.json"
     arguments = ["--preset", "mega200M", "--documents", "3", "--scan_layers", "--steps", "1"]
     assert main(["bench", "train", *arguments, "--small", "--json", str(file)]) == 0
@@ -23,7 +23,7 @@ def test_one_case_from_the_command_line(tmp_path, capsys):
     assert step["peak_bytes"] > step["argument_bytes"] > 3 * 4 * (2 * 256 * 64)
 
 
-def test_the_table_can_be_built():
+def test_cases_have_their_length():
     for case in CASES:
         assert case.config().data.seq_len == case.length
 

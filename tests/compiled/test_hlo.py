@@ -1,4 +1,4 @@
-"""What is read out of optimized programs, against programs whose numbers are known."""
+"""Executions, collectives and FLOPs of compiled programs whose numbers are known."""
 
 from types import SimpleNamespace
 
@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from megalodon_jax.plan.hlo import (
-    Collective,
-    Shape,
-    count_dot_flops,
-    find_collectives,
-    parse_program,
-)
+from megalodon_jax.compiled.collectives import Collective, find_collectives
+from megalodon_jax.compiled.hlo import Shape, parse_program
+from megalodon_jax.compiled.kernels import CompiledKernel, count_estimated_cycles, find_kernels
+from megalodon_jax.compiled.matmul_flops import count_matmul_flops
+from megalodon_jax.compiled.memory import read_memory
 
 STEPS, B, D = 5, 16, 64
 
@@ -33,7 +31,7 @@ def compiled_text(mesh, function, *specs_and_shapes):
     return jax.jit(function).lower(*arguments).compile().as_text()
 
 
-def shard_map_logical(mesh, function, inputs, outputs):
+def sharded(mesh, function, inputs, outputs):
     return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
@@ -46,9 +44,7 @@ def test_a_sum_inside_a_scan_counts_every_step(mesh):
 
         return jax.lax.scan(body, x, None, length=STEPS)[0]
 
-    text = compiled_text(
-        mesh, shard_map_logical(mesh, function, P("data"), P("data")), (P("data"), (B, D))
-    )
+    text = compiled_text(mesh, sharded(mesh, function, P("data"), P("data")), (P("data"), (B, D)))
     (found,) = find_collectives(text, mesh)
     assert found == Collective(
         "all-reduce", ("model",), 4, B // 2 * D * 4, STEPS, op_name=found.op_name
@@ -57,7 +53,7 @@ def test_a_sum_inside_a_scan_counts_every_step(mesh):
     assert found.sent_bytes == 2 * 3 / 4 * found.bytes
 
 
-HALF = B * D * 4 // 2  # what a device holds of x, in bytes
+HALF = B * D * 4 // 2  # bytes of a device's shard of x
 KINDS = {
     "all-gather": (lambda x: jax.lax.all_gather(x, "data"), "data", 2 * HALF, HALF),
     "reduce-scatter": (lambda x: jax.lax.psum_scatter(x, "model"), "model", HALF, 0.75 * HALF),
@@ -74,9 +70,7 @@ def test_kinds_bytes_and_axes(mesh, kind):
     def local(x):
         return function(x.reshape(mesh.shape[axis], -1, D))
 
-    text = compiled_text(
-        mesh, shard_map_logical(mesh, local, P("data"), P(None)), (P("data"), (B, D))
-    )
+    text = compiled_text(mesh, sharded(mesh, local, P("data"), P(None)), (P("data"), (B, D)))
     (found,) = find_collectives(text, mesh)
     assert (found.kind, found.axes, found.count) == (kind, (axis,), 1)
     assert (found.bytes, found.sent_bytes) == (whole, sent)
@@ -86,9 +80,7 @@ def test_a_collective_over_two_axes(mesh):
     P = PartitionSpec
     text = compiled_text(
         mesh,
-        shard_map_logical(
-            mesh, lambda x: jax.lax.all_gather(x, ("data", "model")), P("data"), P(None)
-        ),
+        sharded(mesh, lambda x: jax.lax.all_gather(x, ("data", "model")), P("data"), P(None)),
         (P("data"), (B, D)),
     )
     (found,) = find_collectives(text, mesh)
@@ -110,7 +102,7 @@ def test_flops_of_scanned_products(mesh):
         mesh, function, (P(None, None, "model"), (STEPS, D, D)), (P("data"), (B, D))
     )
     # Each device: half of the rows, a quarter of the columns.
-    assert count_dot_flops(text) == STEPS * 2 * (B // 2) * D * (D // 4)
+    assert count_matmul_flops(text) == STEPS * 2 * (B // 2) * D * (D // 4)
     kinds = {(found.kind, found.axes, found.count) for found in find_collectives(text, mesh)}
     assert ("all-gather", ("model",), STEPS) in kinds
 
@@ -124,7 +116,7 @@ def test_flops_of_convolutions():
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((3, 9, 4), (3, 4, 8))]
     compiled = jax.jit(function).lower(*shapes).compile()
     # Outputs at 0, 2, .. 8; taps at -2, 0 and 2, of which the first and last output miss one.
-    assert count_dot_flops(compiled.as_text()) == 2 * (5 * 3 - 2) * 4 * 3 * 8
+    assert count_matmul_flops(compiled.as_text()) == 2 * (5 * 3 - 2) * 4 * 3 * 8
 
 
 GROUPS = {
@@ -155,7 +147,7 @@ def test_replica_groups(groups):
     assert found.group_size == 2 ** len(found.axes)
 
 
-# As libtpu writes them: no trip count, a reduce-scatter as a fusion, and a transfer in three steps.
+# Output of libtpu: no trip count, a reduce-scatter as a fusion, a transfer in three steps.
 TPU = """
 %all-reduce-scatter.1 (input: bf16[8,4]) -> bf16[4,4] {
   %input = bf16[8,4]{1,0:T(8,128)(2,1)S(1)} parameter(0)
@@ -183,7 +175,7 @@ TPU = """
   %y = bf16[8,4]{1,0} get-tuple-element(%s), index=2
   %one = s32[] constant(1)
   %more = s32[] add(%n, %one)
-  %begun = (f32[3]{0}, f32[6]{0}) fusion(%x), kind=kCustom, calls=%fused.1
+  %started = (f32[3]{0}, f32[6]{0}) fusion(%x), kind=kCustom, calls=%fused.1
   %ended = f32[6]{0} fusion(%x), kind=kCustom, calls=%fused.2
   %scattered = bf16[4,4]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1, metadata={op_name="f/g"}
   ROOT %t = (s32[], f32[3]{0}, bf16[8,4]{1,0}) tuple(%more, %x, %y)
@@ -207,7 +199,7 @@ ENTRY %main (a: f32[3], b: bf16[8,4]) -> f32[3] {
 """  # noqa: E501
 
 
-def test_what_libtpu_writes():
+def test_programs_of_libtpu():
     program = parse_program(TPU)
     assert program.counts["body"] == 5
     assert program.counts["condition"] == 6
@@ -232,3 +224,49 @@ def test_a_loop_of_unknown_length_is_named():
 def test_no_program():
     with pytest.raises(ValueError, match="no HLO module"):
         parse_program("nothing")
+
+
+# Cycles as libtpu states them, and kernels as both of Pallas's backends write them.
+KERNELS = r"""
+%body (p: (s32[])) -> (s32[]) {
+  %p = (s32[]) parameter(0)
+  %a = f32[] add(%x, %y), backend_config={"estimated_cycles":"10"}
+  %k.1 = f32[4,8]{1,0} custom-call(%a), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/cema_outputs/pallas_call"}
+}
+%condition (c: (s32[])) -> pred[] {
+  %c = (s32[]) parameter(0)
+  ROOT %lt = pred[] compare(%c, %c), direction=LT
+}
+ENTRY %main (x: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %w = (s32[]) while(%t), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"8"}}
+  %k = f32[2]{0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/timestep_norm_forward/pallas_call"}, backend_config={"estimated_cycles":"1000","cost_estimate":{"flops":"66"}}
+  %other = f32[] custom-call(%x), custom_call_target="Sharding"
+  ROOT %f = f32[] fusion(%x), kind=kLoop, backend_config={"estimated_cycles":"7"}
+}
+"""  # noqa: E501
+
+
+def test_kernels_count_with_their_loops():
+    assert find_kernels(parse_program(KERNELS)) == [
+        CompiledKernel("cema_outputs", "cema", "mosaic_gpu", 8, 0, (Shape("f32", (4, 8)),)),
+        CompiledKernel(
+            "timestep_norm_forward", "timestep_norm", "pallas_tpu", 1, 66, (Shape("f32", (2,)),)
+        ),
+    ]
+
+
+def test_estimated_cycles_count_without_kernels():
+    assert count_estimated_cycles(parse_program(KERNELS)) == 8 * 10 + 7
+
+
+def test_memory_leaves_out_results_in_donated_arguments():
+    x = jax.ShapeDtypeStruct((256,), jnp.float32)
+    y = jax.ShapeDtypeStruct((64,), jnp.float32)
+    function = jax.jit(lambda x, y: (x + 1, 2 * y), donate_argnums=0)
+    memory = read_memory(function.lower(x, y).compile())
+    assert memory is not None
+    assert memory.arguments == 4 * (256 + 64)
+    # The second result, and a table of the two results' addresses.
+    assert 4 * 64 <= memory.outputs <= 4 * 64 + 2 * 8
+    assert memory.total == memory.arguments + memory.outputs + memory.temporaries

@@ -1,0 +1,26 @@
+"""Small models for the benchmarks of training steps: compilation is nearly all of their time."""
+
+import dataclasses
+
+import pytest
+
+from megalodon_jax.bench import agreement, scaling, train
+
+
+@pytest.fixture
+def smaller_model(monkeypatch):
+    """`--small` with one layer, and the reference implementations, which compile soonest."""
+    small = train.small
+
+    def smaller(config):
+        config = small(config)
+        model = dataclasses.replace(
+            config.model,
+            num_layers=1,
+            cema_implementation="reference",
+            timestep_norm_implementation="reference",
+        )
+        return dataclasses.replace(config, model=model)
+
+    for benchmark in (train, scaling, agreement):
+        monkeypatch.setattr(benchmark, "small", smaller)
