@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
+from megalodon_jax.compiled.collectives import Collective, find_collectives
 from megalodon_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel.mesh import make_mesh
-from megalodon_jax.plan.hlo import Collective, find_collectives
 from megalodon_jax.train_state import abstract_state
 from megalodon_jax.training.step import make_train_step
 from megalodon_jax.typing import Batch

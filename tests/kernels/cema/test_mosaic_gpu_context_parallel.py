@@ -8,7 +8,12 @@ import pytest
 from pallas_kernels.cema import CemaParams, cema
 from pallas_kernels.common import mosaic_gpu
 from pallas_kernels.common.target import interpreted
-from tests.kernels.parts import at_last_part, from_parts, in_turn, to_parts
+from tests.kernels.context_parallel import (
+    at_last_shard,
+    from_shards,
+    one_shard_at_a_time,
+    to_shards,
+)
 
 SHARDS = 2
 # Those of test_contract.py for these kernels.
@@ -31,7 +36,7 @@ def segment_ids():
 @pytest.fixture
 def sequential_shards(monkeypatch):
     """The interpreter knows one device: the kernels of the shards run one after another."""
-    monkeypatch.setattr(mosaic_gpu, "launch", in_turn(mosaic_gpu.launch))
+    monkeypatch.setattr(mosaic_gpu, "launch", one_shard_at_a_time(mosaic_gpu.launch))
 
 
 def outputs_and_gradients(case, **options):
@@ -52,11 +57,11 @@ def outputs_and_gradients(case, **options):
     params = CemaParams(*(jnp.asarray(value, jnp.float32) for value in case.params))
     if axis is None:
         return jax.jit(run)(*arrays, state, params)
-    shards = [to_parts(a, SHARDS) for a in arrays]
+    shards = [to_shards(a, SHARDS) for a in arrays]
     axes = [None if a is None else 0 for a in arrays]
     run_shards = jax.vmap(run, axis_name=axis, in_axes=(*axes, 0, None))
-    y, dx, d_params = jax.jit(run_shards)(*shards, at_last_part(state, SHARDS), params)
-    return from_parts(y), from_parts(dx), jax.tree.map(lambda leaf: leaf.sum(axis=0), d_params)
+    y, dx, d_params = jax.jit(run_shards)(*shards, at_last_shard(state, SHARDS), params)
+    return from_shards(y), from_shards(dx), jax.tree.map(lambda leaf: leaf.sum(axis=0), d_params)
 
 
 @pytest.mark.slow

@@ -8,7 +8,12 @@ import pytest
 from pallas_kernels.common import mosaic_gpu
 from pallas_kernels.common.target import interpreted
 from pallas_kernels.timestep_norm import TimestepNormState, timestep_norm
-from tests.kernels.parts import at_last_part, from_parts, in_turn, to_parts
+from tests.kernels.context_parallel import (
+    at_last_shard,
+    from_shards,
+    one_shard_at_a_time,
+    to_shards,
+)
 
 SHARDS, GROUPS, LENGTH = 3, 2, 768
 # Rows over three sequence shards in splits of 128: documents that end within a shard, at its end
@@ -28,7 +33,7 @@ def segment_ids():
 @pytest.fixture
 def sequential_shards(monkeypatch):
     """The interpreter knows one device: kernels of different shards run one after another."""
-    monkeypatch.setattr(mosaic_gpu, "launch", in_turn(mosaic_gpu.launch))
+    monkeypatch.setattr(mosaic_gpu, "launch", one_shard_at_a_time(mosaic_gpu.launch))
     # Every shard has two splits.
     monkeypatch.setattr("pallas_kernels.timestep_norm.mosaic_gpu.block_sizes.MIN_SPLIT_TILES", 1)
 
@@ -50,12 +55,12 @@ def outputs_and_gradients(x, cotangents, parameters, ids, count, axis, **options
 
     if axis is None:
         return jax.jit(run)(x, ids, *cotangents)
-    of_state = [at_last_part(a, SHARDS) for a in cotangents[1:]]
-    shards = [to_parts(a, SHARDS) for a in (x, ids, cotangents[0])]
+    of_state = [at_last_shard(a, SHARDS) for a in cotangents[1:]]
+    shards = [to_shards(a, SHARDS) for a in (x, ids, cotangents[0])]
     axes = [None if a is None else 0 for a in (*shards, *of_state)]
     over_shards = jax.jit(jax.vmap(run, axis_name=axis, in_axes=axes))
     y, dx, *others = over_shards(*shards, *of_state)
-    return from_parts(y), from_parts(dx), *(a.sum(axis=0) for a in others)
+    return from_shards(y), from_shards(dx), *(a.sum(axis=0) for a in others)
 
 
 @pytest.mark.slow
@@ -99,7 +104,7 @@ def test_documents_do_not_affect_other_shards(sequential_shards):
             ).y  # fmt: skip
 
         over_shards = jax.vmap(of_shard, axis_name="chunk")
-        return from_parts(over_shards(to_parts(x, SHARDS), to_parts(ids, SHARDS)))
+        return from_shards(over_shards(to_shards(x, SHARDS), to_shards(ids, SHARDS)))
 
     with interpreted():
         expected, actual = outputs(x)[:, 128:], outputs(x.at[:, :128].set(jnp.nan))[:, 128:]
