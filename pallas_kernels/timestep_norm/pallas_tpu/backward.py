@@ -10,13 +10,15 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.timestep_norm.pallas_tpu.block_sizes import LANES
 from pallas_kernels.timestep_norm.pallas_tpu.forward import Statistics
-from pallas_kernels.timestep_norm.pallas_tpu.layout import (
-    GroupSums,
+from pallas_kernels.timestep_norm.pallas_tpu.launch import (
     TileSpecs,
-    TimestepNormTpuPlan,
-    broadcast_lane,
     initialize_scratch,
     launch_over_tiles,
+)
+from pallas_kernels.timestep_norm.pallas_tpu.layout import (
+    GroupSums,
+    TimestepNormTpuPlan,
+    broadcast_lane,
     repeat_lanes,
 )
 from pallas_kernels.timestep_norm.pallas_tpu.tile_positions import (
