@@ -1,5 +1,6 @@
 """Launches over tiles of tokens and groups: block specs of every operand, scratch memory."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
