@@ -56,7 +56,7 @@ from megalodon_jax.data import pipeline
 from megalodon_jax.training.loop import train
 from megalodon_jax.training.metrics import ProgressDisplay
 
-pipeline.READY_TOKENS = 1 << 10
+pipeline.PREFETCHED_TOKENS = 1 << 10
 advance = ProgressDisplay.advance
 
 def advance_and_stop(self, step):
