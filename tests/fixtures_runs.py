@@ -32,15 +32,17 @@ def shared_compilation(compilation_cache_dir):
         "jax_compilation_cache_dir": compilation_cache_dir,
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
-        "jax_disable_most_optimizations": True,
     }
     before = {name: getattr(jax.config, name) for name in changed}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", compilation_cache_dir)
         for name, value in changed.items():
             jax.config.update(name, value)
+        # This setting cannot be read; its default is False.
+        jax.config.update("jax_disable_most_optimizations", True)
         compilation_cache.reset_cache()
         yield
+        jax.config.update("jax_disable_most_optimizations", False)
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()

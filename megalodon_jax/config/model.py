@@ -38,7 +38,7 @@ class ModelConfig:
     vocab_size: int = 32_000
     """Number of token ids V, the rows of the embedding."""
     output_size: int | None = None
-    """Columns of the output matrix; default: `vocab_size`."""
+    """Columns of the output matrix; None: `vocab_size`."""
     norm_num_groups: int = 32
     """Number of feature groups G in TimestepNorm."""
     norm_affine: bool = True
@@ -82,13 +82,13 @@ class ModelConfig:
     """Implementation of all operations; overrides the four settings below. With `pallas_tpu`, norms
     and gates use `xla`, because they have no TPU kernels."""
     cema_implementation: Implementation | None = None
-    """Implementation of CEMA; default: the fastest known for the platform."""
+    """Implementation of CEMA; None: the fastest known for the platform."""
     timestep_norm_implementation: Implementation | None = None
-    """Implementation of TimestepNorm; default: the fastest known for the platform."""
+    """Implementation of TimestepNorm; None: the fastest known for the platform."""
     attention_implementation: Implementation | None = None
-    """Implementation of chunk attention; default: the fastest known for the platform."""
+    """Implementation of chunk attention; None: the fastest known for the platform."""
     rowwise_implementation: Implementation | None = None
-    """Implementation of RMSNorm, LayerNorm and SiLU gates; default: the fastest known for the
+    """Implementation of RMSNorm, LayerNorm and SiLU gates; None: the fastest known for the
     platform."""
 
     def __post_init__(self) -> None:

@@ -66,7 +66,7 @@ def summarize(sums: Sequence[LossOutput], num_bytes: int) -> Evaluation:
 def evaluate_batches(
     eval_step: EvalStep,
     params: nnx.State,
-    batches: Iterable[CountedBatch],
+    batches: "Iterable[CountedBatch]",
     *,
     metric: Metric = summarize,
     max_batches: int | None = None,

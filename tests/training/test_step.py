@@ -1,4 +1,4 @@
-"""The train step: accumulation, padding, dropout keys; and the held-out step."""
+"""The train step (accumulation, padding, dropout keys) and the evaluation step."""
 
 import dataclasses
 
@@ -18,14 +18,14 @@ def random_batch(rows: int, length: int = 16, seed: int = 0) -> Batch:
     random = np.random.default_rng(seed)
     segment_ids = np.ones((rows, length), np.int32)
     segment_ids[:, length // 2 :] = 2
-    # Rows count differently many targets, so a mean of means would not be the mean.
+    # Rows have different numbers of targets, so that a mean of row means would be wrong.
     weights = random.random((rows, length)) < np.linspace(0.2, 1.0, rows)[:, None]
     tokens, targets = random.integers(0, 257, (2, rows, length)).astype(np.int32)
     return jax.tree.map(jnp.asarray, Batch(tokens, targets, segment_ids, np.float32(weights)))  # type: ignore[arg-type]
 
 
 def copy_of(state: TrainState) -> TrainState:
-    """The step takes its state's memory."""
+    """A copy, because the step donates its state."""
     return jax.tree.map(jnp.copy, state)
 
 
@@ -38,23 +38,23 @@ def test_accumulation_equals_one_big_batch(no_warmup):
     graphdef, state = init_state(no_warmup)
     step = make_train_step(graphdef, no_warmup)
     whole = random_batch(rows=4)
-    together, metrics = step(copy_of(state), jax.tree.map(lambda rows: rows[None], whole))
-    parts = jax.tree.map(lambda rows: rows.reshape(2, 2, -1), whole)
-    accumulated, accumulated_metrics = step(copy_of(state), parts)
+    whole_state, metrics = step(copy_of(state), jax.tree.map(lambda rows: rows[None], whole))
+    halves = jax.tree.map(lambda rows: rows.reshape(2, 2, -1), whole)
+    accumulated, accumulated_metrics = step(copy_of(state), halves)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
-        together.params,
+        whole_state.params,
         accumulated.params,
     )
     for name in ("loss", "accuracy", "grad_norm", "tokens"):
         np.testing.assert_allclose(
             getattr(metrics, name), getattr(accumulated_metrics, name), rtol=2e-6
         )
-    moved = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), together.params, state.params)
+    moved = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), whole_state.params, state.params)
     assert max(map(float, jax.tree.leaves(moved))) > 1e-3
 
 
-def test_padding_alone_changes_nothing_but_decay(no_warmup):
+def test_a_batch_of_padding_only_decays_the_weights(no_warmup):
     graphdef, state = init_state(no_warmup)
     step = make_train_step(graphdef, no_warmup)
     empty = jax.tree.map(lambda rows: np.zeros_like(rows)[None], random_batch(rows=4))
@@ -71,22 +71,22 @@ def test_padding_alone_changes_nothing_but_decay(no_warmup):
 
 
 @pytest.mark.slow
-def test_dropout_depends_on_seed_and_step_alone(no_warmup):
-    dropping = dataclasses.replace(no_warmup.model, dropout=0.5)
-    config = dataclasses.replace(no_warmup, model=dropping)
+def test_dropout_depends_on_seed_and_step_only(no_warmup):
+    model = dataclasses.replace(no_warmup.model, dropout=0.5)
+    config = dataclasses.replace(no_warmup, model=model)
     graphdef, state = init_state(config)
     step = make_train_step(graphdef, config)
     batch = jax.tree.map(lambda rows: rows[None], random_batch(rows=2))
 
-    def loss_at(number: int) -> float:
-        at = copy_of(state)._replace(step=jnp.asarray(number, jnp.int32))
-        return float(step(at, batch)[1].loss)
+    def loss_at(index: int) -> float:
+        indexed = copy_of(state)._replace(step=jnp.asarray(index, jnp.int32))
+        return float(step(indexed, batch)[1].loss)
 
     assert loss_at(3) == loss_at(3)
     assert loss_at(3) != loss_at(4)
 
 
-def test_heldout_step_equals_numpy_cross_entropy(session_config):
+def test_evaluation_step_equals_numpy_cross_entropy(session_config):
     graphdef, state = init_state(session_config)
     batch = random_batch(rows=2)
     sums = make_eval_step(graphdef, session_config)(state.params, batch)
