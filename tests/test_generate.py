@@ -24,9 +24,6 @@ PROMPTS = np.array([[5, 3, 9, 1, 2], [7, 7, 4, 0, 0], [1, 0, 0, 0, 0]], np.int32
 LENGTHS = np.array([5, 3, 1], np.int32)
 
 
-pytestmark = pytest.mark.usefixtures("shared_compilation")
-
-
 @pytest.fixture(scope="module")
 def model() -> Megalodon:
     config = ModelConfig(

@@ -35,11 +35,6 @@ def perturbed(config: ModelConfig, seed: int = 0) -> Megalodon:
     return nnx.merge(nnx.graphdef(abstract), create())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _unoptimized(shared_compilation):
-    """Compilation dominates the time of these tests."""
-
-
 @pytest.fixture(scope="session")
 def small_model() -> Megalodon:
     return perturbed(SMALL)

@@ -13,8 +13,6 @@ from megalodon_jax.modules import FeedForward, LayerNorm, MegaAttention, Positio
 from megalodon_jax.modules.rotary import rotation
 from tests.golden_files import read_golden, relative_error
 
-pytestmark = pytest.mark.usefixtures("shared_compilation")
-
 SHAPE = ModelConfig(
     num_layers=1, model_dim=64, z_dim=32, value_dim=128, ffn_hidden_dim=160, chunk_size=32,
     vocab_size=97, norm_num_groups=8,

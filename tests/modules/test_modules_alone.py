@@ -22,8 +22,6 @@ from megalodon_jax.modules import (
 from pallas_kernels.chunk_attention import KeyValueCache
 from tests.golden_files import relative_error
 
-pytestmark = pytest.mark.usefixtures("shared_compilation")
-
 B, L, D, N, H, Z, E, C = 2, 24, 32, 4, 2, 16, 32, 8
 ROPE_BASE = 1e4
 # Documents that begin within a chunk, and padding at the end of the second row.
@@ -46,12 +44,16 @@ def block() -> Block:
     return Block(attention, FeedForward(D, 48, rngs=rngs))
 
 
+def jitted(module: nnx.Module):
+    graphdef, state = nnx.split(module)
+    call = jax.jit(lambda state, x, **options: nnx.merge(graphdef, state)(x, **options))
+    return lambda x, **options: call(state, x, **options)
+
+
 @pytest.fixture(scope="module")
 def call(block):
     """The jitted block; every combination of arguments is compiled once."""
-    graphdef, state = nnx.split(block)
-    jitted = jax.jit(lambda state, x, **options: nnx.merge(graphdef, state)(x, **options))
-    return lambda x, **options: jitted(state, x, **options)
+    return jitted(block)
 
 
 def positions_of(length: int, start: int | None = None, **options) -> PositionInfo:
@@ -67,7 +69,7 @@ def positions_of(length: int, start: int | None = None, **options) -> PositionIn
 
 def test_cema_equals_the_recurrence_in_numpy(x):
     cema = CEMA(D, order=N, rngs=nnx.Rngs(0))
-    y, final_state = cema(x)
+    y, final_state = jitted(cema)(x)
     alpha, delta, theta, gamma, omega = (
         np.asarray(getattr(cema, name)[...], np.float64)
         for name in ("alpha", "delta", "theta", "gamma", "omega")
@@ -86,7 +88,7 @@ def test_cema_equals_the_recurrence_in_numpy(x):
 
 
 def test_timestep_norm_equals_cumulative_moments_in_numpy(x):
-    y, final_state = TimestepNorm(D, num_groups=4)(x)
+    y, final_state = jitted(TimestepNorm(D, num_groups=4))(x)
     grouped = np.asarray(x, np.float64).reshape(B, L, 4, D // 4)
     for t in range(L):
         seen = grouped[:, : t + 1]

@@ -34,9 +34,15 @@ def no_warmup(session_config):
     return dataclasses.replace(session_config, optim=OptimConfig(lr=1e-2, warmup_steps=0))
 
 
-def test_accumulation_equals_one_big_batch(no_warmup):
+@pytest.fixture(scope="module")
+def step_and_state(no_warmup):
+    """The jitted step, compiled once per shape, and the state of step 0."""
     graphdef, state = init_state(no_warmup)
-    step = make_train_step(graphdef, no_warmup)
+    return make_train_step(graphdef, no_warmup), state
+
+
+def test_accumulation_equals_one_big_batch(step_and_state):
+    step, state = step_and_state
     whole = random_batch(rows=4)
     whole_state, metrics = step(copy_of(state), jax.tree.map(lambda rows: rows[None], whole))
     halves = jax.tree.map(lambda rows: rows.reshape(2, 2, -1), whole)
@@ -54,9 +60,8 @@ def test_accumulation_equals_one_big_batch(no_warmup):
     assert max(map(float, jax.tree.leaves(moved))) > 1e-3
 
 
-def test_a_batch_of_padding_only_decays_the_weights(no_warmup):
-    graphdef, state = init_state(no_warmup)
-    step = make_train_step(graphdef, no_warmup)
+def test_a_batch_of_padding_only_decays_the_weights(no_warmup, step_and_state):
+    step, state = step_and_state
     empty = jax.tree.map(lambda rows: np.zeros_like(rows)[None], random_batch(rows=4))
     after, metrics = step(copy_of(state), empty)
     assert float(metrics.tokens) == 0.0
@@ -90,8 +95,13 @@ def test_evaluation_step_equals_numpy_cross_entropy(session_config):
     graphdef, state = init_state(session_config)
     batch = random_batch(rows=2)
     sums = make_eval_step(graphdef, session_config)(state.params, batch)
-    model = nnx.merge(graphdef, state.params)
-    logits = np.asarray(model(batch.tokens, segment_ids=batch.segment_ids).logits, np.float64)
+
+    @jax.jit
+    def call(params: nnx.State) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        return model(batch.tokens, segment_ids=batch.segment_ids).logits
+
+    logits = np.asarray(call(state.params), np.float64)
     log_z = np.log(np.sum(np.exp(logits), axis=-1))
     chosen = np.take_along_axis(logits, np.asarray(batch.targets)[..., None], axis=-1)[..., 0]
     expected = np.sum((log_z - chosen) * batch.weights)
