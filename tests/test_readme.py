@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from megalodon_jax.cli import COMMANDS
+from megalodon_jax.cli.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
