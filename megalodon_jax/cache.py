@@ -1,4 +1,4 @@
-"""The streaming state: of constant size, whatever the length of the context."""
+"""The streaming cache: its size is independent of the context length."""
 
 import dataclasses
 from typing import NamedTuple, Self
@@ -17,10 +17,10 @@ MAX_POSITION = int(np.iinfo(np.int32).max)
 
 
 class LayerCache(NamedTuple):
-    """What one block remembers of the tokens before.
+    """The streaming state of one block.
 
     Attributes:
-      keys_and_values: the current chunk's keys (after RoPE) and values, at most C tokens.
+      keys_and_values: keys (after RoPE) and values of the current chunk, C slots.
       norm: TimestepNorm's running moments.
       cema: CEMA's complex state.
     """
@@ -33,16 +33,16 @@ class LayerCache(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """What a model remembers of every row; a pytree of fixed shapes, usable in `jit` and `scan`.
+    """The streaming state of a model; a pytree of fixed shapes for `jit` and `scan`.
 
-    Rows may be at different positions. `Megalodon.init_cache` makes it, calling the model moves it
-    on.
+    `Megalodon.init_cache` creates it; every call of the model returns the updated cache. Rows may
+    be at different positions.
 
     Attributes:
-      position: tokens of its current document that each row has seen.
-      segment: the current document's segment id in each row, 0 before the first token.
-      layers: every block's state, stacked along a leading layer axis.
-      final_norm: the last TimestepNorm's running moments.
+      position: tokens seen of each row's current document.
+      segment: segment id of each row's current document, 0 before the first token.
+      layers: the blocks' states, stacked along a leading layer axis.
+      final_norm: running moments of the final TimestepNorm.
     """
 
     position: Int32[Array, " B"]
@@ -51,60 +51,61 @@ class Cache:
     final_norm: TimestepNormState
 
     def check_room(self, length: int) -> None:
-        """Raises OverflowError when `length` more tokens would pass the 32-bit token counter.
+        """Raises OverflowError if `length` more tokens overflow the 32-bit position.
 
-        Call it outside `jit`, where positions are known.
+        Call it outside `jit`: it reads the positions on the host.
         """
         position = int(np.max(np.asarray(self.position)))
         if position + length > MAX_POSITION:
             raise OverflowError(
-                f"{length} more tokens after {position} pass the cache's counter, which ends at "
-                f"{MAX_POSITION}; start a new document (Megalodon.reset_rows) before that"
+                f"{length} more tokens after position {position} exceed the largest 32-bit "
+                f"position {MAX_POSITION}; start a new document (Megalodon.reset_rows) first"
             )
 
-    def replace_rows(self, rows: Bool[Array, " B"], fresh: Self) -> Self:
-        """This cache with the rows where `rows` is true taken from `fresh`.
+    def replace_rows(self, rows: Bool[Array, " B"], initial: Self) -> Self:
+        """A copy of this cache in which the rows where `rows` is true come from `initial`.
 
-        Keys and values stay: at position 0 none of them is read.
+        Keys and values are not replaced, because a row at position 0 reads none of them.
         """
 
-        def pick(axis: int):
-            def choose(new: Array, old: Array) -> Array:
+        def select_rows(axis: int):
+            def select(new: Array, old: Array) -> Array:
                 shape = [1] * old.ndim
                 shape[axis] = -1
                 return jnp.where(rows.reshape(shape), new, old)
 
-            return choose
+            return select
 
         return dataclasses.replace(
             self,
-            position=pick(0)(fresh.position, self.position),
-            segment=pick(0)(fresh.segment, self.segment),
+            position=select_rows(0)(initial.position, self.position),
+            segment=select_rows(0)(initial.segment, self.segment),
             layers=self.layers._replace(
-                norm=jax.tree.map(pick(1), fresh.layers.norm, self.layers.norm),
-                cema=pick(1)(fresh.layers.cema, self.layers.cema),
+                norm=jax.tree.map(select_rows(1), initial.layers.norm, self.layers.norm),
+                cema=select_rows(1)(initial.layers.cema, self.layers.cema),
             ),
-            final_norm=jax.tree.map(pick(0), fresh.final_norm, self.final_norm),
+            final_norm=jax.tree.map(select_rows(0), initial.final_norm, self.final_norm),
         )
 
 
 def cache_shardings(mesh: Mesh) -> Cache:
-    """Where a cache's arrays go on a mesh: rows over `replica` and `data`, features over `model`.
+    """The shardings of a cache: rows over `replica` and `data`, features over `model`.
 
-    A `NamedSharding` in place of every array, for `jax.device_put` and `jax.jit`.
+    Returns:
+      A `Cache` with a `NamedSharding` in place of every array, for `jax.device_put` and `jax.jit`.
     """
 
-    def place(*names: str | None) -> NamedSharding:
+    def sharding(*names: str | None) -> NamedSharding:
         return NamedSharding(mesh, partition_spec(*names))
 
     def moments(*layers: str) -> TimestepNormState:
-        groups = place(*layers, "batch", "norm_groups")
-        return TimestepNormState(place(*layers, "batch"), groups, groups)  # type: ignore[arg-type]
+        groups = sharding(*layers, "batch", "norm_groups")
+        return TimestepNormState(sharding(*layers, "batch"), groups, groups)  # type: ignore[arg-type]
 
-    slots = place("layers", "batch", None, "heads", None)
+    slots = sharding("layers", "batch", None, "heads", None)
     layers = LayerCache(
         KeyValueCache(slots, slots),  # type: ignore[arg-type]
         moments("layers"),
-        place("layers", "batch", "channels", None),  # type: ignore[arg-type]
+        sharding("layers", "batch", "channels", None),  # type: ignore[arg-type]
     )
-    return Cache(place("batch"), place("batch"), layers, moments())  # type: ignore[arg-type]
+    return Cache(sharding("batch"), sharding("batch"), layers, moments())  # type: ignore[arg-type]

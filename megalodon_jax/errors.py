@@ -28,7 +28,7 @@ class MismatchError(CheckpointError):
 
 
 class TrainingError(MegalodonError, RuntimeError):
-    """Training cannot go on; the message names the checkpoint to continue from."""
+    """Training cannot continue; the message names the checkpoint to resume from."""
 
 
 class ConvertError(MegalodonError, ValueError):

@@ -14,7 +14,7 @@ Schedule = Callable[[Any], Float32[Array, ""]]
 
 
 def learning_rate_schedule(config: OptimConfig, *, total_steps: int) -> Schedule:
-    """Learning rate of update number `step` (0, 1, ...), as released.
+    """Learning rate of update `step` (0, 1, ...), as released.
 
     With r = `init_ratio`, e = `end_ratio`, w = `warmup_steps`, s = (step - w) / (total_steps - w):
 
@@ -27,43 +27,43 @@ def learning_rate_schedule(config: OptimConfig, *, total_steps: int) -> Schedule
 
     Args:
       config: peak rate, shape and ratios.
-      total_steps: updates of the whole run.
+      total_steps: number of updates of the run.
 
     Returns:
-      A function from an int32 scalar to the rate, a float32 scalar.
+      A function from the step (int32 scalar) to the rate (float32 scalar).
     """
 
     def schedule(step: Any) -> Float32[Array, ""]:
         step = jnp.asarray(step, jnp.float32)
         warmup, end = config.warmup_steps, config.end_ratio
-        rising = config.init_ratio + step * (1.0 - config.init_ratio) / max(warmup, 1)
+        warmup_factor = config.init_ratio + step * (1.0 - config.init_ratio) / max(warmup, 1)
         progress = jnp.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
         if config.schedule == "linear":
-            falling = progress * end + (1.0 - progress)
+            decay_factor = progress * end + (1.0 - progress)
         elif config.schedule == "cosine":
-            falling = end + 0.5 * (1.0 - end) * (jnp.cos(jnp.pi * progress) + 1.0)
+            decay_factor = end + 0.5 * (1.0 - end) * (jnp.cos(jnp.pi * progress) + 1.0)
         else:
-            falling = jnp.ones_like(step)
-        return config.lr * jnp.where(step < warmup, rising, falling)
+            decay_factor = jnp.ones_like(step)
+        return config.lr * jnp.where(step < warmup, warmup_factor, decay_factor)
 
     return schedule
 
 
 def make_optimizer(config: OptimConfig, *, total_steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW in which every parameter decays, as released.
+    """Clipping by global norm, then AdamW with weight decay of every parameter, as released.
 
-    With g the clipped gradient and lr the scheduled rate of this update:
+    With the clipped gradient g and the scheduled rate lr of this update:
 
         m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
         change = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay * parameter
         parameter -= lr * change
 
-    Both moments and the arithmetic are float32 whatever the parameters' type; the returned updates
-    are float32, for `apply_updates`.
+    Moments and arithmetic are float32 for every parameter dtype; the returned updates are float32,
+    for `apply_updates`.
 
     Args:
       config: rates, betas, decay and clipping.
-      total_steps: updates of the whole run, for the schedule.
+      total_steps: number of updates of the run, for the schedule.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     adamw = optax.adamw(
@@ -82,14 +82,14 @@ def make_optimizer(config: OptimConfig, *, total_steps: int) -> optax.GradientTr
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         if params is None:
-            raise ValueError("weight decay needs the parameters: call update(grads, state, params)")
+            raise ValueError("weight decay needs the parameters; call update(grads, state, params)")
         return inner.update(_as_float32(updates), state, _as_float32(params))
 
     return optax.GradientTransformation(init, update)
 
 
 def apply_updates[T](params: T, updates: Any) -> T:
-    """Adds float32 updates in float32 and rounds once to each parameter's type."""
+    """Adds float32 updates in float32 and casts once to each parameter's dtype."""
     return jax.tree.map(
         lambda param, change: (param.astype(jnp.float32) + change).astype(param.dtype),
         params,

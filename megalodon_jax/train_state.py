@@ -1,4 +1,4 @@
-"""The state of a training run: step, parameters, optimizer state, and where they live."""
+"""The train state: step, parameters and optimizer state, with their shardings."""
 
 from functools import partial
 from typing import NamedTuple
@@ -18,10 +18,10 @@ from megalodon_jax.typing import Array, Int32
 
 
 class TrainState(NamedTuple):
-    """All that a step changes.
+    """The state that a train step updates.
 
     Attributes:
-      step: updates done so far.
+      step: number of updates so far.
       params: the model's parameters, `nnx.split(model, nnx.Param)[1]`.
       opt_state: the optimizer's moments (float32) and counts.
     """
@@ -32,16 +32,16 @@ class TrainState(NamedTuple):
 
 
 def init_state(config: TrainConfig, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, TrainState]:
-    """Fresh weights from `config.seed` and optimizer state, created with their shardings.
+    """Initializes parameters from `config.seed` and the optimizer state, directly sharded.
 
-    The numbers do not depend on the mesh.
+    Initial values do not depend on the mesh.
 
     Args:
       config: the run.
       mesh: devices; None: those of `config.mesh`.
 
     Returns:
-      The model's static structure, and the state of step 0.
+      The model's static structure and the state of step 0.
     """
     mesh = resolve_mesh(config, mesh)
     optimizer = make_optimizer(config.optim, total_steps=config.steps)
@@ -61,10 +61,10 @@ def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
 
 
 def abstract_state(config: TrainConfig, mesh: Mesh | None = None) -> TrainState:
-    """Shapes, dtypes and shardings of a run's `TrainState`, without any memory."""
+    """Shapes, dtypes and shardings of a run's `TrainState`, without allocation."""
     mesh = resolve_mesh(config, mesh)
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         _abstract_state(config),
         state_shardings(config, mesh),
     )
@@ -74,7 +74,7 @@ def _abstract_state(config: TrainConfig) -> TrainState:
     optimizer = make_optimizer(config.optim, total_steps=config.steps)
     params = abstract_model(config.model)[1]
 
-    def start(params: nnx.State) -> TrainState:
+    def init(params: nnx.State) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    return jax.eval_shape(start, params)
+    return jax.eval_shape(init, params)

@@ -1,4 +1,4 @@
-"""Golden vectors: numbers computed by the authors' released CUDA code (tests/golden/README.md)."""
+"""Golden vectors, computed by the authors' released CUDA code (tests/golden/README.md)."""
 
 import functools
 import json
@@ -33,7 +33,7 @@ def read_golden(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def golden_model(name: str) -> GoldenModel:
-    """One golden model with its parameters under released names."""
+    """One golden model with its parameters by released name."""
     meta, arrays = read_golden(name)
     state_dict = {
         key.removeprefix("param:"): value
@@ -44,7 +44,7 @@ def golden_model(name: str) -> GoldenModel:
 
 
 def relative_error(actual: Any, expected: Any) -> float:
-    """Relative L2 distance of two arrays, in float64 (complex128 for complex ones)."""
+    """Relative L2 error in float64 (complex128 for complex arrays)."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape, f"{actual.shape} != {expected.shape}"
     wide = np.complex128 if np.iscomplexobj(expected) else np.float64

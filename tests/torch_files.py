@@ -1,4 +1,4 @@
-"""Files in the zip layout of torch.save, written without torch."""
+"""A writer of files in the zip format of torch.save, without torch."""
 
 import zipfile
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def write_torch_file(path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes the documented zip layout of torch.save by hand: data.pkl and one file a storage."""
+    """Writes a state dict in the zip format of torch.save: data.pkl and one file per storage."""
 
     kinds = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "int64": "LongStorage"}
     with zipfile.ZipFile(path, "w") as archive:

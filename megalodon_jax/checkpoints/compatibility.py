@@ -1,4 +1,4 @@
-"""Which checkpoints this version reads, and for which model and data."""
+"""Compatibility of checkpoints: format numbers, and equality of model configurations."""
 
 import dataclasses
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import Any
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.errors import CheckpointError, MismatchError
 
-# The layout of a checkpoint. A change that older code could misread raises it by one; this version
-# reads its own format and the one before.
+# The format of a checkpoint, increased by every change that older code would misread. A version
+# reads its own format and the previous one.
 FORMAT = 1
 READABLE_FORMATS = (FORMAT,)
 
-# Fields that say how a model is computed, not which model it is: they may change on restore.
+# Fields that change how a model is computed but not what it computes: they may differ on restore.
 _COMPUTE_FIELDS = frozenset(
     {
         "implementation",
@@ -29,26 +29,26 @@ _COMPUTE_FIELDS = frozenset(
 def check_format(found: Any, source: str | Path) -> None:
     """Raises `CheckpointError` if this version cannot read a checkpoint of format `found`."""
     if found not in READABLE_FORMATS:
-        has = "no format number (it is older than format 1)" if found is None else f"format {found}"
+        has = "no format number (older than format 1)" if found is None else f"format {found}"
         readable = ", ".join(map(str, READABLE_FORMATS))
         raise CheckpointError(
-            f"checkpoint {source} has {has}; this version reads format {readable}. "
-            "Use the version of megalodon-flax that wrote it"
+            f"checkpoint {source} has {has}, this version reads format {readable}; use the version "
+            "of megalodon-flax that wrote it"
         )
 
 
 def check_same_model(saved: ModelConfig, wanted: ModelConfig, source: str | Path) -> None:
-    """Raises `MismatchError`, naming the fields, if two configurations are of different models."""
+    """Raises `MismatchError`, which names the fields, if two configurations differ in the model."""
     differing = differing_fields(saved, wanted, ignored=_COMPUTE_FIELDS)
     if differing:
         raise MismatchError(
-            f"checkpoint {source} is of another model: {'; '.join(differing)}. "
-            "Use the checkpoint's values, or another run_dir"
+            f"checkpoint {source} is of another model: {'; '.join(differing)}; use the values of "
+            "the checkpoint, or another run_dir"
         )
 
 
 def differing_fields(saved: Any, wanted: Any, *, ignored: frozenset[str]) -> list[str]:
-    """One text for each field of two configurations that differs: name, both values."""
+    """One text per differing field of two configurations: its name and both values."""
     texts = []
     for entry in dataclasses.fields(saved):
         old, new = getattr(saved, entry.name), getattr(wanted, entry.name)

@@ -1,4 +1,4 @@
-"""The parts of a checkpoint as Orbax has them: arrays under dotted names, and a reader of them."""
+"""Checkpoint items as Orbax stores them: arrays under dotted names."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,10 @@ import orbax.checkpoint as ocp
 
 
 def reader(directory: Path) -> ocp.CheckpointManager:
-    """Reads for this process alone: one that fails does not leave the others at a barrier."""
+    """An Orbax manager that reads in this process only.
+
+    A process that fails to read does not leave the others waiting at a barrier.
+    """
     index = jax.process_index()
     return ocp.CheckpointManager(
         directory,
@@ -29,41 +32,40 @@ def reader(directory: Path) -> ocp.CheckpointManager:
 
 @contextmanager
 def suppress_orphaned_read_errors() -> Iterator[None]:
-    """Hides what Orbax leaves behind when one of many reads fails: the others end in a closed loop.
+    """Suppresses the errors of Orbax's remaining concurrent reads after one read has failed.
 
-    They end some time later, or never begin, each with a traceback that says nothing of the
-    checkpoint, so after a failure the filter stays. Anything else still reaches the hook that was
-    there before.
+    They fail later in a closed event loop, with tracebacks that do not mention the checkpoint, so
+    the filter remains installed after a failure. Other errors reach the previous hook.
     """
     before = sys.unraisablehook
 
-    def report_others(unraisable: Any) -> None:
+    def report_unrelated(unraisable: Any) -> None:
         error = unraisable.exc_value
-        ended = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-        # A warning, which comes here where warnings are errors.
-        never_began = isinstance(error, RuntimeWarning) and "was never awaited" in str(error)
-        if not (ended or never_began):
+        loop_closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        # A warning arrives here if warnings are errors.
+        never_awaited = isinstance(error, RuntimeWarning) and "was never awaited" in str(error)
+        if not (loop_closed or never_awaited):
             before(unraisable)
 
-    sys.unraisablehook = report_others
+    sys.unraisablehook = report_unrelated
     yield
     sys.unraisablehook = before
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    # The last part of a Flax variable's path is the variable's own array.
-    return ".".join(parts[:-1] if parts[-1] == "value" else parts)
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    # The path of a Flax variable's array ends in "value".
+    return ".".join(names[:-1] if names[-1] == "value" else names)
 
 
 def by_name(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree of arrays under their dotted names."""
+    """The leaves of a tree of arrays by their dotted names."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {_name(path): leaf for path, leaf in leaves}
 
 
 def abstract_by_name(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, types and places to restore to; where none is said, this process's first device."""
+    """Shapes, dtypes and shardings to restore to; the default is this process's first device."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device)
@@ -78,8 +80,8 @@ def from_names(abstract: Any, arrays: Mapping[str, Any]) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """An error in one line of at most some 300 characters."""
+    """An error as one line of about 300 characters at most."""
     text = " ".join(str(error).split())
-    # The system's own words (no space left, permission denied) stand at the end of a long chain.
+    # The operating system's message (no space left, permission denied) is at the end of the chain.
     shortened = text if len(text) <= 300 else f"{text[:100]} ... {text[-180:]}"
     return f"{type(error).__name__}: {shortened}"

@@ -1,4 +1,4 @@
-"""Models and parameters from run directories, and back."""
+"""Loading of models and parameters from run directories, and saving of models."""
 
 import sys
 from collections.abc import Callable
@@ -16,41 +16,44 @@ from megalodon_jax.model import Megalodon
 
 
 class LoadedModel(NamedTuple):
-    """A trained model and the configuration it was trained with."""
+    """A trained model and its training configuration."""
 
     model: Megalodon
     config: TrainConfig
 
 
 class TrainedModel(NamedTuple):
-    """A trained model and the tokenizer whose ids it knows."""
+    """A trained model and the tokenizer it was trained with."""
 
     model: Megalodon
     tokenizer: Tokenizer
 
 
 def save_model(model: Megalodon, run_dir: str | Path, config: TrainConfig) -> None:
-    """Writes a model as a run that `load_model`, `generate`, `evaluate` and `init_from` can use.
+    """Saves a model as a run directory for generation, evaluation and `init_from`.
 
     Raises:
-      CheckpointError: `run_dir` has checkpoints already, or the save failed.
-      DataError: the tokenizer that `config` names cannot be read.
+      CheckpointError: `run_dir` already has checkpoints, or the save failed.
+      DataError: the tokenizer of `config` cannot be read.
     """
     fingerprint = load_tokenizer(config.data.tokenizer).fingerprint()
     with RunCheckpoints(run_dir) as checkpoints:
         if steps := checkpoints.steps():
-            raise CheckpointError(f"{run_dir} has checkpoints already (newest: step {steps[-1]})")
+            raise CheckpointError(
+                f"{run_dir} already has checkpoints (newest: step {steps[-1]}); give another "
+                "directory"
+            )
         params = nnx.state(model, nnx.Param)
         checkpoints.save_params(params, config=config, tokenizer_fingerprint=fingerprint)
         checkpoints.wait()
 
 
 def load_params(run_dir: str | Path, config: TrainConfig, mesh: Mesh) -> nnx.State:
-    """The newest parameters of another run, where a run of `config` has them on `mesh`.
+    """The newest parameters of another run, sharded over `mesh` for a run of `config`.
 
     Raises:
-      CheckpointError: there are none, or they cannot be read.
-      MismatchError: they are of another model.
+      CheckpointError: the run has no readable checkpoint.
+      MismatchError: the checkpoint is of another model.
     """
     with RunCheckpoints(run_dir, read_only=True) as checkpoints:
         return load_latest_valid(
@@ -63,10 +66,10 @@ def load_model(run_dir: str | Path, step: int | None = None) -> LoadedModel:
 
     Args:
       run_dir: the run's directory.
-      step: which checkpoint; None: the newest that can be read.
+      step: step of the checkpoint; None: the newest readable one.
 
     Raises:
-      CheckpointError: there is none, or it cannot be read.
+      CheckpointError: the run has no readable checkpoint.
     """
     with RunCheckpoints(run_dir, read_only=True) as checkpoints:
 
@@ -78,12 +81,12 @@ def load_model(run_dir: str | Path, step: int | None = None) -> LoadedModel:
 
 
 def load_trained(run_dir: str | Path, step: int | None = None) -> TrainedModel:
-    """Like `load_model`, with the tokenizer of the run, which must not have changed since.
+    """The model of a training run and its tokenizer; arguments as for `load_model`.
 
     Raises:
-      CheckpointError: no checkpoint can be read.
-      MismatchError: the tokenizer's file means something else now.
-      DataError: the tokenizer's file cannot be read.
+      CheckpointError: the run has no readable checkpoint.
+      MismatchError: the tokenizer file has changed since training.
+      DataError: the tokenizer file cannot be read.
     """
     with RunCheckpoints(run_dir, read_only=True) as checkpoints:
 
@@ -93,7 +96,8 @@ def load_trained(run_dir: str | Path, step: int | None = None) -> TrainedModel:
             if tokenizer.fingerprint() != fingerprint:
                 raise MismatchError(
                     f"{run_dir} was trained with tokenizer {fingerprint}, but "
-                    f"{config.data.tokenizer!r} is now {tokenizer.fingerprint()}; restore that file"
+                    f"{config.data.tokenizer!r} is now {tokenizer.fingerprint()}; restore the "
+                    "original file"
                 )
             return TrainedModel(checkpoints.restore_model(at, config.model), tokenizer)
 
@@ -107,17 +111,20 @@ def load_latest_valid[T](
     step: int | None = None,
     on_damaged: Callable[[int, CheckpointError], None] | None = None,
 ) -> T:
-    """What `load` gives for the newest checkpoint that is not damaged, or for `step` alone.
+    """Applies `load` to the newest checkpoint that is not damaged, or to that of `step`.
 
-    Every damaged one is named on the error stream, then handed to `on_damaged`.
+    Damaged checkpoints are reported on stderr and passed to `on_damaged`.
 
     Raises:
       CheckpointError: no checkpoint can be read.
-      MismatchError: the newest readable one is of another model or other data.
+      MismatchError: the newest readable checkpoint is of another model or other data.
     """
     steps = checkpoints.steps()
     if not steps:
-        raise CheckpointError(f"{checkpoints.directory} holds no complete checkpoint to go on from")
+        raise CheckpointError(
+            f"{checkpoints.directory} has no complete checkpoint to resume from; train without "
+            "--resume, or give another run_dir"
+        )
     if step is not None:
         if step not in steps:
             raise CheckpointError(
@@ -131,7 +138,9 @@ def load_latest_valid[T](
         except MismatchError:
             raise
         except CheckpointError as error:
-            print(f"damaged checkpoint, trying an earlier one: {error}", file=sys.stderr)
+            print(f"damaged checkpoint, trying the previous one: {error}", file=sys.stderr)
             if on_damaged is not None:
                 on_damaged(at, error)
-    raise CheckpointError(f"no checkpoint in {checkpoints.directory} can be read")
+    raise CheckpointError(
+        f"no checkpoint in {checkpoints.directory} can be read; the errors above give the reasons"
+    )

@@ -1,13 +1,12 @@
-"""Checkpoints of a run: everything that is needed to resume as if it had never stopped.
+"""Checkpoints of a run: its complete state, so that a resumed run equals an uninterrupted one.
 
-`<run_dir>/checkpoints/<step>/` holds four Orbax items: `params` and `opt_state` (arrays under
-dotted names), `loader` (the data iterator's state, JSON) and `run` (step, resolved configuration,
-tokenizer fingerprint, format number, JSON). A directory gets its final name only when it is
-complete.
+`<run_dir>/checkpoints/<step>/` has four Orbax items: `params` and `opt_state` (arrays by dotted
+name), `loader` (the data loader's state, JSON) and `run` (step, resolved configuration, tokenizer
+fingerprint and format number, JSON). A directory gets its final name when it is complete.
 
-In a run of several processes all of them save and restore together, in a directory that all of them
-see. Each process writes and reads the shards of its devices, so a checkpoint of any number of
-processes and devices restores on any other.
+In a multi-process run all processes save and restore together in a shared directory. Each process
+writes and reads the shards of its own devices, and a checkpoint restores with any number of
+processes and devices.
 """
 
 import dataclasses
@@ -41,12 +40,12 @@ from megalodon_jax.train_state import TrainState, abstract_state
 
 
 class RestoredRun(NamedTuple):
-    """A run as it was after `step` updates.
+    """A restored run.
 
     Attributes:
-      state: arrays on the default device.
-      loader_state: what the loader's `state_dict` gave.
-      config: the configuration the checkpoint was made with.
+      state: the train state, sharded over the run's mesh.
+      loader_state: for the loader's `load_state_dict`.
+      config: the configuration that the checkpoint was saved with.
     """
 
     state: TrainState
@@ -55,17 +54,17 @@ class RestoredRun(NamedTuple):
 
 
 class RunCheckpoints:
-    """The checkpoints of one run directory. Saving is asynchronous: training goes on meanwhile.
+    """The checkpoints of one run directory; saving is asynchronous.
 
     Use as a context manager, or call `close`.
 
     Args:
       run_dir: the run's directory.
-      keep: newest checkpoints that stay; older ones are removed once a newer one is complete.
-      read_only: never write here, not even to clean up.
+      keep: number of newest checkpoints to keep; older ones are deleted after a save completes.
+      read_only: write and delete nothing.
 
     Raises:
-      CheckpointError: `read_only` and there is no checkpoint directory.
+      CheckpointError: `read_only`, and the directory has no checkpoints.
     """
 
     def __init__(self, run_dir: str | Path, *, keep: int = 1, read_only: bool = False) -> None:
@@ -103,8 +102,8 @@ class RunCheckpoints:
         self.close()
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints on disk, oldest first, damaged ones included."""
-        # Orbax's own list forgets an old step when a save begins, before that save is complete.
+        """Steps of the checkpoints on disk in ascending order, damaged ones included."""
+        # Orbax's list drops an old step when a save starts, not when it completes.
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
 
     def save(
@@ -115,10 +114,10 @@ class RunCheckpoints:
         config: TrainConfig,
         tokenizer_fingerprint: str,
     ) -> None:
-        """Starts to write a checkpoint; returns once the arrays may be changed again.
+        """Starts an asynchronous save; the arrays may be donated after it returns.
 
         Raises:
-          CheckpointError: this or an earlier save failed (for example: disk full).
+          CheckpointError: this or the previous save failed (for example: disk full).
         """
         self._save(
             int(state.step),
@@ -131,7 +130,7 @@ class RunCheckpoints:
     def save_params(
         self, params: nnx.State, *, config: TrainConfig, tokenizer_fingerprint: str
     ) -> None:
-        """Starts to write the weights alone, as step 0: enough to use the model, not to resume.
+        """Starts an asynchronous save of the parameters only, as step 0; it cannot be resumed.
 
         Raises:
           CheckpointError: the save failed.
@@ -143,17 +142,17 @@ class RunCheckpoints:
         )
 
     def check(self) -> None:
-        """Raises `CheckpointError` if the save that is under way has failed; does not wait."""
+        """Raises `CheckpointError` if the last save has failed; does not wait for it."""
         try:
             self._orbax.check_for_errors()
         except Exception as error:
             raise self._save_error(self._last_saved, error) from error
 
     def wait(self) -> None:
-        """Waits until the last save is complete.
+        """Waits for the last save to complete.
 
         Raises:
-          CheckpointError: it failed.
+          CheckpointError: the save failed.
         """
         try:
             self._orbax.wait_until_finished()
@@ -161,7 +160,7 @@ class RunCheckpoints:
             raise self._save_error(self._last_saved, error) from error
 
     def close(self) -> None:
-        """Waits for the last save and frees the writer's threads."""
+        """Waits for the last save and stops the writer threads."""
         try:
             self._orbax.close()
         except Exception as error:
@@ -171,7 +170,7 @@ class RunCheckpoints:
         """Configuration and tokenizer fingerprint of one checkpoint.
 
         Raises:
-          CheckpointError: it is damaged.
+          CheckpointError: the checkpoint is damaged or has another format.
         """
         run = self._restore(step, run=ocp.args.JsonRestore())["run"]
         check_format(run.get("format"), self._path(step))
@@ -179,20 +178,20 @@ class RunCheckpoints:
             return config_from_dict(run["config"]), run["tokenizer_fingerprint"]
         except (ConfigError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"checkpoint {self._path(step)} holds no usable configuration: {error}"
+                f"checkpoint {self._path(step)} has no valid configuration: {error}"
             ) from error
 
     def restore(self, step: int, config: TrainConfig, mesh: Mesh | None = None) -> RestoredRun:
-        """Reads one checkpoint to go on with `config`, whatever mesh wrote it.
+        """Restores the complete state of a run; the mesh that saved it does not matter.
 
         Args:
-          step: which one.
-          config: the run that goes on.
+          step: step of the checkpoint.
+          config: the resumed run.
           mesh: devices; None: those of `config.mesh`.
 
         Raises:
-          CheckpointError: it is damaged.
-          MismatchError: it is of another model; the fields that differ are named.
+          CheckpointError: the checkpoint is damaged.
+          MismatchError: the checkpoint is of another model; the differing fields are named.
         """
         saved, _ = self.read_run(step)
         check_same_model(saved.model, config.model, self._path(step))
@@ -203,26 +202,26 @@ class RunCheckpoints:
             opt_state=ocp.args.StandardRestore(abstract_by_name(abstract.opt_state)),
             loader=ocp.args.JsonRestore(),
         )
-        # Committed to devices like the other arrays, or the train step would be compiled twice.
-        at = np.asarray(step, np.int32)
+        # Committed to devices like the other arrays: otherwise the train step compiles twice.
+        step_array = np.asarray(step, np.int32)
         state = TrainState(
-            jax.make_array_from_callback((), abstract.step.sharding, lambda _: at),
+            jax.make_array_from_callback((), abstract.step.sharding, lambda _: step_array),
             from_names(abstract.params, items["params"]),
             from_names(abstract.opt_state, items["opt_state"]),
         )
         return RestoredRun(state, items["loader"], saved)
 
     def restore_params(self, step: int, config: TrainConfig, mesh: Mesh | None = None) -> nnx.State:
-        """Reads the parameters alone, to where a run of `config` has them.
+        """Restores the parameters only, sharded for a run of `config`.
 
         Args:
-          step: which checkpoint.
-          config: the run that starts with them.
+          step: step of the checkpoint.
+          config: the run that starts from these parameters.
           mesh: devices; None: those of `config.mesh`.
 
         Raises:
-          CheckpointError: it is damaged.
-          MismatchError: it is of another model; the fields that differ are named.
+          CheckpointError: the checkpoint is damaged.
+          MismatchError: the checkpoint is of another model; the differing fields are named.
         """
         saved, _ = self.read_run(step)
         check_same_model(saved.model, config.model, self._path(step))
@@ -231,7 +230,7 @@ class RunCheckpoints:
         return from_names(params, items["params"])
 
     def restore_model(self, step: int, config: ModelConfig) -> Megalodon:
-        """Reads the parameters alone, into a model of `config` on this process's first device.
+        """Restores the parameters only, as a model on this process's first device.
 
         Raises:
           CheckpointError: the checkpoint is damaged.
@@ -241,14 +240,14 @@ class RunCheckpoints:
         return nnx.merge(graphdef, from_names(params, items["params"]))
 
     def set_aside(self, step: int) -> Path:
-        """Renames a damaged checkpoint to `damaged_<step>`, so that its step can be saved again."""
+        """Renames a damaged checkpoint to `damaged_<step>`, which frees the name of its step."""
         source = self._path(step)
         target = source.with_name(f"damaged_{step}")
         count = 1
         while target.exists():
             count += 1
             target = source.with_name(f"damaged_{step}_{count}")
-        # No process renames before all have found the same name.
+        # Barrier: all processes choose the target before one renames.
         all_processes_ok(True)
         if is_main():
             source.rename(target)
@@ -257,7 +256,7 @@ class RunCheckpoints:
         return target
 
     def _save(self, step: int, **items: ocp.args.CheckpointArgs) -> None:
-        # Orbax would wait here too, but a failure must name its own step.
+        # Orbax would wait too, but then its error would name the wrong step.
         self.wait()
         try:
             self._orbax.save(step, args=ocp.args.Composite(**items), force=True)
@@ -266,18 +265,18 @@ class RunCheckpoints:
         self._last_saved = step
 
     def _restore(self, step: int, **items: ocp.args.CheckpointArgs) -> Mapping[str, Any]:
-        restored, failure = None, None
+        restored, error = None, None
         try:
             restored = self._read(step, items)
-        except CheckpointError as error:
-            failure = error
-        # A checkpoint that one process cannot read is refused by all.
-        all_read = all_processes_ok(failure is None)
-        if failure is not None:
-            raise failure
+        except CheckpointError as caught:
+            error = caught
+        # All processes reject a checkpoint that one of them cannot read.
+        all_read = all_processes_ok(error is None)
+        if error is not None:
+            raise error
         if restored is None or not all_read:
             raise CheckpointError(
-                f"checkpoint {self._path(step)} cannot be read by another process, which says why"
+                f"checkpoint {self._path(step)} cannot be read by another process; see its log"
             )
         return restored
 
@@ -286,7 +285,7 @@ class RunCheckpoints:
             with suppress_orphaned_read_errors(), reader(self.directory) as orbax:
                 restored = orbax.restore(step, args=ocp.args.Composite(**items))
             missing = [name for name in items if restored[name] is None]
-        # Orbax, TensorStore and the JSON parser raise many types for a truncated or missing file.
+        # Orbax, TensorStore and JSON raise various types for truncated or missing files.
         except Exception as error:
             raise CheckpointError(
                 f"checkpoint {self._path(step)} cannot be read: {reason(error)}"
@@ -299,9 +298,11 @@ class RunCheckpoints:
         return self.directory / str(step)
 
     def _save_error(self, step: int | None, error: Exception) -> CheckpointError:
-        complete = [str(at) for at in self.steps() if at != step]
+        complete = [str(saved) for saved in self.steps() if saved != step]
         usable = (
-            f"still usable: step {', '.join(complete)}" if complete else "no earlier one exists"
+            f"still usable: step {', '.join(complete)}"
+            if complete
+            else "there is no other checkpoint"
         )
         return CheckpointError(
             f"checkpoint {'' if step is None else self._path(step)} was not written: "

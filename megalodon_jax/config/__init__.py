@@ -1,8 +1,8 @@
-"""Everything that can be set: the model's shape, the data, the optimizer, the mesh, the run.
+"""Configuration of the model, data, optimizer, mesh and run.
 
-A configuration is a tree of frozen dataclasses. It is read from a TOML file (`load_config`), can be
-overridden field by field (`--optim.lr 3e-4` on the command line), and is stored resolved beside
-every checkpoint. The text under a field is its `--help`.
+A configuration is a tree of frozen dataclasses. It is read from a TOML file (`load_config`), single
+fields can be overridden on the command line (`--optim.lr 3e-4`), and the resolved configuration is
+stored in every checkpoint. The docstring of a field is its `--help` text.
 """
 
 from megalodon_jax.config.data import DataConfig

@@ -1,4 +1,4 @@
-"""Checks that every configuration makes of its own fields."""
+"""Validation of configuration fields."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_literals(config: Any, table: str) -> None:
-    """Raises `ConfigError` if a field with a `Literal` type has another value.
+    """Raises `ConfigError` if the value of a `Literal` field is not one of its choices.
 
     Args:
       config: a dataclass.
-      table: name of its table, for the message.
+      table: name of its TOML table, for the message.
     """
     for entry in dataclasses.fields(config):
         kinds = (entry.type, *get_args(entry.type))
@@ -34,12 +34,12 @@ def check_literals(config: Any, table: str) -> None:
 
 
 def check_keys(cls: type, table: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The table itself, if all its keys are fields of `cls`.
+    """Returns the table if all its keys are fields of `cls`.
 
     Raises:
-      ConfigError: a key is unknown; the closest known one is named.
+      ConfigError: a key is unknown; the closest field is suggested.
     """
-    known = [entry.name for entry in dataclasses.fields(cls)]
+    names = [entry.name for entry in dataclasses.fields(cls)]
     for key in table:
-        require(key in known, f"unknown key {key!r} in {name}{did_you_mean(key, known)}")
+        require(key in names, f"unknown key {key!r} in {name}{did_you_mean(key, names)}")
     return table

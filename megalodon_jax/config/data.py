@@ -1,4 +1,4 @@
-"""Where text comes from and how it becomes rows of tokens."""
+"""Configuration of the data: text sources, tokenizer, packing."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,48 +8,48 @@ from megalodon_jax.config.checks import check_literals, require
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where text comes from and how it becomes rows of tokens."""
+    """Text sources, tokenizer, and packing into rows."""
 
     source: Literal["python_stdlib", "files", "tfds"] = "python_stdlib"
-    """The Python standard library's own source text, text files, or a prepared TFDS data set."""
+    """Text source: the Python standard library's code, files, or a prepared TFDS data set."""
     files: tuple[str, ...] = ()
-    """Paths or globs of training text: plain, .gz, .jsonl, .parquet (source `files`)."""
+    """Paths or globs of training files: plain text, .gz, .jsonl, .parquet (source `files`)."""
     heldout_files: tuple[str, ...] = ()
-    """Paths or globs of held-out text; if empty, documents are split off by `heldout_fraction`."""
+    """Paths or globs of held-out files; if empty, `heldout_fraction` applies."""
     heldout_fraction: float = 0.05
-    """Fraction of documents kept out of training, chosen by a hash of each document's name."""
+    """Fraction of documents held out from training, selected by a hash of the document's name."""
     text_field: str = "text"
-    """Field that holds the text in .jsonl and .parquet files and in TFDS examples."""
+    """Field with the text in .jsonl and .parquet files and in TFDS examples."""
     document_separator: str = ""
-    """Splits a plain text file into documents, such as "\\u0000"; empty: a file is a document."""
+    """Separator of documents in plain text files, such as "\\u0000"; empty: one per file."""
     tfds_name: str = ""
-    """Name of the TFDS data set, with its config and version if needed."""
+    """Name of the TFDS data set, with config and version if needed."""
     tfds_dir: str = ""
-    """Directory of prepared TFDS data sets; nothing is ever downloaded."""
+    """Directory of prepared TFDS data sets; nothing is downloaded."""
     tfds_split: str = "train"
-    """TFDS split to train on."""
+    """TFDS split for training."""
     tfds_heldout_split: str = "validation"
-    """TFDS split held out."""
+    """TFDS split for held-out evaluation."""
     tokenizer: str = "bytes"
     """`bytes`, or the path of a `tokenizer.json` (tokenizers) or `.model` (sentencepiece) file."""
     seq_len: int = 1024
-    """Tokens in a row."""
+    """Tokens per row."""
     batch_size: int = 8
-    """Rows in a batch, over all devices."""
+    """Rows of a global batch, over all devices."""
     packing: Literal["pack", "pad"] = "pack"
-    """Pack documents into full rows, each its own segment; or one piece of a document a row."""
+    """Pack several documents into a row as segments, or pad rows with one document each."""
     shuffle_seed: int = 0
-    """Seed of the order of documents."""
+    """Seed of the document order."""
     num_shards: int = 0
-    """Parts that the documents of training are dealt out to, each with its own rows of every batch.
-    Batches depend on it, not on the processes that load them. 0: as many as there are processes
-    with rows of their own when the run starts; a resumed run keeps its number."""
+    """Data shards: groups of training documents, each of which fills its own rows of every batch.
+    Batches depend on this number, not on the number of processes. 0: the number of processes that
+    load different rows when the run starts; a resumed run keeps the number."""
     num_workers: int = 0
-    """Processes that read and tokenize a shard beside the main one."""
+    """Worker processes that read and tokenize each data shard; 0: a thread of the main process."""
 
     def __post_init__(self) -> None:
         check_literals(self, "data")
-        require(self.seq_len >= 2, f"data.seq_len is {self.seq_len}; a row needs at least 2 tokens")
+        require(self.seq_len >= 2, f"data.seq_len is {self.seq_len}; must be at least 2")
         require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; must be at least 1")
         require(self.num_shards >= 0, f"data.num_shards is {self.num_shards}; must not be negative")
         require(

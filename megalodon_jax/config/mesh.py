@@ -1,4 +1,4 @@
-"""The mesh of devices, and the processes of a run on several hosts."""
+"""Configuration of the device mesh and of multi-process runs."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -9,54 +9,57 @@ from megalodon_jax.presets import read_preset
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many parts the run is split into along each axis; one of them may be -1: the rest."""
+    """Sizes of the mesh axes; one of them may be -1 for all remaining devices."""
 
     replica: int = 1
-    """Whole copies of the weights: the slices of a multi-slice job, or plain data parallelism."""
+    """Size of the replica axis: full copies of the weights (data parallelism, multi-slice jobs)."""
     data: int = 1
-    """Parts of the batch; weights and optimizer state are split over them too (FSDP)."""
+    """Size of the data axis: rows, weights and optimizer state are sharded over it (FSDP)."""
     chunk: int = 1
-    """Parts of the sequence; each holds whole attention chunks."""
+    """Size of the chunk axis: sequences are sharded in whole chunks (context parallelism)."""
     model: int = 1
-    """Parts of heads, features and vocabulary (tensor parallelism)."""
+    """Size of the model axis: heads, features and vocabulary are sharded (tensor parallelism)."""
 
     def __post_init__(self) -> None:
         sizes = {axis: getattr(self, axis) for axis in ("replica", "data", "chunk", "model")}
         for name, size in sizes.items():
-            require(size == -1 or size >= 1, f"mesh.{name} is {size}; use 1 or more, or -1")
+            require(
+                size == -1 or size >= 1,
+                f"mesh.{name} is {size}; use 1 or more, or -1 for the remaining devices",
+            )
         require(
             list(sizes.values()).count(-1) <= 1,
-            "mesh has -1 more than once; only one axis can take the devices that are left",
+            "mesh has -1 more than once; only one axis can take the remaining devices",
         )
 
     @classmethod
     def from_preset(cls, name: str, **overrides: int) -> Self:
-        """A named mesh, read from `configs/meshes/<name>.toml`, with some axes changed."""
+        """A named mesh from `configs/meshes/<name>.toml`, with overrides."""
         table = read_preset("meshes", name)
         return cls(**check_keys(cls, {**table, **overrides}, "mesh"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessesConfig:
-    """How the processes of a run on several hosts find one another."""
+    """Initialization of a multi-process run."""
 
     coordinator: str = ""
-    """Address of process 0, "host:port"; with `count` and `index`, if they are not detected."""
+    """Address of process 0 as "host:port", together with `count` and `index`; empty: detect."""
     count: int = 0
-    """Processes of the run."""
+    """Number of processes."""
     index: int = -1
-    """Which of them this one is, from 0."""
+    """Index of this process, from 0."""
     detect: bool = True
-    """Without a coordinator, join the processes of a TPU pod, SLURM or Open MPI. Under the last two
-    a process gets one GPU, that of its place on the host, unless JAX_LOCAL_DEVICE_IDS lists more.
-    """
+    """Detect the processes of a TPU pod, SLURM or Open MPI if there is no coordinator. Under SLURM
+    and Open MPI a process gets one GPU, that of its local rank, unless JAX_LOCAL_DEVICE_IDS lists
+    more."""
 
     def __post_init__(self) -> None:
         given = [bool(self.coordinator), self.count != 0, self.index != -1]
         require(
             all(given) or not any(given),
             f"processes.coordinator is {self.coordinator!r}, count {self.count}, index "
-            f"{self.index}; set all three, or none",
+            f"{self.index}; set all three or none",
         )
         if any(given):
             require(

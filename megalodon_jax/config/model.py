@@ -1,4 +1,4 @@
-"""The shape of a MEGALODON model and how it computes."""
+"""Configuration of the model: sizes, dtypes, rematerialization, implementations."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -15,81 +15,81 @@ ModelOperation = Literal["cema", "timestep_norm", "attention", "rowwise"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a MEGALODON model and how it computes. Defaults are `mega200M`'s."""
+    """Sizes and numerics of a MEGALODON model; the defaults are those of `mega200M`."""
 
     kind: Literal["megalodon"] = "megalodon"
-    """Architecture of the model."""
+    """Architecture."""
     num_layers: int = 12
-    """Blocks, each one gated chunk attention and one feed-forward network."""
+    """Number of blocks, each a gated chunk attention and a feed-forward network."""
     model_dim: int = 1024
     """Width D of the residual stream."""
     z_dim: int = 256
-    """Width Z of queries and keys, all heads together."""
+    """Width Z of queries and keys, over all heads."""
     value_dim: int = 2048
-    """Width E of values and of their gate, all heads together."""
+    """Width E of values and of their gate, over all heads."""
     num_heads: int = 1
-    """Attention heads H."""
+    """Number of attention heads H."""
     ffn_hidden_dim: int = 2560
     """Hidden width F of the feed-forward network."""
     cema_ndim: int = 16
-    """Orders N of the complex moving average in every channel, 1 to 32."""
+    """Order N of the complex moving average (CEMA), 1 to 32."""
     chunk_size: int = 2048
-    """Tokens C that attend to one another; attention never crosses a chunk."""
+    """Tokens C of an attention chunk; attention does not cross chunks."""
     vocab_size: int = 32_000
-    """Rows V of the embedding."""
+    """Number of token ids V, the rows of the embedding."""
     output_size: int | None = None
-    """Columns of the output matrix; `vocab_size` if not set."""
+    """Columns of the output matrix; None: `vocab_size`."""
     norm_num_groups: int = 32
-    """Feature groups G of every TimestepNorm."""
+    """Number of feature groups G in TimestepNorm."""
     norm_affine: bool = True
-    """Learned scale (and bias) in RMSNorm and LayerNorm. TimestepNorm always has them."""
+    """Learned scale (and bias) in RMSNorm and LayerNorm; TimestepNorm always has them."""
     norm_eps: float = 1e-5
-    """Added to variances before the square root."""
+    """Epsilon added to variances."""
     norm_prior_count: int = 0
-    """Tokens that TimestepNorm's learned prior weighs; 0: none, as in every released model."""
+    """Weight of TimestepNorm's learned prior in tokens; 0: no prior, as in all released models."""
     rope_base: float = 10_000.0
-    """Base of the rotary angles."""
+    """Base of the rotary position embedding."""
     swiglu: bool = False
-    """Gate the feed-forward network: (silu(x W1) * (x W3)) W2."""
+    """SwiGLU feed-forward network: (silu(x W1) * (x W3)) W2."""
     rescale_nffn: bool = False
-    """Multiply the feed-forward output by a learned vector that starts at 0.1 * 0.5^layer."""
+    """Multiply the feed-forward output by a learned vector with initial value 0.1 * 0.5^layer."""
     scale_emb: bool = False
     """Multiply embeddings by sqrt(model_dim)."""
     share_emb: bool = False
-    """Use the embedding, transposed, as the output matrix."""
+    """Tie the output matrix to the embedding."""
     init_mode: InitMode = "he"
-    """Start values of the linear weights."""
+    """Initializer of the linear weights."""
     dropout: float = 0.0
-    """Dropped fraction of embeddings and of both sub-layers' outputs."""
+    """Dropout rate of embeddings and of both sub-layers' outputs."""
     hidden_dropout: float = 0.0
-    """Dropped fraction inside the sub-layers."""
+    """Dropout rate of hidden activations inside the sub-layers."""
     attention_dropout: float = 0.0
-    """Dropped fraction of attention."""
+    """Dropout rate of attention."""
     attention_dropout_mode: Literal["softmax", "dropkey"] = "softmax"
-    """Where attention drops: weights after the softmax, or scores before it (DropKey)."""
+    """Attention dropout of the weights after the softmax, or of the scores before it (DropKey)."""
     dtype: DType = "float32"
-    """Type of matrix products and activations. Norms, CEMA, softmax and logits stay float32."""
+    """Dtype of matrix products and activations; norms, CEMA, softmax and logits are float32."""
     param_dtype: DType = "float32"
-    """Type in which weights are kept. CEMA's parameters stay float32."""
+    """Dtype of the parameters; those of CEMA are float32."""
     remat: Remat = "none"
-    """What the backward pass computes again beside pointwise work: nothing ("none"), TimestepNorm,
-    CEMA and the projections that attention needs ("inputs"), all but matrix products ("dots"), or
-    whole blocks ("block"). In this order memory falls."""
+    """Rematerialization in the backward pass, in order of falling memory: "none" (only pointwise
+    operations), "inputs" (also TimestepNorm, CEMA and the projections that attention needs), "dots"
+    (all but matrix products), "block" (whole blocks)."""
     scan_layers: bool = True
-    """Run the blocks in one loop, so that compile time does not grow with depth. False writes them
-    out one after another, which compiles longer and saves the loop's copies of activations."""
+    """Run the blocks in one `scan`, so that compile time does not grow with depth. False unrolls
+    the blocks, which compiles longer and avoids the scan's copies of activations."""
     implementation: Implementation | None = None
-    """Implementation of all operations, in place of the four settings below; if not set, they
-    decide. `pallas_tpu` has no kernels for norms and gates, which then use `xla`."""
+    """Implementation of all operations; overrides the four settings below. With `pallas_tpu`, norms
+    and gates use `xla`, because they have no TPU kernels."""
     cema_implementation: Implementation | None = None
-    """Implementation of CEMA; the fastest known for the platform if not set."""
+    """Implementation of CEMA; None: the fastest known for the platform."""
     timestep_norm_implementation: Implementation | None = None
-    """Implementation of TimestepNorm; the fastest known for the platform if not set."""
+    """Implementation of TimestepNorm; None: the fastest known for the platform."""
     attention_implementation: Implementation | None = None
-    """Implementation of chunk attention; the fastest known for the platform if not set."""
+    """Implementation of chunk attention; None: the fastest known for the platform."""
     rowwise_implementation: Implementation | None = None
-    """Implementation of RMSNorm, LayerNorm and SiLU gates; the fastest known for the platform if
-    not set."""
+    """Implementation of RMSNorm, LayerNorm and SiLU gates; None: the fastest known for the
+    platform."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -111,7 +111,7 @@ class ModelConfig:
             )
         require(
             self.head_dim % 2 == 0,
-            f"z_dim / num_heads is {self.head_dim}; rotary pairs need an even number",
+            f"z_dim / num_heads is {self.head_dim}; must be even for rotary pairs",
         )
         require(
             self.model_dim % self.norm_num_groups == 0 and self.model_dim > self.norm_num_groups,
@@ -121,8 +121,8 @@ class ModelConfig:
         for name in ("dtype", "param_dtype"):
             require(
                 getattr(self, name) != "float16",
-                f"model.{name} float16 is refused: its range (65,504) overflows in the gated "
-                "products and needs loss scaling; use bfloat16",
+                f"model.{name} is 'float16', which overflows (at 65,504) in the gated products and "
+                "needs loss scaling; use 'bfloat16'",
             )
         check_literals(self, "model")
         require(
@@ -132,8 +132,8 @@ class ModelConfig:
         )
         require(
             not self.share_emb or self.output_size in (None, self.vocab_size),
-            f"share_emb needs output_size == vocab_size, got {self.output_size} and "
-            f"{self.vocab_size}",
+            f"model.output_size is {self.output_size} and vocab_size {self.vocab_size}; with "
+            "share_emb they must be equal",
         )
 
     @property
@@ -147,7 +147,7 @@ class ModelConfig:
         return self.value_dim // self.num_heads
 
     def implementation_of(self, operation: ModelOperation) -> Implementation | None:
-        """The implementation that an operation uses; None: the fastest known for the platform."""
+        """The implementation of an operation; None: the fastest known for the platform."""
         if self.implementation == "pallas_tpu" and operation == "rowwise":
             return "xla"
         return self.implementation or getattr(self, f"{operation}_implementation")
@@ -159,6 +159,6 @@ class ModelConfig:
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
-        """A named size, read from `configs/models/<name>.toml`, with some fields changed."""
+        """A named size from `configs/models/<name>.toml`, with overrides."""
         table = read_preset("models", name)
         return cls(**check_keys(cls, {**table, **overrides}, "model"))

@@ -1,4 +1,4 @@
-"""The optimizer and its learning-rate schedule."""
+"""Configuration of the optimizer and its learning-rate schedule."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,30 +8,30 @@ from megalodon_jax.config.checks import check_literals, require
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its schedule, as in the released code (every parameter decays)."""
+    """AdamW and its schedule, as released (weight decay of every parameter)."""
 
     lr: float = 1e-3
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape of the decay after warm-up."""
+    """Decay of the learning rate after the warmup."""
     warmup_steps: int = 100
-    """Steps in which the rate rises from lr * init_ratio to lr."""
+    """Steps of the linear warmup from lr * init_ratio to lr."""
     init_ratio: float = 1e-4
-    """First rate over the peak rate."""
+    """Initial learning rate as a fraction of lr."""
     end_ratio: float = 0.01
-    """Last rate over the peak rate."""
+    """Final learning rate as a fraction of lr."""
     beta1: float = 0.9
-    """Decay of the gradient's moving average."""
+    """Decay rate of the first moment."""
     beta2: float = 0.95
-    """Decay of the squared gradient's average: 0.95 for large models, 0.98 for small ones."""
+    """Decay rate of the second moment: 0.95 for large models, 0.98 for small ones."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Epsilon added to the square root of the second moment."""
     weight_decay: float = 0.1
-    """Decoupled weight decay, times the learning rate."""
+    """Decoupled weight decay, multiplied by the learning rate."""
     clip_norm: float = 1.0
-    """Largest global norm of the gradient; 0 means no clipping."""
+    """Clip the gradient to this global norm; 0: no clipping."""
     accumulate_steps: int = 1
-    """Batches whose gradients make one update, weighted by their tokens."""
+    """Gradient accumulation: batches per update, weighted by their tokens."""
 
     def __post_init__(self) -> None:
         check_literals(self, "optim")

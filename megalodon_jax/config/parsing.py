@@ -1,4 +1,4 @@
-"""From TOML files and nested tables to a `TrainConfig`."""
+"""Parsing of TOML files and nested tables into a `TrainConfig`."""
 
 import dataclasses
 import tomllib
@@ -16,12 +16,12 @@ from megalodon_jax.errors import ConfigError
 def load_config(path: str | Path) -> TrainConfig:
     """Reads a `TrainConfig` from a TOML file.
 
-    `[model]` and `[mesh]` may hold `preset = "<name>"`: the named size or mesh, with the
-    table's other keys changed.
+    `[model]` and `[mesh]` may have a key `preset`, the name of a shipped size or mesh; the other
+    keys of the table override its values.
 
     Raises:
-      ConfigError: the file is missing or malformed, a key is unknown (the closest known one is
-        named), or a value has the wrong type or is out of range.
+      ConfigError: the file is missing or malformed, a key is unknown (the closest field is
+        suggested), or a value has the wrong type or is out of range.
     """
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -41,16 +41,16 @@ def config_from_dict(table: Mapping[str, Any]) -> TrainConfig:
 
     table = dict(table)
     for name, kind in (("model", ModelConfig), ("mesh", MeshConfig)):
-        part = table.get(name, {})
-        require(isinstance(part, Mapping), f"{name} must be a table, got {part!r}")
-        part = dict(part)
-        if preset := part.pop("preset", None):
-            table[name] = {**dataclasses.asdict(kind.from_preset(preset)), **part}
+        fields = table.get(name, {})
+        require(isinstance(fields, Mapping), f"{name} must be a table, got {fields!r}")
+        fields = dict(fields)
+        if preset := fields.pop("preset", None):
+            table[name] = {**dataclasses.asdict(kind.from_preset(preset)), **fields}
     _check_nested_keys(TrainConfig, table, "")
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
     for scalar in (int, float, str, bool):
         converter.register_structure_hook(scalar, _strict_scalar)
-    # Choices are checked by the dataclasses themselves, whose messages are better.
+    # The dataclasses check their choices themselves, with better messages.
     converter.register_structure_hook_func(
         lambda kind: get_origin(kind) is Literal, lambda value, _: value
     )

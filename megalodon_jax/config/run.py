@@ -1,4 +1,4 @@
-"""One training run: all the other configurations, and the settings of the run itself."""
+"""Configuration of a training run."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,7 +12,7 @@ from megalodon_jax.config.optimizer import OptimConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run."""
+    """A training run: model, data, optimizer, mesh and settings of the loop."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -24,35 +24,35 @@ class TrainConfig:
     run_dir: str = "runs/default"
     """Directory of the run's checkpoints, logs and resolved configuration."""
     steps: int = 1000
-    """Updates of the weights."""
+    """Number of updates."""
     seed: int = 0
-    """Seed of start values and dropout."""
+    """Seed of parameter initialization and dropout."""
     z_loss: float = 0.0
-    """Weight of log(Z)^2, which keeps logits near zero."""
+    """Weight of the z-loss log(Z)^2, which keeps the logits' log-normalizer near 0."""
     loss_chunk_size: int = 2048
-    """Tokens whose logits exist at a time in the loss."""
+    """Tokens per slice of the loss; logits exist for one slice at a time."""
     log_every: int = 10
-    """Steps between lines of metrics."""
+    """Steps between log lines."""
     eval_every: int = 200
-    """Steps between held-out measurements; 0: only at the end."""
+    """Steps between held-out evaluations; 0: only at the end."""
     eval_batches: int = 8
-    """Batches of a held-out measurement during training."""
+    """Batches of a held-out evaluation during training."""
     final_eval_batches: int = 64
-    """Batches of the held-out measurement at the end."""
+    """Batches of the final held-out evaluation."""
     checkpoint_every: int = 200
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 3
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     init_from: str = ""
-    """Start with the weights of this run_dir, trained or converted; empty: fresh weights."""
+    """Initialize the weights from this run_dir, trained or converted; empty: random weights."""
     resume: bool = False
-    """Go on from the newest checkpoint in `run_dir`."""
+    """Resume from the newest checkpoint in `run_dir`."""
     sample_tokens: int = 256
-    """Tokens of generated text shown at the end; 0: none."""
+    """Tokens of the text sample generated at the end; 0: no sample."""
     sample_prompt: str = ""
-    """Start of the generated text."""
+    """Prompt of the text sample."""
     wandb_project: str = ""
-    """Also log to this Weights & Biases project; empty: no."""
+    """Weights & Biases project to log to; empty: none."""
 
     def __post_init__(self) -> None:
         check_literals(self, "config")

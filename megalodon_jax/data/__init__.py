@@ -1,7 +1,7 @@
-"""From text to batches: sources of documents, tokenizers, and a loader that can be resumed exactly.
+"""Data loading: document sources, tokenizers, packing, and a loader that resumes exactly.
 
-Importing this package needs only numpy; the libraries for loading and for file formats are imported
-when they are used.
+Importing this package needs only numpy: grain and the libraries of file formats are imported on
+first use.
 """
 
 from megalodon_jax.data.loader import Loader, make_loader, merge_states

@@ -1,4 +1,4 @@
-"""Batches from a configuration: endless for training, one exact pass for measuring."""
+"""Batches of a configuration: endless for training, one exact pass for evaluation."""
 
 import json
 import weakref
@@ -21,11 +21,10 @@ STATE_VERSION = 2
 
 
 class Loader(Iterator[Batch]):
-    """An iterator over batches of numpy arrays that can be saved and restored exactly.
+    """An iterator over batches of numpy arrays whose state can be saved and restored exactly.
 
-    Made by `make_loader`. Batches are prepared by a thread, or by processes, for each shard that
-    has some of the loader's rows; they start with the first batch. A loader must be used by one
-    thread at a time.
+    `make_loader` makes it. Each data shard that holds rows of this loader is read ahead by a thread
+    or by worker processes, which start with the first batch. A loader is not thread-safe.
     """
 
     def __init__(
@@ -43,56 +42,59 @@ class Loader(Iterator[Batch]):
         self._counts_bytes = counts_bytes
         self._any_num_shards = any_num_shards
         self._opened: dict[int, grain.DatasetIterator[CountedBatch]] = {}
-        # Closed and dropped at exit at the latest: grain's iterators, closed or not, print an error
-        # from `__del__` if they outlive their modules.
+        # Closed at exit at the latest: grain's iterators print an error from `__del__` if they
+        # outlive their modules.
         self._finalizer = weakref.finalize(self, _close_all, self._opened)
         self._open(settings["num_shards"])
 
     def _open(self, num_shards: int) -> None:
-        share = self._settings["batch_size"] // num_shards
-        needed = sorted({row // share for row in self._rows})
+        rows_per_shard = self._settings["batch_size"] // num_shards
+        needed = sorted({row // rows_per_shard for row in self._rows})
         _close_all(self._opened)
         for index in needed:
             self._opened[index] = iter(self._open_shard(index, num_shards))
-        # The loader's rows among those of its shards, laid end to end.
-        self._kept = [needed.index(row // share) * share + row % share for row in self._rows]
-        self._keeps_all = len(self._kept) == len(needed) * share
-        self._start = {index: shard.get_state() for index, shard in self._opened.items()}
+        # Indices of the loader's rows in the concatenated rows of the opened shards.
+        self._row_indices = [
+            needed.index(row // rows_per_shard) * rows_per_shard + row % rows_per_shard
+            for row in self._rows
+        ]
+        self._has_all_rows = len(self._row_indices) == len(needed) * rows_per_shard
+        self._initial_states = {index: shard.get_state() for index, shard in self._opened.items()}
 
     @property
     def _shards(self) -> "dict[int, grain.DatasetIterator[CountedBatch]]":
         if not self._opened:
-            raise ValueError("this loader is closed; make a new one")
+            raise ValueError("the loader is closed; make a new one with make_loader")
         return self._opened
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch: (rows, seq_len) arrays, the loader's rows of the global batch.
+        """The next batch: arrays (rows, seq_len) with the loader's rows of the global batch.
 
         Raises:
-          StopIteration: the pass is over (never with `repeat`).
+          StopIteration: the single pass has ended (never with `repeat`).
           DataError: a document cannot be read.
         """
         return self._next().batch
 
     def _next(self) -> CountedBatch:
-        parts = [next(shard) for shard in self._shards.values()]
-        arrays = zip(*(part.batch for part in parts), strict=True)
-        joined = (same[0] if len(same) == 1 else np.concatenate(same) for same in arrays)
-        batch = Batch(*(array if self._keeps_all else array[self._kept] for array in joined))  # type: ignore[arg-type]
-        return CountedBatch(batch, sum(part.num_bytes for part in parts))
+        shard_batches = [next(shard) for shard in self._shards.values()]
+        fields = zip(*(counted.batch for counted in shard_batches), strict=True)
+        joined = (arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for arrays in fields)
+        batch = Batch(*(a if self._has_all_rows else a[self._row_indices] for a in joined))  # type: ignore[arg-type]
+        return CountedBatch(batch, sum(counted.num_bytes for counted in shard_batches))
 
     def with_bytes(self) -> "Iterator[CountedBatch]":
-        """The same batches, each with the bytes of text that its weighted targets stand for.
+        """The same batches, each with the number of text bytes that its weighted targets encode.
 
-        The count is over all rows of the global batch. Over complete documents the counts add
-        up to exactly their UTF-8 bytes, so bits per byte = total loss in nats / ln 2 / total
-        bytes, where the loss includes that of the closing marks.
+        Bytes are counted over all rows of the global batch. Over complete documents the counts add
+        up to their UTF-8 bytes, so bits per byte = total loss in nats / ln 2 / total bytes, with
+        the loss of the end-of-document tokens included.
 
         Raises:
-          ValueError: this loader repeats; only single passes count.
+          ValueError: this loader was made with `repeat`; only single passes count bytes.
         """
         if not self._counts_bytes:
             raise ValueError(
@@ -109,34 +111,34 @@ class Loader(Iterator[Batch]):
             yield counted
 
     def rewind(self) -> None:
-        """Goes back to the first batch."""
+        """Restarts at the first batch."""
         for index, shard in self._shards.items():
-            shard.set_state(self._start[index])
+            shard.set_state(self._initial_states[index])
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this loader is, as JSON values: its settings, and the position of each shard.
+        """The loader's state as JSON values: its settings and the position in each data shard.
 
-        It holds the shards that have some of the loader's rows; `merge_states` joins the states of
-        loaders that have the others.
+        Only the data shards of this loader's rows are included; `merge_states` merges the states of
+        all loaders of a run.
         """
         positions = {str(index): shard.get_state() for index, shard in self._shards.items()}
         state = {"version": STATE_VERSION, "settings": self._settings, "shards": positions}
         return json.loads(json.dumps(state))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a saved state: the following batches are bitwise those that followed it.
+        """Restores a saved state: the next batches are bitwise those that followed it.
 
-        The number of shards becomes that of the state, unless the configuration names one. The rows
-        of the loader may be others than those of the loaders that saved it.
+        The number of data shards is taken from the state unless the configuration sets it. This
+        loader may have other rows than the loaders that saved the state.
 
         Raises:
-          DataError: the state was saved with other data or settings (those that differ are named),
-            or lacks a shard.
+          DataError: the state was saved with other data or settings (the differing ones are named),
+            or a data shard is missing.
         """
         if state.get("version") != STATE_VERSION:
             raise DataError(
-                f"the data state has version {state.get('version')!r}, "
-                f"this code reads {STATE_VERSION}"
+                f"the loader state has version {state.get('version')!r}, this version reads "
+                f"{STATE_VERSION}; use the version of megalodon-flax that saved it"
             )
         saved = state["settings"]
         changes = [
@@ -145,20 +147,22 @@ class Loader(Iterator[Batch]):
             if saved.get(key) != value and not (key == "num_shards" and self._any_num_shards)
         ]
         if changes:
-            raise DataError(f"cannot continue in changed data: {'; '.join(changes)}")
+            raise DataError(
+                f"cannot resume with changed data: {'; '.join(changes)}; restore the saved settings"
+            )
         if saved["num_shards"] != self._settings["num_shards"]:
             self._settings = {**self._settings, "num_shards": saved["num_shards"]}
             self._open(saved["num_shards"])
         if missing := [str(index) for index in self._shards if str(index) not in state["shards"]]:
             raise DataError(
-                f"the data state lacks shard {', '.join(missing)} of {saved['num_shards']}; join "
-                "the states of all processes with merge_states"
+                f"the loader state lacks data shard {', '.join(missing)} of {saved['num_shards']}; "
+                "merge the states of all processes with merge_states"
             )
         for index, shard in self._shards.items():
             shard.set_state(state["shards"][str(index)])
 
     def close(self) -> None:
-        """Stops the thread or the processes that prepare batches; the loader is of no use then."""
+        """Stops the read-ahead threads or processes; the loader cannot be used afterwards."""
         self._finalizer()
 
 
@@ -168,17 +172,22 @@ def _close_all(opened: "dict[int, grain.DatasetIterator[CountedBatch]]") -> None
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One state from those of several loaders of a run, taken after the same number of batches.
+    """Merges the states of all loaders of a run, saved after the same number of batches.
 
     Raises:
-      DataError: they are of different runs, or together lack a shard.
+      DataError: the settings differ, or a data shard has no state.
     """
     settings = states[0]["settings"]
     if any(state["settings"] != settings for state in states):
-        raise DataError("the processes load different data; give all the same settings and files")
+        raise DataError(
+            "the processes load different data; use the same settings and files in all of them"
+        )
     shards = {index: position for state in states for index, position in state["shards"].items()}
     if len(shards) != settings["num_shards"]:
-        raise DataError(f"{len(shards)} of {settings['num_shards']} shards have a state; all must")
+        raise DataError(
+            f"{len(shards)} of {settings['num_shards']} data shards have a state; pass the states "
+            "of all processes"
+        )
     return {"version": STATE_VERSION, "settings": settings, "shards": shards}
 
 
@@ -191,40 +200,40 @@ def make_loader(
     default_shards: int = 1,
     repeat: bool,
 ) -> Loader:
-    """Makes the loader of one side of the data.
+    """Makes the loader of one split.
 
-    With `repeat` it never ends: every epoch has a new order of documents (`shuffle_seed`), and of
-    rows within windows of 2^20 tokens. Of S shards, shard s reads every S-th document and makes
-    rows s·batch_size/S and following, so batches do not depend on who loads which rows. An epoch's
-    last row is padded, so that it has every target exactly once. `num_workers` processes help where
-    tokenization is slow (bytes are faster without: 6 to 30 MB/s on one core).
+    With `repeat` it is endless: every epoch reshuffles the documents (`shuffle_seed`), and rows
+    within windows of 2^20 tokens. With S data shards, shard s reads every S-th document and fills
+    the rows from s·batch_size/S on, so batches do not depend on which process loads which rows. The
+    last row of an epoch is padded, so that an epoch has every target exactly once. `num_workers`
+    processes help where tokenization is slow (bytes are faster without: 6 to 30 MB/s on one core).
 
-    Without, it is one pass in a mixed order that never changes, so that its first batches stand for
-    the whole; rows of padding complete the last batch. Every loader packs all rows and keeps its
-    own, so all processes make equally many batches.
+    Without `repeat` it is a single pass in a fixed random order, so that the first batches are
+    representative; padding rows complete the last batch. Every loader packs all rows and returns
+    its own, so all processes get the same number of batches.
 
     Args:
       config: source, tokens per row, packing.
       tokenizer: from `load_tokenizer`.
       split: `"train"` or `"heldout"`.
-      rows: which rows of the global batch this loader gives, rising; None: all.
-      default_shards: shards if `config.num_shards` is 0.
-      repeat: endless and shuffled, or one pass.
+      rows: rows of the global batch that this loader returns, ascending; None: all.
+      default_shards: number of data shards if `config.num_shards` is 0.
+      repeat: endless and shuffled, or a single pass.
 
     Raises:
-      DataError: the data is empty or unreadable, there are too few documents for the shards, or
-        rows cannot be dealt out to them.
+      DataError: the data is empty or unreadable, there are fewer documents than shards, or the
+        rows do not divide by them.
     """
     rows = range(config.batch_size) if rows is None else rows
     if not rows or sorted({*rows} & {*range(config.batch_size)}) != list(rows):
         raise DataError(
-            f"rows are {list(rows)}; must be some of 0 to {config.batch_size - 1}, rising, for "
-            "these are the rows of data.batch_size"
+            f"rows are {list(rows)}; use ascending indices from 0 to {config.batch_size - 1}, the "
+            "rows of data.batch_size"
         )
     num_shards = (config.num_shards or default_shards) if repeat else 1
     source = open_source(config, split)
     if repeat:
-        _check_shares(len(source), config, num_shards)
+        _check_shards(len(source), config, num_shards)
     _require_tokens(source, tokenizer, split)
     settings = {
         "split": split, "repeat": repeat, "documents": source.fingerprint(),
@@ -245,7 +254,7 @@ def make_loader(
 def _shard_opener(
     source: Source, tokenizer: Tokenizer, config: DataConfig, *, repeat: bool
 ) -> "Callable[[int, int], grain.IterDataset[CountedBatch]]":
-    # Imported here so that the package imports where grain is not installed.
+    # A local import: this package imports without grain.
     from megalodon_jax.data import pipeline
 
     def open_shard(shard: int, num_shards: int) -> "grain.IterDataset[CountedBatch]":
@@ -258,16 +267,16 @@ def _shard_opener(
     return open_shard
 
 
-def _check_shares(num_documents: int, config: DataConfig, num_shards: int) -> None:
+def _check_shards(num_documents: int, config: DataConfig, num_shards: int) -> None:
     if config.batch_size % num_shards:
         raise DataError(
-            f"data.batch_size {config.batch_size} does not divide by {num_shards} shards; set "
+            f"data.batch_size {config.batch_size} does not divide by {num_shards} data shards; set "
             "data.num_shards to one of its divisors"
         )
     num_readers = num_shards * max(1, config.num_workers)
     if num_documents < num_readers:
         raise DataError(
-            f"{num_documents} documents cannot be shared by {num_shards} shards with "
+            f"{num_documents} documents are too few for {num_shards} data shards with "
             f"{config.num_workers} workers each; lower data.num_shards or data.num_workers, or set "
             "data.document_separator"
         )
@@ -279,4 +288,7 @@ def _check_shares(num_documents: int, config: DataConfig, num_shards: int) -> No
 
 def _require_tokens(source: Source, tokenizer: Tokenizer, split: Split) -> None:
     if not any(len(tokenizer.encode(document.text)) for document in source):
-        raise DataError(f"the {len(source)} documents of split {split!r} hold no token at all")
+        raise DataError(
+            f"the {len(source)} documents of split {split!r} have no token; check the files and "
+            "data.text_field"
+        )

@@ -1,9 +1,9 @@
-"""Token documents to rows, rows to batches, in numpy.
+"""Packing of token documents into rows and batches, in numpy.
 
-A document is the stream mark + tokens + mark. Its inputs are all but the last of the stream, its
-targets all but the first, so every token and the closing mark are a target exactly once. A stream
-that does not fit is cut: the rest is a new segment in a later row, whose first input is the last
-target before the cut.
+A document is the stream bos + tokens + eos. Its inputs are the stream without the last token, its
+targets the stream without the first, so every token and eos is a target exactly once. A stream that
+does not fit into a row is cut: the rest is a new segment in a later row, and its first input is the
+last target before the cut.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from megalodon_jax.typing import Batch
 
 
 class TokenDocument(NamedTuple):
-    """A document as tokens.
+    """A tokenized document.
 
     Attributes:
-      stream: mark, tokens, mark.
-      num_bytes: bytes of text that each target, `stream[1:]`, stands for; 0 if not counted.
-      epoch: the pass over the data that this document was read in.
+      stream: bos, tokens, eos.
+      num_bytes: text bytes that each target `stream[1:]` encodes; 0 if not counted.
+      epoch: number of the pass over the data, from 0.
     """
 
     stream: Int32[np.ndarray, " n"]
@@ -32,7 +32,7 @@ class TokenDocument(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row of a batch (see `Batch`), and the bytes of text that its targets stand for."""
+    """One row of a batch (see `Batch`), and the text bytes that its targets encode."""
 
     tokens: Int32[np.ndarray, " L"]
     targets: Int32[np.ndarray, " L"]
@@ -41,9 +41,9 @@ class Row(NamedTuple):
 
 
 class CountedBatch(NamedTuple):
-    """A batch, and the bytes of text that its weighted targets stand for.
+    """A batch, and the text bytes that its weighted targets encode.
 
-    Where a process has only some of a batch's rows, the bytes are those of all.
+    Where the batch holds only one process's rows, the bytes are those of the global batch.
     """
 
     batch: Batch
@@ -53,9 +53,9 @@ class CountedBatch(NamedTuple):
 def tokenize_document(
     document: Document, tokenizer: Tokenizer, *, epoch: int, count_bytes: bool
 ) -> TokenDocument | None:
-    """Puts a document between its marks; None if it has no token.
+    """Tokenizes a document and adds bos and eos; None if it has no token.
 
-    The closing mark stands for no text, or for what the tokenizer left out after its last token.
+    eos encodes no text, except for text that the tokenizer skipped after the last token.
     """
     if count_bytes:
         ids, num_bytes, num_tail_bytes = tokenizer.encode_counted(document.text)
@@ -70,7 +70,7 @@ def tokenize_document(
 
 
 class RowBuilder:
-    """A row that is being filled from the left; what is not filled is padding."""
+    """A row that is filled from the left; the rest is padding."""
 
     def __init__(self, seq_len: int):
         self._tokens, self._targets, self._segment_ids = np.zeros((3, seq_len), np.int32)
@@ -80,23 +80,27 @@ class RowBuilder:
 
     @property
     def is_full(self) -> bool:
-        """Whether no token fits any more."""
+        """Whether no more tokens fit."""
         return self._num_filled == len(self._tokens)
 
     def add(self, document: TokenDocument, offset: int) -> int:
-        """Adds as many of the document's inputs from `offset` on as fit; returns the new offset."""
+        """Adds inputs of the document from `offset` on until the row is full.
+
+        Returns:
+          The offset of the first input that was not added.
+        """
         stop = min(offset + len(self._tokens) - self._num_filled, len(document.stream) - 1)
-        place = slice(self._num_filled, self._num_filled + stop - offset)
+        columns = slice(self._num_filled, self._num_filled + stop - offset)
         self._num_segments += 1
-        self._tokens[place] = document.stream[offset:stop]
-        self._targets[place] = document.stream[offset + 1 : stop + 1]
-        self._segment_ids[place] = self._num_segments
+        self._tokens[columns] = document.stream[offset:stop]
+        self._targets[columns] = document.stream[offset + 1 : stop + 1]
+        self._segment_ids[columns] = self._num_segments
         self._num_bytes += int(document.num_bytes[offset:stop].sum())
-        self._num_filled = place.stop
+        self._num_filled = columns.stop
         return stop
 
     def build(self) -> Row:
-        """The row as it is now."""
+        """The row with what has been added so far."""
         return Row(self._tokens, self._targets, self._segment_ids, self._num_bytes)
 
 
@@ -104,8 +108,8 @@ def collate(rows: Sequence[Row], *, num_rows: int) -> CountedBatch:
     """Stacks rows into a batch.
 
     Args:
-      rows: at most `num_rows` rows; rows of padding complete them.
-      num_rows: rows of the batch.
+      rows: at most `num_rows` rows.
+      num_rows: rows of the batch; missing ones are padding.
     """
     shape = (num_rows, len(rows[0].tokens))
     tokens, targets, segment_ids = np.zeros((3, *shape), np.int32)

@@ -1,4 +1,4 @@
-"""The grain pipeline from a source to batches. `loader.py` imports it, and grain, when it runs."""
+"""The grain pipeline from documents to batches; imported by `loader.py` on first use."""
 
 import functools
 from typing import Any, Literal, cast
@@ -20,12 +20,12 @@ from megalodon_jax.data.sources import Document, Source
 from megalodon_jax.data.tokenizer import Tokenizer
 from megalodon_jax.typing import Batch
 
-# Rows are shuffled within windows of this many tokens, so that one long document does not make many
-# batches in a row by itself. 12 bytes per token are held.
+# Rows are shuffled within windows of this many tokens, so that consecutive batches do not all come
+# from one long document. A window takes 12 bytes per token.
 WINDOW_TOKENS = 1 << 20
-# While a window is read no batch can be made, so batches of the one before are kept ready.
-READY_TOKENS = 1 << 20
-MAX_READY_BATCHES = 256
+# Reading a window yields no batches, so this many tokens of the previous one are prefetched.
+PREFETCHED_TOKENS = 1 << 20
+MAX_PREFETCHED_BATCHES = 256
 SINGLE_PASS_SEED = 0
 READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
@@ -38,7 +38,7 @@ def training_batches(
     shard: int,
     num_shards: int,
 ) -> grain.IterDataset[CountedBatch]:
-    """An endless stream, shuffled anew every epoch: the documents and rows of one shard."""
+    """The endless batches of one data shard, reshuffled every epoch."""
     documents = (
         grain.MapDataset.source(cast(Any, source))
         .shuffle(seed=config.shuffle_seed)
@@ -55,22 +55,24 @@ def training_batches(
     )
     batches = rows.batch(num_rows, batch_fn=functools.partial(collate, num_rows=num_rows))
     if config.num_workers > 0:
-        # grain reads absl flags there, which raise unless the program has parsed them.
+        # grain's workers read absl flags, which raise an error until they are parsed.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=4)
-        return batches.mp_prefetch(workers).map(_out_of_shared_memory)
-    num_ready = min(MAX_READY_BATCHES, max(2, READY_TOKENS // (num_rows * config.seq_len)))
-    return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=num_ready)
+        return batches.mp_prefetch(workers).map(_copy_from_shared_memory)
+    num_prefetched = PREFETCHED_TOKENS // (num_rows * config.seq_len)
+    return grain.experimental.ThreadPrefetchIterDataset(
+        batches, prefetch_buffer_size=min(MAX_PREFETCHED_BATCHES, max(2, num_prefetched))
+    )
 
 
 def single_pass_batches(
     source: Source, tokenizer: Tokenizer, config: DataConfig
 ) -> grain.IterDataset[CountedBatch]:
-    """One pass in a fixed random order, in whole batches.
+    """A single pass in a fixed random order, as global batches.
 
-    So rows do not depend on the number of processes, all of them make equally many batches, and the
-    first batches stand for the whole whatever the settings of the run.
+    The order depends neither on the number of processes nor on the run's settings, so all processes
+    get the same number of batches and the first batches are representative.
     """
     documents = (
         grain.MapDataset.source(cast(Any, source))
@@ -90,8 +92,8 @@ def single_pass_batches(
     return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
 
 
-def _out_of_shared_memory(counted: CountedBatch) -> CountedBatch:
-    # Kept batches would hold shared memory open, which is then reported as leaked at exit.
+def _copy_from_shared_memory(counted: CountedBatch) -> CountedBatch:
+    # A batch that outlives its worker keeps shared memory open, which Python reports as leaked.
     return counted._replace(batch=Batch(*(np.array(array) for array in counted.batch)))  # type: ignore[arg-type]
 
 
@@ -109,10 +111,10 @@ class _Tokenize(grain.transforms.MapWithIndex):
 
 
 class PackedRows(grain.IterDataset[Row]):
-    """Rows of documents, shuffled within windows of rows; no row or window holds two epochs.
+    """Rows of packed documents, shuffled within windows of rows; a window has rows of one epoch.
 
-    grain's own `ConcatThenSplitIterDataset` (0.2.18) has a state that does not survive JSON (its
-    tuples come back as lists and are taken for a remainder), and knows nothing of epochs.
+    grain's `ConcatThenSplitIterDataset` (0.2.18) has a state that does not survive JSON (tuples
+    come back as lists and are read as a remainder), and it packs across epochs.
     """
 
     def __init__(
@@ -140,7 +142,7 @@ class PackedRows(grain.IterDataset[Row]):
 
 
 class _Packer:
-    """Reads documents and cuts them into rows; its position is that of the next unread token."""
+    """Reads documents and cuts them into rows; its position is the next unread token."""
 
     def __init__(
         self,
@@ -174,12 +176,15 @@ class _Packer:
         return self._document
 
     def next_epoch(self) -> int | None:
-        """The epoch of the next row; None at the end."""
+        """The epoch of the next row; None at the end of the data."""
         document = self._read()
         return None if document is None else document.epoch
 
     def next_row(self, epoch: int) -> Row:
-        """A row of one epoch; padded where the epoch ends, or a piece if packing is `pad`."""
+        """The next row, padded at the end of the epoch.
+
+        With packing `pad` a row holds tokens of one document only.
+        """
         row = RowBuilder(self._seq_len)
         while (
             not row.is_full and (document := self._read()) is not None and document.epoch == epoch
@@ -193,7 +198,7 @@ class _Packer:
 
 
 class _PackedRowIterator(grain.DatasetIterator[Row]):
-    """Gives window after window; its state is the window's start and the number of rows given."""
+    """Yields rows window by window; its state is the window's start and the rows yielded of it."""
 
     def __init__(self, packer: _Packer, window: int, seed: int):
         super().__init__(packer.documents)
@@ -203,19 +208,19 @@ class _PackedRowIterator(grain.DatasetIterator[Row]):
         self._window_index = 0
         self._window_start = packer.position()
         self._rows: list[Row] = []
-        self._num_given = 0
+        self._num_yielded = 0
 
     def __next__(self) -> Row:
-        if self._num_given == len(self._rows):
+        if self._num_yielded == len(self._rows):
             if self._rows:
                 self._window_index += 1
             self._window_start = self._packer.position()
-            self._num_given = 0
+            self._num_yielded = 0
             self._rows = self._read_window()
             if not self._rows:
                 raise StopIteration
-        row = self._rows[self._num_given]
-        self._num_given += 1
+        row = self._rows[self._num_yielded]
+        self._num_yielded += 1
         return row
 
     def _read_window(self) -> list[Row]:
@@ -232,12 +237,12 @@ class _PackedRowIterator(grain.DatasetIterator[Row]):
         return {
             "window_start": self._window_start,
             "window_index": self._window_index,
-            "num_given": self._num_given,
+            "num_yielded": self._num_yielded,
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._window_start = state["window_start"]
         self._window_index = state["window_index"]
-        self._num_given = state["num_given"]
+        self._num_yielded = state["num_yielded"]
         self._packer.move_to(self._window_start)
-        self._rows = self._read_window() if self._num_given else []
+        self._rows = self._read_window() if self._num_yielded else []

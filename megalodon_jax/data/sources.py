@@ -1,10 +1,9 @@
-"""Where documents come from: the Python standard library, files, or a prepared TFDS data set.
+"""Document sources: the Python standard library, files, or a prepared TFDS data set.
 
-A source has a length, gives any document by its index, and always has the same order. Training and
-held-out documents never overlap. Unless held-out files (or a TFDS split) are named, a document is
-held out when the hash of its name falls below `heldout_fraction`. Where that would leave one side
-without a document (a single file, say), every document is cut instead: the last `heldout_fraction`
-of its characters is held out.
+A source is a sequence of documents in a fixed order with access by index. Training and held-out
+documents never overlap. Without held-out files (or a TFDS split), a document is held out if the
+hash of its name is below `heldout_fraction`. If that leaves a split without documents (for example
+with a single file), the last `heldout_fraction` of every document's characters is held out instead.
 """
 
 import hashlib
@@ -28,18 +27,18 @@ Split = Literal["train", "heldout"]
 
 
 class Document(NamedTuple):
-    """A text, and a name that is the same on every machine."""
+    """A text and its name, which is the same on every machine."""
 
     name: str
     text: str
 
 
 class Source(ABC):
-    """Documents by index; texts are read when asked for. Can be read from several threads."""
+    """A sequence of documents, read on access; thread-safe."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """Documents in this source."""
+        """Number of documents."""
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -51,7 +50,7 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A short text that changes when the documents do, as far as names and sizes tell."""
+        """A hash of the documents' names and sizes."""
 
     def __getitem__(self, index: SupportsIndex) -> Document:
         position = range(len(self))[index]
@@ -62,10 +61,11 @@ class Source(ABC):
 
 
 def open_source(config: DataConfig, split: Split) -> Source:
-    """Opens one side of the data that a configuration names.
+    """Opens one split of the configured data.
 
     Raises:
-      DataError: a file is missing or malformed, a data set not prepared, or there is no document.
+      DataError: a file is missing or malformed, a TFDS data set is not prepared, or the split has
+        no document.
     """
     if split not in ("train", "heldout"):
         raise DataError(f"split is {split!r}; use 'train' or 'heldout'")
@@ -76,7 +76,7 @@ def open_source(config: DataConfig, split: Split) -> Source:
     else:
         whole = _StdlibSource() if config.source == "python_stdlib" else _open_files(config)
         _require_documents(whole, config, split)
-        source = _split_off(whole, config.heldout_fraction, split)
+        source = _select_split(whole, config.heldout_fraction, split)
     _require_documents(source, config, split)
     return source
 
@@ -88,14 +88,14 @@ def _require_documents(source: Source, config: DataConfig, split: Split) -> None
             "tfds": config.tfds_name,
         }
         where = named.get(config.source) or config.files or config.source
-        raise DataError(f"the data has no document for split {split!r}: {where} is empty")
+        raise DataError(f"no document for split {split!r}: {where} is empty; name files with text")
 
 
 class _StdlibSource(Source):
-    """The .py files of the running Python's standard library, without its tests.
+    """The .py files of the running Python's standard library.
 
-    Left out: installed packages, tests (their size differs between distributions) and generated
-    build settings. Bytes that do not decode as the file declares are dropped.
+    Installed packages, tests (they differ between distributions) and generated build settings are
+    excluded. Bytes that do not decode in a file's declared encoding are dropped.
     """
 
     _SKIPPED_DIRS = frozenset(
@@ -138,7 +138,7 @@ class _StdlibSource(Source):
 
 
 class _FileSource(Source):
-    """The documents of some files, file after file."""
+    """The documents of several files, in the order of the files."""
 
     def __init__(self, files: Sequence[TextFile]):
         self._files = files
@@ -148,9 +148,9 @@ class _FileSource(Source):
         return int(self._stops[-1])
 
     def _locate(self, index: int) -> tuple[TextFile, int]:
-        which = int(np.searchsorted(self._stops, index, side="right"))
-        file = self._files[which]
-        return file, index - int(self._stops[which]) + len(file)
+        file_index = int(np.searchsorted(self._stops, index, side="right"))
+        file = self._files[file_index]
+        return file, index - int(self._stops[file_index]) + len(file)
 
     def name(self, index: int) -> str:
         file, position = self._locate(index)
@@ -165,7 +165,7 @@ class _FileSource(Source):
 
 
 class _TfdsSource(Source):
-    """A split of a data set that tensorflow-datasets has prepared as array_record files."""
+    """A split of a TFDS data set that was prepared as array_record files."""
 
     def __init__(self, config: DataConfig, split: Split):
         import tensorflow_datasets as tfds
@@ -202,7 +202,7 @@ class _TfdsSource(Source):
 
 
 class _Selection(Source):
-    """Some documents of another source."""
+    """A subset of another source's documents."""
 
     def __init__(self, whole: Source, indices: Int64[np.ndarray, " n"]):
         self._whole = whole
@@ -221,8 +221,8 @@ class _Selection(Source):
         return _digest(self._whole.fingerprint(), self._indices.tolist())
 
 
-class _TextCut(Source):
-    """The first part of every document, or the last `fraction` of its characters."""
+class _TextSlice(Source):
+    """The last `fraction` of every document's characters (held out), or the rest (training)."""
 
     def __init__(self, whole: Source, fraction: float, split: Split):
         self._whole = whole
@@ -253,10 +253,13 @@ def _open_separate_files(config: DataConfig, split: Split) -> Source:
     heldout = find_files(config.heldout_files)
     if split == "heldout":
         return _file_source(heldout, config)
-    # A glob over everything may well match the held-out files too.
+    # A glob of training files may match the held-out files too.
     training = [path for path in find_files(config.files) if path not in set(heldout)]
     if not training:
-        raise DataError(f"all of data.files {config.files} is named in data.heldout_files too")
+        raise DataError(
+            f"every file of data.files {config.files} is in data.heldout_files too; name other "
+            "training files"
+        )
     return _file_source(training, config)
 
 
@@ -266,7 +269,7 @@ def _file_source(paths: Sequence[Path], config: DataConfig) -> Source:
     )
 
 
-def _split_off(whole: Source, fraction: float, split: Split) -> Source:
+def _select_split(whole: Source, fraction: float, split: Split) -> Source:
     if fraction == 0.0:
         if split == "heldout":
             raise DataError(
@@ -277,15 +280,15 @@ def _split_off(whole: Source, fraction: float, split: Split) -> Source:
     hashes = np.asarray([_unit_hash(whole.name(index)) for index in range(len(whole))])
     heldout = hashes < fraction
     if heldout.all() or not heldout.any():
-        return _TextCut(whole, fraction, split)
+        return _TextSlice(whole, fraction, split)
     return _Selection(whole, np.flatnonzero(heldout == (split == "heldout")))
 
 
 def _unit_hash(name: str) -> float:
-    # Python's own hash differs between runs.
+    # Python's built-in hash differs between processes.
     digest = hashlib.blake2b(name.encode("utf-8", errors="surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2.0**64
 
 
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(repr(parts).encode("utf-8", errors="surrogateescape")).hexdigest()[:16]
+def _digest(*values: Any) -> str:
+    return hashlib.sha256(repr(values).encode("utf-8", errors="surrogateescape")).hexdigest()[:16]

@@ -1,8 +1,8 @@
-"""Documents inside files: plain text, .gz, .jsonl and .parquet, read one document at a time.
+"""Documents in files: plain text, .gz, .jsonl and .parquet, read one document at a time.
 
-Opening a file finds where its documents are; the text is read when it is asked for. Held in memory:
-16 bytes per document, the unpacked bytes of a .gz file with several documents, and the text column
-of a .parquet file (once per process, without decoded copies). What is held is not pickled.
+Opening a file finds the documents' byte ranges; texts are read on access. Memory: 16 bytes per
+document, the decompressed bytes of a .gz file with several documents, and the text column of a
+.parquet file (once per process, not decoded). These buffers are not pickled.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from jaxtyping import Int64
 
 from megalodon_jax.errors import DataError
 
-# One lock for all files: only the first access to a file's content waits.
+# One lock for all files: only the first access to a file's content is contended.
 _LOAD_LOCK = threading.Lock()
 
 
@@ -32,29 +32,29 @@ class TextFile(ABC):
     """The documents of one file.
 
     Attributes:
-      path: where the file is.
-      name: a name that does not depend on the machine.
+      path: the file's path.
+      name: the file's name in document names, the same on every machine.
     """
 
     def __init__(self, path: Path, name: str):
         self.path = path
         self.name = name
-        self.num_bytes = _read_failing_clearly(path, lambda: path.stat().st_size)
+        self.num_bytes = _with_data_error(path, lambda: path.stat().st_size)
 
     @abstractmethod
     def __len__(self) -> int:
-        """Documents in this file."""
+        """Number of documents."""
 
     @abstractmethod
     def text(self, index: int) -> str:
-        """The text of one document; empty where the file holds a null.
+        """The text of one document; empty for a null.
 
         Raises:
-          DataError: the file cannot be read, is not UTF-8, or this document is malformed.
+          DataError: the file cannot be read, is not UTF-8, or the document is malformed.
         """
 
     def document_name(self, index: int) -> str:
-        """A name that is the same on every machine and in every run."""
+        """The document's name, the same on every machine and in every run."""
         return f"{self.name}#{index}"
 
 
@@ -73,44 +73,44 @@ class _WholeFile(TextFile):
 
 
 class _SpanFile(TextFile):
-    """A file in which every document is a span of bytes."""
+    """A file whose documents are ranges of bytes."""
 
     def __init__(
         self, path: Path, name: str, find_spans: Callable[[bytes | mmap.mmap], np.ndarray]
     ):
         super().__init__(path, name)
-        self._unpacked: bytes | None = None
+        self._decompressed: bytes | None = None
         if _is_gzip(path):
             self._spans = find_spans(self._gzip_content())
         elif self.num_bytes == 0:
             self._spans = np.zeros((0, 2), np.int64)
         else:
-            self._spans = _read_failing_clearly(path, lambda: _scan_mapped(path, find_spans))
+            self._spans = _with_data_error(path, lambda: _scan_mapped(path, find_spans))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_unpacked": None}
+        return {**self.__dict__, "_decompressed": None}
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def _gzip_content(self) -> bytes:
         with _LOAD_LOCK:
-            if self._unpacked is None:
-                self._unpacked = _read_bytes(self.path)
-            return self._unpacked
+            if self._decompressed is None:
+                self._decompressed = _read_bytes(self.path)
+            return self._decompressed
 
     def _span(self, start: int, stop: int) -> bytes:
         if _is_gzip(self.path):
             return self._gzip_content()[start:stop]
-        return _read_failing_clearly(self.path, lambda: _read_range(self.path, start, stop))
+        return _with_data_error(self.path, lambda: _read_range(self.path, start, stop))
 
     def text(self, index: int) -> str:
-        with naming(lambda: f"{self.path}, part {index}"):
+        with naming(lambda: f"{self.path}, document {index}"):
             return decode_utf8(self._span(*self._spans[index].tolist()))
 
 
 class _JsonLinesFile(_SpanFile):
-    """A file with a JSON object on every line that is not blank."""
+    """A file with one JSON object per line; blank lines are skipped."""
 
     def __init__(self, path: Path, name: str, field: str):
         super().__init__(path, name, functools.partial(_find_spans, separator=b"\n"))
@@ -118,7 +118,7 @@ class _JsonLinesFile(_SpanFile):
 
     def text(self, index: int) -> str:
         line = self._span(*self._spans[index].tolist())
-        # Counting lines reads the file up to this one, so only an error does it.
+        # Lines are counted only for an error message, because that reads the file up to here.
         with naming(lambda: f"{self.path}:{self._line_number(index)}"):
             try:
                 return text_of_field(json.loads(decode_utf8(line)), self._field)
@@ -130,7 +130,7 @@ class _JsonLinesFile(_SpanFile):
 
 
 class _ParquetFile(TextFile):
-    """A file with a document in every row."""
+    """A file with one document per row."""
 
     def __init__(self, path: Path, name: str, field: str):
         import pyarrow.parquet
@@ -174,10 +174,10 @@ class _ParquetFile(TextFile):
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
-    """Files that some paths and globs name (`~` and `**` allowed), sorted, each one once.
+    """The files that paths and globs match (`~` and `**` allowed), sorted, without duplicates.
 
     Raises:
-      DataError: a pattern names nothing, or a directory.
+      DataError: a pattern matches nothing, or names a directory.
     """
     found: set[Path] = set()
     for pattern in patterns:
@@ -186,7 +186,7 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
             raise DataError(
                 f"{pattern!r} is a directory; name files in it, such as {pattern}/*.txt"
             )
-        # A path may hold characters that mean something in a glob.
+        # An existing path is taken literally, even with glob characters.
         exact = os.path.exists(expanded)
         matches = [expanded] if exact else glob.glob(expanded, recursive=True)
         files = [Path(os.path.abspath(match)) for match in matches if not os.path.isdir(match)]
@@ -197,9 +197,9 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
 
 
 def open_files(paths: Sequence[Path], *, text_field: str, separator: str) -> list[TextFile]:
-    """Opens files by their endings: .jsonl, .parquet, anything else is plain text; .gz unpacks.
+    """Opens files by suffix: .jsonl, .parquet, else plain text; .gz is decompressed.
 
-    A plain file is one document, or several with `separator` between them; blank ones are left out.
+    A plain file is one document, or several separated by `separator`; blank ones are skipped.
 
     Raises:
       DataError: a file cannot be read, or lacks `text_field`.
@@ -224,7 +224,7 @@ def _open_file(path: Path, name: Path, text_field: str, separator: str) -> TextF
 
 @contextlib.contextmanager
 def naming(where: Callable[[], str]) -> Iterator[None]:
-    """Puts a place, found only when it is needed, before the message of a `DataError`."""
+    """Prefixes the message of a `DataError` with `where()`, which is called only on an error."""
     try:
         yield
     except DataError as error:
@@ -247,12 +247,13 @@ def decode_utf8(content: bytes) -> str:
 
 
 def text_of_field(entry: Any, field: str) -> str:
-    """The text in one field of an example; a null is an empty text.
+    """The text in one field of an example; empty for a null.
 
-    Lone surrogates, which JSON can spell and UTF-8 cannot, become question marks.
+    Lone surrogates, which JSON can express and UTF-8 cannot, become question marks.
 
     Raises:
-      DataError: not an object, no such field (those there are named), or not a string in it.
+      DataError: the example is not an object, has no such field (its fields are named), or the
+        field is not a string.
     """
     if not isinstance(entry, dict):
         raise DataError(f"expected an object with a field {field!r}, got {entry!r:.80}")
@@ -267,7 +268,7 @@ def text_of_field(entry: Any, field: str) -> str:
 
 
 def _missing_field(field: str, fields: Sequence[str]) -> str:
-    """The message for a field that is not there."""
+    """The message for a missing field."""
     return f"no field {field!r}; there are: {', '.join(fields)} (set data.text_field)"
 
 
@@ -276,16 +277,16 @@ def _is_gzip(path: Path) -> bool:
 
 
 def _read_bytes(path: Path) -> bytes:
-    content = _read_failing_clearly(path, path.read_bytes)
+    content = _with_data_error(path, path.read_bytes)
     if not _is_gzip(path):
         return content
     try:
         return gzip.decompress(content)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"cannot unpack {path}: {error}") from error
+        raise DataError(f"cannot decompress {path}: {error}") from error
 
 
-def _read_failing_clearly[T](path: Path, read: Callable[[], T]) -> T:
+def _with_data_error[T](path: Path, read: Callable[[], T]) -> T:
     try:
         return read()
     except OSError as error:
@@ -319,5 +320,5 @@ def _split(content: bytes | mmap.mmap, separator: bytes) -> Iterator[tuple[int, 
 
 
 def _is_blank(content: bytes | mmap.mmap, start: int, stop: int) -> bool:
-    # Long documents show within a few bytes that they are not blank.
+    # The first bytes decide for most documents, without a copy of the whole.
     return not content[start : min(stop, start + 64)].strip() and not content[start:stop].strip()

@@ -1,7 +1,7 @@
-"""Text to token ids and back: raw bytes, or a file of `tokenizers` or `sentencepiece`.
+"""Tokenizers: raw bytes, or a file of the `tokenizers` or `sentencepiece` library.
 
-A document is trained on as mark + tokens + mark, where the marks are the tokenizer's `bos_id` and
-`eos_id`. Text never makes a mark: `"</s>"` inside a document is ordinary text.
+Training sees a document as bos + tokens + eos, the tokenizer's boundary tokens `bos_id` and
+`eos_id`. Encoding never returns a boundary token: `"</s>"` in a document is ordinary text.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ BYTE_VALUES = 256
 
 
 class CountedTokens(NamedTuple):
-    """Tokens of a text, with the bytes of text that each one stands for.
+    """Tokens of a text, with the number of text bytes that each one encodes.
 
     Attributes:
       ids: token ids.
-      num_bytes: UTF-8 bytes per token. Text that the tokenizer skips counts with the token after
-        it; of several tokens that share a character, one has all of its bytes.
-      num_tail_bytes: bytes after the last token, so that everything adds up to `count_bytes(text)`.
+      num_bytes: UTF-8 bytes per token. Text that the tokenizer skips is counted with the next
+        token; a character that several tokens share is counted with one of them.
+      num_tail_bytes: bytes after the last token; all counts add up to `count_bytes(text)`.
     """
 
     ids: Int32[np.ndarray, " n"]
@@ -34,7 +34,7 @@ class CountedTokens(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """What the loader, evaluation and generation need of a tokenizer."""
+    """The interface that the loader, evaluation and generation use."""
 
     @property
     def vocab_size(self) -> int:
@@ -43,33 +43,33 @@ class Tokenizer(Protocol):
 
     @property
     def bos_id(self) -> int:
-        """The mark before a document."""
+        """The boundary token before a document."""
         ...
 
     @property
     def eos_id(self) -> int:
-        """The mark after a document."""
+        """The boundary token after a document."""
         ...
 
     def encode(self, text: str) -> Int32[np.ndarray, " n"]:
-        """Ids of a text, without marks."""
+        """Ids of a text, without boundary tokens."""
         ...
 
     def encode_counted(self, text: str) -> CountedTokens:
-        """The same ids, and the bytes of text that each one stands for."""
+        """The same ids, with the number of text bytes that each one encodes."""
         ...
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> str:
-        """Text of some ids; marks are left out, broken UTF-8 becomes U+FFFD."""
+        """Text of ids; boundary tokens are skipped, invalid UTF-8 becomes U+FFFD."""
         ...
 
     def fingerprint(self) -> str:
-        """A short text that changes when the ids would mean something else."""
+        """A text that changes if the meaning of the ids changes."""
         ...
 
 
 class ByteTokenizer:
-    """The 256 byte values of UTF-8, and one mark, 256, that begins and ends documents."""
+    """UTF-8 bytes as ids 0 to 255, and 256 as both boundary tokens."""
 
     vocab_size = BYTE_VALUES + 1
     bos_id = BYTE_VALUES
@@ -92,13 +92,14 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-    """A `tokenizer.json` file, run by the `tokenizers` library.
+    """A `tokenizer.json` file of the `tokenizers` library.
 
-    The marks are those of a `tokenizer_config.json` beside it, else well-known names such as `<s>`
-    and `<|endoftext|>`. The file's truncation, padding and template are switched off.
+    The boundary tokens come from a `tokenizer_config.json` in the same directory, else from
+    well-known names such as `<s>` and `<|endoftext|>`. The file's truncation, padding and template
+    are disabled.
     """
 
-    # Names by which published tokenizers call their marks, tried in this order.
+    # Names of boundary tokens in published tokenizers, in order of preference.
     _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "[CLS]")
     _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]", "[SEP]")
 
@@ -106,17 +107,17 @@ class JsonTokenizer:
         self._path = path
         self._json = _read_bytes(path)
         self._load()
-        names = _configured_marks(path.with_name("tokenizer_config.json"))
-        bos = self._find_mark(names.get("bos_token"), self._BOS_NAMES)
-        eos = self._find_mark(names.get("eos_token"), self._EOS_NAMES)
-        self.bos_id, self.eos_id = _complete_marks(bos, eos, path)
+        names = _configured_boundary_tokens(path.with_name("tokenizer_config.json"))
+        bos = self._find_boundary_token(names.get("bos_token"), self._BOS_NAMES)
+        eos = self._find_boundary_token(names.get("eos_token"), self._EOS_NAMES)
+        self.bos_id, self.eos_id = _complete_boundary_tokens(bos, eos, path)
 
     def _load(self) -> None:
         from tokenizers import Tokenizer as RustTokenizer
 
         try:
             self._tokenizer = RustTokenizer.from_buffer(self._json)
-        # The library raises plain Exception for whatever is wrong with a file.
+        # The library raises plain Exception for every malformed file.
         except Exception as error:
             raise DataError(f"{self._path} is not a tokenizer of `tokenizers`: {error}") from error
         self._tokenizer.no_truncation()
@@ -125,17 +126,17 @@ class JsonTokenizer:
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def __getstate__(self) -> dict[str, Any]:
-        # The library's own pickling forgets `encode_special_tokens`.
+        # The library's pickling loses `encode_special_tokens`.
         return {key: value for key, value in self.__dict__.items() if key != "_tokenizer"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._load()
 
-    def _find_mark(self, configured: str | None, names: Sequence[str]) -> int | None:
+    def _find_boundary_token(self, configured: str | None, names: Sequence[str]) -> int | None:
         for name in names if configured is None else (configured,):
-            if (mark := self._tokenizer.token_to_id(name)) is not None:
-                return mark
+            if (token := self._tokenizer.token_to_id(name)) is not None:
+                return token
         return None
 
     def encode(self, text: str) -> Int32[np.ndarray, " n"]:
@@ -150,15 +151,15 @@ class JsonTokenizer:
         return _count_by_ends(ids, _byte_offsets(text)[char_ends], count_bytes(text))
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> str:
-        kept = _without_marks(_checked_ids(ids, self.vocab_size), self)
-        return self._tokenizer.decode(kept.tolist(), skip_special_tokens=True)
+        text_ids = _without_boundary_tokens(_checked_ids(ids, self.vocab_size), self)
+        return self._tokenizer.decode(text_ids.tolist(), skip_special_tokens=True)
 
     def fingerprint(self) -> str:
         return _file_fingerprint("tokenizers", self._json, self.bos_id, self.eos_id)
 
 
 class SentencePieceTokenizer:
-    """A `.model` file, run by the `sentencepiece` library, with the marks that it defines."""
+    """A `.model` file of the `sentencepiece` library, with the boundary tokens that it defines."""
 
     def __init__(self, path: Path):
         from sentencepiece import SentencePieceProcessor
@@ -167,12 +168,13 @@ class SentencePieceTokenizer:
         try:
             self._processor = SentencePieceProcessor(model_proto=self._proto)
             self.vocab_size = int(self._processor.vocab_size())
-        # Its releases raise different types for a malformed model.
+        # The exception type for a malformed model differs between releases.
         except Exception as error:
             raise DataError(f"{path} is not a model of `sentencepiece`: {error}") from error
-        marks = (int(self._processor.bos_id()), int(self._processor.eos_id()))
-        bos, eos = (mark if mark >= 0 else None for mark in marks)
-        self.bos_id, self.eos_id = _complete_marks(bos, eos, path)
+        # -1: not defined.
+        ids = (int(self._processor.bos_id()), int(self._processor.eos_id()))
+        bos, eos = (token if token >= 0 else None for token in ids)
+        self.bos_id, self.eos_id = _complete_boundary_tokens(bos, eos, path)
 
     def encode(self, text: str) -> Int32[np.ndarray, " n"]:
         return np.asarray(self._processor.encode(text), dtype=np.int32)
@@ -180,7 +182,7 @@ class SentencePieceTokenizer:
     def encode_counted(self, text: str) -> CountedTokens:
         from sentencepiece import sentencepiece_pb2
 
-        # The serialized form is the one whose offsets are bytes in all releases since 0.2.
+        # Only the serialized form has byte offsets in all releases since 0.2.
         encoded = self._processor.encode(text, out_type="serialized_proto")
         pieces = sentencepiece_pb2.SentencePieceText.FromString(encoded).pieces  # type: ignore[attr-defined]
         ids = np.asarray([piece.id for piece in pieces], dtype=np.int32)
@@ -189,7 +191,7 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> str:
         return self._processor.decode(
-            _without_marks(_checked_ids(ids, self.vocab_size), self).tolist()
+            _without_boundary_tokens(_checked_ids(ids, self.vocab_size), self).tolist()
         )
 
     def fingerprint(self) -> str:
@@ -203,7 +205,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
       spec: `"bytes"`, or the path of a `.json` (`tokenizers`) or `.model` (`sentencepiece`) file.
 
     Raises:
-      DataError: no such file, another kind of file, or one that defines no document mark.
+      DataError: the file is missing, of another kind, or defines no boundary token.
     """
     if spec == "bytes":
         return ByteTokenizer()
@@ -228,29 +230,29 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError(f"cannot read tokenizer {path}: {error.strerror}") from error
 
 
-def _configured_marks(path: Path) -> dict[str, str]:
+def _configured_boundary_tokens(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        marks = {key: table.get(key) for key in ("bos_token", "eos_token")}
+        tokens = {key: table.get(key) for key in ("bos_token", "eos_token")}
     except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"cannot read the tokenizer's marks from {path}: {error}") from error
-    # An added token is written as an object, an ordinary one as its text.
+        raise DataError(f"cannot read the boundary tokens in {path}: {error}") from error
+    # An added token is stored as an object, an ordinary one as its text.
     texts = {
-        key: mark["content"] if isinstance(mark, dict) else mark for key, mark in marks.items()
+        key: token["content"] if isinstance(token, dict) else token for key, token in tokens.items()
     }
     return {key: text for key, text in texts.items() if text is not None}
 
 
-def _complete_marks(bos: int | None, eos: int | None, path: Path) -> tuple[int, int]:
-    marks = [mark for mark in (bos, eos) if mark is not None]
-    if not marks:
+def _complete_boundary_tokens(bos: int | None, eos: int | None, path: Path) -> tuple[int, int]:
+    defined = [token for token in (bos, eos) if token is not None]
+    if not defined:
         raise DataError(
-            f"{path} defines no begin or end mark, so documents could not be told apart; add one "
-            "(for tokenizer.json: bos_token or eos_token in a tokenizer_config.json beside it)"
+            f"{path} defines no boundary token (bos or eos) to separate documents; add one (for "
+            "tokenizer.json: bos_token or eos_token in a tokenizer_config.json beside it)"
         )
-    return marks[0], marks[-1]
+    return defined[0], defined[-1]
 
 
 def _checked_ids(
@@ -259,11 +261,13 @@ def _checked_ids(
     array = np.asarray(ids, dtype=np.int64).reshape(-1)
     if array.size and (array.min() < 0 or array.max() >= vocab_size):
         wrong = array[(array < 0) | (array >= vocab_size)][0]
-        raise DataError(f"token id {wrong} is outside of this tokenizer's 0 to {vocab_size - 1}")
+        raise DataError(f"token id {wrong} is outside the vocabulary; use 0 to {vocab_size - 1}")
     return array
 
 
-def _without_marks(ids: Int64[np.ndarray, " n"], tokenizer: Tokenizer) -> Int64[np.ndarray, " m"]:
+def _without_boundary_tokens(
+    ids: Int64[np.ndarray, " n"], tokenizer: Tokenizer
+) -> Int64[np.ndarray, " m"]:
     return ids[(ids != tokenizer.bos_id) & (ids != tokenizer.eos_id)]
 
 

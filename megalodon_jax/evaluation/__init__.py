@@ -1,1 +1,1 @@
-"""How well a model predicts text: held-out batches (`summary`), long files (`streaming`)."""
+"""Evaluation: held-out batches (`summary`) and documents of any length (`streaming`)."""

@@ -1,4 +1,4 @@
-"""Evaluation on documents of any length, in constant device memory."""
+"""Evaluation of documents of any length in constant device memory."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -12,7 +12,7 @@ from megalodon_jax.config import DataConfig
 from megalodon_jax.data.sources import open_source
 from megalodon_jax.data.tokenizer import Tokenizer
 from megalodon_jax.evaluation.summary import Evaluation, summarize
-from megalodon_jax.generate import fresh_cache
+from megalodon_jax.generate import init_cache
 from megalodon_jax.loss import LossOutput, cross_entropy
 from megalodon_jax.model import Megalodon
 from megalodon_jax.typing import Batch
@@ -28,18 +28,18 @@ def evaluate_files(
     batch_size: int = 8,
     piece_length: int = 1024,
 ) -> Evaluation:
-    """Measures on whole files, every document with all of its own text before as context.
+    """Evaluates a model on text files; every token sees all previous text of its document.
 
-    Device memory does not depend on the documents' length: see `evaluate_documents`.
+    Device memory is independent of the documents' length, see `evaluate_documents`.
 
     Args:
       model: the model.
-      tokenizer: the one it was trained with.
+      tokenizer: the tokenizer that the model was trained with.
       files: paths or globs: plain text, .gz, .jsonl, .parquet.
-      text_field: field of the text in .jsonl and .parquet.
-      document_separator: splits a plain file into documents; empty: a file is a document.
-      batch_size: documents that are read side by side, at most.
-      piece_length: tokens of a document that go through the model at a time.
+      text_field: field of the text in .jsonl and .parquet files.
+      document_separator: separator of documents in a plain file; empty: a file is one document.
+      batch_size: maximum number of documents in parallel.
+      piece_length: tokens per document and model call.
 
     Raises:
       DataError: a file cannot be read, or there is no text.
@@ -58,7 +58,7 @@ def evaluate_files(
         model,
         tokenizer,
         (document.text for document in source),
-        # A row without a document would be computed for nothing.
+        # More rows than documents would be padding.
         batch_size=min(batch_size, len(source)),
         piece_length=piece_length,
     )
@@ -72,18 +72,18 @@ def evaluate_documents(
     batch_size: int = 8,
     piece_length: int = 1024,
 ) -> Evaluation:
-    """Measures on texts by streaming each one through the cache, piece by piece.
+    """Evaluates a model on texts by streaming each document through the cache in pieces.
 
-    Each row of the batch reads one document after another; a document's whole past counts, through
-    the cache, whatever its length. Arguments as for `evaluate_files`.
+    Every row of the batch processes one document after another; the cache carries the complete
+    context of a document. Arguments as for `evaluate_files`.
 
     Raises:
-      OverflowError: a document is longer than the cache's 32-bit counter.
+      OverflowError: a document exceeds the largest 32-bit position.
     """
     counter = _ByteCounter(texts)
     streams = (_stream(tokenizer, text) for text in counter)
     graphdef, params = nnx.split(model)
-    cache = fresh_cache(graphdef, params, batch_size)
+    cache = init_cache(graphdef, params, batch_size)
     sums: list[LossOutput] = []
     for batch in streaming_batches(streams, batch_size=batch_size, length=piece_length):
         cache.check_room(piece_length)
@@ -95,16 +95,16 @@ def evaluate_documents(
 def streaming_batches(
     streams: Iterator[np.ndarray], *, batch_size: int, length: int
 ) -> Iterator[Batch]:
-    """Cuts documents into batches of (batch_size, length) that continue from one to the next.
+    """Cuts documents into consecutive batches (batch_size, length).
 
-    Row b of a batch goes on where row b of the batch before stopped. A document keeps its segment
-    id across batches, and the next document of the same row has another one, so that a model's
-    cache continues exactly the documents that go on.
+    Row b of a batch continues row b of the previous batch. A document has the same segment id in
+    all batches, and the next document of a row has another one, so that the model's cache is
+    continued within a document and reset between documents.
 
     Args:
-      streams: documents as mark, tokens, mark.
-      batch_size: rows.
-      length: tokens in a row.
+      streams: documents as bos, tokens, eos.
+      batch_size: number of rows.
+      length: tokens per row.
     """
     rows = [_StreamRow() for _ in range(batch_size)]
     while True:
@@ -112,8 +112,8 @@ def streaming_batches(
         ids = (np.zeros(shape, np.int32) for _ in range(3))
         batch = Batch(*ids, weights=np.zeros(shape, np.float32))  # type: ignore[arg-type]
         filled = [
-            lane.fill(Batch(*(array[row] for array in batch)), streams)
-            for row, lane in enumerate(rows)
+            row.fill(Batch(*(array[index] for array in batch)), streams)
+            for index, row in enumerate(rows)
         ]
         if not any(filled):
             return
@@ -121,34 +121,34 @@ def streaming_batches(
 
 
 class _StreamRow:
-    """One row of the stream: the document it is in, and how far."""
+    """One row of the batches: its current document and the next token in it."""
 
     def __init__(self) -> None:
         self._stream = np.zeros(1, np.int32)
-        self._at = 0
+        self._offset = 0
         self._segment = 0
 
     def fill(self, row: Batch, streams: Iterator[np.ndarray]) -> int:
-        """Fills the row's arrays from the left; returns how many tokens it found."""
+        """Fills the row's arrays from the left; returns the number of tokens."""
         column, length = 0, row.tokens.shape[0]
         while column < length:
-            if self._at == len(self._stream) - 1 and not self._next(streams):
+            if self._offset == len(self._stream) - 1 and not self._next(streams):
                 break
-            count = min(length - column, len(self._stream) - 1 - self._at)
-            here = slice(column, column + count)
-            row.tokens[here] = self._stream[self._at : self._at + count]
-            row.targets[here] = self._stream[self._at + 1 : self._at + 1 + count]
-            row.segment_ids[here] = self._segment
-            row.weights[here] = 1.0
+            count = min(length - column, len(self._stream) - 1 - self._offset)
+            columns = slice(column, column + count)
+            row.tokens[columns] = self._stream[self._offset : self._offset + count]
+            row.targets[columns] = self._stream[self._offset + 1 : self._offset + 1 + count]
+            row.segment_ids[columns] = self._segment
+            row.weights[columns] = 1.0
             column += count
-            self._at += count
+            self._offset += count
         return column
 
     def _next(self, streams: Iterator[np.ndarray]) -> bool:
         stream = next(streams, None)
         if stream is None:
             return False
-        self._stream, self._at = stream, 0
+        self._stream, self._offset = stream, 0
         self._segment += 1
         return True
 
@@ -165,8 +165,8 @@ class _ByteCounter:
 
 
 def _stream(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    marks = ([tokenizer.bos_id], [tokenizer.eos_id])
-    return np.concatenate([marks[0], tokenizer.encode(text), marks[1]]).astype(np.int32)
+    stream = np.concatenate([[tokenizer.bos_id], tokenizer.encode(text), [tokenizer.eos_id]])
+    return stream.astype(np.int32)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -1,4 +1,4 @@
-"""The result of a held-out measurement, from the sums of its batches."""
+"""The result of a held-out evaluation, computed from the sums of its batches."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -19,11 +19,11 @@ class Evaluation(NamedTuple):
     """How well a model predicts a text.
 
     Attributes:
-      loss: mean cross-entropy in nats per predicted token, closing marks included.
-      bits_per_byte: all nats / ln 2 / bytes of text; comparable between tokenizers.
+      loss: mean cross-entropy in nats per predicted token, eos tokens included.
+      bits_per_byte: total nats / ln 2 / bytes of text; comparable between tokenizers.
       perplexity: exp(loss), per token.
-      num_tokens: predicted tokens.
-      num_bytes: UTF-8 bytes that they stand for.
+      num_tokens: number of predicted tokens.
+      num_bytes: UTF-8 bytes that they encode.
     """
 
     loss: float
@@ -38,20 +38,23 @@ Metric = Callable[[Sequence[LossOutput], int], Evaluation]
 
 
 def summarize(sums: Sequence[LossOutput], num_bytes: int) -> Evaluation:
-    """The result of batches whose sums are known.
+    """Computes the result from the sums of all batches.
 
     Args:
-      sums: of every batch.
-      num_bytes: UTF-8 bytes of the text in them.
+      sums: the sums of every batch.
+      num_bytes: UTF-8 bytes of their text.
 
     Raises:
-      DataError: there is not a single token.
+      DataError: the batches have no token.
     """
-    # Summed in float64: a float32 sum of a million batches would stop growing.
+    # Summed in float64: a float32 sum over a million batches loses the increments.
     nats = math.fsum(float(batch.loss_sum) for batch in sums)
     num_tokens = round(math.fsum(float(batch.weight_sum) for batch in sums))
     if num_tokens == 0 or num_bytes == 0:
-        raise DataError(f"nothing to measure: {num_tokens} tokens for {num_bytes} bytes of text")
+        raise DataError(
+            f"nothing to evaluate: {num_tokens} tokens for {num_bytes} bytes of text; give files "
+            "with text"
+        )
     loss = nats / num_tokens
     try:
         perplexity = math.exp(loss)
@@ -68,14 +71,14 @@ def evaluate_batches(
     metric: Metric = summarize,
     max_batches: int | None = None,
 ) -> Evaluation:
-    """Measures on the first batches of a single pass over held-out data.
+    """Evaluates a model on the first batches of a single pass over held-out data.
 
     Args:
       eval_step: from `make_eval_step`.
       params: the model's parameters.
-      batches: `Loader.with_bytes()`.
-      metric: from the sums of all batches and the bytes of text in them to the result.
-      max_batches: how many at most; None: all.
+      batches: from `Loader.with_bytes`.
+      metric: computes the result from the sums of all batches and the bytes of their text.
+      max_batches: maximum number of batches; None: all.
     """
     sums: list[LossOutput] = []
     num_bytes = 0

@@ -1,1 +1,1 @@
-"""Weights in and out: the authors' released checkpoints and safetensors files."""
+"""Import and export of weights: released checkpoints and safetensors files."""

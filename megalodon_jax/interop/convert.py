@@ -1,4 +1,4 @@
-"""Converts weights between released checkpoints, safetensors files and this project's runs."""
+"""Conversion of weights between released checkpoints, safetensors files and run directories."""
 
 import dataclasses
 import json
@@ -26,55 +26,56 @@ CONFIG_KEY = "megalodon_config"
 
 
 def convert(source: str | Path, target: str | Path, config: str | None = None) -> str:
-    """Converts a model's weights; nothing that exists is overwritten.
+    """Converts a model's weights; never overwrites a file or directory.
 
     Args:
       source: a released checkpoint directory (config.json and consolidated*.pth, model-parallel
         shards included), one released .pth file, a .safetensors file with released names, or a
         run_dir of this project.
-      target: a new .safetensors file (released names, the config in its metadata), or a new run_dir
-        that `generate`, `evaluate` and `train` can use.
-      config: a TOML file or a preset's name, for a source that does not say its own shape.
+      target: a new .safetensors file (released names, configuration in the metadata), or a new
+        run_dir for `generate`, `evaluate` and `train`.
+      config: a TOML file or the name of a preset, for a source without a configuration.
 
     Returns:
-      One line that says what was written.
+      A line that describes what was written.
 
     Raises:
-      ConvertError: the source is none of these, its shape is not known, or the target exists.
-      StateDictError: the weights do not fit the config; the entries are named.
+      ConvertError: the source is of another kind or has no configuration, or the target exists.
+      StateDictError: the weights do not match the configuration; the entries are named.
     """
     source, target = Path(source), Path(target)
     if target.exists():
-        raise ConvertError(f"{target} exists; nothing is overwritten, give another target")
+        raise ConvertError(f"{target} exists and is not overwritten; give another target")
     run = TrainConfig() if config is None else _read_config(config)
     model, run = _read(source, run, has_config=config is not None)
     if target.suffix == ".safetensors":
         target.parent.mkdir(parents=True, exist_ok=True)
         metadata = {CONFIG_KEY: json.dumps(dataclasses.asdict(run)), "format": "np"}
         save_file(to_state_dict(model), str(target), metadata=metadata)
-        form = f"released names, {target.stat().st_size / 1e6:,.1f} MB"
+        contents = f"released names, {target.stat().st_size / 1e6:,.1f} MB"
     elif target.suffix:
         raise ConvertError(
-            f"cannot write {target}: end it in .safetensors, or give a directory for a run"
+            f"cannot write {target}; give a name that ends in .safetensors, or a run directory"
         )
     else:
         save_model(model, target, dataclasses.replace(run, run_dir=str(target)))
-        form = "a run directory, for generate, evaluate and init_from"
+        contents = "a run directory for generate, evaluate and init_from"
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    return f"wrote {target}: {count:,} parameters from {source} ({form})"
+    return f"wrote {target}: {count:,} parameters from {source} ({contents})"
 
 
 def read_safetensors(
     path: str | Path, config: ModelConfig | None = None
 ) -> tuple[Megalodon, TrainConfig]:
-    """A model and its configuration from a .safetensors file with released names.
+    """Reads a model and its configuration from a .safetensors file with released names.
 
     Args:
       path: the file.
-      config: the model's shape; None: as the file's metadata says (`convert` writes it there).
+      config: the model's configuration; None: that of the file's metadata, where `convert` writes
+        it.
 
     Raises:
-      ConvertError: the file cannot be read, or nothing says the model's shape.
+      ConvertError: the file cannot be read, or has no configuration.
     """
     try:
         with safe_open(str(path), framework="np") as file:
@@ -87,7 +88,7 @@ def read_safetensors(
     elif CONFIG_KEY in metadata:
         run = config_from_dict(json.loads(metadata[CONFIG_KEY]))
     else:
-        raise ConvertError(f"{path} does not say its model's shape; give --config")
+        raise ConvertError(f"{path} has no model configuration; give --config")
     return from_state_dict(run.model, state_dict), run
 
 
@@ -96,7 +97,7 @@ def _read(source: Path, run: TrainConfig, *, has_config: bool) -> tuple[Megalodo
         return read_safetensors(source, run.model if has_config else None)
     if source.suffix in (".pth", ".pt"):
         if not has_config:
-            raise ConvertError(f"{source} does not say its model's shape; give --config")
+            raise ConvertError(f"{source} has no model configuration; give --config")
         return from_state_dict(run.model, read_torch_file(source)), run
     if (source / "checkpoints").is_dir():
         model, saved = load_model(source)
@@ -105,9 +106,9 @@ def _read(source: Path, run: TrainConfig, *, has_config: bool) -> tuple[Megalodo
         shape, state_dict = read_released_checkpoint(source)
         return from_state_dict(shape, state_dict), dataclasses.replace(run, model=shape)
     if not source.exists():
-        raise ConvertError(f"{source} does not exist")
+        raise ConvertError(f"{source} does not exist; give an existing source")
     raise ConvertError(
-        f"cannot convert {source}: give a released checkpoint directory, a .pth or .safetensors "
+        f"cannot convert {source}; give a released checkpoint directory, a .pth or .safetensors "
         "file, or a run_dir"
     )
 

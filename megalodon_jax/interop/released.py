@@ -1,7 +1,7 @@
-"""The authors' released state dicts (github.com/XuezheMax/megalodon) to and from this model.
+"""Conversion from and to released state dicts (github.com/XuezheMax/megalodon).
 
-One table, `released_entries`, says for every tensor of a released state dict where it lives in the
-model, what shape it has, and along which axis the released model-parallel code splits it.
+One table, `released_entries`, gives for every tensor of a released state dict its Param in this
+model, its shape, and the axis along which the released model-parallel code shards it.
 """
 
 import json
@@ -24,28 +24,28 @@ class Entry(NamedTuple):
     """One tensor of a released state dict.
 
     Attributes:
-      name: its released name; for a block's tensor `{}` stands for the layer's number.
-      shape: its shape in an unsplit released state dict.
-      path: attributes that lead to the Param in the model; empty for a tensor that follows from the
-        config or from another tensor (rotary frequencies, the shared output matrix, absent priors).
-      layout: "transposed" for linear weights, which are stored (out, in) there and (in, out) here;
-        "same" may still add axes of length 1.
-      split_axis: the axis that released model parallelism splits, None where shards hold copies.
+      name: its released name; `{}` is the layer index of a block's tensor.
+      shape: its shape in an unsharded released state dict.
+      path: attribute path of the Param in the model; empty for a tensor derived from the config or
+        from another tensor (rotary frequencies, tied output matrix, priors of count 0).
+      layout: "transposed" for linear weights, which are released as (out, in) and stored here as
+        (in, out); "same" may add axes of length 1.
+      shard_axis: the axis sharded by released model parallelism; None: shards hold copies.
     """
 
     name: str
     shape: tuple[int, ...]
     path: tuple[str, ...]
     layout: Layout = "same"
-    split_axis: int | None = None
+    shard_axis: int | None = None
 
 
 def released_entries(config: ModelConfig) -> tuple[list[Entry], list[Entry]]:
-    """(entries outside the blocks, entries of every block) of a released state dict."""
+    """(entries outside the blocks, entries of one block) of a released state dict."""
     D, V = config.model_dim, config.vocab_size
     output_path = () if config.share_emb else ("output", "kernel")
     outside = [
-        Entry("embed.weight", (V, D), ("embed", "embedding"), split_axis=1),
+        Entry("embed.weight", (V, D), ("embed", "embedding"), shard_axis=1),
         Entry("rope.freqs", (config.head_dim // 2,), ()),
         *_timestep_norm_entries(config, "output.final_norm", ("final_norm",)),
         Entry("output.output.weight", (config.num_outputs, D), output_path, "transposed", 1),
@@ -64,16 +64,16 @@ def _block_entries(config: ModelConfig) -> list[Entry]:
         weight = Entry(f"{name}.weight", shape, (*at, attribute, "kernel"), "transposed", split)
         if attribute not in ("wv", "wz", "wr", "wh1"):
             return [weight]
-        bias = Entry(f"{name}.bias", shape[:1], (*at, attribute, "bias"), split_axis=0)
+        bias = Entry(f"{name}.bias", shape[:1], (*at, attribute, "bias"), shard_axis=0)
         return [weight, bias]
 
     cema = {"alpha": (D, N, 1), "delta": (D, N, 1), "theta": (D, 1, 1), "gamma": (D, N, 2), "omega": (D, 1)}  # fmt: skip  # noqa: E501
     entries = [
-        Entry("layers.{}.mega.gamma", (2, Z), (*mega, "gamma"), split_axis=1),
-        Entry("layers.{}.mega.beta", (2, Z), (*mega, "beta"), split_axis=1),
+        Entry("layers.{}.mega.gamma", (2, Z), (*mega, "gamma"), shard_axis=1),
+        Entry("layers.{}.mega.beta", (2, Z), (*mega, "beta"), shard_axis=1),
         *_timestep_norm_entries(config, "layers.{}.mega.timenorm", (*mega, "timenorm")),
         *(
-            Entry(f"layers.{{}}.mega.cema.{name}", shape, (*mega, "cema", name), split_axis=0)
+            Entry(f"layers.{{}}.mega.cema.{name}", shape, (*mega, "cema", name), shard_axis=0)
             for name, shape in cema.items()
         ),
         *linear("layers.{}.mega.wv", (E, D), mega, 0),
@@ -101,11 +101,11 @@ def _timestep_norm_entries(config: ModelConfig, name: str, path: tuple[str, ...]
     D, G = config.model_dim, config.norm_num_groups
     has_prior = config.norm_prior_count > 0
     return [
-        Entry(f"{name}.weight", (D,), (*path, "weight"), split_axis=0),
-        Entry(f"{name}.bias", (D,), (*path, "bias"), split_axis=0),
+        Entry(f"{name}.weight", (D,), (*path, "weight"), shard_axis=0),
+        Entry(f"{name}.bias", (D,), (*path, "bias"), shard_axis=0),
         Entry(f"{name}.prior_count", (), ()),
         *(
-            Entry(f"{name}.{which}", (G,), (*path, which) if has_prior else (), split_axis=0)
+            Entry(f"{name}.{which}", (G,), (*path, which) if has_prior else (), shard_axis=0)
             for which in ("prior_mean", "prior_logv")
         ),
     ]
@@ -115,13 +115,13 @@ def from_state_dict(config: ModelConfig, state_dict: Mapping[str, Any]) -> Megal
     """Builds a model with the weights of a released state dict.
 
     Args:
-      config: the model's shape; `config_from_released` reads it from a released `config.json`.
-      state_dict: released names to numpy arrays, jax arrays or torch tensors, not split
-        (`join_shards` joins split ones). Values are converted to `config.param_dtype`; CEMA's stay
-        float32. Buffers that follow from the config may be absent; where present they must agree.
+      config: the model's configuration, for example from `config_from_released`.
+      state_dict: numpy arrays, jax arrays or torch tensors by released name, unsharded (see
+        `join_shards`). Values are cast to `config.param_dtype`, those of CEMA to float32. Derived
+        buffers are optional; if present, they must match the config.
 
     Raises:
-      StateDictError: entries are unknown, missing, of another shape, or contradict the config.
+      StateDictError: an entry is unknown, missing, of another shape, or contradicts the config.
     """
     outside, per_block = released_entries(config)
     named = _named_entries(config, outside, per_block)
@@ -146,7 +146,7 @@ def from_state_dict(config: ModelConfig, state_dict: Mapping[str, Any]) -> Megal
 
 
 def to_state_dict(model: Megalodon) -> dict[str, np.ndarray]:
-    """The model's weights under their released names and shapes, buffers included; exact."""
+    """The model's weights by released name, in released shapes, with derived buffers; exact."""
     config = model.config
     outside, per_block = released_entries(config)
     flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
@@ -166,37 +166,44 @@ def to_state_dict(model: Megalodon) -> dict[str, np.ndarray]:
 
 
 def join_shards(config: ModelConfig, shards: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Joins the shards of a model-parallel released checkpoint, in rank order, into one state dict.
+    """Joins the shards of a released model-parallel checkpoint, in rank order.
 
     Raises:
-      StateDictError: shards differ in their entries or in a copied one, or an entry is unknown.
+      StateDictError: the shards have different entries, differ in an unsharded entry, or have an
+        unknown entry.
     """
     if not shards:
-        raise StateDictError("no shards given")
+        raise StateDictError("there are no shards; pass one state dict per rank")
     named = _named_entries(config, *released_entries(config))
     names = list(shards[0])
     for rank, shard in enumerate(shards):
-        if odd := sorted(set(shard) ^ set(names)):
+        if differing := sorted(set(shard) ^ set(names)):
             raise StateDictError(
-                f"shard {rank} and shard 0 differ in their entries: {_listed(odd)}"
+                f"shard {rank} and shard 0 differ in their entries: {_listed(differing)}; pass "
+                "shards of one checkpoint"
             )
     if unknown := sorted(set(names) - set(named)):
-        raise StateDictError(f"unknown entries: {_listed(unknown)}")
+        raise StateDictError(
+            f"unknown entries: {_listed(unknown)}; check that the config is that of the checkpoint"
+        )
     joined = {}
     for name in names:
-        parts = [_to_numpy(shard[name]) for shard in shards]
-        axis = named[name].split_axis
+        values = [_to_numpy(shard[name]) for shard in shards]
+        axis = named[name].shard_axis
         if axis is not None:
-            joined[name] = np.concatenate(parts, axis=axis)
-        elif all(np.array_equal(part, parts[0]) for part in parts):
-            joined[name] = parts[0]
+            joined[name] = np.concatenate(values, axis=axis)
+        elif all(np.array_equal(value, values[0]) for value in values):
+            joined[name] = values[0]
         else:
-            raise StateDictError(f"shards hold different copies of {name}, which is never split")
+            raise StateDictError(
+                f"the shards have different values of {name}, which is not sharded; pass shards of "
+                "one checkpoint"
+            )
     return joined
 
 
 def config_from_released(table: Mapping[str, Any], **overrides: Any) -> ModelConfig:
-    """The `ModelConfig` that the "model" table of a released `config.json` describes."""
+    """The `ModelConfig` of the "model" table in a released `config.json`, with overrides."""
     table = dict(table.get("model", table))
     for runtime_only in ("efficient_attn", "layerwise_ckpt", "custom_bwd", "loss_parallel"):
         table.pop(runtime_only, None)
@@ -209,7 +216,9 @@ def config_from_released(table: Mapping[str, Any], **overrides: Any) -> ModelCon
     try:
         return ModelConfig(**{**table, **overrides})
     except TypeError as error:
-        raise ConfigError(f"the released config has a setting unknown here: {error}") from error
+        raise ConfigError(
+            f"the released config has an unsupported setting ({error}); remove it"
+        ) from error
 
 
 def read_released_checkpoint(directory: str | Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
@@ -225,7 +234,7 @@ def read_released_checkpoint(directory: str | Path) -> tuple[ModelConfig, dict[s
     config_file = directory / "config.json"
     if not shards or not config_file.is_file():
         raise StateDictError(
-            f"{directory} is not a consolidated released checkpoint: it needs config.json and "
+            f"{directory} is not a consolidated released checkpoint; it must have config.json and "
             "consolidated.pth or consolidated.00.pth, consolidated.01.pth, ..."
         )
     config = config_from_released(json.loads(config_file.read_text()))
@@ -248,14 +257,14 @@ def _check_entries(arrays: Mapping[str, np.ndarray], named: Mapping[str, Entry])
     if missing := sorted(name for name, e in named.items() if e.path and name not in arrays):
         problems.append(f"missing entries: {_listed(missing)}")
     misshaped = [
-        f"{name} {arrays[name].shape}, need {entry.shape}"
+        f"{name} {arrays[name].shape}, must be {entry.shape}"
         for name, entry in named.items()
         if name in arrays and arrays[name].shape != entry.shape
     ]
     if misshaped:
-        problems.append(f"entries of another shape: {_listed(misshaped)}")
+        problems.append(f"entries of wrong shape: {_listed(misshaped)}")
     if problems:
-        raise StateDictError("the state dict does not fit the config; " + "; ".join(problems))
+        raise StateDictError("the state dict does not match the config; " + "; ".join(problems))
 
 
 def _check_derived(
@@ -265,12 +274,12 @@ def _check_derived(
         if entry.path or name not in arrays:
             continue
         given = arrays[name].astype(np.float64)
-        due = _derived_value(config, arrays, entry).astype(np.float64)
-        # Checkpoints stored in bfloat16 hold their buffers rounded to 8 bits too.
-        if not np.allclose(given, due, rtol=2**-8, atol=0.0):
+        expected = _derived_value(config, arrays, entry).astype(np.float64)
+        # In bfloat16 checkpoints the buffers are rounded to 8 bits too.
+        if not np.allclose(given, expected, rtol=2**-8, atol=0.0):
             raise StateDictError(
-                f"{name} contradicts the config (its largest difference is "
-                f"{np.max(np.abs(given - due)):.3g}); check rope_base, share_emb and "
+                f"{name} contradicts the config (maximum difference "
+                f"{np.max(np.abs(given - expected)):.3g}); check rope_base, share_emb and "
                 "norm_prior_count"
             )
 
@@ -296,13 +305,13 @@ def _to_released_layout(array: np.ndarray, entry: Entry) -> np.ndarray:
 
 
 def _to_numpy(value: Any) -> np.ndarray:
-    if hasattr(value, "detach"):  # a torch tensor, known by its methods: torch is not imported
+    if hasattr(value, "detach"):  # a torch tensor; torch is not imported
         value = value.detach().cpu()
         value = value.float() if "bfloat16" in str(value.dtype) else value
         return value.numpy()
     return np.asarray(value)
 
 
-def _listed(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _listed(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

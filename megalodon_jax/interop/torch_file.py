@@ -1,4 +1,4 @@
-"""Reads a file that torch.save wrote, without torch and without running any code in it."""
+"""Reader of torch.save files, without torch and without executing code from the file."""
 
 import pickle
 import zipfile
@@ -30,19 +30,23 @@ class _StorageType(NamedTuple):
 
 
 def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
-    """The tensors of a state dict saved by torch (version 1.6 or later), as numpy arrays.
+    """Reads a state dict saved by torch (1.6 or later) as numpy arrays.
 
-    Only tensors, containers and plain values are accepted: a pickle that names any other class is
-    refused, so a hostile file cannot run code. bfloat16 arrays have ml_dtypes' bfloat16.
+    Only tensors, containers and plain values are accepted: a pickle that refers to any other class
+    is rejected, so a malicious file cannot execute code. bfloat16 arrays have the dtype of
+    ml_dtypes.
 
     Raises:
-      TorchFileError: not such a file, or it holds something else; the message says what.
+      TorchFileError: the file is not a torch.save file, or has other contents; the message names
+        them.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             pickled = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             if len(pickled) != 1:
-                raise TorchFileError(f"{path} is a zip file, but not one that torch.save wrote")
+                raise TorchFileError(
+                    f"{path} is a zip file without data.pkl; give a file saved by torch.save"
+                )
             with archive.open(pickled[0]) as file:
                 unpickler = _TensorUnpickler(file, archive, pickled[0].removesuffix("data.pkl"))
                 content = unpickler.load()
@@ -50,14 +54,14 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
         raise TorchFileError(f"cannot read {path}: {error.strerror}") from error
     except zipfile.BadZipFile as error:
         raise TorchFileError(
-            f"{path} is not a file of torch.save's zip format (torch 1.6 or later): {error}"
+            f"{path} is not in the zip format of torch.save (torch 1.6 or later): {error}"
         ) from error
     except pickle.UnpicklingError as error:
         raise TorchFileError(f"{path}: {error}") from error
     if not isinstance(content, dict) or not all(
         isinstance(value, np.ndarray) for value in content.values()
     ):
-        raise TorchFileError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+        raise TorchFileError(f"{path} has a {type(content).__name__}; save a dict of tensors")
     return dict(content)
 
 
@@ -76,12 +80,14 @@ class _TensorUnpickler(pickle.Unpickler):
             return _rebuild_parameter
         if module == "torch" and name in _STORAGE_DTYPES:
             return _StorageType(_STORAGE_DTYPES[name])
-        raise pickle.UnpicklingError(f"the file refers to {module}.{name}, which is not a tensor")
+        raise pickle.UnpicklingError(
+            f"the file refers to {module}.{name}; only tensors are accepted"
+        )
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         kind, storage, key, _location, count = pid
         if kind != "storage" or not isinstance(storage, _StorageType):
-            raise pickle.UnpicklingError(f"unknown stored object {kind!r}")
+            raise pickle.UnpicklingError(f"unknown kind of stored object {kind!r}")
         data = self._archive.read(f"{self._prefix}data/{key}")
         return np.frombuffer(data, dtype=storage.dtype, count=count)
 
@@ -91,7 +97,7 @@ def _rebuild_tensor(
 ) -> np.ndarray:
     last = offset + sum((n - 1) * step for n, step in zip(size, stride)) if all(size) else offset
     if offset < 0 or any(step < 0 for step in stride) or last >= max(storage.size, 1):
-        raise pickle.UnpicklingError(f"a tensor of shape {size} reaches outside its storage")
+        raise pickle.UnpicklingError(f"a tensor of shape {size} exceeds its storage")
     strides = tuple(step * storage.itemsize for step in stride)
     return np.lib.stride_tricks.as_strided(storage[offset:], size, strides).copy()
 

@@ -13,11 +13,11 @@ from megalodon_jax.typing import Array
 
 
 def truncated_normal(std: float, bound: float) -> Initializer:
-    """Normal distribution of deviation `std`, truncated to [-bound, bound]."""
+    """Initializer N(0, std^2), truncated to [-bound, bound]."""
 
     def init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
-        draws = jax.random.truncated_normal(key, -bound / std, bound / std, shape, jnp.float32)
-        return (std * draws).astype(dtype)
+        samples = jax.random.truncated_normal(key, -bound / std, bound / std, shape, jnp.float32)
+        return (std * samples).astype(dtype)
 
     return init
 
@@ -31,7 +31,7 @@ def embedding_initializer(model_dim: int) -> Initializer:
 def kernel_initializer(init_mode: str) -> Initializer:
     """Initializer of a linear layer's weight, by its released name."""
     match init_mode:
-        case "he":  # Kaiming normal with a = sqrt(5), torch's default for linear layers
+        case "he":  # Kaiming normal with a = sqrt(5): torch's default for linear layers
             return initializers.variance_scaling(1.0 / 3.0, "fan_in", "normal")
         case "xavier":
             return initializers.xavier_uniform()
@@ -41,15 +41,18 @@ def kernel_initializer(init_mode: str) -> Initializer:
             return truncated_normal(1.0, 3.0)
         case _:
             raise ValueError(
-                f"init_mode {init_mode!r} is unknown; use he, xavier, bert or gaussian"
+                f"init_mode is {init_mode!r}; use 'he', 'xavier', 'bert' or 'gaussian'"
             )
 
 
 def parameter(value: Array, *axes: str | None) -> nnx.Param:
-    """A Param with logical axis names (`None`: never sharded)."""
+    """A Param with logical axis names (None: not sharded)."""
     return nnx.Param(value, **axis_names(*axes))
 
 
 def axis_names(*axes: str | None) -> dict[str, Any]:
-    """Param metadata for logical axis names; eager_sharding=False keeps it valid without a mesh."""
+    """Metadata of a Param with logical axis names.
+
+    `eager_sharding=False` makes it valid without a mesh (flax 0.12.12).
+    """
     return {"out_sharding": axes, "eager_sharding": False}

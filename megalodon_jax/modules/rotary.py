@@ -9,7 +9,7 @@ from megalodon_jax.typing import Array, Float, Float32, Int32
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of every token's angles; the leading axis is 1 where rows agree."""
+    """Cosine and sine of every token's angles; B is 1 if all rows have the same positions."""
 
     cos: Float32[Array, "B L half"]
     sin: Float32[Array, "B L half"]
@@ -28,9 +28,9 @@ def rotation(positions: Int32[Array, "B L"], head_dim: int, base: float) -> Rota
 
 
 def rotate(x: Float[Array, "B L H d"], by: Rotation) -> Float[Array, "B L H d"]:
-    """Turns each pair (x[2j], x[2j+1]) by its angle, in float32; the result has x's type."""
+    """Rotates each pair (x[2j], x[2j+1]) by its angle in float32; the result has x's dtype."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     cos, sin = by.cos[:, :, None, :], by.sin[:, :, None, :]
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)

@@ -1,1 +1,1 @@
-"""Device meshes, sharding rules, and runs of several processes."""
+"""Device meshes, sharding rules and multi-process runs."""

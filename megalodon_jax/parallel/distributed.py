@@ -1,8 +1,8 @@
-"""Runs of several processes: how they find one another, and which rows each of them loads.
+"""Multi-process runs: initialization, the rows of each process, and collectives of host values.
 
-Every process runs the same program on its own devices (`jax.distributed`); the mesh is over the
-devices of all. A process loads the rows that its devices hold, whole, and each device gets its part
-of them. In one process nothing here costs anything.
+Every process runs the same program on its own devices (`jax.distributed`); the mesh spans the
+devices of all processes. A process loads the complete rows of its devices, and each device gets its
+sequence shard of them. In a single process every function here is free.
 """
 
 import atexit
@@ -31,13 +31,14 @@ _METADATA_SECONDS = 5.0
 
 
 def initialize(config: ProcessesConfig) -> None:
-    """Joins the other processes of the run, if there are any; must come before any computation.
+    """Initializes `jax.distributed` if the run has several processes.
 
-    With `coordinator`, `count` and `index` it is these; else with `detect` JAX finds the processes
-    of a TPU pod, SLURM or Open MPI; else this process is alone. A second call does nothing.
+    Call it before any computation; a second call does nothing. The processes are those of
+    `coordinator`, `count` and `index`; else, with `detect`, those that JAX detects on a TPU pod,
+    under SLURM or under Open MPI; else the run has one process.
 
     Raises:
-      ConfigError: the processes cannot be joined.
+      ConfigError: this process cannot join the others.
     """
     if jax.distributed.is_initialized():
         return
@@ -47,43 +48,44 @@ def initialize(config: ProcessesConfig) -> None:
                 config.coordinator,
                 config.count,
                 config.index,
-                # Else a process under SLURM would get only one of its GPUs.
+                # With detection a process under SLURM would get only one of its GPUs.
                 cluster_detection_method="deactivate",
             )
         elif config.detect and is_multi_process_environment(os.environ):
             jax.distributed.initialize()
-    # ValueError: the environment is incomplete; RuntimeError: no connection, or JAX already runs.
+    # ValueError: incomplete environment. RuntimeError: no connection, or JAX is already in use.
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"cannot join the other processes: {error}; name them with processes.coordinator, "
-            "processes.count and processes.index, or set processes.detect to false to run alone"
+            f"cannot join the other processes: {error}; set processes.coordinator, "
+            "processes.count and processes.index, or set processes.detect to false to run in one "
+            "process"
         ) from error
 
 
 def exit_without_barrier(exit_code: int) -> None:
-    """After an error: lets this process, one of several, end without waiting for the others.
+    """After an error in a multi-process run: skips the barrier at exit.
 
-    They may be in a step that it will never join. They end as they see its connections closed, or
-    at the latest when JAX misses its heartbeat.
+    The other processes may wait in a collective of this one. They stop when its connections close,
+    or at the latest when its heartbeat times out.
     """
 
-    def leave() -> None:
+    def exit_now() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)
 
-    # What is registered last runs first, so before JAX waits.
+    # Handlers run in reverse order, so this one runs before JAX's barrier.
     if jax.distributed.is_initialized():
-        atexit.register(leave)
+        atexit.register(exit_now)
 
 
 def is_multi_process_environment(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher's variables say that this process is one of several.
+    """Whether the environment variables of a launcher describe several processes.
 
-    Those of SLURM (`srun`), Open MPI (`mpirun`), and TPU pods; where a TPU's variables say nothing,
-    its machine's metadata is asked, as JAX does.
+    Reads those of SLURM (`srun`), Open MPI (`mpirun`) and TPU pods; a TPU host without variables
+    queries its metadata server, as JAX does.
     """
-    # A batch script that SLURM starts has a number of tasks too, but is none of them.
+    # A SLURM batch script has SLURM_NTASKS too, but is not a task itself.
     if "SLURM_STEP_NODELIST" in environment and "SLURM_PROCID" in environment:
         return int(environment.get("SLURM_NTASKS", "1")) > 1
     if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
@@ -93,7 +95,7 @@ def is_multi_process_environment(environment: Mapping[str, str]) -> bool:
     for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
         if hosts := environment.get(name):
             return "," in hosts
-    # JAX sets this variable where it finds no TPU.
+    # JAX sets this variable if it finds no TPU.
     if "TPU_SKIP_MDS_QUERY" in environment or importlib.util.find_spec("libtpu") is None:
         return False
     return "tpu" in environment.get("JAX_PLATFORMS", "tpu") and "," in _tpu_hosts()
@@ -104,29 +106,29 @@ def _tpu_hosts() -> str:
         _METADATA + "worker-network-endpoints", headers={"Metadata-Flavor": "Google"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=_METADATA_SECONDS) as answer:
-            return answer.read().decode()
+        with urllib.request.urlopen(request, timeout=_METADATA_SECONDS) as response:
+            return response.read().decode()
     except OSError:
-        # Not a machine of that cloud, so not one of its pods.
+        # No metadata server: not a Google Cloud host.
         return ""
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes logs and prints."""
+    """Whether this is process 0, which writes logs and prints."""
     return jax.process_index() == 0
 
 
 def rows_of_processes(mesh: Mesh, batch_size: int) -> dict[int, tuple[int, ...]]:
-    """For each process with devices in the mesh, the rows of the global batch that they hold.
+    """The rows of the global batch that each process's devices hold, in ascending order.
 
-    They rise, but need not be neighbours: a mesh that follows the wires of a TPU pod may give a
-    process rows 0, 1, 4 and 5.
+    The rows of a process may be non-contiguous: a mesh that follows the topology of a TPU pod can
+    assign rows 0, 1, 4 and 5 to one process.
 
     Args:
       mesh: the run's devices.
       batch_size: rows of the global batch.
     """
-    # Only the split of rows matters, so any length that all parts divide will do.
+    # Any length that divides by the sequence shards gives the same rows.
     shape = (batch_size, mesh.shape["chunk"])
     held: dict[int, set[int]] = {}
     for device, (rows, _) in batch_sharding(mesh).devices_indices_map(shape).items():
@@ -143,31 +145,29 @@ def rows_of_process(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
     rows = rows_of_processes(mesh, batch_size)
     if jax.process_index() not in rows:
         raise ConfigError(
-            f"the mesh has {mesh.size} devices, none of them of process {jax.process_index()}; "
-            "set one axis of [mesh] to -1 to use the devices of all processes"
+            f"the mesh has {mesh.size} devices and none of process {jax.process_index()}; set one "
+            "axis of [mesh] to -1 to use the devices of all processes"
         )
     return rows[jax.process_index()]
 
 
 def num_shards_of(mesh: Mesh, batch_size: int) -> int:
-    """The fewest equal shards of a batch such that each has its rows in whole processes.
+    """The smallest number of equal data shards whose rows belong to the same set of processes.
 
-    So a document is read by no more processes than need it: one, unless they share rows.
+    A document is then read by one process only, unless processes share rows.
     """
     rows = rows_of_processes(mesh, batch_size)
     holders = [{process for process in rows if row in rows[process]} for row in range(batch_size)]
-    borders = [row for row in range(1, batch_size) if holders[row] != holders[row - 1]]
-    return batch_size // math.gcd(batch_size, *borders)
+    boundaries = [row for row in range(1, batch_size) if holders[row] != holders[row - 1]]
+    return batch_size // math.gcd(batch_size, *boundaries)
 
 
 def place_batch(batch: Batch, mesh: Mesh, *, rows: Sequence[int], batch_size: int) -> Batch:
-    """Puts a process's rows on the mesh: the global batch, of which each device has its part.
-
-    A device gets its rows and its part of the sequence, cut from the host's whole rows.
+    """Places the rows of this process on the mesh as a sharded global batch.
 
     Args:
-      batch: numpy arrays (..., b, L), the same leading axes everywhere: rows `rows` of the global
-        batch, all L tokens of each.
+      batch: numpy arrays (..., b, L) with equal leading axes: the rows `rows` of the global batch,
+        each with all L tokens.
       mesh: the run's devices.
       rows: from `rows_of_process`.
       batch_size: rows B of the global batch.
@@ -176,24 +176,24 @@ def place_batch(batch: Batch, mesh: Mesh, *, rows: Sequence[int], batch_size: in
       Global arrays (..., B, L).
     """
 
-    def place(array: np.ndarray) -> jax.Array:
+    def place_on_mesh(array: np.ndarray) -> jax.Array:
         *leading, _, length = array.shape
         sharding = batch_sharding(mesh, leading=len(leading))
 
-        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
             start, stop, _ = index[-2].indices(batch_size)
-            # A device's rows are neighbours, so they are neighbours among the process's too.
+            # The rows of a device are contiguous, also within the rows of its process.
             first = bisect.bisect_left(rows, start)
             return array[..., first : first + stop - start, index[-1]]
 
-        return jax.make_array_from_callback((*leading, batch_size, length), sharding, part)
+        return jax.make_array_from_callback((*leading, batch_size, length), sharding, shard)
 
-    return jax.tree.map(place, batch)
+    return jax.tree.map(place_on_mesh, batch)
 
 
 def all_gather_json(value: Any) -> list[Any]:
-    """What every process hands in, in their order. All of them must call it, with JSON values."""
+    """All-gathers one JSON value per process, in process order; every process must call it."""
     if jax.process_count() == 1:
         return [value]
     own = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -206,30 +206,30 @@ def all_gather_json(value: Any) -> list[Any]:
 
 
 def all_processes_ok(ok: bool) -> bool:
-    """Whether all processes hand in True; returns after all of them have called it."""
+    """Whether `ok` is true in all processes; every process must call it, so it is a barrier too."""
     return all(all_gather_json(ok))
 
 
 class DelayedGlobalMax:
-    """The largest of the numbers that the processes hand in each step, known to all a step later.
+    """The maximum over processes of one number per step, available one step later.
 
-    So nobody waits for the step that runs: the maximum is taken by the devices after it, and read
-    when the next one is on its way. In one process the number is known at once.
+    The delay avoids a host synchronization: devices compute the maximum after the current step, and
+    it is read after the next step has been dispatched. In a single process there is no delay.
     """
 
     def __init__(self, mesh: Mesh) -> None:
         self._shape = (mesh.size,)
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._maximum = jax.jit(
-            lambda numbers: numbers.max(), out_shardings=NamedSharding(mesh, PartitionSpec())
+            lambda values: values.max(), out_shardings=NamedSharding(mesh, PartitionSpec())
         )
         self._placed: dict[int, jax.Array] = {}
         self._pending: jax.Array | None = None
 
     def exchange(self, number: int) -> int:
-        """Hands in this step's number, not negative; returns the maximum of the step before.
+        """Contributes this step's number (0 or more); returns the maximum of the previous step.
 
-        All processes must call it equally often. The first call returns 0.
+        Every process must call it once per step. The first call returns 0.
         """
         if jax.process_count() == 1:
             return number
@@ -238,5 +238,5 @@ class DelayedGlobalMax:
             self._placed[number] = jax.make_array_from_callback(
                 self._shape, self._sharding, lambda _: value
             )
-        before, self._pending = self._pending, self._maximum(self._placed[number])
-        return 0 if before is None else int(before)
+        previous, self._pending = self._pending, self._maximum(self._placed[number])
+        return 0 if previous is None else int(previous)

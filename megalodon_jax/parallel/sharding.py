@@ -1,7 +1,6 @@
-"""Where every logical axis of parameters and activations goes on the mesh.
+"""Sharding rules: the mesh axes of every logical axis of parameters and activations.
 
-Modules name axes, `RULES` says which mesh axes they are sharded over, and without a mesh nothing
-happens.
+Modules name logical axes; `RULES` maps them to mesh axes. Without a mesh nothing is sharded.
 """
 
 from collections.abc import Callable
@@ -18,14 +17,14 @@ RULES: dict[str, tuple[str, ...]] = {
     # Activations.
     "batch": ("replica", "data"),
     "length": ("chunk",),
-    # Matrices: the axis of the residual stream, then the other axis (its bias has the same name).
+    # Matrices: the axis of the residual stream, and the other axis (also that of the bias).
     "embed": ("data",),
     "embed_out": ("model",),
     "query": ("model",),
     "value": ("model",),
     "ffn": ("model",),
     "vocab": ("model",),
-    # Per-channel parameters and activations, which need no communication.
+    # Per-channel parameters and activations: no communication.
     "channels": ("model",),
     "norm_groups": ("model",),
     "heads": ("model",),
@@ -35,67 +34,67 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def partition_spec(*names: str | None) -> Any:
-    """The `PartitionSpec` of an array whose axes have these logical names.
+    """The `PartitionSpec` of an array with these logical axes.
 
-    Typed `Any`, so that it may stand in a tree in place of the array.
+    The return type is `Any` because the spec replaces an array in trees.
 
     Raises:
-      ValueError: a name is unknown, or two axes would go to the same mesh axis.
+      ValueError: a name is unknown, or two axes map to the same mesh axis.
     """
-    parts: list[Any] = []
-    taken: dict[str, str] = {}
+    entries: list[Any] = []
+    used: dict[str, str] = {}
     for name in names:
         if name is not None and name not in RULES:
-            raise ValueError(f"no rule for logical axis {name!r}; there are: {', '.join(RULES)}")
+            raise ValueError(f"no rule for logical axis {name!r}; use one of {', '.join(RULES)}")
         axes = () if name is None else RULES[name]
         for axis in axes:
-            if axis in taken:
+            if axis in used:
                 raise ValueError(
-                    f"logical axes {taken[axis]!r} and {name!r} of one array both go to mesh axis "
-                    f"{axis!r}"
+                    f"logical axes {used[axis]!r} and {name!r} of one array both map to mesh axis "
+                    f"{axis!r}; name one of them None"
                 )
-            taken[axis] = name or ""
-        parts.append(axes[0] if len(axes) == 1 else axes or None)
-    return PartitionSpec(*parts)
+            used[axis] = name or ""
+        entries.append(axes[0] if len(axes) == 1 else axes or None)
+    return PartitionSpec(*entries)
 
 
 def shardings_of(tree: Any, mesh: Mesh) -> Any:
-    """Shardings of a tree of Params (or an optimizer's copies of them), by their axis names."""
+    """Shardings of a tree of Params (or of their copies in an optimizer) by their axis names."""
 
-    def of(leaf: Any) -> Any:
+    def sharding(leaf: Any) -> Any:
         if not isinstance(leaf, nnx.Variable):
             return NamedSharding(mesh, PartitionSpec())
         names = leaf.get_metadata().get("out_sharding") or ()
         return leaf.replace(NamedSharding(mesh, partition_spec(*names)))
 
-    return jax.tree.map(of, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return jax.tree.map(sharding, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
-    """The sharding of (B, L) arrays of tokens, after `leading` axes that are not sharded."""
+    """The sharding of token arrays (..., B, L) with `leading` unsharded axes."""
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, *partition_spec("batch", "length")))
 
 
 def axis_size(axis: str) -> int:
-    """Devices along one axis of the mesh in use; 1 without a mesh."""
+    """Size of an axis of the current mesh; 1 without a mesh."""
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
 def sequence_axis() -> str | None:
-    """The mesh axis over which sequences are sharded; None where every device has whole rows.
+    """The mesh axis over which sequences are sharded; None without context parallelism.
 
-    Operations call it `sequence_axis`; on the mesh it is the axis `chunk`, as the paper has it.
+    Operations call it `sequence_axis`; the mesh axis has the paper's name `chunk`.
     """
     return "chunk" if axis_size("chunk") > 1 else None
 
 
 def has_multiple_devices() -> bool:
-    """Whether the mesh in use has more than one device."""
+    """Whether the current mesh has more than one device."""
     return jax.sharding.get_abstract_mesh().size > 1
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """x with the sharding of its logical axes; x itself without a mesh of several devices."""
+    """Constrains x to the sharding of its logical axes; returns x itself on one device."""
     if not has_multiple_devices():
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(*names))
@@ -104,13 +103,13 @@ def constrain(x: Array, *names: str | None) -> Array:
 def shard_map_logical(
     function: Callable[..., Any], *, in_specs: tuple[Any, ...], out_specs: Any
 ) -> Callable[..., Any]:
-    """`jax.shard_map` over all axes of the mesh in use; `function` itself on one device.
+    """`jax.shard_map` over all axes of the current mesh; `function` itself on one device.
 
-    Kernels need it: the compiler cannot partition them.
+    Kernels need it, because the compiler cannot partition them.
 
     Args:
-      function: takes and returns trees of local arrays.
-      in_specs: for each argument its `partition_spec`, or a tree of them; None for an absent one.
+      function: maps trees of local arrays to a tree of local arrays.
+      in_specs: `partition_spec` of each argument, or a tree of them; None for an absent argument.
       out_specs: the same for the result.
     """
     if not has_multiple_devices():
@@ -119,7 +118,7 @@ def shard_map_logical(
 
 
 def fold_in_device_index(key: PRNGKey) -> PRNGKey:
-    """Inside `shard_map_logical`, a key of this device's own; the key itself on one device."""
+    """A different key on every device inside `shard_map_logical`; the key itself on one device."""
     if has_multiple_devices():
         for axis in AXES:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))

@@ -1,1 +1,1 @@
-"""Training: optimizer, step, checkpoints, measurements, the loop, and the command line."""
+"""Training: the step, the loop, metrics, throughput and signals."""

@@ -1,7 +1,7 @@
-"""A training run: loader, step, logs, held-out measurements, checkpoints, a sample at the end.
+"""The training loop: data, steps, logs, held-out evaluation, checkpoints and a final sample.
 
-In a run of several processes each of them runs `train`: all take part in steps, measurements and
-checkpoints, each loads its own rows, and the first one logs.
+In a multi-process run every process calls `train`: all of them take part in steps, evaluations and
+checkpoints, each loads its own rows, and process 0 logs.
 """
 
 import dataclasses
@@ -43,14 +43,14 @@ SAMPLE_TEMPERATURE = 0.8
 
 
 class TrainResult(NamedTuple):
-    """How a run ended.
+    """The result of a run.
 
     Attributes:
-      step: updates done in all.
-      train_loss: loss of the last step in nats per token; None if no step was done.
-      heldout: the final held-out measurement; None if there is no held-out text or a signal came.
-      sample: the generated text, prompt included; empty if none was asked for.
-      stop_signal: SIGINT or SIGTERM if that ended the run early, else None.
+      step: total number of updates.
+      train_loss: loss of the last step in nats per token; None if no step was run.
+      heldout: the final held-out evaluation; None without held-out text or after a signal.
+      sample: the generated text with its prompt; empty if `sample_tokens` is 0.
+      stop_signal: SIGINT or SIGTERM if it stopped the run, else None.
     """
 
     step: int
@@ -61,18 +61,18 @@ class TrainResult(NamedTuple):
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Trains to `config.steps`, leaving checkpoints and logs in `config.run_dir`.
+    """Trains until `config.steps`; checkpoints and logs are in `config.run_dir`.
 
-    SIGINT or SIGTERM: the step that runs is finished, a checkpoint is saved, and the function
-    returns with `stop_signal` set. A second SIGINT stops at once. In a run of several processes a
-    signal to any process stops all of them after the same step; all must see the same `run_dir`.
+    SIGINT or SIGTERM: the current step is completed, a checkpoint is saved, and the function
+    returns with `stop_signal` set. A second SIGINT stops immediately. In a multi-process run a
+    signal to any process stops all of them after the same step; `run_dir` must be shared.
 
     Raises:
-      ConfigError: the settings do not fit together, or `run_dir` already has checkpoints and
-        `resume` is not set.
-      DataError: the data cannot be read or is empty.
-      CheckpointError: a checkpoint could not be written, or none could be read to resume from.
-      TrainingError: the loss became NaN or infinite.
+      ConfigError: settings are inconsistent, or `run_dir` already has checkpoints and `resume` is
+        not set.
+      DataError: the data is empty or cannot be read.
+      CheckpointError: a checkpoint cannot be written, or none can be read to resume from.
+      TrainingError: the loss or the gradient is NaN or infinite.
     """
     distributed.initialize(config.processes)
     mesh = resolve_mesh(config)
@@ -117,20 +117,20 @@ def train(config: TrainConfig) -> TrainResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """What a run works with and does not change.
+    """The fixed objects of a run.
 
     Attributes:
       config: the run's settings.
-      mesh: its devices.
+      mesh: the run's devices.
       rows: rows of the global batch that this process loads.
       task: examples, loss and metric.
-      tokenizer: from text to token ids.
-      loader: batches of training, without end.
-      heldout_loader: one held-out pass; None if nothing is held out.
+      tokenizer: the run's tokenizer.
+      loader: endless training batches.
+      heldout_loader: a single held-out pass; None without held-out data.
       graphdef: the model's static structure.
-      checkpoints: where the run is saved.
-      log: where its numbers are written; None in all processes but the first.
-      display: what the terminal shows.
+      checkpoints: the run's checkpoints.
+      log: output of metrics; None except in process 0.
+      display: progress on the terminal.
     """
 
     config: TrainConfig
@@ -152,8 +152,8 @@ def _initial_state(
     if not config.resume:
         if steps := checkpoints.steps():
             raise ConfigError(
-                f"{config.run_dir} already has checkpoints (newest: step {steps[-1]}) and nothing "
-                "is overwritten; go on from them with --resume, or choose another --run_dir"
+                f"{config.run_dir} already has checkpoints (newest: step {steps[-1]}), which are "
+                "not overwritten; resume with --resume, or choose another --run_dir"
             )
         graphdef, state = init_state(config, mesh)
         if config.init_from:
@@ -191,7 +191,7 @@ def _open_log(config: TrainConfig, *, first_step: int) -> Iterator[RunLog | None
 
 
 class _Run:
-    """A run as it advances: its state, and the metrics since the last report."""
+    """The changing state of a run, and its metrics since the last report."""
 
     def __init__(self, context: RunContext, state: TrainState) -> None:
         config, mesh = context.config, context.mesh
@@ -209,7 +209,7 @@ class _Run:
         self.global_signal = distributed.DelayedGlobalMax(mesh)
 
     def advance(self, stop: StopRequest) -> None:
-        """Trains until the last step or a signal; saves at the end."""
+        """Trains until the last step or a signal, then saves."""
         config = self.config
         self.context.display.message(self._description())
         batches = iter(self.context.loader)
@@ -233,10 +233,10 @@ class _Run:
         self.context.checkpoints.wait()
 
     def _must_stop(self, stop: StopRequest) -> bool:
-        number = self.global_signal.exchange(0 if stop.signal is None else int(stop.signal))
-        if number:
-            stop.signal = signal.Signals(number)
-        return bool(number)
+        signal_number = self.global_signal.exchange(0 if stop.signal is None else int(stop.signal))
+        if signal_number:
+            stop.signal = signal.Signals(signal_number)
+        return bool(signal_number)
 
     def _place(self, batch: Batch) -> Batch:
         return distributed.place_batch(
@@ -244,12 +244,12 @@ class _Run:
         )
 
     def finish(self, stop: StopRequest) -> TrainResult:
-        """The final held-out measurement and the sample; after a signal, how to resume."""
+        """Runs the final held-out evaluation and the sample, unless a signal stopped the run."""
         config = self.config
         if stop.signal is not None and self.step < config.steps:
             self.context.display.message(
                 f"{stop.signal.name}: stopped after step {self.step}; checkpoint saved in "
-                f"{config.run_dir}, go on with --resume"
+                f"{config.run_dir}, resume with --resume"
             )
             return TrainResult(self.step, self.train_loss, None, "", stop.signal)
         heldout = self._evaluate(config.final_eval_batches)
@@ -278,7 +278,7 @@ class _Run:
     def _report_compilation(self) -> None:
         jax.block_until_ready(self.window[-1])
         self.context.display.message(f"first step, with compilation: {self.clock.seconds():.1f} s")
-        # Most of that time was compilation: speed is measured without this step.
+        # Throughput excludes this step, because most of its time is compilation.
         self.clock.restart_without(float(self.window[-1].tokens))
         self.context.display.restart(self.step)
 
@@ -293,7 +293,7 @@ class _Run:
         }
         tokens_per_second = self.clock.tokens_per_second(float(weights.sum()))
         mfu = None if tokens_per_second is None else self._utilization(tokens_per_second)
-        numbers = {
+        logged = {
             **mean,
             "grad_norm": float(window[-1].grad_norm),
             "learning_rate": float(window[-1].learning_rate),
@@ -301,7 +301,7 @@ class _Run:
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
         }
-        self._log(numbers)
+        self._log(logged)
         text = f"loss {mean['loss']:.4f}"
         text += f"  {tokens_per_second:,.0f} tokens/s" if tokens_per_second else ""
         text += f"  MFU {mfu:.1%}" if mfu else ""
@@ -310,9 +310,9 @@ class _Run:
         self.window = []
         self.clock.restart()
 
-    def _log(self, numbers: Mapping[str, float | None]) -> None:
+    def _log(self, metrics: Mapping[str, float | None]) -> None:
         if self.context.log is not None:
-            self.context.log.write(self.step, numbers)
+            self.context.log.write(self.step, metrics)
 
     def _utilization(self, tokens_per_second: float) -> float | None:
         flops = model_flops_per_token(self.config.model, seq_len=self.config.data.seq_len)
@@ -328,13 +328,15 @@ class _Run:
         for offset, metrics in enumerate(window):
             if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
                 step = self.step - len(window) + offset + 1
-                kept = self.context.checkpoints.steps()
-                rest = (
-                    f"the newest checkpoint is step {kept[-1]}" if kept else "no checkpoint exists"
+                saved = self.context.checkpoints.steps()
+                newest = (
+                    f"the newest checkpoint is step {saved[-1]}"
+                    if saved
+                    else "there is no checkpoint"
                 )
                 raise TrainingError(
                     f"loss is {metrics.loss} and gradient norm {metrics.grad_norm} at step {step}; "
-                    f"stopped, {rest}. Try a lower optim.lr, a longer warm-up, or clipping"
+                    f"{newest}. Try a lower optim.lr, a longer warmup, or clipping"
                 )
         return window
 
@@ -374,11 +376,11 @@ class _Run:
         self.saved_step = self.step
 
     def _sample(self) -> str:
-        # Generation runs on one device: a model too large for it needs sample_tokens = 0.
+        # Generation runs on one device; a larger model needs sample_tokens = 0.
         params = self.state.params
         if jax.process_count() > 1:
             params = multihost_utils.process_allgather(params, tiled=True)
-        # Every process draws the same text, so that no process waits for another one.
+        # Every process generates the same text, so that none waits for another.
         params = jax.device_put(params, self.context.mesh.local_devices[0])
         model = nnx.merge(self.context.graphdef, params)
         new = stream_text(

@@ -1,4 +1,4 @@
-"""Where a run's numbers are written: log files, and a progress display."""
+"""Output of a run's metrics: log files and the progress display."""
 
 import json
 import math
@@ -16,10 +16,16 @@ from megalodon_jax.errors import ConfigError
 
 
 class RunLog:
-    """Writes a run's numbers to `metrics.jsonl`, TensorBoard and, if asked, wandb.
+    """Writes metrics to `metrics.jsonl`, TensorBoard and optionally wandb.
 
-    One line of `metrics.jsonl` is one call of `write`. A resumed run appends: where a step appears
-    twice, the later line counts.
+    Every call of `write` appends one line to `metrics.jsonl`. A resumed run appends too: if a step
+    appears twice, the later line is valid.
+
+    Args:
+      run_dir: the run's directory.
+      config: the resolved configuration, for wandb.
+      first_step: step from which a run resumes.
+      wandb_project: wandb project; empty: no wandb.
 
     Raises:
       ConfigError: `wandb_project` is set but wandb is not installed.
@@ -42,21 +48,21 @@ class RunLog:
             str(run_dir / "tensorboard"), purge_step=first_step or None, write_to_disk=True
         )
 
-    def write(self, step: int, numbers: Mapping[str, float | None]) -> None:
-        """Records `numbers` under `step`; entries that are None are left out."""
-        known = {name: float(value) for name, value in numbers.items() if value is not None}
-        # JSON has no NaN or infinity; a string keeps the line readable by strict parsers.
+    def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Records the metrics of a step; those that are None are skipped."""
+        values = {name: float(value) for name, value in metrics.items() if value is not None}
+        # Strict JSON parsers reject NaN and infinity, so these are written as strings.
         line = {
-            name: value if math.isfinite(value) else str(value) for name, value in known.items()
+            name: value if math.isfinite(value) else str(value) for name, value in values.items()
         }
         print(json.dumps({"step": step, **line}), file=self._lines, flush=True)
-        for name, value in known.items():
+        for name, value in values.items():
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(known, step=step)
+            self._wandb.log(values, step=step)
 
     def close(self) -> None:
-        """Flushes and closes every destination."""
+        """Flushes and closes all outputs."""
         self._lines.close()
         self._board.close()
         if self._wandb is not None:
@@ -75,14 +81,14 @@ def _start_wandb(project: str, run_dir: Path, config: Mapping[str, Any]) -> Any:
 
 
 class ProgressDisplay:
-    """A bar on a terminal, plain lines elsewhere: loss, tokens/s, MFU, time left.
+    """A progress bar on a terminal, else plain lines: loss, tokens/s, MFU, remaining time.
 
     Use as a context manager.
 
     Args:
-      first_step: updates done before.
-      steps: updates of the run.
-      silent: show nothing, as all processes of a run but one do.
+      first_step: number of updates before this run was resumed.
+      steps: number of updates of the run.
+      silent: show nothing; for all processes except process 0.
     """
 
     def __init__(self, *, first_step: int, steps: int, silent: bool = False) -> None:
@@ -97,11 +103,11 @@ class ProgressDisplay:
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(bar_width=16),
-                TextColumn("{task.fields[numbers]}"),
+                TextColumn("{task.fields[metrics]}"),
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._task = self._bar.add_task("", total=steps, completed=first_step, numbers="")
+            self._task = self._bar.add_task("", total=steps, completed=first_step, metrics="")
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -118,29 +124,29 @@ class ProgressDisplay:
             self._bar.stop()
 
     def restart(self, step: int) -> None:
-        """Estimates the time left from here on (compilation is over)."""
+        """Restarts the estimate of the remaining time, after compilation."""
         self._first_step, self._started = step, time.monotonic()
 
     def advance(self, step: int) -> None:
-        """Moves the bar to `step`; nothing without a terminal."""
+        """Moves the progress bar to `step`; does nothing without a terminal."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
-    def report(self, step: int, numbers: str) -> None:
-        """Shows the newest measurements."""
+    def report(self, step: int, metrics: str) -> None:
+        """Shows the latest metrics."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, numbers=numbers)
+            self._bar.update(self._task, completed=step, metrics=metrics)
             return
         if self._silent:
             return
-        left = ""
+        remaining = ""
         if step > self._first_step:
             seconds = (time.monotonic() - self._started) / (step - self._first_step)
-            left = f"  left {format_seconds(seconds * (self._steps - step))}"
-        print(f"step {step}/{self._steps}  {numbers}{left}", flush=True)
+            remaining = f"  left {format_seconds(seconds * (self._steps - step))}"
+        print(f"step {step}/{self._steps}  {metrics}{remaining}", flush=True)
 
     def message(self, text: str) -> None:
-        """Prints a line that stays."""
+        """Prints a line above the progress bar."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         elif not self._silent:
@@ -149,5 +155,5 @@ class ProgressDisplay:
 
 def format_seconds(seconds: float) -> str:
     """Hours, minutes and seconds as h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

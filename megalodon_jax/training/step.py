@@ -1,4 +1,4 @@
-"""One update of the weights, and one held-out batch, as pure jitted functions."""
+"""The train step and the evaluation step as pure jitted functions."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,15 +22,15 @@ from megalodon_jax.typing import Array, Batch, Float32, PRNGKey
 
 
 class StepMetrics(NamedTuple):
-    """Measurements of one update; float32 scalars.
+    """Metrics of one update; float32 scalars.
 
     Attributes:
-      loss: mean cross-entropy in nats per counted target.
-      z_loss: mean of the z-loss term, already multiplied by its weight.
-      accuracy: fraction of counted targets that were the most probable token.
+      loss: mean cross-entropy in nats per weighted target.
+      z_loss: mean z-loss, multiplied by its weight.
+      accuracy: fraction of weighted targets that were the most probable token.
       grad_norm: global norm of the gradient before clipping.
       learning_rate: rate of this update.
-      tokens: counted targets.
+      tokens: sum of the target weights.
     """
 
     loss: Float32[Array, ""]
@@ -42,11 +42,11 @@ class StepMetrics(NamedTuple):
 
 
 _GPU_OPTIONS = {
-    # Merged products concatenate their operands first, which costs more than they gain.
+    # Merging dots concatenates their operands first, which costs more than it gains.
     "xla_gpu_dot_merger_threshold_mb": 0,
-    # Values round where the code says. Otherwise float32 gradients are stored for two readers.
+    # Rounding only where the program casts: otherwise float32 gradients with two uses are stored.
     "xla_allow_excess_precision": False,
-    # Over several devices a block's weights are gathered together, and its gradients scattered.
+    # On several devices, one all-gather for a block's weights and one reduce-scatter for gradients.
     "xla_gpu_all_gather_combine_threshold_bytes": 128 << 20,
     "xla_gpu_reduce_scatter_combine_threshold_bytes": 256 << 20,
 }
@@ -56,14 +56,14 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 def make_train_step(
     graphdef: nnx.GraphDef, config: TrainConfig, mesh: Mesh | None = None
 ) -> TrainStep:
-    """Builds `step(state, batches) -> (state, metrics)`, jitted; the old state's memory is reused.
+    """Builds the jitted `step(state, batches) -> (state, metrics)`, which donates `state`.
 
     `batches` has a leading axis of `accumulate_steps` batches, (A, B, L). The objective is
 
         (sum of weighted token losses + z-losses, over all A batches) / (sum of weights)
 
-    so that accumulating equals one batch of A * B rows. Dropout's key is folded from the seed, the
-    step and the batch's place, so a resumed run drops what an uninterrupted one would.
+    so that accumulation equals one batch of A * B rows. The dropout key is folded from the seed,
+    the step and the index of the batch, so that a resumed run equals an uninterrupted one.
 
     Args:
       graphdef: the model's static structure.
@@ -71,7 +71,7 @@ def make_train_step(
       mesh: devices; None: those of `config.mesh`.
     """
     mesh = resolve_mesh(config, mesh)
-    places = state_shardings(config, mesh)
+    shardings = state_shardings(config, mesh)
     optimizer = make_optimizer(config.optim, total_steps=config.steps)
     schedule = learning_rate_schedule(config.optim, total_steps=config.steps)
     sums_and_gradient = _make_sums_and_gradient(graphdef, config)
@@ -81,10 +81,10 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             sums, gradient = sums_and_gradient(state.params, batches, key)
-        gradient = jax.lax.with_sharding_constraint(gradient, places.params)
+        gradient = jax.lax.with_sharding_constraint(gradient, shardings.params)
         if on_gpu and mesh.size > 1:
             gradient = jax.tree.map(_row_major, gradient)
-        # A batch of padding alone has weight 0; its gradient is 0 and must not become NaN.
+        # A batch of padding has weight 0: its zero gradient must not become NaN.
         weight = jnp.maximum(sums.weight_sum, 1.0)
         gradient = jax.tree.map(lambda leaf: leaf / weight, gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -101,17 +101,17 @@ def make_train_step(
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(places, batch_sharding(mesh, leading=1)),
-        out_shardings=(places, NamedSharding(mesh, PartitionSpec())),
+        in_shardings=(shardings, batch_sharding(mesh, leading=1)),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         compiler_options=_GPU_OPTIONS if on_gpu else None,
     )
 
 
 def _row_major(gradient: Array) -> Array:
-    """The gradient in the order of its parameter's numbers.
+    """The gradient in its parameter's memory layout.
 
-    A matrix that is scattered along its columns comes transposed. The optimizer would go on so, and
-    three copies would bring parameters and moments back.
+    A reduce-scatter along columns returns a transposed layout. Without the constraint the optimizer
+    adopts it, and three copies transpose the parameter and its moments back.
     """
     return with_layout_constraint(gradient, Layout(tuple(range(gradient.ndim))))
 
@@ -119,7 +119,7 @@ def _row_major(gradient: Array) -> Array:
 def make_eval_step(
     graphdef: nnx.GraphDef, config: TrainConfig, mesh: Mesh | None = None
 ) -> EvalStep:
-    """Builds `evaluate(params, batch) -> LossOutput`, jitted: sums over one batch, no dropout."""
+    """Builds the jitted `evaluate(params, batch) -> LossOutput`: sums over a batch, no dropout."""
     mesh, task = resolve_mesh(config, mesh), find_task(config.task)
 
     def evaluate(params: nnx.State, batch: Batch) -> LossOutput:
@@ -137,7 +137,7 @@ def _make_sums_and_gradient(
     graphdef: nnx.GraphDef, config: TrainConfig
 ) -> Callable[[nnx.State, Batch, PRNGKey], tuple[LossOutput, nnx.State]]:
     model, task = config.model, find_task(config.task)
-    drops = bool(model.dropout or model.hidden_dropout or model.attention_dropout)
+    has_dropout = bool(model.dropout or model.hidden_dropout or model.attention_dropout)
 
     def objective(
         params: nnx.State, batch: Batch, key: PRNGKey | None
@@ -147,24 +147,24 @@ def _make_sums_and_gradient(
 
     gradient_of = jax.grad(objective, has_aux=True)
 
-    def one(params: nnx.State, batch: Batch, index: Array | int, key: PRNGKey):
+    def of_batch(params: nnx.State, batch: Batch, index: Array | int, key: PRNGKey):
         gradient, sums = gradient_of(
-            params, batch, jax.random.fold_in(key, index) if drops else None
+            params, batch, jax.random.fold_in(key, index) if has_dropout else None
         )
         return sums, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient)
 
-    def over_all(params: nnx.State, batches: Batch, key: PRNGKey) -> tuple[LossOutput, nnx.State]:
+    def accumulate(params: nnx.State, batches: Batch, key: PRNGKey) -> tuple[LossOutput, nnx.State]:
         if batches.tokens.shape[0] == 1:
-            return one(params, jax.tree.map(lambda rows: rows[0], batches), 0, key)
+            return of_batch(params, jax.tree.map(lambda array: array[0], batches), 0, key)
 
         def add(total, entry):
             index, batch = entry
-            return jax.tree.map(jnp.add, total, one(params, batch, index, key)), None
+            return jax.tree.map(jnp.add, total, of_batch(params, batch, index, key)), None
 
-        first = jax.tree.map(lambda rows: rows[0], batches)
-        shapes = jax.eval_shape(one, params, first, 0, key)
+        first = jax.tree.map(lambda array: array[0], batches)
+        shapes = jax.eval_shape(of_batch, params, first, 0, key)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         indices = jnp.arange(batches.tokens.shape[0])
         return jax.lax.scan(add, zeros, (indices, batches))[0]
 
-    return over_all
+    return accumulate

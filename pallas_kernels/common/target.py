@@ -1,4 +1,4 @@
-"""What a computation that is being traced will run on, and whether kernels are interpreted."""
+"""The target device of the current trace, and the interpreter mode of kernels."""
 
 import contextlib
 import contextvars
@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import jax
 
-# Data center GPUs of compute capability 9.0 by their device kind.
+# Device kinds of data-center GPUs of compute capability 9.0.
 _HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 
 
 class Target(NamedTuple):
-    """A kind of device.
+    """The kind of device that a trace is compiled for.
 
     Attributes:
       platform: "cpu", "gpu" or "tpu".
@@ -26,19 +26,18 @@ class Target(NamedTuple):
 
     @property
     def is_hopper(self) -> bool:
-        """Whether Mosaic GPU kernels written for Hopper run there."""
+        """Whether the Mosaic GPU kernels, which are written for Hopper, run on it."""
         return self.platform == "gpu" and _HOPPER.search(self.kind) is not None
 
 
 def find_target() -> Target:
-    """The device of the mesh in use (`jax.sharding.use_abstract_mesh`), else JAX's default device.
+    """The device of the current mesh (`jax.sharding.use_abstract_mesh`), else the default device.
 
-    The compiler cannot split a kernel over devices. Where it would have to, because the mesh has
-    several and this is not inside `jax.shard_map`, the kind is "several devices", which no default
-    choice knows.
+    The compiler cannot partition a kernel. Outside `jax.shard_map`, under a mesh of several
+    devices, the kind is "several devices", for which no default choice selects a kernel.
 
-    A function that is compiled for another device than these, such as the CPU of a machine with a
-    GPU, must name its implementation.
+    A function that is compiled for another device, such as the CPU of a machine with a GPU, must
+    name its implementation.
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = mesh.abstract_device
@@ -54,14 +53,14 @@ def find_target() -> Target:
 
 
 def check_hopper(implementation: str) -> None:
-    """Raises a ValueError where Mosaic GPU kernels neither run nor are interpreted."""
+    """Raises ValueError unless the target is Hopper or kernels are interpreted."""
     target = find_target()
     if not target.is_hopper and not is_interpreted():
         raise _wrong_device(implementation, "an NVIDIA Hopper GPU", target)
 
 
 def check_tpu(implementation: str) -> str:
-    """The kind of TPU; raises a ValueError where there is none."""
+    """The device kind of the target TPU; raises ValueError for other targets."""
     target = find_target()
     if target.platform != "tpu":
         raise _wrong_device(implementation, "a TPU", target)
@@ -71,7 +70,7 @@ def check_tpu(implementation: str) -> str:
 def _wrong_device(implementation: str, needed: str, target: Target) -> ValueError:
     return ValueError(
         f"{implementation} needs {needed}, this is {target.platform} ({target.kind}); use "
-        "implementation 'xla', or None for the best one here"
+        "implementation 'xla', or None for the fastest one on the target"
     )
 
 
@@ -85,9 +84,9 @@ def _platform(name: str) -> str:
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """Runs Pallas kernels traced inside in JAX's interpreters, on any machine: slow, for tests.
+    """Runs Pallas kernels that are traced inside in JAX's interpreters: slow, on any machine.
 
-    A function that was traced outside keeps its compiled kernels.
+    A function traced outside of the context keeps its compiled kernels.
     """
     token = _interpreted.set(True)
     try:
@@ -97,5 +96,5 @@ def interpreted() -> Iterator[None]:
 
 
 def is_interpreted() -> bool:
-    """Whether tracing happens inside `interpreted`."""
+    """Whether the current trace is inside `interpreted`."""
     return _interpreted.get()

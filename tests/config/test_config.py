@@ -2,10 +2,18 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
-from megalodon_jax.config import MeshConfig, ModelConfig, TrainConfig, config_from_dict, load_config
+from megalodon_jax.config import (
+    MeshConfig,
+    ModelConfig,
+    ModelOperation,
+    TrainConfig,
+    config_from_dict,
+    load_config,
+)
 from megalodon_jax.errors import ConfigError
 from megalodon_jax.presets import configs_dir, preset_names
 
@@ -42,7 +50,7 @@ def test_preset_with_overrides_and_unknown_preset():
         ModelConfig.from_preset("mega1.3B", chunksize=3)
 
 
-def test_meshes_have_presets_too():
+def test_mesh_presets():
     assert MeshConfig.from_preset("released") == MeshConfig(data=128, chunk=2)
     assert config_from_dict({"mesh": {"preset": "fsdp_model", "model": 4}}).mesh == MeshConfig(
         data=-1, model=4
@@ -51,7 +59,7 @@ def test_meshes_have_presets_too():
         config_from_dict({"mesh": {"preset": "fdsp"}})
 
 
-def test_shipped_files_load():
+def test_shipped_configurations_load():
     files = sorted(configs_dir().rglob("*.toml"))
     assert configs_dir() / "first_run.toml" in files
     for file in files:
@@ -76,7 +84,7 @@ def test_dict_round_trip(tmp_path: Path):
         ("[optim]\nlr = 'high'", r"'high' is not of type float.*optim\.lr"),
         ("[model]\nnum_layers = 2.5", r"2\.5 is not of type int.*model\.num_layers"),
         ("[model]\nswiglu = 1", r"1 is not of type bool.*model\.swiglu"),
-        ("[model]\ndtype = 'float16'", r"float16 is refused.*use bfloat16"),
+        ("[model]\ndtype = 'float16'", r"dtype is 'float16'.*use 'bfloat16'"),
         ("[model]\ninit_mode = 'zeros'", r"init_mode is 'zeros'; use one of 'he', 'xavier'"),
         ("[model]\nz_dim = 255\nnum_heads = 2", "z_dim 255 is not a multiple of num_heads 2"),
         ("[model]\nnorm_num_groups = 100", r"model_dim 1024 must be a multiple.*groups 100"),
@@ -99,3 +107,22 @@ def test_errors(tmp_path: Path, text: str, message: str):
 def test_missing_file(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"cannot read config .*absent\.toml: No such file"):
         load_config(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize("operation", get_args(ModelOperation))
+def test_implementation_overrides_the_four_settings(operation: ModelOperation):
+    single: Any = {f"{operation}_implementation": "reference"}
+    assert ModelConfig(**single).implementation_of(operation) == "reference"
+    assert ModelConfig(**single, implementation="xla").implementation_of(operation) == "xla"
+    assert ModelConfig().implementation_of(operation) is None
+    others = set(get_args(ModelOperation)) - {operation}
+    assert {ModelConfig(**single).implementation_of(other) for other in others} == {None}
+
+
+def test_norms_and_gates_have_no_tpu_kernels():
+    config = ModelConfig(implementation="pallas_tpu")
+    chosen = {name: config.implementation_of(name) for name in get_args(ModelOperation)}
+    assert chosen == {
+        "cema": "pallas_tpu", "timestep_norm": "pallas_tpu", "attention": "pallas_tpu",
+        "rowwise": "xla",
+    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""A tokenizer whose tokens can be told apart, and small files of documents for it."""
+"""A tokenizer with one distinct token per word, and small files of documents for it."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from megalodon_jax.data import CountedTokens
 
 
 class NumberTokenizer:
-    """Texts are numbers with spaces between; each is a token, so that none gets lost unseen."""
+    """Every integer of a text is a token, so that a lost or repeated token is detected."""
 
     bos_id = 0
     eos_id = 0
@@ -39,7 +39,7 @@ def numbers() -> NumberTokenizer:
 
 @pytest.fixture
 def number_config(tmp_path: Path) -> Callable[..., DataConfig]:
-    """Makes a configuration whose documents, of the given lengths, count on from 1."""
+    """Makes a configuration of documents of given lengths with consecutive numbers from 1."""
 
     def make(lengths: Sequence[int], **settings: object) -> DataConfig:
         path = tmp_path / "numbers.jsonl"

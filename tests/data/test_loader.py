@@ -1,4 +1,4 @@
-"""Loaders: every target once an epoch, exact resumption, shares of processes, exact byte counts."""
+"""Loaders: every target once per epoch, exact resumption, data shards, exact byte counts."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ from megalodon_jax.data import Loader, Tokenizer, load_tokenizer, make_loader, m
 from megalodon_jax.errors import DataError
 from megalodon_jax.typing import Batch
 
-# Longer than a row, shorter, exactly a row's inputs, one token, and none.
+# Longer than a row, shorter, exactly a row, one token, no token.
 LENGTHS = (30, 3, 7, 1, 0, 16, 5)
 NUM_TOKENS = sum(LENGTHS)
 NUM_TARGETS = NUM_TOKENS + sum(length > 0 for length in LENGTHS)
@@ -36,8 +36,8 @@ def _expected_targets(epochs: int = 1) -> Counter[int]:
 
 
 def _assert_same(left: Iterable[Batch], right: Iterable[Batch]) -> None:
-    for ours, theirs in zip(left, right, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
+    for first, second in zip(left, right, strict=True):
+        for a, b in zip(first, second, strict=True):
             assert a.dtype == b.dtype
             np.testing.assert_array_equal(a, b)
 
@@ -60,7 +60,7 @@ def _following(number_config_lengths: Iterable[int]) -> dict[int, int]:
 
 @pytest.mark.parametrize("packing", ["pack", "pad"])
 @pytest.mark.parametrize("repeat", [False, True])
-def test_rows_are_what_a_batch_promises(
+def test_rows_satisfy_the_definition_of_a_batch(
     numbers: Tokenizer, number_config: ConfigMaker, packing: str, repeat: bool
 ):
     config = number_config(LENGTHS, packing=packing)
@@ -75,7 +75,7 @@ def test_rows_are_what_a_batch_promises(
             used = int((segment_ids > 0).sum())
             assert not tokens[used:].any()
             assert not targets[used:].any()
-            # Numbered 1, 2, ... from the left, padding only at the right.
+            # Segments are numbered 1, 2, ... from the left; padding is at the right.
             assert segment_ids[:1].tolist() == [min(used, 1)]
             assert set(np.diff(segment_ids[:used]).tolist()) <= {0, 1}
             if packing == "pad":
@@ -84,7 +84,7 @@ def test_rows_are_what_a_batch_promises(
                 inside = i + 1 < used and segment_ids[i + 1] == segment_ids[i]
                 if inside:
                     assert targets[i] == tokens[i + 1]
-                # Also at a cut: the true next token of the document.
+                # The next token of the document, also where the document is cut.
                 if tokens[i]:
                     assert targets[i] == following[int(tokens[i])]
                 else:
@@ -122,7 +122,7 @@ def test_one_pass_has_every_target_once_in_a_fixed_mixed_order(
 def test_every_epoch_has_every_target_once_in_a_new_order(
     numbers: Tokenizer, number_config: ConfigMaker, packing: str
 ):
-    # One row a batch, so that an epoch is a whole number of batches.
+    # One row per batch: an epoch is a whole number of batches.
     config = number_config(LENGTHS, packing=packing, batch_size=1)
     loader = make_loader(config, numbers, "train", repeat=True)
     epochs = [_targets(_take_epochs(loader, 1)) for _ in range(6)]
@@ -149,12 +149,12 @@ def test_rows_of_one_long_document_are_shuffled(numbers: Tokenizer, number_confi
 
 @pytest.mark.parametrize("packing", ["pack", "pad"])
 @pytest.mark.parametrize("repeat", [False, True])
-def test_resumed_is_uninterrupted_at_every_step(
+def test_resumed_equals_uninterrupted_at_every_step(
     numbers: Tokenizer, number_config: ConfigMaker, packing: str, repeat: bool, monkeypatch
 ):
     from megalodon_jax.data import pipeline
 
-    # Windows of 3 rows: several in an epoch, the last one shorter.
+    # Windows of 3 rows: several per epoch, the last one shorter.
     monkeypatch.setattr(pipeline, "WINDOW_TOKENS", 3 * 8)
     config = number_config(LENGTHS, packing=packing, batch_size=2)
     loader = make_loader(config, numbers, "train", repeat=repeat)
@@ -176,107 +176,107 @@ def test_resumed_is_uninterrupted_at_every_step(
     loader.close()
 
 
-def test_saving_does_not_disturb(numbers: Tokenizer, number_config: ConfigMaker):
-    quiet = make_loader(number_config(LENGTHS), numbers, "train", repeat=True)
+def test_saving_the_state_changes_no_batch(numbers: Tokenizer, number_config: ConfigMaker):
+    unsaved = make_loader(number_config(LENGTHS), numbers, "train", repeat=True)
     saved = make_loader(number_config(LENGTHS), numbers, "train", repeat=True)
     for _ in range(10):
         saved.state_dict()
-        _assert_same([next(saved)], [next(quiet)])
+        _assert_same([next(saved)], [next(unsaved)])
 
 
-def test_a_state_of_other_data_is_refused(numbers: Tokenizer, number_config: ConfigMaker):
+def test_a_state_of_other_data_is_rejected(numbers: Tokenizer, number_config: ConfigMaker):
     state = make_loader(number_config(LENGTHS), numbers, "train", repeat=True).state_dict()
     other = make_loader(number_config(LENGTHS, seq_len=16), numbers, "train", repeat=True)
-    with pytest.raises(DataError, match=r"seq_len was 8 and is 16$"):
+    with pytest.raises(DataError, match=r"data: seq_len was 8 and is 16; restore"):
         other.load_state_dict(state)
     other = make_loader(number_config([*LENGTHS, 2]), numbers, "train", repeat=True)
-    with pytest.raises(DataError, match=r"documents was .* num_documents was 7 and is 8$"):
+    with pytest.raises(DataError, match=r"documents was .* num_documents was 7 and is 8; restore"):
         other.load_state_dict(state)
     with pytest.raises(DataError, match="tokenizer was 'numbers' and is 'bytes'"):
         make_loader(
             number_config(LENGTHS), load_tokenizer("bytes"), "train", repeat=True
         ).load_state_dict(state)
-    with pytest.raises(DataError, match="the data state has version None, this code reads 2"):
+    with pytest.raises(DataError, match="the loader state has version None, this version reads 2"):
         other.load_state_dict({})
 
 
 def _open_rows(config: DataConfig, tokenizer: Tokenizer, num_loaders: int) -> list[Loader]:
-    share = config.batch_size // num_loaders
+    count = config.batch_size // num_loaders
     return [
-        make_loader(config, tokenizer, "train", rows=range(at, at + share), repeat=True)
-        for at in range(0, config.batch_size, share)
+        make_loader(config, tokenizer, "train", rows=range(first, first + count), repeat=True)
+        for first in range(0, config.batch_size, count)
     ]
 
 
 def _take_joined(loaders: list[Loader], count: int) -> list[Batch]:
     taken = zip(*(_take(loader, count) for loader in loaders), strict=True)
-    return [Batch(*map(np.concatenate, zip(*parts, strict=True))) for parts in taken]
+    return [Batch(*map(np.concatenate, zip(*batches, strict=True))) for batches in taken]
 
 
-def test_shards_of_training_share_the_documents(numbers: Tokenizer, number_config: ConfigMaker):
-    # Three documents of 10 targets are an epoch of a shard: 4 rows of 8.
+def test_training_shards_partition_the_documents(numbers: Tokenizer, number_config: ConfigMaker):
+    # An epoch of a shard: three documents of 10 targets in 4 rows of 8.
     loaders = _open_rows(number_config([9] * 6, batch_size=2, num_shards=2), numbers, 2)
-    shares = set()
+    partitions = set()
     for _ in range(5):
         epoch = [_take(loader, 4) for loader in loaders]
-        assert {batch.tokens.shape for part in epoch for batch in part} == {(1, 8)}
-        targets = [[t for t in _targets(part) if t] for part in epoch]
+        assert {batch.tokens.shape for shard in epoch for batch in shard} == {(1, 8)}
+        targets = [[t for t in _targets(shard) if t] for shard in epoch]
         assert sorted(targets[0] + targets[1]) == list(range(1, 55))
-        shares.add(tuple(sorted(targets[0])))
-    assert len(shares) > 1
+        partitions.add(tuple(sorted(targets[0])))
+    assert len(partitions) > 1
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 4])
-def test_batches_depend_on_the_shards_and_not_on_the_loaders(
+def test_batches_do_not_depend_on_the_number_of_loaders(
     numbers: Tokenizer, number_config: ConfigMaker, num_shards: int
 ):
     config = number_config(LENGTHS, num_shards=num_shards)
     whole = _take(make_loader(config, numbers, "train", repeat=True), 12)
     for num_loaders in (2, 4):
         _assert_same(_take_joined(_open_rows(config, numbers, num_loaders), 12), whole)
-    # Rows that begin and end inside shards, and rows that are no neighbours.
+    # Rows that cross shard boundaries, and non-contiguous rows.
     for rows in ((1, 2), (0, 3), (1,)):
-        some = make_loader(config, numbers, "train", rows=rows, repeat=True)
-        _assert_same(_take(some, 12), [Batch(*(a[list(rows)] for a in batch)) for batch in whole])
+        loader = make_loader(config, numbers, "train", rows=rows, repeat=True)
+        _assert_same(_take(loader, 12), [Batch(*(a[list(rows)] for a in batch)) for batch in whole])
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
-def test_a_state_of_some_loaders_is_that_of_others(
+def test_a_state_restores_with_another_number_of_loaders(
     numbers: Tokenizer, number_config: ConfigMaker, before: int, after: int
 ):
     config = number_config(LENGTHS, num_shards=2)
     first = _open_rows(config, numbers, before)
     _take_joined(first, 5)
     state = json.loads(json.dumps(merge_states([loader.state_dict() for loader in first])))
-    # The number of shards is that of the state unless the configuration names one.
-    then = _open_rows(dataclasses.replace(config, num_shards=0), numbers, after)
-    for loader in then:
+    # The number of shards comes from the state unless the configuration sets it.
+    second = _open_rows(dataclasses.replace(config, num_shards=0), numbers, after)
+    for loader in second:
         loader.load_state_dict(state)
-    _assert_same(_take_joined(then, 8), _take_joined(first, 8))
-    assert merge_states([loader.state_dict() for loader in then])["settings"]["num_shards"] == 2
+    _assert_same(_take_joined(second, 8), _take_joined(first, 8))
+    assert merge_states([loader.state_dict() for loader in second])["settings"]["num_shards"] == 2
     other = make_loader(dataclasses.replace(config, num_shards=4), numbers, "train", repeat=True)
     with pytest.raises(DataError, match="num_shards was 2 and is 4"):
         other.load_state_dict(state)
 
 
-def test_states_must_be_whole_and_of_one_run(numbers: Tokenizer, number_config: ConfigMaker):
+def test_states_must_be_complete_and_of_one_run(numbers: Tokenizer, number_config: ConfigMaker):
     config = number_config(LENGTHS, num_shards=2)
     half = _open_rows(config, numbers, 2)[0].state_dict()
-    with pytest.raises(DataError, match="1 of 2 shards have a state"):
+    with pytest.raises(DataError, match="1 of 2 data shards have a state"):
         merge_states([half])
-    with pytest.raises(DataError, match="lacks shard 1 of 2"):
+    with pytest.raises(DataError, match="lacks data shard 1 of 2"):
         make_loader(config, numbers, "train", repeat=True).load_state_dict(half)
     other = dataclasses.replace(config, shuffle_seed=4)
     with pytest.raises(DataError, match="load different data"):
         merge_states([half, _open_rows(other, numbers, 2)[1].state_dict()])
 
 
-def test_processes_of_a_single_pass_cut_the_same_batches(
+def test_processes_of_a_single_pass_pack_the_same_batches(
     numbers: Tokenizer, number_config: ConfigMaker
 ):
     config = number_config(LENGTHS)
     whole = list(make_loader(config, numbers, "train", repeat=False).with_bytes())
-    parts = [
+    halves = [
         list(
             make_loader(
                 config, numbers, "train", rows=(2 * i, 2 * i + 1), repeat=False
@@ -286,11 +286,11 @@ def test_processes_of_a_single_pass_cut_the_same_batches(
     ]
     joined = [
         Batch(*(np.concatenate(pair) for pair in zip(a.batch, b.batch, strict=True)))  # type: ignore[arg-type]
-        for a, b in zip(*parts, strict=True)
+        for a, b in zip(*halves, strict=True)
     ]
     _assert_same(joined, [counted.batch for counted in whole])
-    for part in parts:
-        assert [counted.num_bytes for counted in part] == [c.num_bytes for c in whole]
+    for half in halves:
+        assert [counted.num_bytes for counted in half] == [c.num_bytes for c in whole]
 
 
 @pytest.mark.parametrize("packing", ["pack", "pad"])
@@ -323,20 +323,20 @@ def test_counts_of_longer_tokens(numbers: Tokenizer, number_config: ConfigMaker)
         endless.with_bytes()
 
 
-def test_training_and_heldout_text_together_are_the_text(tmp_path: Path):
+def test_training_and_heldout_text_add_up_to_the_text(tmp_path: Path):
     text = "".join(chr(32 + i % 90) for i in range(999))
     (tmp_path / "one.txt").write_text(text)
     config = DataConfig(source="files", files=(str(tmp_path / "one.txt"),), seq_len=32)
     tokenizer = load_tokenizer("bytes")
-    parts = [
+    texts = [
         "".join(tokenizer.decode(_targets(make_loader(config, tokenizer, split, repeat=False))))
         for split in ("train", "heldout")
     ]
-    assert "".join(parts) == text
-    assert len(parts[1]) == 50
+    assert "".join(texts) == text
+    assert len(texts[1]) == 50
 
 
-def test_errors_of_documents_reach_the_caller(numbers: Tokenizer, number_config: ConfigMaker):
+def test_errors_in_documents_reach_the_caller(numbers: Tokenizer, number_config: ConfigMaker):
     config = number_config(LENGTHS)
     with open(config.files[0], "a") as file:
         file.write("{broken\n")
@@ -348,17 +348,17 @@ def test_errors_of_documents_reach_the_caller(numbers: Tokenizer, number_config:
 @pytest.mark.parametrize(
     ("arguments", "settings", "message"),
     [
-        ({"default_shards": 3}, {}, "data.batch_size 4 does not divide by 3 shards"),
-        ({"rows": (3, 4)}, {}, r"rows are \[3, 4\]; must be some of 0 to 3, rising"),
-        ({"rows": (1, 0)}, {}, r"rows are \[1, 0\]; must be some of 0 to 3, rising"),
-        ({"rows": ()}, {}, r"rows are \[\]; must be some of 0 to 3, rising"),
-        ({}, {"num_shards": 8, "batch_size": 8}, "7 documents cannot be shared by 8 shards"),
-        ({}, {"num_workers": 9}, "7 documents cannot be shared by 1 shards with 9 workers"),
+        ({"default_shards": 3}, {}, "data.batch_size 4 does not divide by 3 data shards"),
+        ({"rows": (3, 4)}, {}, r"rows are \[3, 4\]; use ascending indices from 0 to 3"),
+        ({"rows": (1, 0)}, {}, r"rows are \[1, 0\]; use ascending indices from 0 to 3"),
+        ({"rows": ()}, {}, r"rows are \[\]; use ascending indices from 0 to 3"),
+        ({}, {"num_shards": 8, "batch_size": 8}, "7 documents are too few for 8 data shards"),
+        ({}, {"num_workers": 9}, "7 documents are too few for 1 data shards with 9 workers"),
         ({}, {"num_workers": -1}, "data.num_workers is -1; must not be negative"),
         ({}, {"shuffle_seed": -1}, "data.shuffle_seed is -1"),
     ],
 )
-def test_impossible_requests(
+def test_invalid_arguments_are_rejected(
     numbers: Tokenizer, number_config: ConfigMaker, arguments: dict, settings: dict, message: str
 ):
     config = number_config(LENGTHS, **settings)
@@ -370,21 +370,21 @@ def test_impossible_requests(
 def test_data_without_a_token_is_an_error(
     numbers: Tokenizer, number_config: ConfigMaker, repeat: bool
 ):
-    with pytest.raises(DataError, match="the 2 documents of split 'train' hold no token"):
+    with pytest.raises(DataError, match="the 2 documents of split 'train' have no token"):
         make_loader(number_config([0, 0]), numbers, "train", repeat=repeat)
 
 
-def test_a_closed_loader_says_so(numbers: Tokenizer, number_config: ConfigMaker):
+def test_a_closed_loader_raises(numbers: Tokenizer, number_config: ConfigMaker):
     loader = make_loader(number_config(LENGTHS), numbers, "train", repeat=True)
     next(loader)
     loader.close()
     loader.close()
-    with pytest.raises(ValueError, match="this loader is closed"):
+    with pytest.raises(ValueError, match="the loader is closed"):
         next(loader)
 
 
 @pytest.mark.slow
-def test_worker_processes_give_the_same_batches_and_resume(tmp_path: Path):
+def test_worker_processes_load_the_same_batches_and_resume(tmp_path: Path):
     for i in range(6):
         (tmp_path / f"{i}.txt").write_text(f"{i}{i} " * (20 + 17 * i))
     settings = {"source": "files", "files": (str(tmp_path / "*.txt"),), "heldout_fraction": 0.0}
@@ -394,17 +394,17 @@ def test_worker_processes_give_the_same_batches_and_resume(tmp_path: Path):
         config = DataConfig(seq_len=16, batch_size=2, num_workers=num_workers, **settings)
         return make_loader(config, tokenizer, "train", repeat=True)
 
-    here, beside = load(0), load(1)
-    _assert_same(_take(beside, 60), _take(here, 60))
-    state = json.loads(json.dumps(beside.state_dict()))
-    expected = _take(beside, 20)
+    inline, workers = load(0), load(1)
+    _assert_same(_take(workers, 60), _take(inline, 60))
+    state = json.loads(json.dumps(workers.state_dict()))
+    expected = _take(workers, 20)
     assert {type(array) for batch in expected for array in batch} == {np.ndarray}
-    beside.load_state_dict(state)
-    _assert_same(_take(beside, 20), expected)
-    beside.close()
+    workers.load_state_dict(state)
+    _assert_same(_take(workers, 20), expected)
+    workers.close()
     with pytest.raises(DataError, match="num_workers was 1 and is 0"):
-        here.load_state_dict(state)
-    here.close()
+        inline.load_state_dict(state)
+    inline.close()
 
 
 def test_fast_enough_to_feed_an_accelerator(tmp_path: Path):
@@ -420,7 +420,7 @@ def test_fast_enough_to_feed_an_accelerator(tmp_path: Path):
     assert num_tokens / seconds > 2e6
 
 
-def test_an_open_loader_is_quiet_at_exit(tmp_path: Path):
+def test_an_open_loader_prints_nothing_at_exit(tmp_path: Path):
     (tmp_path / "a.txt").write_text("text " * 100)
     code = (
         "from megalodon_jax.config import DataConfig\n"

@@ -1,4 +1,4 @@
-"""Sources: which documents there are, in which order, on which side; messages about bad data."""
+"""Sources: documents, their order, the held-out split, and messages about bad data."""
 
 import gzip
 import json
@@ -43,8 +43,8 @@ def test_stdlib_is_split_by_file(stdlib: tuple[Source, Source]):
     assert not set(train) & set(heldout)
     assert {"json/decoder.py", "typing.py"} <= set(train + heldout)
     assert 0.02 < len(heldout) / len(train + heldout) < 0.09
-    parts = {part for name in train + heldout for part in name.split("/")[:-1]}
-    assert not parts & {"test", "tests", "site-packages", "__pycache__"}
+    directories = {name for path in train + heldout for name in path.split("/")[:-1]}
+    assert not directories & {"test", "tests", "site-packages", "__pycache__"}
 
 
 def test_stdlib_texts_are_the_files(stdlib: tuple[Source, Source]):
@@ -57,7 +57,7 @@ def test_stdlib_texts_are_the_files(stdlib: tuple[Source, Source]):
 
 
 def test_stdlib_split_is_stable(stdlib: tuple[Source, Source]):
-    # Fixed by the hash of the name alone: the same in every run and on every machine.
+    # The split depends on the hash of the name only: the same in every run and on every machine.
     heldout = {document.name for document in stdlib[1]}
     train = {stdlib[0].name(i) for i in range(len(stdlib[0]))}
     assert {"json/decoder.py", "typing.py"} <= train
@@ -130,7 +130,7 @@ def test_sources_pickle_without_their_content(tmp_path):
     assert list(pickle.loads(pickled)) == before
 
 
-def test_null_and_unspeakable_texts(tmp_path):
+def test_nulls_and_lone_surrogates(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "a\\ud800b"}\n')
     assert _texts(_files(tmp_path / "a.jsonl")) == ["", "a?b"]
 
@@ -152,7 +152,7 @@ def test_heldout_files(tmp_path):
     config = _files(tmp_path / "*.txt", heldout_files=(str(tmp_path / "b.txt"),))
     assert _texts(config) == ["a", "c"]
     assert _texts(config, "heldout") == ["b"]
-    with pytest.raises(DataError, match=r"is named in data.heldout_files too"):
+    with pytest.raises(DataError, match=r"is in data.heldout_files too"):
         open_source(_files(tmp_path / "b.txt", heldout_files=(str(tmp_path / "*"),)), "train")
 
 
@@ -187,8 +187,8 @@ def test_fingerprints_follow_the_data(tmp_path):
     ("name", "content", "message"),
     [
         ("a.txt", b"ok \xff", r"a\.txt: not UTF-8 text \(byte 3 is 0xff\)"),
-        ("a.txt.gz", b"no gzip", r"cannot unpack .*a\.txt\.gz"),
-        ("a.txt.gz", gzip.compress(b"x" * 999, mtime=0)[:-12], r"cannot unpack .*a\.txt\.gz"),
+        ("a.txt.gz", b"no gzip", r"cannot decompress .*a\.txt\.gz"),
+        ("a.txt.gz", gzip.compress(b"x" * 999, mtime=0)[:-12], r"cannot decompress .*a\.txt\.gz"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl:3: not a line of JSON"),
         ("a.jsonl", b'\n{"text": "\xff"}\n', r"a\.jsonl:2: not UTF-8"),
         ("a.jsonl", b'{"body": "x", "id": 3}', r"a\.jsonl:1: no field 'text'; .*: body, id"),

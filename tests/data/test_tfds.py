@@ -17,7 +17,7 @@ TEXTS = {"train": ["erste Zeile é", "two", "drei 日本"], "validation": ["held
 class TinyPages(tfds.core.GeneratorBasedBuilder):
     """Four short texts."""
 
-    # Nothing is downloaded, so there are no checksums to look for beside this file.
+    # Nothing is downloaded, so there is no file of checksums.
     url_infos = None
     VERSION = tfds.core.Version("1.0.0")
 
@@ -52,8 +52,8 @@ def test_texts_of_both_splits(prepared: str):
     assert [document.name for document in train] == [f"tiny_pages/train#{i}" for i in range(3)]
     heldout = open_source(_config(prepared, tfds_name="tiny_pages:1.0.0"), "heldout")
     assert [document.text for document in heldout] == TEXTS["validation"]
-    part = open_source(_config(prepared, tfds_split="train[:2]"), "train")
-    assert [document.text for document in part] == [document.text for document in train][:2]
+    sliced = open_source(_config(prepared, tfds_split="train[:2]"), "train")
+    assert [document.text for document in sliced] == [document.text for document in train][:2]
 
 
 def test_batches(prepared: str):
@@ -74,7 +74,7 @@ def test_batches(prepared: str):
         ({"tfds_name": "tiny_pages:9.9.9"}, "tiny_pages:9.9.9.*Prepare it first"),
     ],
 )
-def test_what_is_not_prepared_is_named(prepared: str, settings: dict, message: str):
+def test_an_unprepared_data_set_is_named(prepared: str, settings: dict, message: str):
     with pytest.raises(DataError, match=message):
         open_source(_config(prepared, **settings), "train")
 

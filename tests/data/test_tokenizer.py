@@ -1,4 +1,4 @@
-"""Tokenizers: ids and back, marks, and the bytes that tokens stand for."""
+"""Tokenizers: round trips, boundary tokens, and the text bytes that tokens encode."""
 
 import io
 import json
@@ -16,7 +16,7 @@ CORPUS = [
     "hello world, how are you? é日本語 café",
     "the quick brown fox jumps over the lazy dog",
 ] * 20
-TEXTS = ["", "a", "hello  world\n", "naïve café 日本語 🙂🙂 x", "<s> not a mark </s> <|endoftext|>"]
+TEXTS = ["", "a", "hello  world\n", "naïve café 日本語 🙂🙂 x", "<s> plain text </s> <|endoftext|>"]
 
 
 def _save_json_tokenizer(path: Path, special: list[str]) -> Path:
@@ -63,7 +63,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> Tokenizer:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_text_survives_and_makes_no_mark(tokenizer: Tokenizer, text: str):
+def test_round_trip_without_boundary_tokens(tokenizer: Tokenizer, text: str):
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32
     assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids.tolist())
@@ -85,7 +85,7 @@ def test_counted_bytes_add_up_to_the_text(tokenizer: Tokenizer, text: str):
     assert num_bytes.sum() + num_tail_bytes == len(text.encode()) == count_bytes(text)
 
 
-def test_a_token_counts_the_bytes_of_its_own_text(tmp_path: Path):
+def test_a_token_counts_the_bytes_of_its_text(tmp_path: Path):
     tokenizer = load_tokenizer(
         str(_save_json_tokenizer(tmp_path / "tokenizer.json", ["<|endoftext|>"]))
     )
@@ -95,7 +95,7 @@ def test_a_token_counts_the_bytes_of_its_own_text(tmp_path: Path):
     assert num_bytes.tolist() == pieces
 
 
-def test_pickled_copy_is_the_same(tokenizer: Tokenizer):
+def test_pickling_preserves_the_tokenizer(tokenizer: Tokenizer):
     copy = pickle.loads(pickle.dumps(tokenizer))
     for text in TEXTS:
         np.testing.assert_array_equal(copy.encode(text), tokenizer.encode(text))
@@ -107,11 +107,11 @@ def test_bytes_are_the_utf8_bytes():
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (257, 256, 256)
     assert tokenizer.encode("é\n").tolist() == [0xC3, 0xA9, 0x0A]
     assert tokenizer.decode(np.asarray([0x41, 0xC3])) == "A\ufffd"
-    with pytest.raises(DataError, match=r"token id 257 is outside .* 0 to 256"):
+    with pytest.raises(DataError, match=r"token id 257 is outside the vocabulary; use 0 to 256"):
         tokenizer.decode([65, 257])
 
 
-def test_marks_come_from_the_configuration_beside_the_file(tmp_path: Path):
+def test_boundary_tokens_come_from_tokenizer_config_json(tmp_path: Path):
     path = _save_json_tokenizer(tmp_path / "tokenizer.json", ["<s>", "</s>", "<x>"])
     plain = load_tokenizer(str(path))
     assert (plain.bos_id, plain.eos_id) == (0, 1)
@@ -121,7 +121,7 @@ def test_marks_come_from_the_configuration_beside_the_file(tmp_path: Path):
     assert configured.fingerprint() != plain.fingerprint()
 
 
-def test_one_mark_serves_as_both(tmp_path: Path):
+def test_one_boundary_token_serves_as_both(tmp_path: Path):
     tokenizer = load_tokenizer(str(_save_json_tokenizer(tmp_path / "t.json", ["<|endoftext|>"])))
     assert tokenizer.bos_id == tokenizer.eos_id == 0
     model = _save_sentencepiece(tmp_path / "t.model", bos_id=-1)
@@ -129,10 +129,10 @@ def test_one_mark_serves_as_both(tmp_path: Path):
     assert tokenizer.bos_id == tokenizer.eos_id >= 0
 
 
-def test_a_file_without_marks_is_refused(tmp_path: Path):
-    with pytest.raises(DataError, match=r"t\.json defines no begin or end mark"):
+def test_a_file_without_boundary_tokens_is_rejected(tmp_path: Path):
+    with pytest.raises(DataError, match=r"t\.json defines no boundary token"):
         load_tokenizer(str(_save_json_tokenizer(tmp_path / "t.json", [])))
-    with pytest.raises(DataError, match=r"t\.model defines no begin or end mark"):
+    with pytest.raises(DataError, match=r"t\.model defines no boundary token"):
         load_tokenizer(str(_save_sentencepiece(tmp_path / "t.model", bos_id=-1, eos_id=-1)))
 
 

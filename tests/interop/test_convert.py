@@ -1,4 +1,4 @@
-"""Conversions: released directory, safetensors and run_dir, in every direction; errors."""
+"""Conversion between released checkpoints, safetensors files and run directories; errors."""
 
 import json
 
@@ -42,18 +42,20 @@ def test_released_to_safetensors_to_run_and_back(released_dir, tmp_path):
     assert again.keys() == golden.state_dict.keys()
 
 
-def test_config_for_a_source_that_does_not_say_its_shape(tmp_path):
+def test_a_source_without_configuration_needs_one(tmp_path):
     golden = golden_model("model_a_plain")
     save_file(golden.state_dict, tmp_path / "bare.safetensors")
-    with pytest.raises(ConvertError, match=r"bare\.safetensors does not say.*--config"):
+    with pytest.raises(
+        ConvertError, match=r"bare\.safetensors has no model configuration.*--config"
+    ):
         convert(tmp_path / "bare.safetensors", tmp_path / "run")
     shape = golden.meta["config"]
     lines = [
         f"{name} = {shape[name]}"
         for name in ("num_layers", "model_dim", "z_dim", "value_dim", "num_heads", "chunk_size")
     ]
-    rest = "ffn_hidden_dim = 160\nvocab_size = 97\nnorm_num_groups = 8\n"
-    (tmp_path / "shape.toml").write_text("[model]\n" + "\n".join(lines) + "\n" + rest)
+    others = "ffn_hidden_dim = 160\nvocab_size = 97\nnorm_num_groups = 8\n"
+    (tmp_path / "shape.toml").write_text("[model]\n" + "\n".join(lines) + "\n" + others)
     convert(tmp_path / "bare.safetensors", tmp_path / "run", str(tmp_path / "shape.toml"))
     assert isinstance(load_model(tmp_path / "run").config.model, ModelConfig)
 
@@ -61,10 +63,10 @@ def test_config_for_a_source_that_does_not_say_its_shape(tmp_path):
 def test_errors(released_dir, tmp_path, capsys):
     (tmp_path / "there").mkdir()
     cases = [
-        (released_dir, tmp_path / "there", "there exists; nothing is overwritten"),
+        (released_dir, tmp_path / "there", "there exists and is not overwritten"),
         (tmp_path / "absent", tmp_path / "out", "absent does not exist"),
         (tmp_path / "there", tmp_path / "out", "not a consolidated released checkpoint"),
-        (released_dir, tmp_path / "out.bin", r"end it in \.safetensors"),
+        (released_dir, tmp_path / "out.bin", r"a name that ends in \.safetensors"),
     ]
     for source, target, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Released state dicts: round trip, errors that name entries, shards, torch files."""
+"""Released state dicts: round trips, errors that name entries, shards, torch files."""
 
 import dataclasses
 import json
@@ -71,7 +71,7 @@ def test_errors_name_the_entries(golden: GoldenModel):
     message = str(caught.value)
     assert "unknown entries: layers.7.surprise" in message
     assert "missing entries: layers.1.mega.wv.bias" in message
-    assert "layers.0.nffn.fc1.weight (159, 64), need (160, 64)" in message
+    assert "layers.0.nffn.fc1.weight (159, 64), must be (160, 64)" in message
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,8 @@ def test_buffers_that_contradict_the_config(golden: GoldenModel, change: dict, n
     from_state_dict(config, state_dict)
 
 
-def split(golden: GoldenModel, ranks: int) -> list[dict[str, np.ndarray]]:
-    """Splits as the released column- and row-parallel layers do, written out by hand."""
+def shard_state_dict(golden: GoldenModel, ranks: int) -> list[dict[str, np.ndarray]]:
+    """Shards a state dict like the released column- and row-parallel layers."""
     axis_by_suffix = {
         "embed.weight": 1, "output.output.weight": 1, "wh2.weight": 1, "fc2.weight": 1,
         "mega.gamma": 1, "mega.beta": 1, "rope.freqs": None, "prior_count": None,
@@ -99,19 +99,19 @@ def split(golden: GoldenModel, ranks: int) -> list[dict[str, np.ndarray]]:
     shards: list[dict[str, np.ndarray]] = [{} for _ in range(ranks)]
     for key, value in golden.state_dict.items():
         axis = next((a for s, a in axis_by_suffix.items() if key.endswith(s)), 0)
-        parts = [value] * ranks if axis is None else np.split(value, ranks, axis)
-        for shard, part in zip(shards, parts):
-            shard[key] = part.copy()
+        values = [value] * ranks if axis is None else np.split(value, ranks, axis)
+        for shard, local in zip(shards, values):
+            shard[key] = local.copy()
     return shards
 
 
 def test_shards_are_joined(golden: GoldenModel):
     config = config_from_released(golden.meta["config"])
-    joined = join_shards(config, split(golden, 2))
+    joined = join_shards(config, shard_state_dict(golden, 2))
     for key, value in golden.state_dict.items():
         np.testing.assert_array_equal(joined[key], value, err_msg=key)
 
-    shards = split(golden, 2)
+    shards = shard_state_dict(golden, 2)
     shards[1]["layers.0.nffn.alpha"] = shards[1]["layers.0.nffn.alpha"] + 1
     with pytest.raises(StateDictError, match=r"layers\.0\.nffn\.alpha"):
         join_shards(config, shards)
@@ -123,8 +123,8 @@ def test_shards_are_joined(golden: GoldenModel):
 def test_released_checkpoint_directory_without_torch(golden: GoldenModel, tmp_path):
     config_table = {"model": golden.meta["config"], "model_parallel_size": 2}
     (tmp_path / "config.json").write_text(json.dumps(config_table))
-    for rank, shard in enumerate(split(golden, 2)):
-        # A transposed view: torch files keep strides.
+    for rank, shard in enumerate(shard_state_dict(golden, 2)):
+        # A transposed view: torch files store strides.
         shard["layers.0.mega.wv.weight"] = np.asfortranarray(shard["layers.0.mega.wv.weight"])
         shard["layers.1.mega.wv.bias"] = shard["layers.1.mega.wv.bias"].astype(ml_dtypes.bfloat16)
         write_torch_file(tmp_path / f"consolidated.{rank:02d}.pth", shard)
@@ -132,22 +132,22 @@ def test_released_checkpoint_directory_without_torch(golden: GoldenModel, tmp_pa
     assert config == config_from_released(golden.meta["config"])
     for key, value in golden.state_dict.items():
         rounded = key == "layers.1.mega.wv.bias"
-        due = value.astype(ml_dtypes.bfloat16) if rounded else value
-        np.testing.assert_array_equal(state_dict[key], due, err_msg=key)
+        expected = value.astype(ml_dtypes.bfloat16) if rounded else value
+        np.testing.assert_array_equal(state_dict[key], expected, err_msg=key)
     from_state_dict(config, state_dict)
 
 
-def test_torch_file_that_would_run_code_is_refused(tmp_path):
-    class Hostile:
+def test_a_torch_file_that_would_execute_code_is_rejected(tmp_path):
+    class Malicious:
         def __reduce__(self):
             return (print, ("gotcha",))
 
     with zipfile.ZipFile(tmp_path / "bad.pth", "w") as archive:
-        archive.writestr("bad/data.pkl", pickle.dumps({"weight": Hostile()}))
+        archive.writestr("bad/data.pkl", pickle.dumps({"weight": Malicious()}))
     with pytest.raises(TorchFileError, match="print"):
         read_torch_file(tmp_path / "bad.pth")
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(TorchFileError, match=r"text\.pth is not a file of torch\.save"):
+    with pytest.raises(TorchFileError, match=r"text\.pth is not in the zip format of torch\.save"):
         read_torch_file(tmp_path / "text.pth")
     with pytest.raises(TorchFileError, match="cannot read"):
         read_torch_file(tmp_path / "absent.pth")

@@ -1,4 +1,4 @@
-"""A small model with every option on and parameters moved away from their zero starts."""
+"""A small model with all options and with no parameter at its zero initial value."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,18 +18,18 @@ SMALL = ModelConfig(
 
 
 def perturbed(config: ModelConfig, seed: int = 0) -> Megalodon:
-    """A model whose zero-initialized parameters are not zero, so that no path is hidden."""
+    """A model whose zero-initialized parameters are not zero, so that every path has an effect."""
 
     @jax.jit
     def create() -> nnx.State:
         params = nnx.state(Megalodon(config, rngs=nnx.Rngs(seed)), nnx.Param)
         leaves, tree = jax.tree.flatten(params)
         keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-        moved = [
+        perturbed_leaves = [
             leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype)
             for leaf, key in zip(leaves, keys)
         ]
-        return jax.tree.unflatten(tree, moved)
+        return jax.tree.unflatten(tree, perturbed_leaves)
 
     abstract = nnx.eval_shape(lambda: Megalodon(config, rngs=nnx.Rngs(seed)))
     return nnx.merge(nnx.graphdef(abstract), create())
@@ -47,7 +47,7 @@ def small_model_with_prior() -> Megalodon:
 
 @pytest.fixture(scope="session")
 def jitted():
-    """Gives a model's jitted call(tokens, cache=None, segment_ids=None), compiled once a shape."""
+    """Returns a model's jitted call(tokens, cache=None, segment_ids=None), compiled per shape."""
     calls: dict[int, Callable[..., ModelOutput]] = {}
 
     def get(model: Megalodon) -> Callable[..., ModelOutput]:

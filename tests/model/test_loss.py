@@ -25,10 +25,10 @@ def test_sums_and_gradients(chunk_size: int):
     targets = rng.integers(0, V, (B, L)).astype(np.int32)
     weights = rng.integers(0, 3, (B, L)).astype(np.float64)
     with jax.enable_x64(True):
-        due, due_gradients = jax.value_and_grad(plain, (0, 1))(
+        expected, expected_gradients = jax.value_and_grad(plain, (0, 1))(
             *map(jnp.asarray, (hidden, matrix, targets, weights)), 0.01
         )
-        due_gradients = jax.tree.map(np.asarray, due_gradients)
+        expected_gradients = jax.tree.map(np.asarray, expected_gradients)
 
     def total(hidden, matrix):
         sums = cross_entropy(hidden, matrix, targets, weights, z_loss=0.01, chunk_size=chunk_size)
@@ -37,16 +37,16 @@ def test_sums_and_gradients(chunk_size: int):
     (value, sums), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(
         jnp.asarray(hidden, jnp.float32), jnp.asarray(matrix, jnp.float32)
     )
-    assert abs(float(value) / float(due) - 1) <= 1e-6
+    assert abs(float(value) / float(expected) - 1) <= 1e-6
     assert float(sums.weight_sum) == weights.sum()
     correct = (weights * ((hidden @ matrix).argmax(-1) == targets)).sum()
     assert float(sums.correct_sum) == correct
-    for mine, expected in zip(gradients, due_gradients):
-        assert relative_error(mine, expected) <= 1e-6
+    for gradient, expected_gradient in zip(gradients, expected_gradients):
+        assert relative_error(gradient, expected_gradient) <= 1e-6
 
 
 @pytest.mark.parametrize("field", ["loss_sum", "z_loss_sum", "weight_sum"])
-def test_every_sum_has_its_own_gradients(field):
+def test_every_sum_has_its_gradients(field):
     rng = np.random.default_rng(1)
     targets = rng.integers(0, V, (B, L)).astype(np.int32)
     arrays = rng.normal(size=(B, L, D)), rng.normal(size=(D, V)), rng.uniform(1, 2, (B, L))
@@ -63,13 +63,13 @@ def test_every_sum_has_its_own_gradients(field):
         )
 
     with jax.enable_x64(True):
-        due = jax.tree.map(np.asarray, jax.grad(by_hand, (0, 1, 2))(*map(jnp.asarray, arrays)))
-    mine = jax.grad(sliced, (0, 1, 2))(*(jnp.asarray(a, jnp.float32) for a in arrays))
-    for got, expected in zip(mine, due, strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-5)
+        expected = jax.tree.map(np.asarray, jax.grad(by_hand, (0, 1, 2))(*map(jnp.asarray, arrays)))
+    actual = jax.grad(sliced, (0, 1, 2))(*(jnp.asarray(a, jnp.float32) for a in arrays))
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
-def test_bfloat16_products_keep_gradients_to_bfloat16():
+def test_bfloat16_gradients_have_bfloat16_accuracy():
     rng = np.random.default_rng(2)
     targets = rng.integers(0, V, (B, L)).astype(np.int32)
     arrays = [jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((B, L, D), (D, V))]
@@ -85,7 +85,7 @@ def test_bfloat16_products_keep_gradients_to_bfloat16():
         assert relative_error(np.asarray(got, np.float32), expected) <= 4e-3
 
 
-def test_scores_of_the_whole_batch_never_exist():
+def test_logits_of_the_whole_batch_are_not_stored():
     shapes = (jnp.zeros((2, 512, 16)), jnp.zeros((16, 4096)))
     targets, weights = jnp.zeros((2, 512), jnp.int32), jnp.ones((2, 512))
 
@@ -98,7 +98,7 @@ def test_scores_of_the_whole_batch_never_exist():
     assert memory.temp_size_in_bytes < 2 * 512 * 4096 * 4 / 4
 
 
-def test_weight_zero_silences_a_token_that_is_not_finite():
+def test_weight_zero_masks_a_token_that_is_not_finite():
     hidden = jnp.zeros((1, 4, D)).at[0, 1].set(jnp.inf)
     weights = jnp.array([[1.0, 0.0, 1.0, 1.0]])
     sums = cross_entropy(hidden, jnp.ones((D, V)), jnp.zeros((1, 4), jnp.int32), weights)

@@ -1,4 +1,4 @@
-"""Shapes, parameter counts, start values, dropout, types and errors of the model."""
+"""Parameter counts, initial values, dtypes, dropout and errors of the model."""
 
 import dataclasses
 import subprocess
@@ -48,7 +48,7 @@ def test_every_parameter_names_its_axes():
 
 
 @pytest.mark.parametrize("mode", ["he", "xavier", "bert", "gaussian"])
-def test_start_values(mode: str):
+def test_initial_values(mode: str):
     config = ModelConfig(
         num_layers=3, model_dim=96, z_dim=32, value_dim=128, ffn_hidden_dim=160, chunk_size=16,
         vocab_size=500, norm_num_groups=4, rescale_nffn=True, init_mode=mode,
@@ -60,7 +60,7 @@ def test_start_values(mode: str):
         "he": (3 * 96) ** -0.5,
         "xavier": (2 / (96 + 128)) ** 0.5,
         "bert": 0.02,
-        # Cutting a normal distribution at 3 sigma leaves it 0.9866 as wide.
+        # Truncation at 3 sigma reduces the standard deviation to 0.9866.
         "gaussian": stats.truncnorm.std(-3, 3),
     }[mode]
     assert abs(kernel.std() / deviation - 1) < 0.02
@@ -82,15 +82,15 @@ def test_start_values(mode: str):
     for name in ("alpha", "delta"):
         assert abs(np.asarray(params[f"layers.mega.cema.{name}"]).std() - 0.2) < 0.01
     frequencies = jax.nn.sigmoid(params["layers.mega.cema.theta"])
-    due = np.exp(-np.log(96) / 96 * np.arange(96, 0, -1))
+    expected = np.exp(-np.log(96) / 96 * np.arange(96, 0, -1))
     for layer in frequencies:
-        np.testing.assert_allclose(np.sort(layer), due, rtol=1e-4)
+        np.testing.assert_allclose(np.sort(layer), expected, rtol=1e-4)
     omega = np.asarray(params["layers.mega.cema.omega"])
     assert abs(omega.std() / 0.25 - 1) < 0.15
     assert np.abs(omega).max() <= 1
 
 
-def test_types():
+def test_dtypes():
     config = ModelConfig(
         num_layers=1, model_dim=16, z_dim=8, value_dim=16, ffn_hidden_dim=16, chunk_size=8,
         vocab_size=30, norm_num_groups=4, dtype="bfloat16", param_dtype="bfloat16",
@@ -98,9 +98,10 @@ def test_types():
     model = Megalodon(config, rngs=nnx.Rngs(0))
     for name, value in params_of(nnx.state(model, nnx.Param)).items():
         assert value.dtype == (jnp.float32 if ".cema." in name else jnp.bfloat16), name
-    hidden, cache = model.hidden(np.zeros((2, 11), np.int32), cache=model.init_cache(2))
+    tokens = jnp.zeros((2, 11), jnp.int32)
+    hidden, cache = jax.eval_shape(lambda: model.hidden(tokens, cache=model.init_cache(2)))
     assert hidden.dtype == jnp.bfloat16
-    assert model.logits(hidden).dtype == jnp.float32
+    assert jax.eval_shape(model.logits, hidden).dtype == jnp.float32
     assert cache is not None
     assert cache.layers.norm.mean.dtype == cache.final_norm.var.dtype == jnp.float32
     assert cache.layers.cema.dtype == jnp.complex64
@@ -136,7 +137,7 @@ def test_dropout(rates: dict):
     assert relative_error(second, first) > 1e-3
 
 
-def test_blocks_written_out_do_what_the_loop_does(small_model: Megalodon):
+def test_unrolled_blocks_equal_the_scan(small_model: Megalodon):
     state = nnx.state(small_model)
     tokens = np.random.default_rng(0).integers(0, 61, (2, 21)).astype(np.int32)
 
@@ -152,8 +153,8 @@ def test_blocks_written_out_do_what_the_loop_does(small_model: Megalodon):
 
         return jax.tree.leaves(call(state))
 
-    for unrolled, looped in zip(run(False), run(True), strict=True):
-        np.testing.assert_allclose(unrolled, looped, rtol=1e-4, atol=1e-5)
+    for unrolled, scanned in zip(run(False), run(True), strict=True):
+        np.testing.assert_allclose(unrolled, scanned, rtol=1e-4, atol=1e-5)
 
 
 def test_errors(small_model: Megalodon):
@@ -167,7 +168,7 @@ def test_errors(small_model: Megalodon):
         small_model(np.zeros((2, 0), np.int32))
 
 
-def test_import_pulls_in_no_data_library():
+def test_importing_needs_no_data_library():
     script = (
         "import sys, megalodon_jax, megalodon_jax.model, megalodon_jax.training.step\n"
         "heavy = {'grain', 'tensorflow_datasets', 'tensorflow', 'torch', 'pyarrow', 'tokenizers',"

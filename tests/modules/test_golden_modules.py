@@ -1,4 +1,4 @@
-"""Norms, feed-forward network and the attention layer against the released code."""
+"""Norms, feed-forward network and attention layer against the released code."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def golden_case(file: str, case: str) -> dict[str, np.ndarray]:
 
 
 def check_layer(module, run, golden: dict[str, np.ndarray], names: dict[str, str], inputs) -> None:
-    """Loads `param:*` into the module, then compares output and every gradient.
+    """Loads `param:*` into the module, then compares the output and all gradients.
 
     `names` maps the module's parameter paths to released names; linear weights are transposed.
     """
@@ -50,9 +50,9 @@ def check_layer(module, run, golden: dict[str, np.ndarray], names: dict[str, str
     for name, gradient in zip(inputs, gradients[1:]):
         assert relative_error(gradient, golden[f"grad_{name}"]) <= 5e-6, name
     for path, gradient in nnx.to_flat_state(gradients[0]):
-        due = golden[f"grad:{names['.'.join(path)]}"]
-        due = due.T if path[-1] == "kernel" else due.reshape(gradient[...].shape)
-        assert relative_error(gradient[...], due) <= 5e-6, path
+        expected = golden[f"grad:{names['.'.join(path)]}"]
+        expected = expected.T if path[-1] == "kernel" else expected.reshape(gradient[...].shape)
+        assert relative_error(gradient[...], expected) <= 5e-6, path
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -63,7 +63,7 @@ def test_norms(kind, name: str, affine: bool):
     config = ModelConfig(model_dim=D, norm_num_groups=8, norm_affine=affine)
     learned = [key.removeprefix("param:") for key in golden if key.startswith("param:")]
     names = {entry: entry for entry in learned}
-    check_layer(kind(config), lambda module, x: module(x), golden, names, ["x"])
+    check_layer(kind.from_config(config), lambda module, x: module(x), golden, names, ["x"])
 
 
 @pytest.mark.parametrize("rescale", [None, 0.1, 0.05])
@@ -75,17 +75,17 @@ def test_feed_forward(swiglu: bool, rescale: float | None):
     names |= {f"{fc}.kernel": f"{fc}.weight" for fc in ("fc1", "fc2")}
     names |= {"fc3.kernel": "fc3.weight"} if swiglu else {}
     names |= {"alpha": "alpha"} if rescale else {}
-    module = FeedForward(config, rescale or 0.0, rngs=nnx.Rngs(0))
+    module = FeedForward.from_config(config, rescale_start=rescale or 0.0, rngs=nnx.Rngs(0))
     check_layer(module, lambda m, x, r: m(x) + r, golden, names, ["x", "residual"])
 
 
 @pytest.mark.parametrize("case", ["H1_L96_C32_N16_z32_base0", "H2_L20_C32_N8_z64_base100000"])
 def test_attention_layer(case: str):
     golden = golden_case("layer_mega", case)
-    fields = {part[0]: int(part[1:]) for part in case.split("_")[:4]}
+    sizes = {field[0]: int(field[1:]) for field in case.split("_")[:4]}
     Z, base = golden["param:wz.bias"].shape[0], 100_000.0 if "100000" in case else 10_000.0
     config = dataclasses.replace(
-        SHAPE, num_heads=fields["H"], z_dim=Z, cema_ndim=fields["N"], rope_base=base
+        SHAPE, num_heads=sizes["H"], z_dim=Z, cema_ndim=sizes["N"], rope_base=base
     )
     names = {
         name.replace("weight", "kernel") if name.startswith("w") else name: name
@@ -95,8 +95,8 @@ def test_attention_layer(case: str):
 
     def run(module: MegaAttention, x):
         positions = jnp.arange(x.shape[1])[None] % config.chunk_size
-        places = PositionInfo(rotation(positions, config.head_dim, base), None, None)
-        return x + module(x, places).out
+        info = PositionInfo(rotation(positions, config.head_dim, base), None, None)
+        return x + module(x, positions=info).out
 
-    module = MegaAttention(config, rngs=nnx.Rngs(0))
+    module = MegaAttention.from_config(config, rngs=nnx.Rngs(0))
     check_layer(module, run, golden, names, ["x"])

@@ -1,4 +1,4 @@
-"""Whole runs: resuming, stopping, and what makes a run refuse to start or to go on."""
+"""Training runs: resuming, stopping, and errors that prevent a start or a resumption."""
 
 import dataclasses
 import json
@@ -42,20 +42,20 @@ def assert_same_weights(a: TrainConfig, b: TrainConfig) -> None:
 
 
 def forget_after(config: TrainConfig, step: int) -> None:
-    """Makes the run look as if it had been killed after the checkpoint of `step`."""
+    """Removes everything after the checkpoint of `step`, as if the run had been killed."""
     for later in steps_of(config):
         if later > step:
             shutil.rmtree(Path(config.run_dir, "checkpoints", str(later)))
     Path(config.run_dir, "metrics.jsonl").unlink()
 
 
-def test_a_run_leaves_its_numbers_and_learns(trained_run):
+def test_a_run_writes_metrics_and_learns(trained_run):
     loss = logged(trained_run, "loss")
     assert sorted(loss) == [1, 2, 3, 4, 5, 6]
     assert loss[6] < loss[1]
     assert steps_of(trained_run) == [3, 6]
     heldout = logged(trained_run, "heldout_bits_per_byte")
-    # Between what the text is worth and what 257 equally probable ids would cost.
+    # Between the entropy of the text and the cost of 257 equally probable ids.
     assert 1.0 < heldout[6] < 8.0
     resolved = json.loads(Path(trained_run.run_dir, "config.json").read_text())
     assert resolved["model"]["model_dim"] == 8
@@ -102,11 +102,11 @@ def test_nothing_is_overwritten(finished):
 
 
 def test_resuming_needs_a_checkpoint(config):
-    with pytest.raises(CheckpointError, match="no complete checkpoint to go on from"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint to resume from"):
         train(dataclasses.replace(config, resume=True))
 
 
-def test_damaged_newest_checkpoint_is_set_aside_and_made_again(trained_run, finished, capsys):
+def test_a_damaged_newest_checkpoint_is_renamed_and_saved_again(trained_run, finished, capsys):
     shutil.rmtree(Path(finished.run_dir, "checkpoints", "6", "opt_state"))
     train(dataclasses.replace(finished, resume=True))
     assert "checkpoints/6" in capsys.readouterr().err
@@ -115,7 +115,7 @@ def test_damaged_newest_checkpoint_is_set_aside_and_made_again(trained_run, fini
     assert_same_weights(trained_run, finished)
 
 
-def test_resuming_another_model_or_other_data_is_refused(finished):
+def test_resuming_another_model_or_other_data_is_rejected(finished):
     model = dataclasses.replace(finished.model, cema_ndim=3)
     with pytest.raises(MismatchError, match="cema_ndim is 2 in the checkpoint, 3 now"):
         train(dataclasses.replace(finished, model=model, resume=True))
@@ -125,7 +125,7 @@ def test_resuming_another_model_or_other_data_is_refused(finished):
     assert steps_of(finished) == [3, 6]
 
 
-def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(finished, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(finished, tmp_path):
     broken = dataclasses.replace(finished, run_dir=str(tmp_path / "broken"), resume=True)
     with RunCheckpoints(finished.run_dir, read_only=True) as checkpoints:
         restored = checkpoints.restore(3, finished)
@@ -142,7 +142,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(finished, tmp_pa
     assert steps_of(broken) == [3]
 
 
-def test_token_ids_that_the_model_does_not_know_are_refused(config):
+def test_token_ids_outside_the_vocabulary_are_rejected(config):
     small = dataclasses.replace(config.model, vocab_size=256)
     with pytest.raises(ConfigError, match=r"ids up to 256, but the model knows 0 to 255"):
         train(dataclasses.replace(config, model=small))
@@ -150,7 +150,7 @@ def test_token_ids_that_the_model_does_not_know_are_refused(config):
 
 
 @pytest.mark.parametrize("content", [b"", b"caf\xe9"])
-def test_data_that_cannot_be_used_is_refused(config, tmp_path, content):
+def test_unusable_data_is_rejected(config, tmp_path, content):
     bad = tmp_path / "bad.txt"
     bad.write_bytes(content)
     data = DataConfig(source="files", files=(str(bad),), seq_len=32, batch_size=2)
@@ -158,7 +158,7 @@ def test_data_that_cannot_be_used_is_refused(config, tmp_path, content):
         train(dataclasses.replace(config, data=data))
 
 
-def test_without_heldout_text_nothing_is_measured(config):
+def test_without_heldout_text_there_is_no_evaluation(config):
     data = dataclasses.replace(config.data, heldout_fraction=0.0)
     result = train(dataclasses.replace(config, data=data, sample_tokens=0))
     assert result.heldout is None

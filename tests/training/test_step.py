@@ -1,4 +1,4 @@
-"""The train step: accumulation, padding, dropout keys; and the held-out step."""
+"""The train step (accumulation, padding, dropout keys) and the evaluation step."""
 
 import dataclasses
 
@@ -18,14 +18,14 @@ def random_batch(rows: int, length: int = 16, seed: int = 0) -> Batch:
     random = np.random.default_rng(seed)
     segment_ids = np.ones((rows, length), np.int32)
     segment_ids[:, length // 2 :] = 2
-    # Rows count differently many targets, so a mean of means would not be the mean.
+    # Rows have different numbers of targets, so that a mean of row means would be wrong.
     weights = random.random((rows, length)) < np.linspace(0.2, 1.0, rows)[:, None]
     tokens, targets = random.integers(0, 257, (2, rows, length)).astype(np.int32)
     return jax.tree.map(jnp.asarray, Batch(tokens, targets, segment_ids, np.float32(weights)))  # type: ignore[arg-type]
 
 
 def copy_of(state: TrainState) -> TrainState:
-    """The step takes its state's memory."""
+    """A copy, because the step donates its state."""
     return jax.tree.map(jnp.copy, state)
 
 
@@ -34,29 +34,34 @@ def no_warmup(session_config):
     return dataclasses.replace(session_config, optim=OptimConfig(lr=1e-2, warmup_steps=0))
 
 
-def test_accumulation_equals_one_big_batch(no_warmup):
+@pytest.fixture(scope="module")
+def step_and_state(no_warmup):
+    """The jitted step, compiled once per shape, and the state of step 0."""
     graphdef, state = init_state(no_warmup)
-    step = make_train_step(graphdef, no_warmup)
+    return make_train_step(graphdef, no_warmup), state
+
+
+def test_accumulation_equals_one_big_batch(step_and_state):
+    step, state = step_and_state
     whole = random_batch(rows=4)
-    together, metrics = step(copy_of(state), jax.tree.map(lambda rows: rows[None], whole))
-    parts = jax.tree.map(lambda rows: rows.reshape(2, 2, -1), whole)
-    accumulated, accumulated_metrics = step(copy_of(state), parts)
+    whole_state, metrics = step(copy_of(state), jax.tree.map(lambda rows: rows[None], whole))
+    halves = jax.tree.map(lambda rows: rows.reshape(2, 2, -1), whole)
+    accumulated, accumulated_metrics = step(copy_of(state), halves)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
-        together.params,
+        whole_state.params,
         accumulated.params,
     )
     for name in ("loss", "accuracy", "grad_norm", "tokens"):
         np.testing.assert_allclose(
             getattr(metrics, name), getattr(accumulated_metrics, name), rtol=2e-6
         )
-    moved = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), together.params, state.params)
+    moved = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), whole_state.params, state.params)
     assert max(map(float, jax.tree.leaves(moved))) > 1e-3
 
 
-def test_padding_alone_changes_nothing_but_decay(no_warmup):
-    graphdef, state = init_state(no_warmup)
-    step = make_train_step(graphdef, no_warmup)
+def test_a_batch_of_padding_only_decays_the_weights(no_warmup, step_and_state):
+    step, state = step_and_state
     empty = jax.tree.map(lambda rows: np.zeros_like(rows)[None], random_batch(rows=4))
     after, metrics = step(copy_of(state), empty)
     assert float(metrics.tokens) == 0.0
@@ -71,27 +76,32 @@ def test_padding_alone_changes_nothing_but_decay(no_warmup):
 
 
 @pytest.mark.slow
-def test_dropout_depends_on_seed_and_step_alone(no_warmup):
-    dropping = dataclasses.replace(no_warmup.model, dropout=0.5)
-    config = dataclasses.replace(no_warmup, model=dropping)
+def test_dropout_depends_on_seed_and_step_only(no_warmup):
+    model = dataclasses.replace(no_warmup.model, dropout=0.5)
+    config = dataclasses.replace(no_warmup, model=model)
     graphdef, state = init_state(config)
     step = make_train_step(graphdef, config)
     batch = jax.tree.map(lambda rows: rows[None], random_batch(rows=2))
 
-    def loss_at(number: int) -> float:
-        at = copy_of(state)._replace(step=jnp.asarray(number, jnp.int32))
-        return float(step(at, batch)[1].loss)
+    def loss_at(index: int) -> float:
+        indexed = copy_of(state)._replace(step=jnp.asarray(index, jnp.int32))
+        return float(step(indexed, batch)[1].loss)
 
     assert loss_at(3) == loss_at(3)
     assert loss_at(3) != loss_at(4)
 
 
-def test_heldout_step_equals_numpy_cross_entropy(session_config):
+def test_evaluation_step_equals_numpy_cross_entropy(session_config):
     graphdef, state = init_state(session_config)
     batch = random_batch(rows=2)
     sums = make_eval_step(graphdef, session_config)(state.params, batch)
-    model = nnx.merge(graphdef, state.params)
-    logits = np.asarray(model(batch.tokens, segment_ids=batch.segment_ids).logits, np.float64)
+
+    @jax.jit
+    def call(params: nnx.State) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        return model(batch.tokens, segment_ids=batch.segment_ids).logits
+
+    logits = np.asarray(call(state.params), np.float64)
     log_z = np.log(np.sum(np.exp(logits), axis=-1))
     chosen = np.take_along_axis(logits, np.asarray(batch.targets)[..., None], axis=-1)[..., 0]
     expected = np.sum((log_z - chosen) * batch.weights)

@@ -1,4 +1,4 @@
-"""The optimizer equals AdamW and the schedules written down in numpy float64."""
+"""The optimizer and its schedules against AdamW in numpy float64."""
 
 import math
 
@@ -29,7 +29,7 @@ def released_factor(config: OptimConfig, step: int) -> float:
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("warmup", [0, 1, 7])
-def test_schedule_is_the_released_one(schedule, warmup):
+def test_schedule_equals_the_released_one(schedule, warmup):
     config = OptimConfig(
         lr=3e-3, schedule=schedule, warmup_steps=warmup, init_ratio=0.01, end_ratio=0.1
     )
@@ -53,7 +53,7 @@ def test_updates_equal_numpy_adamw(clip_norm):
         clip_norm=clip_norm,
     )  # fmt: skip
     random = np.random.default_rng(0)
-    # A vector and a matrix: the released optimizer lets both decay.
+    # A vector and a matrix: the released optimizer decays both.
     expected = {"bias": random.normal(size=3), "kernel": random.normal(size=(3, 4))}
     params = {name: jnp.asarray(value, jnp.float32) for name, value in expected.items()}
     optimizer = make_optimizer(config, total_steps=TOTAL)

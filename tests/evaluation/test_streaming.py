@@ -1,7 +1,8 @@
-"""Measuring by streaming pieces through the cache equals one call on the whole document."""
+"""Evaluation by streaming pieces through the cache equals one call on the whole document."""
 
 import math
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,7 +13,7 @@ from megalodon_jax.evaluation.streaming import evaluate_documents, evaluate_file
 from megalodon_jax.model import Megalodon
 from megalodon_jax.train_state import init_state
 
-# Lengths around the piece length 16 of the tests: with marks, 15 bytes fill a piece exactly.
+# Lengths around the piece length of 16: with bos, 15 bytes fill a piece exactly.
 TEXTS = [
     "a" * 15,
     "hello",
@@ -31,12 +32,14 @@ def model(session_config) -> Megalodon:
 
 @pytest.fixture(scope="module")
 def nats(model) -> float:
-    """Cross-entropy in float64 from one call for each whole document."""
+    """Cross-entropy in float64 from one call per whole document."""
+    graphdef, state = nnx.split(model)
+    call = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens).logits)
     total = 0.0
     for text in TEXTS:
         stream = np.array([[256, *text.encode(), 256]], np.int32)
         padded = np.pad(stream[:, :-1], ((0, 0), (0, 100 - stream.shape[1])))
-        logits = np.asarray(model(padded).logits, np.float64)[0, : stream.shape[1] - 1]
+        logits = np.asarray(call(state, padded), np.float64)[0, : stream.shape[1] - 1]
         log_z = np.log(np.exp(logits).sum(-1))
         total += float(np.sum(log_z - logits[np.arange(len(logits)), stream[0, 1:]]))
     return total
@@ -55,7 +58,7 @@ def test_streaming_equals_one_call(model, nats, batch_size):
     assert result.perplexity == pytest.approx(math.exp(nats / result.num_tokens), rel=1e-5)
 
 
-def test_files_are_read_and_split_into_documents(model, nats, tmp_path):
+def test_files_are_split_into_documents(model, nats, tmp_path):
     (tmp_path / "a.txt").write_text("\0".join(TEXTS[:4]))
     (tmp_path / "b.txt").write_text("\0".join(TEXTS[4:]))
     result = evaluate_files(
@@ -66,13 +69,13 @@ def test_files_are_read_and_split_into_documents(model, nats, tmp_path):
 
 
 def test_no_text_is_an_error(model, tmp_path):
-    with pytest.raises(DataError, match="nothing to measure"):
+    with pytest.raises(DataError, match="nothing to evaluate"):
         evaluate_documents(model, ByteTokenizer(), [], piece_length=16)
     with pytest.raises(DataError, match="missing"):
         evaluate_files(model, ByteTokenizer(), [str(tmp_path / "missing.txt")])
 
 
-def test_batches_hold_every_target_once_and_keep_segments_apart():
+def test_batches_have_every_target_once_and_separate_segments():
     streams = [np.arange(1, n + 1, dtype=np.int32) for n in (2, 9, 3, 17, 5)]
     batches = list(streaming_batches(iter(streams), batch_size=2, length=4))
     counted = [batch.targets[batch.weights == 1.0] for batch in batches]
@@ -84,7 +87,7 @@ def test_batches_hold_every_target_once_and_keep_segments_apart():
         tokens, targets, segment_ids, weights = joined
         assert np.array_equal(segment_ids != 0, weights == 1.0)
         same = segment_ids[1:] == segment_ids[:-1]
-        # Inside a document the next input is this target; a new document starts with its mark.
+        # Within a document the next input is this target; a new document starts with bos.
         inside = same & (segment_ids[1:] != 0)
         assert np.array_equal(tokens[1:][inside], targets[:-1][inside])
         assert (tokens[1:][~same & (segment_ids[1:] != 0)] == 1).all()

@@ -1,4 +1,4 @@
-"""CEMA, TimestepNorm and attention over a sequence that four devices share, against one device."""
+"""CEMA, TimestepNorm and attention on a sequence sharded over four devices, against one device."""
 
 import jax
 import numpy as np
@@ -10,10 +10,11 @@ from pallas_kernels.cema import CemaParams, cema
 from pallas_kernels.chunk_attention import chunk_attention
 from pallas_kernels.timestep_norm import TimestepNormState, timestep_norm
 
-PARTS, LENGTH = 4, 32
+SHARDS, LENGTH = 4, 32
 ROWS = PartitionSpec(None, "chunk")
-# Documents that begin and end inside parts, fill whole ones, and padding as long as a part.
-RUNS = [
+# (segment id, tokens): documents that begin and end within sequence shards or fill them, and
+# padding of a whole shard.
+DOCUMENTS = [
     [(1, 32)],
     [(1, 5), (2, 22), (3, 5)],
     [(1, 7), (0, 10), (2, 9), (0, 6)],
@@ -23,27 +24,27 @@ RUNS = [
 
 def segment_ids():
     return jnp.asarray(
-        [np.concatenate([np.full(n, number) for number, n in runs]) for runs in RUNS], jnp.int32
+        [np.concatenate([np.full(n, number) for number, n in row]) for row in DOCUMENTS], jnp.int32
     )
 
 
 def positions_of(ids):
     ids = np.asarray(ids)
     positions = np.zeros_like(ids)
-    for row, line in enumerate(ids):
-        for t in range(1, len(line)):
-            same = line[t] == line[t - 1]
+    for row, row_ids in enumerate(ids):
+        for t in range(1, len(row_ids)):
+            same = row_ids[t] == row_ids[t - 1]
             positions[row, t] = positions[row, t - 1] + 1 if same else 0
     return jnp.asarray(positions)
 
 
-def over_parts(function, specs):
-    mesh = Mesh(np.array(jax.devices()[:PARTS]), ("chunk",))
+def sharded_over_sequence(function, specs):
+    mesh = Mesh(np.array(jax.devices()[:SHARDS]), ("chunk",))
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=ROWS, check_vma=False)
 
 
-def both(function, split, arguments, specs):
-    """Outputs and gradients of one device and of four."""
+def run_both(function, sharded, arguments, specs):
+    """Outputs and gradients on one device and on four."""
     rng = np.random.default_rng(5)
     shape = jax.eval_shape(function, *arguments).shape
     weights = jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -57,13 +58,13 @@ def both(function, split, arguments, specs):
         (_, y), gradients = jax.jit(jax.value_and_grad(total, which, has_aux=True))(*arguments)
         return [y, *gradients]
 
-    return run(function), run(over_parts(split, specs))
+    return run(function), run(sharded_over_sequence(sharded, specs))
 
 
 def check(pairs, tolerance=3e-6):
-    for one, parts in zip(*pairs, strict=True):
-        size = np.linalg.norm(one)
-        assert np.linalg.norm(np.asarray(parts) - one) <= tolerance * size
+    for expected, sharded in zip(*pairs, strict=True):
+        size = np.linalg.norm(expected)
+        assert np.linalg.norm(np.asarray(sharded) - expected) <= tolerance * size
 
 
 def normal(seed, *shape):
@@ -73,7 +74,7 @@ def normal(seed, *shape):
 @pytest.mark.parametrize("packed", [False, True])
 def test_cema(packed: bool):
     D, N = 3, 2
-    x, ids = normal(0, len(RUNS), LENGTH, D), segment_ids()
+    x, ids = normal(0, len(DOCUMENTS), LENGTH, D), segment_ids()
     params = (normal(1, D, N), normal(2, D, N) - 2, normal(3, D), normal(4, D, N, 2), normal(5, D))
 
     def run(axis):
@@ -84,14 +85,14 @@ def test_cema(packed: bool):
         return y
 
     specs = (ROWS, ROWS, *[PartitionSpec()] * 5)
-    check(both(run(None), run("chunk"), (x, ids, *params), specs))
+    check(run_both(run(None), run("chunk"), (x, ids, *params), specs))
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("count", [0, 5])
 def test_timestep_norm(packed: bool, count: int):
     D, G = 8, 2
-    x, ids = normal(0, len(RUNS), LENGTH, D) + 3, segment_ids()
+    x, ids = normal(0, len(DOCUMENTS), LENGTH, D) + 3, segment_ids()
     parameters = normal(1, D), normal(2, D), normal(3, G), jnp.exp(normal(4, G))
 
     def run(axis):
@@ -105,33 +106,33 @@ def test_timestep_norm(packed: bool, count: int):
         return y
 
     specs = (ROWS, ROWS, *[PartitionSpec()] * 4)
-    one, parts = both(run(None), run("chunk"), (x, ids, *parameters), specs)
+    expected, sharded = run_both(run(None), run("chunk"), (x, ids, *parameters), specs)
     if count == 0:
-        # A prior of no tokens counts for nothing.
-        one, parts = one[:-2], parts[:-2]
-    check((one, parts), 2e-5)
+        # A prior of 0 tokens has no gradient.
+        expected, sharded = expected[:-2], sharded[:-2]
+    check((expected, sharded), 2e-5)
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_chunk_attention(packed: bool):
-    B, H, C = len(RUNS), 2, 8
+    B, H, C = len(DOCUMENTS), 2, 8
     q, k, v = (normal(i, B, LENGTH, H, 4) for i in range(3))
     ids = segment_ids()
 
     def run(axis):
         def out(q, k, v, ids, positions):
-            places = {"segment_ids": ids, "positions": positions} if packed else {}
-            return chunk_attention(q, k, v, chunk_size=C, sequence_axis=axis, **places).out
+            packing = {"segment_ids": ids, "positions": positions} if packed else {}
+            return chunk_attention(q, k, v, chunk_size=C, sequence_axis=axis, **packing).out
 
         return out
 
-    check(both(run(None), run("chunk"), (q, k, v, ids, positions_of(ids)), (ROWS,) * 5))
+    check(run_both(run(None), run("chunk"), (q, k, v, ids, positions_of(ids)), (ROWS,) * 5))
 
 
-def test_what_cannot_be_split_is_refused():
+def test_shards_without_whole_chunks_are_rejected():
     x = jnp.zeros((1, 6, 1, 2))
-    with pytest.raises(ValueError, match="6 tokens, no multiple of the chunk of 4"):
+    with pytest.raises(ValueError, match=r"6 tokens.*chunk.* 4"):
         chunk_attention(x, x, x, chunk_size=4, sequence_axis="chunk")
     positions = jnp.zeros((1, 6), jnp.int32)
-    with pytest.raises(ValueError, match="6 tokens, fewer than a chunk of 8"):
+    with pytest.raises(ValueError, match=r"6 tokens.*chunk.* 8"):
         chunk_attention(x, x, x, chunk_size=8, positions=positions, sequence_axis="chunk")

@@ -1,4 +1,4 @@
-"""Checkpoints: exact, complete or ignored, and of the right model."""
+"""Checkpoints: bitwise restore, damaged and unfinished ones, and mismatched models."""
 
 import dataclasses
 import resource
@@ -24,7 +24,7 @@ def state(session_config) -> TrainState:
 
 
 def at_step(state: TrainState, step: int) -> TrainState:
-    """Arrays that differ from step to step."""
+    """A state whose arrays differ between steps."""
     moved = jax.tree.map(lambda leaf: leaf + step, (state.params, state.opt_state))
     return TrainState(jnp.asarray(step, jnp.int32), *moved)
 
@@ -42,7 +42,7 @@ def assert_equal(a, b) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_everything_comes_back_bit_for_bit(config, state):
+def test_restore_is_bitwise(config, state):
     with RunCheckpoints(config.run_dir, keep=2) as checkpoints:
         for step in (1, 2, 3):
             save(checkpoints, at_step(state, step), config)
@@ -58,20 +58,20 @@ def test_everything_comes_back_bit_for_bit(config, state):
     assert_equal(nnx.split(model, nnx.Param)[1], at_step(state, 2).params)
 
 
-def test_another_model_is_refused_and_its_fields_are_named(config, state):
+def test_another_model_is_rejected_and_its_fields_are_named(config, state):
     with RunCheckpoints(config.run_dir) as checkpoints:
         save(checkpoints, state, config)
         checkpoints.wait()
         other = dataclasses.replace(config.model, model_dim=16, swiglu=True)
         with pytest.raises(MismatchError, match=r"model_dim is 8 .* 16 now; swiglu is False"):
             checkpoints.restore(0, dataclasses.replace(config, model=other))
-        # How it is computed may change.
+        # Fields that change only how the model is computed may differ.
         remat = dataclasses.replace(config.model, remat="block", cema_implementation="reference")
         restored = checkpoints.restore(0, dataclasses.replace(config, model=remat))
     assert_equal(restored.state.params, state.params)
 
 
-def test_what_a_killed_save_leaves_is_named_and_ignored(config, state, capsys):
+def test_an_unfinished_checkpoint_is_named_and_ignored(config, state, capsys):
     with RunCheckpoints(config.run_dir) as checkpoints:
         save(checkpoints, at_step(state, 1), config)
     directory = Path(config.run_dir, "checkpoints")
@@ -85,7 +85,7 @@ def test_what_a_killed_save_leaves_is_named_and_ignored(config, state, capsys):
 
 
 @pytest.mark.parametrize("damage", ["empty", "no params", "truncated"])
-def test_damaged_checkpoint_is_named_and_the_earlier_one_used(config, state, damage, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_loaded(config, state, damage, capsys):
     with RunCheckpoints(config.run_dir, keep=2) as checkpoints:
         save(checkpoints, at_step(state, 1), config)
         save(checkpoints, at_step(state, 2), config)
@@ -103,8 +103,8 @@ def test_damaged_checkpoint_is_named_and_the_earlier_one_used(config, state, dam
         load_model(config.run_dir, step=2)
 
 
-def test_full_disk_keeps_the_earlier_checkpoint(config, state):
-    # Numbers that do not compress to less than the limit below.
+def test_a_full_disk_keeps_the_previous_checkpoint(config, state):
+    # Incompressible, so that the file exceeds the limit below.
     noise = np.random.default_rng(0).normal(size=1 << 18).astype(np.float32)
     big = at_step(state, 2)._replace(params=nnx.State({"w": jnp.asarray(noise)}))
     checkpoints = RunCheckpoints(config.run_dir, keep=1)
@@ -131,7 +131,7 @@ def test_missing_checkpoints_are_an_error(tmp_path, config, state):
         load_model(config.run_dir, step=7)
 
 
-def test_bfloat16_weights_keep_their_type(config):
+def test_bfloat16_weights_keep_their_dtype(config):
     model = dataclasses.replace(config.model, param_dtype="bfloat16")
     config = dataclasses.replace(config, model=model)
     state = init_state(config)[1]

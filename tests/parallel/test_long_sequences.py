@@ -1,4 +1,4 @@
-"""A row of 2^20 tokens over eight devices."""
+"""A row of 2^20 tokens, sharded over eight devices."""
 
 import jax
 import numpy as np
@@ -17,16 +17,16 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
-def compiled_step(length, parts):
+def compiled_step(length, shards):
     config = TrainConfig(
         model=MODEL,
         data=DataConfig(batch_size=1, seq_len=length),
-        mesh=MeshConfig(chunk=parts),
+        mesh=MeshConfig(chunk=shards),
         loss_chunk_size=4096,
     )
-    mesh = make_mesh(config.mesh, jax.devices()[:parts])
+    mesh = make_mesh(config.mesh, jax.devices()[:shards])
     tokens = np.random.default_rng(0).integers(0, 16, (1, 1, length + 1)).astype(np.int32)
-    # Two documents; the second one begins within the sixth part.
+    # Two documents; the second one begins within the sixth sequence shard.
     ids = 1 + (np.arange(length) > 0.7 * length).astype(np.int32)[None, None]
     batch = Batch(tokens[..., :-1], tokens[..., 1:], ids, np.ones(ids.shape, np.float32))
     graphdef, state = init_state(config, mesh)
@@ -34,13 +34,13 @@ def compiled_step(length, parts):
 
 
 @pytest.mark.slow
-def test_a_million_tokens_train_and_memory_falls_with_the_devices():
-    split, state, batch = compiled_step(LENGTH, 8)
+def test_a_million_tokens_train_and_memory_is_divided_by_the_devices():
+    sharded, state, batch = compiled_step(LENGTH, 8)
     an_eighth, *_ = compiled_step(LENGTH // 8, 1)
-    sizes = [step.memory_analysis().temp_size_in_bytes for step in (split, an_eighth)]
+    sizes = [step.memory_analysis().temp_size_in_bytes for step in (sharded, an_eighth)]
     assert sizes[0] <= 1.1 * sizes[1]
-    state, metrics = split(state, batch)
-    # Sixteen tokens, all alike.
+    state, metrics = sharded(state, batch)
+    # 16 equally probable tokens.
     assert abs(float(metrics.loss) - np.log(16)) < 1
     assert float(metrics.tokens) == LENGTH
     assert 0 < float(metrics.grad_norm) < np.inf

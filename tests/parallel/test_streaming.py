@@ -1,4 +1,4 @@
-"""A stream whose cache is split by rows and features, against the same stream on one device."""
+"""Streaming with a cache sharded over rows and features, against one device."""
 
 import jax
 import numpy as np
@@ -20,31 +20,31 @@ PIECES = (11, 1, 11, 1)
 
 
 def stream(model, tokens, cache):
-    """Scores of pieces, and the last cache."""
+    """Logits of the pieces and the final cache."""
     call = nnx.jit(lambda model, tokens, cache: model(tokens, cache=cache))
-    found, start = [], 0
+    outputs, start = [], 0
     for length in PIECES:
         logits, cache = call(model, tokens[:, start : start + length], cache)
-        found.append(logits)
+        outputs.append(logits)
         start += length
-    return jnp.concatenate(found, axis=1), cache
+    return jnp.concatenate(outputs, axis=1), cache
 
 
 @pytest.mark.slow
-def test_a_split_cache_gives_what_a_whole_one_gives():
+def test_a_sharded_cache_equals_an_unsharded_one():
     model = Megalodon(CONFIG, rngs=nnx.Rngs(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (4, sum(PIECES))), jnp.int32)
-    due, due_cache = stream(model, tokens, model.init_cache(4))
+    expected, expected_cache = stream(model, tokens, model.init_cache(4))
     mesh = make_mesh(MeshConfig(data=2, model=2), jax.devices()[:4])
     graphdef, params = nnx.split(model, nnx.Param)
-    split = nnx.merge(graphdef, jax.device_put(params, shardings_of(params, mesh)))
-    places = cache_shardings(mesh)
+    sharded = nnx.merge(graphdef, jax.device_put(params, shardings_of(params, mesh)))
+    shardings = cache_shardings(mesh)
     with jax.set_mesh(mesh):
-        logits, cache = stream(split, tokens, jax.device_put(model.init_cache(4), places))
-    np.testing.assert_allclose(logits, due, rtol=0, atol=2e-5)
-    leaves = zip(*map(jax.tree.leaves, (cache, due_cache, places)), strict=True)
-    for mine, expected, place in leaves:
-        np.testing.assert_allclose(mine, expected, rtol=0, atol=2e-5)
-        assert mine.sharding.is_equivalent_to(place, mine.ndim)
+        logits, cache = stream(sharded, tokens, jax.device_put(model.init_cache(4), shardings))
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
+    leaves = zip(*map(jax.tree.leaves, (cache, expected_cache, shardings)), strict=True)
+    for actual, expected, sharding in leaves:
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
+        assert actual.sharding.is_equivalent_to(sharding, actual.ndim)
     keys = cache.layers.keys_and_values.key
     assert keys.addressable_shards[0].data.size == keys.size // 4
