@@ -12,14 +12,12 @@ FSDP mesh bit for bit.
 import dataclasses
 import statistics
 import tempfile
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
-from megalodon_jax.bench.entry import run_command
 from megalodon_jax.bench.options import BenchAgreementOptions, MeshName
 from megalodon_jax.bench.reference import relative_distance
 from megalodon_jax.bench.scaling import (
@@ -208,12 +206,3 @@ def _format(row: AgreementRow) -> str:
         return f"{start}{row.reason}"
     text = " ".join(f"{number:9.2e}" for number in (*row.sharded, *row.single_device))
     return f"{start}{text} {row.loss_diff:10.1e}{'' if row.agrees else '   TOO FAR'}"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; argv without the program's name, None: that of the process."""
-    return run_command(run, BenchAgreementOptions, "megalodon bench agreement", argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,7 +1,7 @@
 """Peak memory of CEMA, forward and backward, as multiples of the input.
 
-    python -m megalodon_jax.bench.cema_memory            # compiled figures for this backend
-    python -m megalodon_jax.bench.cema_memory --run      # runs too: seconds, peak of the process
+    megalodon bench cema_memory            # compiled figures for this backend
+    megalodon bench cema_memory --run      # runs too: seconds, peak of the process
 
 The gradient is that of sum(y * cotangent) in x and all parameters, so x, the cotangent and dx are
 three of the multiples.
@@ -10,29 +10,16 @@ three of the multiples.
 import resource
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from megalodon_jax.bench.entry import run_command
+from megalodon_jax.bench.options import BenchCemaMemoryOptions
 from megalodon_jax.compiled.memory import CompiledMemory, read_memory
 from pallas_kernels.cema import CemaParams, cema
 from pallas_kernels.common.dispatch import Implementation
-
-
-@dataclass(frozen=True, kw_only=True)
-class CemaMemoryOptions:
-    """Prints the peak memory of CEMA, forward and backward.
-
-    Example: python -m megalodon_jax.bench.cema_memory --run
-    """
-
-    run: bool = False
-    """Run every case too."""
 
 
 class CemaMemory(NamedTuple):
@@ -115,7 +102,7 @@ def _inputs(
     return x, params, segment_ids if shape.packed else None
 
 
-def run(options: CemaMemoryOptions) -> int:
+def run(options: BenchCemaMemoryOptions) -> int:
     """Prints one line per shape; returns 0."""
     print(f"backend {jax.default_backend()}, jax {jax.__version__}")
     for shape in SHAPES:
@@ -138,12 +125,3 @@ def run(options: CemaMemoryOptions) -> int:
             line += f"; {time.perf_counter() - start:.3f} s, process peak {peak / 2**20:.0f} MiB"
         print(line, flush=True)
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; argv without the program's name, None: that of the process."""
-    return run_command(run, CemaMemoryOptions, "python -m megalodon_jax.bench.cema_memory", argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

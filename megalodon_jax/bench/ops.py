@@ -1,7 +1,7 @@
 """Speed, memory and error of every operation's implementations, beside the device's ceilings.
 
     megalodon bench ops --op cema --check
-    python -m megalodon_jax.bench.ops --small
+    megalodon bench ops --small
 
 Measures the forward pass, and forward and backward together (gradients of all inputs, parameters
 and states), at the shapes of `op_cases`. A rate counts the least work: for operations that memory
@@ -14,7 +14,7 @@ import dataclasses
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from megalodon_jax.bench.ceilings import Ceilings, measure_ceilings
-from megalodon_jax.bench.entry import run_command
 from megalodon_jax.bench.op_cases import CASES, SMALL_CASES, Inputs, OpCase
 from megalodon_jax.bench.options import BenchMode, BenchOpsOptions, DecayRange
 from megalodon_jax.bench.timing import seconds_per_call
@@ -299,12 +298,3 @@ def format_row(row: Measurement) -> str:
     errors = ", ".join(f"{name} {error:.1e}" for name, error in (row.errors or {}).items())
     line = f"{start}{row.seconds * 1e3:9.3f} {rate:>14} {row.share:>7.1%} {extra:>9}  {errors}"
     return line.rstrip()
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; argv without the program's name, None: that of the process."""
-    return run_command(run, BenchOpsOptions, "megalodon bench ops", argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

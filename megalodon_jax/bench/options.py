@@ -19,6 +19,7 @@ DecayRange = Literal["initial", "long"]
 # Meshes of which one axis takes all devices.
 MeshName = Literal["data", "fsdp", "chunk", "model"]
 ScalingKind = Literal["weak", "strong"]
+EstimatedChip = Literal["v4", "v5e", "v5p", "v6e"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,3 +147,35 @@ class BenchReferenceOptions:
     """Seed of the crops."""
     small: bool = False
     """A narrow model for a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchTpuEstimatesOptions:
+    """Prints the TPU compiler's estimates of the kernels and of plain JAX.
+
+    Example: megalodon bench tpu_estimates --chips v5e v6e --op timestep_norm
+    """
+
+    chips: tuple[EstimatedChip, ...] = ("v5e", "v6e")
+    """Kinds of TPU."""
+    op: Literal["cema", "timestep_norm"] = "cema"
+    """The operation."""
+    rows: int = 1
+    """Rows of x."""
+    length: int = 16_384
+    """Tokens of a row."""
+    channels: int = 4_096
+    """Channels of a token."""
+    groups: int = 64
+    """Groups of TimestepNorm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchCemaMemoryOptions:
+    """Prints the peak memory of CEMA, forward and backward.
+
+    Example: megalodon bench cema_memory --run
+    """
+
+    run: bool = False
+    """Run every case too."""

@@ -11,7 +11,7 @@ steps, from the same weights on the same batches.
 
 import dataclasses
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -19,7 +19,6 @@ import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 
-from megalodon_jax.bench.entry import run_command
 from megalodon_jax.bench.options import BenchReferenceOptions
 from megalodon_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from megalodon_jax.errors import ConfigError
@@ -160,12 +159,3 @@ def relative_distance(found: np.ndarray, expected: np.ndarray) -> float:
     """L2 norm of the difference over that of `expected`; 0 where `expected` is 0."""
     size = np.linalg.norm(expected)
     return float(np.linalg.norm(found - expected) / size) if size else 0.0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; argv without the program's name, None: that of the process."""
-    return run_command(run, BenchReferenceOptions, "megalodon bench reference", argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

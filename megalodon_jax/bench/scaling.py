@@ -11,14 +11,13 @@ train`. All steps are compiled in parallel, then measured one after another.
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
 
-from megalodon_jax.bench.entry import run_command
 from megalodon_jax.bench.options import BenchScalingOptions, MeshName, ScalingKind
 from megalodon_jax.bench.train import (
     LoweredStep,
@@ -226,12 +225,3 @@ def _format(row: ScalingRow) -> str:
         f"{start}{row.tokens_per_second:10,.0f} {row.efficiency:10.1%} "
         f"{row.peak_bytes / 1e9:8.1f} {share:>11}"
     )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; argv without the program's name, None: that of the process."""
-    return run_command(run, BenchScalingOptions, "megalodon bench scaling", argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,7 +1,7 @@
 """The TPU compiler's estimates of kernels: their cycles beside those of plain JAX.
 
-    python -m megalodon_jax.bench.tpu_estimates v5e          # or v4, v5p, v6e; no TPU is needed
-    python -m megalodon_jax.bench.tpu_estimates v5e --op timestep_norm
+    megalodon bench tpu_estimates --chips v5e          # or v4, v5p, v6e; no TPU is needed
+    megalodon bench tpu_estimates --chips v5e --op timestep_norm
 
 Nothing runs. For kernels, this counts the instruction bundles (one a cycle) of the compiler's final
 schedule, times the trips of every loop, with every branch taken; waiting for memory is not
@@ -11,19 +11,17 @@ included. For plain JAX, it sums the compiler's own "estimated_cycles" of all op
 import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from megalodon_jax.bench.entry import run_command
+from megalodon_jax.bench.options import BenchTpuEstimatesOptions, EstimatedChip
 from megalodon_jax.chips import require_chip
 from megalodon_jax.compiled.hlo import parse_program
 from megalodon_jax.compiled.kernels import count_estimated_cycles
@@ -33,7 +31,6 @@ from pallas_kernels.cema.pallas_tpu.layout import CHANNELS
 from pallas_kernels.timestep_norm import timestep_norm
 from pallas_kernels.timestep_norm.pallas_tpu.block_sizes import choose_blocks
 
-EstimatedChip = Literal["v4", "v5e", "v5p", "v6e"]
 # On v4 a device is one core: the kernels are compiled for a core.
 TOPOLOGIES: dict[EstimatedChip, str] = {
     "v4": "v4:2x2x1",
@@ -281,28 +278,7 @@ def _compile_passes(
     return first, second
 
 
-@dataclass(frozen=True, kw_only=True)
-class TpuEstimatesOptions:
-    """Prints the TPU compiler's estimates of the kernels and of plain JAX.
-
-    Example: python -m megalodon_jax.bench.tpu_estimates v5e v6e --op timestep_norm
-    """
-
-    chips: Annotated[tuple[EstimatedChip, ...], tyro.conf.Positional] = ("v5e", "v6e")
-    """Kinds of TPU."""
-    op: Literal["cema", "timestep_norm"] = "cema"
-    """The operation."""
-    rows: int = 1
-    """Rows of x."""
-    length: int = 16_384
-    """Tokens of a row."""
-    channels: int = 4_096
-    """Channels of a token."""
-    groups: int = 64
-    """Groups of TimestepNorm."""
-
-
-def run(options: TpuEstimatesOptions) -> int:
+def run(options: BenchTpuEstimatesOptions) -> int:
     """Prints a table for every chip; returns 0."""
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     shape = (options.rows, options.length, options.channels)
@@ -328,14 +304,3 @@ def run(options: TpuEstimatesOptions) -> int:
             for path in Path(directory).iterdir():
                 path.unlink()
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; argv without the program's name, None: that of the process."""
-    return run_command(
-        run, TpuEstimatesOptions, "python -m megalodon_jax.bench.tpu_estimates", argv
-    )
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

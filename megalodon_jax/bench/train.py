@@ -17,7 +17,6 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from megalodon_jax.bench.ceilings import measure_ceilings
-from megalodon_jax.bench.entry import run_command
 from megalodon_jax.bench.kernel_times import KernelTimes, kernel_times
 from megalodon_jax.bench.options import BenchTrainOptions
 from megalodon_jax.compiled.memory import read_memory
@@ -297,12 +295,3 @@ def use_all_memory() -> None:
     """Lets JAX use 95 % of a GPU's memory, unless the environment sets another share."""
     # JAX reads the variable when it initializes its first device.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; argv without the program's name, None: that of the process."""
-    return run_command(run, BenchTrainOptions, "megalodon bench train", argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -194,7 +194,7 @@ class Plan:
 
     def run(self) -> int:
         """Prints the plan; the exit code is 1 if it does not fit."""
-        from megalodon_jax.plan.cli import run
+        from megalodon_jax.plan.run import run
 
         return run(self.options, to_config(self.settings))
 
@@ -206,6 +206,8 @@ _BENCHMARKS: dict[str, type] = {
     "scaling": bench.BenchScalingOptions,
     "agreement": bench.BenchAgreementOptions,
     "reference": bench.BenchReferenceOptions,
+    "tpu_estimates": bench.BenchTpuEstimatesOptions,
+    "cema_memory": bench.BenchCemaMemoryOptions,
 }
 if TYPE_CHECKING:
     Benchmark = object
@@ -226,7 +228,7 @@ class Bench:
     Example: megalodon bench train --preset mega200M --profile
     """
 
-    benchmark: Benchmark
+    benchmark: Annotated[Benchmark, tyro.conf.arg(name="")]
 
     def run(self) -> int:
         """Runs one benchmark."""

@@ -18,7 +18,7 @@ def test_two_meshes_of_eight_devices(tmp_path, capsys, smaller_model):
     ratio = fsdp["tokens_per_second"] / one["tokens_per_second"]
     assert fsdp["efficiency"] == pytest.approx(ratio / 8)
     assert fsdp["peak_bytes"] > 0
-    # Two heads do not divide by eight devices: reported, and the table goes on.
+    # Two heads do not divide by eight devices: reported, and the table continues.
     assert model["tokens_per_second"] is None
     text = capsys.readouterr().out
     assert "model.num_heads 2 does not divide by mesh.model = 8" in text

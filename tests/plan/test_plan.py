@@ -15,7 +15,7 @@ from megalodon_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfi
 from megalodon_jax.errors import ConfigError
 from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel.mesh import check_fits, make_mesh
-from megalodon_jax.plan import cli
+from megalodon_jax.plan import run as plan_run
 from megalodon_jax.plan import sweep as sweep_module
 from megalodon_jax.plan.machine import describe_machine
 from megalodon_jax.plan.options import PlanOptions
@@ -324,14 +324,14 @@ def test_hosts_of_h100s():
 
 def test_without_a_mesh_the_simplest_is_taken():
     lines = []
-    config = cli._with_mesh(CONFIG, jax.devices()[:4], lines.append)
+    config = plan_run._with_mesh(CONFIG, jax.devices()[:4], lines.append)
     assert config.mesh == MeshConfig(data=4)
     assert lines == [
         "no mesh given for 4 devices; taking --mesh.replica 1 --mesh.data 4 --mesh.chunk 1 "
         "--mesh.model 1"
     ]
     own = dataclasses.replace(CONFIG, mesh=MeshConfig(model=2))
-    assert cli._with_mesh(own, jax.devices()[:4], lines.append) == own
+    assert plan_run._with_mesh(own, jax.devices()[:4], lines.append) == own
 
 
 def test_command_line_errors(capsys):
@@ -341,7 +341,7 @@ def test_command_line_errors(capsys):
     assert "no topology given" in capsys.readouterr().err
     assert main(["plan", "first_run", "--topology", "v5e:2x2", "--mesh.dada", "2"]) == 2
     with pytest.raises(ConfigError, match="no topology given; name one with --topology"):
-        cli.run(PlanOptions(), CONFIG)
+        plan_run.run(PlanOptions(), CONFIG)
 
 
 @pytest.mark.parametrize("path", sorted((configs_dir() / "pods").glob("*.toml")), ids=str)

@@ -85,7 +85,7 @@ class TilePositions(NamedTuple):
       from_start: lanes back to the document's first token, or to the tile's first lane.
       to_end: lanes to the document's end, or to the tile's last lane.
       starts_before_tile: whether the token's document starts in an earlier tile.
-      ends_after_tile: whether it goes on in a later tile.
+      ends_after_tile: whether it continues in a later tile.
     """
 
     count: Float[Array, "R T"]

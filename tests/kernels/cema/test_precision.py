@@ -11,7 +11,7 @@ from pallas_kernels.cema import CemaParams, cema
 from pallas_kernels.cema.phase import cos_sin_of_multiples
 
 LENGTH, ORDER, CHANNELS = 131_072, 16, 8
-# Largest error of any channel by 1 - |q|, None for start values: two to four times the measured
+# Largest error of any channel by 1 - |q|, None for initial values: two to four times the measured
 # error. A float32 recurrence has 2e-7, 3e-6, 3e-5 and 2e-3.
 LARGEST_ERROR = {None: 1e-6, 1e-2: 1e-6, 1e-3: 2e-6, 1e-5: 4e-6}
 

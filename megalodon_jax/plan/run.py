@@ -8,7 +8,6 @@ output, progress to standard error. Without a mesh the simplest one that suits t
 Exit codes: 0 it fits, 1 it does not, 2 the command is wrong.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -16,15 +15,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 
 from megalodon_jax.compiled.topologies import KNOWN_TOPOLOGIES, find_devices
-from megalodon_jax.config import MeshConfig, TrainConfig, load_config
+from megalodon_jax.config import MeshConfig, TrainConfig
 from megalodon_jax.errors import ConfigError
 from megalodon_jax.plan.options import PlanOptions
 from megalodon_jax.plan.plan import Progress, make_plan
@@ -102,39 +100,3 @@ def _show_progress() -> Iterator[Progress]:
     finally:
         done.set()
         thread.join()
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; argv without the program's name, None: that of the process."""
-    import tyro
-
-    from megalodon_jax.presets import find_config
-
-    @dataclass(frozen=True, kw_only=True)
-    class Command:
-        options: Annotated[PlanOptions, tyro.conf.arg(name="")] = field(default_factory=PlanOptions)
-        run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
-
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    known, rest = first.parse_known_args(sys.argv[1:] if argv is None else argv)
-    name = known.config
-    if name is None and rest and not rest[0].startswith("-"):
-        name, *rest = rest
-    config = TrainConfig() if name is None else load_config(find_config(name))
-    command = tyro.cli(
-        Command,
-        default=Command(run=config),
-        args=rest,
-        prog="megalodon plan CONFIG.toml",
-        description=PlanOptions.__doc__,
-        use_underscores=True,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    if name is None:
-        raise ConfigError("no config given; name a TOML file or a shipped one")
-    return run(command.options, command.run)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
