@@ -10,6 +10,7 @@ its rows. A recurrence along the sequence (CEMA's state, TimestepNorm's moments)
 No device waits for the outputs of another one.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -112,6 +113,30 @@ def exclusive_fold(
         current_document = jnp.where(is_padding, current_document, last[i])
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *previous_states)
     return jax.tree.map(lambda leaf: leaf[jax.lax.axis_index(axis)], stacked)
+
+
+def exclusive_fold_vjp(
+    fold: Callable[[Any], Any], summaries: Any, d_incoming: Any, axis: str
+) -> Any:
+    """Gradients of this shard's summary, from the gradients of every shard's incoming state.
+
+    The transpose of all-gather and fold: one reduce-scatter.
+
+    Args:
+      fold: the summaries of all shards, a tree of (S, B, ...) arrays, to this shard's incoming
+        state; an `exclusive_fold`.
+      summaries: where `fold` is differentiated.
+      d_incoming: cotangent of this shard's incoming state.
+      axis: name of the mesh axis.
+    """
+    (d_summaries,) = jax.vjp(fold, summaries)[1](d_incoming)
+    leaves, structure = jax.tree.flatten(d_summaries)
+    flat = jnp.concatenate([leaf.reshape(*leaf.shape[:2], -1) for leaf in leaves], axis=2)
+    own = jax.lax.psum_scatter(flat, axis, scatter_dimension=0)
+    ends = list(itertools.accumulate(leaf[0, 0].size for leaf in leaves))
+    pieces = jnp.split(own, ends[:-1], axis=1)
+    own_leaves = [piece.reshape(leaf.shape[1:]) for piece, leaf in zip(pieces, leaves, strict=True)]
+    return jax.tree.unflatten(structure, own_leaves)
 
 
 def tokens_before_shard(segment_ids: Int32[Array, "B L"], axis: str) -> Int32[Array, " B"]:

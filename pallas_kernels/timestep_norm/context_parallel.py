@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
@@ -12,6 +11,7 @@ from pallas_kernels.common.context_parallel import (
     LocalDocuments,
     all_gather_summaries,
     exclusive_fold,
+    exclusive_fold_vjp,
     local_documents,
 )
 from pallas_kernels.timestep_norm.types import (
@@ -121,13 +121,11 @@ def incoming_state_vjp(
       axis: name of the mesh axis.
     """
 
-    def perturbed_state(d_means: Array, d_variances: Array) -> tuple[Array, Array]:
-        return _fold(shards, prior, (d_means, d_variances), axis)[1:]
+    def perturbed_state(perturbations: MeanVar) -> MeanVar:
+        return _fold(shards, prior, perturbations, axis)[1:]
 
     zeros = jnp.zeros_like(shards.mean), jnp.zeros_like(shards.var)
-    of_all_shards = jnp.stack(jax.vjp(perturbed_state, *zeros)[1]((d_mean, d_var)), axis=1)
-    own = jax.lax.psum_scatter(of_all_shards, axis, scatter_dimension=0)
-    return own[0], own[1]
+    return exclusive_fold_vjp(perturbed_state, zeros, (d_mean, d_var), axis)
 
 
 def _fold(

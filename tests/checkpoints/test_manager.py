@@ -4,6 +4,7 @@ import dataclasses
 import resource
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,10 +39,6 @@ def save_and_wait(checkpoints: RunCheckpoints, state: TrainState, config) -> Non
     checkpoints.wait()
 
 
-def assert_equal(a, b) -> None:
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 def test_restore_is_bitwise(config, state):
     with RunCheckpoints(config.run_dir, keep=2) as checkpoints:
         for step in (1, 2, 3):
@@ -50,12 +47,12 @@ def test_restore_is_bitwise(config, state):
         assert checkpoints.steps() == [2, 3]
         restored = checkpoints.restore(3, config)
         assert checkpoints.read_run(3) == (config, "bytes")
-    assert_equal(restored.state, at_step(state, 3))
+    chex.assert_trees_all_equal(restored.state, at_step(state, 3))
     assert restored.loader_state == LOADER_STATE
     assert restored.config == config
     model, saved = load_model(config.run_dir, step=2)
     assert saved == config
-    assert_equal(nnx.split(model, nnx.Param)[1], at_step(state, 2).params)
+    chex.assert_trees_all_equal(nnx.split(model, nnx.Param)[1], at_step(state, 2).params)
 
 
 def test_another_model_is_rejected_and_its_fields_are_named(config, state):
@@ -68,7 +65,7 @@ def test_another_model_is_rejected_and_its_fields_are_named(config, state):
         # Fields that change only how the model is computed may differ.
         remat = dataclasses.replace(config.model, remat="block", cema_implementation="reference")
         restored = checkpoints.restore(0, dataclasses.replace(config, model=remat))
-    assert_equal(restored.state.params, state.params)
+    chex.assert_trees_all_equal(restored.state.params, state.params)
 
 
 def test_an_unfinished_checkpoint_is_named_and_ignored(config, state, capsys):
@@ -97,7 +94,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_loaded(config, state
         elif damage == "empty" or (damage == "no params" and is_params):
             path.rmdir() if path.is_dir() else path.unlink()
     model, _ = load_model(config.run_dir)
-    assert_equal(nnx.split(model, nnx.Param)[1], at_step(state, 1).params)
+    chex.assert_trees_all_equal(nnx.split(model, nnx.Param)[1], at_step(state, 1).params)
     assert str(newest) in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="checkpoints/2"):
         load_model(config.run_dir, step=2)
@@ -119,7 +116,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(config, state):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     checkpoints.close()
     model, _ = load_model(config.run_dir)
-    assert_equal(nnx.split(model, nnx.Param)[1], at_step(state, 1).params)
+    chex.assert_trees_all_equal(nnx.split(model, nnx.Param)[1], at_step(state, 1).params)
 
 
 def test_missing_checkpoints_are_an_error(tmp_path, config, state):
@@ -139,5 +136,5 @@ def test_bfloat16_weights_keep_their_dtype(config):
         save(checkpoints, state, config)
     loaded, _ = load_model(config.run_dir)
     assert isinstance(loaded, Megalodon)
-    assert_equal(nnx.split(loaded, nnx.Param)[1], state.params)
+    chex.assert_trees_all_equal(nnx.split(loaded, nnx.Param)[1], state.params)
     assert loaded.embed.embedding.dtype == jnp.bfloat16

@@ -1,5 +1,6 @@
 """Streaming: pieces of any sizes with a cache equal one call on the whole sequence."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -123,9 +124,7 @@ def test_reset_rows(jitted, small_model: Megalodon, tokens: np.ndarray):
 def test_cache_size_is_constant_and_its_position_is_checked(jitted, small_model: Megalodon):
     cache = small_model.init_cache(3)
     _, longer = jitted(small_model)(np.zeros((3, 34), np.int32), cache)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), cache) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), longer
-    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(cache, longer)
     longer.check_room(MAX_POSITION - 34)
     with pytest.raises(OverflowError, match="34"):
         longer.check_room(MAX_POSITION - 33)

@@ -6,9 +6,9 @@ import shutil
 import signal
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -38,7 +38,7 @@ def steps_of(config: TrainConfig) -> list[int]:
 
 def assert_same_weights(a: TrainConfig, b: TrainConfig) -> None:
     first, second = (nnx.split(load_model(run.run_dir, step=6).model)[1] for run in (a, b))
-    jax.tree.map(np.testing.assert_array_equal, first, second)
+    chex.assert_trees_all_equal(first, second)
 
 
 def forget_after(config: TrainConfig, step: int) -> None:
