@@ -3,6 +3,8 @@
 import gc
 import os
 
+import pytest
+
 # Tracing allocates many long-lived objects: rarer garbage collection saves 5% of the time.
 gc.set_threshold(100_000, 50, 100)
 
@@ -18,3 +20,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Imported after the environment is set, because it imports JAX.
 pytest_plugins = ["tests.fixtures_runs"]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Runs a file in one worker if there are few: its compiled functions are then shared."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log) if len(config.option.tx) <= 4 else None

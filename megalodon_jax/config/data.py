@@ -37,7 +37,7 @@ class DataConfig:
     batch_size: int = 8
     """Rows of a global batch, over all devices."""
     packing: Literal["pack", "pad"] = "pack"
-    """Pack several documents into a row as segments, or pad rows with one document each."""
+    """Pack several documents into a row as segments, or pad rows that hold one document."""
     shuffle_seed: int = 0
     """Seed of the document order."""
     num_shards: int = 0
