@@ -65,7 +65,7 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measures a trained model on text files of any length, in constant device memory.
+    """Evaluates a trained model on text files of any length, in constant device memory.
 
     Example: megalodon evaluate --checkpoint runs/first --files a.txt "books/*.txt.gz"
     """
@@ -120,13 +120,13 @@ class Generate:
     prompt: str = ""
     """Start of the text."""
     max_tokens: int = 256
-    """Most tokens to add; the text ends earlier where the model ends the document."""
+    """Number of tokens to generate at most; the text ends earlier if the document does."""
     temperature: float = 0.8
-    """Divides the scores; 0 always takes the most probable token."""
+    """Divides the logits; 0: greedy decoding."""
     top_k: int = 0
-    """Sample only from this many most probable tokens; 0: from all."""
+    """Sample from the k most probable tokens; 0: from all."""
     top_p: float = 1.0
-    """Sample only from the smallest set of most probable tokens whose probability reaches this."""
+    """Sample from the smallest set of most probable tokens whose probability reaches p."""
     seed: int = 0
     """Seed of the random numbers."""
     step: int | None = None
@@ -165,9 +165,9 @@ class Convert:
     Example: megalodon convert released_checkpoint/ mega.safetensors
     """
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A released checkpoint, a .safetensors file or a run_dir."""
-    target: tyro.conf.Positional[str]
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """Where to write: a .safetensors file or a new run_dir; nothing is overwritten."""
     config: str | None = None
     """TOML file or preset with the model's shape, if the source has no config."""
@@ -200,7 +200,7 @@ class Plan:
 
 
 # Modules of `megalodon_jax.bench`, with the options of their `run`.
-_BENCHMARKS: dict[str, type] = {
+BENCHMARKS: dict[str, type] = {
     "ops": bench.BenchOpsOptions,
     "train": bench.BenchTrainOptions,
     "scaling": bench.BenchScalingOptions,
@@ -216,7 +216,7 @@ else:
         operator.or_,
         [
             Annotated[described(options), tyro.conf.subcommand(name)]
-            for name, options in _BENCHMARKS.items()
+            for name, options in BENCHMARKS.items()
         ],
     )
 
@@ -232,7 +232,7 @@ class Bench:
 
     def run(self) -> int:
         """Runs one benchmark."""
-        (name,) = (name for name, kind in _BENCHMARKS.items() if isinstance(self.benchmark, kind))
+        (name,) = (name for name, kind in BENCHMARKS.items() if isinstance(self.benchmark, kind))
         return importlib.import_module(f"megalodon_jax.bench.{name}").run(self.benchmark)
 
 

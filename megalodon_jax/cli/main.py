@@ -6,12 +6,12 @@ import logging
 import operator
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any
 
 import tyro
 
-from megalodon_jax.cli.commands import COMMANDS, Command, Settings
+from megalodon_jax.cli.commands import BENCHMARKS, COMMANDS, Command, Settings
 from megalodon_jax.cli.exit_codes import exit_code
 from megalodon_jax.cli.run_config import default_settings
 from megalodon_jax.errors import ConfigError, MegalodonError, did_you_mean
@@ -38,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not debug:
         # Orbax reports a failed save with hundreds of lines of tracebacks before it raises.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+    if arguments in ([], ["bench"]):
+        # A name is missing: the help lists those that there are.
+        _run(lambda: parse([*arguments, "--help"]).run(), debug=debug)
+        return 2
     return _run(lambda: parse(arguments).run(), debug=debug)
 
 
@@ -48,10 +52,10 @@ def parse(arguments: Sequence[str]) -> Command:
       ConfigError: an unknown command, or a configuration that cannot be read.
       SystemExit: help was asked for, or an option is wrong.
     """
-    name, *rest = arguments or ["--help"]
-    if not name.startswith("-") and name not in COMMANDS:
-        hint = did_you_mean(name, COMMANDS) or f"; use one of {', '.join(COMMANDS)}"
-        raise ConfigError(f"unknown command {name!r}{hint}")
+    name, *rest = arguments
+    _check_known("command", name, COMMANDS)
+    if name == "bench":
+        _check_known("benchmark", rest[0], BENCHMARKS)
     choices = [
         _subcommand(command, rest if command == name else ["--help"]) for command in COMMANDS
     ]
@@ -63,6 +67,12 @@ def parse(arguments: Sequence[str]) -> Command:
         use_underscores=True,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes),
     )
+
+
+def _check_known(kind: str, name: str, known: Collection[str]) -> None:
+    if not name.startswith("-") and name not in known:
+        hint = did_you_mean(name, known) or f"; use one of {', '.join(known)}"
+        raise ConfigError(f"unknown {kind} {name!r}{hint}")
 
 
 def _subcommand(name: str, arguments: Sequence[str]) -> Any:

@@ -30,6 +30,7 @@ def _with_preset(config: type, kind: PresetKind) -> Any:
         config.__name__,
         [("preset", preset, field(default=None))],
         bases=(described(config),),
+        namespace={"__doc__": config.__doc__},
         frozen=True,
         kw_only=True,
     )

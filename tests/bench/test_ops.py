@@ -166,11 +166,10 @@ def test_eight_documents_fill_a_row():
 def test_cema_params_are_the_models_or_have_a_long_decay():
     from flax import nnx
 
-    from megalodon_jax.config import ModelConfig
     from megalodon_jax.modules import CEMA
 
     D, N = 512, 16
-    module = CEMA(ModelConfig(model_dim=D, cema_ndim=N), rngs=nnx.Rngs(0))
+    module = CEMA(D, order=N, rngs=nnx.Rngs(0))
     case = CemaCase(1, 1, channels=D)
     initial = case.make_inputs(seeded(), "plain", "initial").differentiable["params"]
     for name, value in initial._asdict().items():

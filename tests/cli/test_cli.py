@@ -170,9 +170,9 @@ def test_unusable_data_is_one_line(content, message, config_file, tmp_path, caps
     assert not run_dir.exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"]])
-def test_help_lists_the_commands(arguments, capsys):
-    assert main(arguments) == 0
+@pytest.mark.parametrize(("arguments", "code"), [([], 2), (["--help"], 0)])
+def test_help_lists_the_commands(arguments, code, capsys):
+    assert main(arguments) == code
     out = capsys.readouterr().out
     for name in COMMANDS:
         assert re.search(rf"^[│ ]\s+• {name} ", out, re.MULTILINE), name

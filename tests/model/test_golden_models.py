@@ -61,7 +61,13 @@ def test_logits_loss_and_every_gradient(name: str, implementation: str):
 
 
 @pytest.mark.parametrize(
-    ("remat", "scan_layers"), [("none", False), ("inputs", True), ("dots", False), ("block", True)]
+    ("remat", "scan_layers"),
+    [
+        ("none", False),
+        pytest.param("inputs", True, marks=pytest.mark.slow),
+        pytest.param("dots", False, marks=pytest.mark.slow),
+        ("block", True),
+    ],
 )
 def test_remat_and_unrolling_do_not_change_gradients(remat: str, scan_layers: bool):
     golden = golden_model("model_c_short")
@@ -108,7 +114,14 @@ def test_stream(stream: str):
     assert relative_error(cache.final_norm.var, arrays["cache:output.norm_var"]) <= 2e-6
 
 
-@pytest.mark.parametrize("name", ["a_plain", "b_all_on", "d_swiglu_L320"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("a_plain", marks=pytest.mark.slow),
+        "b_all_on",
+        pytest.param("d_swiglu_L320", marks=pytest.mark.slow),
+    ],
+)
 def test_bfloat16_error_is_at_most_that_of_the_released_code(name: str):
     _, arrays = read_golden(f"bf16_{name}")
     golden = golden_model(f"model_{name}")

@@ -337,7 +337,7 @@ def test_without_a_mesh_the_simplest_is_taken():
 def test_command_line_errors(capsys):
     assert main(["plan", "--topology", "v5e:2x2"]) == 2
     assert "no config given" in capsys.readouterr().err
-    assert main(["plan", "--config", "first_run"]) == 2
+    assert main(["plan", "first_run"]) == 2
     assert "no topology given" in capsys.readouterr().err
     assert main(["plan", "first_run", "--topology", "v5e:2x2", "--mesh.dada", "2"]) == 2
     with pytest.raises(ConfigError, match="no topology given; name one with --topology"):

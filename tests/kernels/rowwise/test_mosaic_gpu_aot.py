@@ -6,9 +6,7 @@ import pytest
 from flax import nnx
 
 from megalodon_jax.config import ModelConfig
-from megalodon_jax.modules import PositionInfo
 from megalodon_jax.modules.block import Block
-from megalodon_jax.modules.rotary import rotation
 from pallas_kernels.common.devices import HOPPER
 from pallas_kernels.rowwise.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.rowwise.mosaic_gpu.block_sizes import GATE_BLOCKS, NORM_BLOCKS, THREADS
@@ -68,11 +66,10 @@ def test_model_block_uses_the_kernels(monkeypatch):
         model_dim=128, z_dim=32, value_dim=256, ffn_hidden_dim=128, cema_ndim=2, chunk_size=16,
         norm_num_groups=2, dtype="bfloat16", rowwise_implementation="mosaic_gpu",
     )  # fmt: skip
-    graphdef, state = nnx.split(Block(config, 0.0, rngs=nnx.Rngs(0)))
-    position_info = PositionInfo(rotation(jnp.arange(16)[None], 32, 10_000.0), None, None)
+    graphdef, state = nnx.split(Block.from_config(config, rngs=nnx.Rngs(0)))
 
     def loss(state, x):
-        y = nnx.merge(graphdef, state)(x, position_info).x
+        y = nnx.merge(graphdef, state)(x).x
         return jnp.square(y.astype(jnp.float32)).sum()
 
     x = jax.ShapeDtypeStruct((2, 16, 128), jnp.bfloat16)
