@@ -51,9 +51,13 @@ SHAPES = [
     (3, 3, 5, 16, True, PACKED_3),
 ]
 CASES = [
-    pytest.param(name, *shape, marks=[pytest.mark.slow] if name == "mosaic_gpu" and i != 3 else [])
+    pytest.param(name, *shape, marks=marks)
     for i, shape in enumerate(SHAPES)
-    for name in ("xla", *KERNELS)
+    for name, marks in (
+        ("xla", []),
+        ("mosaic_gpu", [] if i == 3 else [pytest.mark.slow]),
+        ("pallas_tpu", [pytest.mark.device_only]),
+    )
 ]
 
 
