@@ -185,7 +185,7 @@ class _SumGradients(NamedTuple):
 
 
 class _WeightGradients(NamedTuple):
-    """What every sum's gradient in the weights is made of, by slices."""
+    """Terms of the sums' gradients in the weights, by slices."""
 
     token_loss: Float32[Array, "S B l"]
     log_z_squared: Float32[Array, "S B l"]

@@ -61,7 +61,7 @@ class BenchTrainOptions:
     length: int = 2048
     """Tokens of a row."""
     remat: Remat = "none"
-    """What the backward pass recomputes (`model.remat`)."""
+    """Rematerialization policy (`model.remat`)."""
     documents: int = 0
     """Documents packed into a row; 0: no segment ids."""
     scan_layers: bool = False
@@ -92,7 +92,7 @@ class BenchScalingOptions:
     layers: int = 0
     """Blocks of the model, fewer compile sooner; 0: the preset's."""
     remat: Remat = "none"
-    """What the backward pass recomputes (`model.remat`)."""
+    """Rematerialization policy (`model.remat`)."""
     mesh: tuple[MeshName, ...] = ("data", "fsdp", "chunk", "model")
     """Meshes to measure: copies of the weights (data), FSDP, context or tensor parallelism."""
     scaling: tuple[ScalingKind, ...] = ("weak", "strong")

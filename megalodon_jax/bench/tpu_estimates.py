@@ -38,8 +38,8 @@ TOPOLOGIES: dict[EstimatedChip, str] = {
     "v5p": "v5p:1x1x1",
     "v6e": "v6e:1x1",
 }
-# Of the forward and the backward kernel: (loops that build the tables, before all others; loops
-# that sum the tables' gradients, after all others).
+# Loops of the forward and of the backward kernel: (first loops, which build the tables; last loops,
+# which sum the tables' gradients).
 TABLE_LOOPS = ((1, 0), (1, 1))
 ORDER = 16
 # Bundles after a branch that still execute.

@@ -20,7 +20,7 @@ class TrainConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
     task: Literal["language"] = "language"
-    """What the run trains on: its examples, its loss and its metric."""
+    """Task of the run: its examples, its loss and its metric."""
     run_dir: str = "runs/default"
     """Directory of the run's checkpoints, logs and resolved configuration."""
     steps: int = 1000

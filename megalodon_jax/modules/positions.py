@@ -13,7 +13,7 @@ from pallas_kernels.common import context_parallel
 
 
 class PositionInfo(NamedTuple):
-    """What every layer needs to know of the tokens beside their features.
+    """Positions and documents of the tokens of a call, for every layer.
 
     Attributes:
       rotation: rotary angles of every token's position in its chunk.

@@ -86,7 +86,7 @@ class CollectiveTotal:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one training step costs: per device, where nothing else is said.
+    """Cost of one training step, per device unless stated otherwise.
 
     Attributes:
       chip: short name of the chip.

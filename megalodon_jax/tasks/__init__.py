@@ -1,4 +1,4 @@
-"""What a run trains on: a task gives examples, a loss and a metric."""
+"""Tasks: a task gives a run its examples, its loss and its metric."""
 
 from megalodon_jax.tasks.language import LanguageModeling
 from megalodon_jax.tasks.task import Task

@@ -1,1 +1,1 @@
-"""What the operations share: the target device, kernel launchers, context parallelism."""
+"""Code shared by the operations: target device, kernel launchers, context parallelism."""

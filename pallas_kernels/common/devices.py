@@ -6,7 +6,7 @@ MIB = 2**20
 
 
 class GpuLimits(NamedTuple):
-    """What a kernel may use of one GPU.
+    """Resources of one GPU.
 
     Attributes:
       multiprocessors: streaming multiprocessors of the card.

@@ -55,9 +55,7 @@ def launch(
         )
 
     body.__name__ = name
-    threads: dict[str, Any] = {}
-    if num_warpgroups > 1:
-        threads = {"num_threads": num_warpgroups, "thread_name": "warpgroup"}
+    threads: Any = {"num_threads": num_warpgroups, "thread_name": "warpgroup"}
     out = plgpu.kernel(
         body,
         out_type=results,
@@ -72,6 +70,6 @@ def launch(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         interpret=interpret,
-        **threads,
+        **(threads if num_warpgroups > 1 else {}),
     )(*arrays)
     return jax.tree.unflatten(result_tree, out)

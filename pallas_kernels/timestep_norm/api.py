@@ -76,20 +76,13 @@ def timestep_norm(
       ValueError: shapes that do not fit, an unknown implementation, or one that cannot run here.
     """
     _check_shapes(x, scale, bias, num_groups, segment_ids)
-    num_rows = x.shape[0]
-    if initial_state is not None:
-        _check_state("initial_state", initial_state, (num_rows,), num_groups)
-        if sequence_axis is not None:
-            raise ValueError("with sequence_axis rows start from the prior; pass no initial_state")
-    if prior is not None:
-        _check_state("prior", prior, (), num_groups)
+    _check_states(initial_state, prior, x.shape[0], num_groups, sequence_axis)
     check_implementation("TimestepNorm", implementation, IMPLEMENTATIONS)
     name = implementation or _choose_implementation(x, num_groups)
-
     dtype = moments_dtype(x.dtype)
     prior = _cast_state(prior or _empty_prior(num_groups), dtype)
     if initial_state is None:
-        initial_state = broadcast_to_rows(prior, num_rows)
+        initial_state = broadcast_to_rows(prior, x.shape[0])
     else:
         initial_state = _cast_state(initial_state, dtype)
     return IMPLEMENTATIONS[name](
@@ -140,6 +133,21 @@ def _check_shapes(
         raise ValueError(
             f"segment_ids has shape {segment_ids.shape}; expected (B, L) = {x.shape[:2]}"
         )
+
+
+def _check_states(
+    initial_state: TimestepNormState | None,
+    prior: TimestepNormState | None,
+    num_rows: int,
+    num_groups: int,
+    sequence_axis: str | None,
+) -> None:
+    if initial_state is not None:
+        _check_state("initial_state", initial_state, (num_rows,), num_groups)
+        if sequence_axis is not None:
+            raise ValueError("with sequence_axis rows start from the prior; pass no initial_state")
+    if prior is not None:
+        _check_state("prior", prior, (), num_groups)
 
 
 def _check_state(

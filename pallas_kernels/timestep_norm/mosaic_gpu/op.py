@@ -49,12 +49,7 @@ def timestep_norm(
     check_hopper("mosaic_gpu")
     B, L, D = x.shape
     features = D // num_groups
-    if x.dtype not in (jnp.bfloat16, jnp.float32) or features > MAX_GROUP_FEATURES:
-        raise ValueError(
-            "mosaic_gpu takes bfloat16 or float32 and groups of at most "
-            f"{MAX_GROUP_FEATURES} features, x is {x.dtype} with groups of {features}; use "
-            "implementation 'xla'"
-        )
+    _check_supported(x, features)
     token_padding, feature_padding = -L % TILE, -features % FEATURE_MULTIPLE
     geometry = choose_geometry(
         B, L + token_padding, num_groups, features, split=split, groups_per_block=groups_per_block
@@ -82,6 +77,15 @@ def timestep_norm(
         y = y.reshape(B, -1, num_groups, features + feature_padding)
         y = y[..., :features].reshape(B, -1, D)
     return TimestepNormOutput(y[:, :L], final_state)
+
+
+def _check_supported(x: Array, features: int) -> None:
+    if x.dtype not in (jnp.bfloat16, jnp.float32) or features > MAX_GROUP_FEATURES:
+        raise ValueError(
+            "mosaic_gpu takes bfloat16 or float32 and groups of at most "
+            f"{MAX_GROUP_FEATURES} features, x is {x.dtype} with groups of {features}; use "
+            "implementation 'xla'"
+        )
 
 
 def _pad_groups(a: Float[Array, "*B D"], num_groups: int, padding: int) -> Array:
