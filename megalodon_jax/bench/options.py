@@ -58,8 +58,10 @@ class BenchTrainOptions:
     """Model size; if not given, a table of cases is measured and the next options are ignored."""
     rows: int = 8
     """Rows of the batch."""
-    length: int = 2048
-    """Tokens of a row."""
+    length: tuple[int, ...] = (2048,)
+    """Tokens of a row; every length is one case."""
+    tokens: int = 0
+    """Tokens of the batch, which replace `rows` by tokens // length, at least 1; 0: use `rows`."""
     remat: Remat = "none"
     """Rematerialization policy (`model.remat`)."""
     documents: int = 0

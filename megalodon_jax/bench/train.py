@@ -2,6 +2,7 @@
 
     megalodon bench train                                       # every case of the table
     megalodon bench train --preset mega200M --rows 8 --length 2048 --profile
+    megalodon bench train --preset mega200M --length 2048 8192 32768 --tokens 32768
 
 The step is the training loop's own: forward, backward, clipping, AdamW, float32 weights, bfloat16
 compute, on random tokens. As in the loop, every step is dispatched before the previous one ends;
@@ -259,12 +260,13 @@ def _selected_cases(options: BenchTrainOptions) -> list[TrainCase]:
     return [
         TrainCase(
             options.preset,
-            options.rows,
-            options.length,
+            max(1, options.tokens // length) if options.tokens else options.rows,
+            length,
             options.remat,
             options.documents,
             options.scan_layers,
         )
+        for length in options.length
     ]
 
 

@@ -5,8 +5,9 @@ import json
 import jax
 import pytest
 
+from megalodon_jax.bench import train
 from megalodon_jax.bench.kernel_times import kernel_times, kind_of
-from megalodon_jax.bench.train import CASES
+from megalodon_jax.bench.train import CASES, StepTiming
 from megalodon_jax.cli.main import main
 
 
@@ -21,6 +22,22 @@ def test_one_case_from_the_command_line(tmp_path, capsys, smaller_model):
     assert step["flops_per_second"] > 6 * 256 * 64 * step["tokens_per_second"] > 0
     # Weights and two moments.
     assert step["peak_bytes"] > step["argument_bytes"] > 3 * 4 * (2 * 256 * 64)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows"), [("0", [8, 8, 8]), ("32768", [16, 4, 1])], ids=["rows", "tokens"]
+)
+def test_several_lengths_in_one_call(tmp_path, monkeypatch, tokens, rows):
+    timing = StepTiming(1000.0, 1e9, 2, 1, 0.5, [])
+    monkeypatch.setattr(train, "time_step", lambda config, **_: timing)
+    file = tmp_path / "steps.json"
+    lengths = ["--length", "2048", "8192", "65536", "--tokens", tokens]
+    arguments = ["--preset", "mega200M", *lengths, "--small", "--json", str(file)]
+    assert main(["bench", "train", *arguments]) == 0
+    steps = json.loads(file.read_text())["steps"]
+    assert [step["case"]["length"] for step in steps] == [2048, 8192, 65_536]
+    assert [step["case"]["rows"] for step in steps] == rows
+    assert all(step["tokens_per_second"] == 1000.0 for step in steps)
 
 
 def test_cases_have_their_length():
