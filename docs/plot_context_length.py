@@ -1,0 +1,191 @@
+"""Draws training speed against context length, from a file of `megalodon bench train`.
+
+    megalodon bench train --preset mega200M --length 2048 4096 8192 16384 32768 65536 131072 \\
+        --tokens 32768 --json docs/results/context_length.json
+    python docs/plot_context_length.py     # writes docs/results/context_length.svg
+
+Needs only the standard library. The same measurements always give the same bytes.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.sax.saxutils import escape
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+# A page on a phone is about 360 pixels wide: letters of 24 units then have 13 pixels.
+WIDTH, HEIGHT = 640, 480
+LEFT, RIGHT, TOP, BOTTOM = 84, 604, 128, 384
+MARGIN = 20
+
+# The picture has its own background, and so does not depend on the page's.
+STYLE = """
+  text { font: 24px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill: #57606a }
+  .title { font-weight: 600; font-size: 29px; fill: #1f2328 }
+  .value { fill: #1f2328 }
+  .background { fill: #ffffff }
+  .grid { stroke: #d8dee4; stroke-width: 1.5 }
+  .axis { stroke: #8c959f; stroke-width: 2 }
+  .line { fill: none; stroke: #0969da; stroke-width: 4; stroke-linejoin: round }
+  .point { fill: #0969da }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #9da7b3 }
+    .title, .value { fill: #f0f6fc }
+    .background { fill: #0d1117 }
+    .grid { stroke: #2b333c }
+    .axis { stroke: #6e7681 }
+    .line { stroke: #4493f8 }
+    .point { fill: #4493f8 }
+  }
+"""
+
+
+class SpeedPoint(NamedTuple):
+    """The speed at one context length; `tokens_per_second` is None if the step did not fit."""
+
+    rows: int
+    length: int
+    tokens_per_second: float | None
+
+
+class SpeedCurve(NamedTuple):
+    """The measurements of one model on one device, by increasing context length."""
+
+    device: str
+    preset: str
+    remat: str
+    points: list[SpeedPoint]
+
+
+def read_curve(text: str) -> SpeedCurve:
+    """Reads the JSON of `megalodon bench train`.
+
+    Raises:
+      ValueError: the file mixes models or rematerialization policies, or no step was measured.
+    """
+    report = json.loads(text)
+    cases = [step["case"] for step in report["steps"]]
+    kinds = {(case["preset"], case["remat"], case["documents"]) for case in cases}
+    if len(kinds) != 1:
+        raise ValueError(f"cases of one model are needed, got {sorted(kinds)}; measure them apart")
+    points = [
+        SpeedPoint(case["rows"], case["length"], step.get("tokens_per_second"))
+        for case, step in zip(cases, report["steps"], strict=True)
+    ]
+    if all(point.tokens_per_second is None for point in points):
+        raise ValueError("no step was measured; see the reasons in the file")
+    preset, remat, _ = next(iter(kinds))
+    points.sort(key=lambda point: point.length)
+    return SpeedCurve(report["device"], preset, remat, points)
+
+
+def draw(curve: SpeedCurve) -> str:
+    """The curve as SVG: a logarithmic axis of lengths, an axis of tokens/s that begins at zero."""
+    measured = [point for point in curve.points if point.tokens_per_second is not None]
+    step, top = speed_ticks(max(point.tokens_per_second or 0.0 for point in measured))
+    lengths = [point.length for point in curve.points]
+    body = [_rect(), _text(MARGIN, 48, "Training speed by context length", "title", anchor="start")]
+    for line, caption in enumerate(captions(curve)):
+        body.append(_text(MARGIN, 82 + 30 * line, caption, anchor="start"))
+    for index in range(round(top / step) + 1):
+        y = _y(index * step, top)
+        body.append(_line(LEFT, y, RIGHT, y, "grid" if index else "axis"))
+        body.append(_text(LEFT - 10, y + 8, short_number(index * step, 1000, "k"), anchor="end"))
+    for length in lengths:
+        x = _x(length, lengths)
+        body.append(_line(x, BOTTOM, x, BOTTOM + 8, "axis"))
+        body.append(_text(x, BOTTOM + 36, short_number(length, 1024, "K")))
+    body.append(_text((LEFT + RIGHT) / 2, HEIGHT - 22, "context length, tokens"))
+    places = [(_x(p.length, lengths), _y(p.tokens_per_second or 0.0, top)) for p in measured]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    body.append(f'<polyline class="line" points="{path}"/>')
+    for (x, y), point in zip(places, measured, strict=True):
+        body.append(f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="6.5"/>')
+        value = short_number(round(point.tokens_per_second or 0.0, -3), 1000, "k")
+        body.append(_text(x, y - 16, value, "value"))
+    return _document(describe(curve), body)
+
+
+def captions(curve: SpeedCurve) -> list[str]:
+    """Two lines under the title: model and hardware, then the size of the batch."""
+    batch = min(point.rows * point.length for point in curve.points)
+    longer = any(point.length > batch for point in curve.points)
+    remat = "" if curve.remat == "none" else f", remat {curve.remat}"
+    device = curve.device.removeprefix("NVIDIA ")
+    rows = f"batch of {short_number(batch, 1024, 'K')} tokens" + (", or one row" if longer else "")
+    return [f"{curve.preset}{remat}, one {device}", f"Tokens/s; {rows}"]
+
+
+def describe(curve: SpeedCurve) -> str:
+    """All numbers as text, for readers who do not see the picture."""
+    values = [
+        f"{point.length:,}: {point.tokens_per_second:,.0f}"
+        if point.tokens_per_second is not None
+        else f"{point.length:,}: out of memory"
+        for point in curve.points
+    ]
+    return f"{'. '.join(captions(curve))}. Tokens/s by context length: {'; '.join(values)}."
+
+
+def speed_ticks(highest: float) -> tuple[float, float]:
+    """The distance of ticks and the axis's end, above `highest`: 3 to 5 ticks of 1, 2 or 5."""
+    decade = 10.0 ** math.floor(math.log10(highest))
+    for step in (decade / 5, decade / 2, decade, 2 * decade, 5 * decade):
+        count = math.ceil(highest / step)
+        if count <= 4:
+            return step, step * count
+    raise AssertionError(highest)
+
+
+def short_number(value: float, unit: int, suffix: str) -> str:
+    """The number in units of `unit` if it is a round one: 2048 is 2K, 300,000 is 300k."""
+    quotient = value / unit
+    if value == 0 or quotient < 1 or quotient != round(quotient, 1):
+        return f"{value:,.0f}"
+    return f"{quotient:,g}{suffix}"
+
+
+def _x(length: int, lengths: list[int]) -> float:
+    low, high = math.log2(min(lengths)), math.log2(max(lengths))
+    share = (math.log2(length) - low) / (high - low) if high > low else 0.5
+    inset = 32
+    return LEFT + inset + share * (RIGHT - LEFT - 2 * inset)
+
+
+def _y(speed: float, top: float) -> float:
+    return BOTTOM - speed / top * (BOTTOM - TOP)
+
+
+def _text(x: float, y: float, text: str, style: str = "", anchor: str = "middle") -> str:
+    of_class = f' class="{style}"' if style else ""
+    return f'<text{of_class} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
+    return f'<line class="{style}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _rect() -> str:
+    return f'<rect class="background" width="{WIDTH}" height="{HEIGHT}" rx="12"/>'
+
+
+def _document(description: str, body: list[str]) -> str:
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
+    title = "<title>Training speed by context length</title>"
+    parts = [head, title, f"<desc>{escape(description)}</desc>", f"<style>{STYLE}</style>", *body]
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draws training speed against context length.")
+    parser.add_argument("--json", type=Path, default=RESULTS / "context_length.json")
+    parser.add_argument("--svg", type=Path, default=RESULTS / "context_length.svg")
+    options: Any = parser.parse_args()
+    options.svg.write_text(draw(read_curve(options.json.read_text())), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
