@@ -1,6 +1,6 @@
-"""Draws training speed against context length, from a file of `megalodon bench train`.
+r"""Draws training speed against context length, from a file of `megalodon bench train`.
 
-    megalodon bench train --preset mega200M --length 2048 4096 8192 16384 32768 65536 131072 \\
+    megalodon bench train --preset mega200M --length 2048 4096 8192 16384 32768 65536 131072 \
         --tokens 32768 --json docs/results/context_length.json
     python docs/plot_context_length.py     # writes docs/results/context_length.svg
 
@@ -17,13 +17,13 @@ from xml.sax.saxutils import escape
 RESULTS = Path(__file__).resolve().parent / "results"
 
 # A page on a phone is about 360 pixels wide: letters of 24 units then have 13 pixels.
-WIDTH, HEIGHT = 640, 480
-LEFT, RIGHT, TOP, BOTTOM = 84, 604, 128, 384
+WIDTH, HEIGHT = 640, 496
+LEFT, RIGHT, TOP, BOTTOM = 84, 604, 148, 400
 MARGIN = 20
 
 # The picture has its own background, and so does not depend on the page's.
 STYLE = """
-  text { font: 24px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill: #57606a }
+  text { font-family: system-ui, "Segoe UI", Roboto, sans-serif; font-size: 24px; fill: #57606a }
   .title { font-weight: 600; font-size: 29px; fill: #1f2328 }
   .value { fill: #1f2328 }
   .background { fill: #ffffff }
@@ -70,7 +70,9 @@ def read_curve(text: str) -> SpeedCurve:
     cases = [step["case"] for step in report["steps"]]
     kinds = {(case["preset"], case["remat"], case["documents"]) for case in cases}
     if len(kinds) != 1:
-        raise ValueError(f"cases of one model are needed, got {sorted(kinds)}; measure them apart")
+        raise ValueError(
+            f"cases of one model are needed, got {sorted(kinds)}; measure them separately"
+        )
     points = [
         SpeedPoint(case["rows"], case["length"], step.get("tokens_per_second"))
         for case, step in zip(cases, report["steps"], strict=True)
@@ -99,10 +101,10 @@ def draw(curve: SpeedCurve) -> str:
         body.append(_line(x, BOTTOM, x, BOTTOM + 8, "axis"))
         body.append(_text(x, BOTTOM + 36, short_number(length, 1024, "K")))
     body.append(_text((LEFT + RIGHT) / 2, HEIGHT - 22, "context length, tokens"))
-    places = [(_x(p.length, lengths), _y(p.tokens_per_second or 0.0, top)) for p in measured]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    positions = [(_x(p.length, lengths), _y(p.tokens_per_second or 0.0, top)) for p in measured]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in positions)
     body.append(f'<polyline class="line" points="{path}"/>')
-    for (x, y), point in zip(places, measured, strict=True):
+    for (x, y), point in zip(positions, measured, strict=True):
         body.append(f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="6.5"/>')
         value = short_number(round(point.tokens_per_second or 0.0, -3), 1000, "k")
         body.append(_text(x, y - 16, value, "value"))
@@ -131,13 +133,10 @@ def describe(curve: SpeedCurve) -> str:
 
 
 def speed_ticks(highest: float) -> tuple[float, float]:
-    """The distance of ticks and the axis's end, above `highest`: 3 to 5 ticks of 1, 2 or 5."""
+    """The distance of ticks and the end of the axis, not below `highest`: 3 to 5 ticks."""
     decade = 10.0 ** math.floor(math.log10(highest))
-    for step in (decade / 5, decade / 2, decade, 2 * decade, 5 * decade):
-        count = math.ceil(highest / step)
-        if count <= 4:
-            return step, step * count
-    raise AssertionError(highest)
+    step = next(decade * factor for factor in (0.5, 1, 2, 5) if highest <= 4 * decade * factor)
+    return step, step * math.ceil(highest / step)
 
 
 def short_number(value: float, unit: int, suffix: str) -> str:
@@ -175,8 +174,14 @@ def _rect() -> str:
 def _document(description: str, body: list[str]) -> str:
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
     title = "<title>Training speed by context length</title>"
-    parts = [head, title, f"<desc>{escape(description)}</desc>", f"<style>{STYLE}</style>", *body]
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    elements = [
+        head,
+        title,
+        f"<desc>{escape(description)}</desc>",
+        f"<style>{STYLE}</style>",
+        *body,
+    ]
+    return "\n".join([*elements, "</svg>"]) + "\n"
 
 
 def main() -> None:

@@ -1,0 +1,22 @@
+"""Every shipped training configuration runs as shipped, or its first line names what it needs."""
+
+import pytest
+
+from megalodon_jax.config import load_config
+from megalodon_jax.presets import configs_dir
+
+FILES = sorted([*configs_dir().glob("*.toml"), *configs_dir().glob("pods/*.toml")])
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_needed_files_are_in_the_first_line(file):
+    data = load_config(file).data
+    needed = [*data.files, *data.heldout_files]
+    if data.tokenizer != "bytes":
+        needed.append(data.tokenizer)
+    first_line = file.read_text().splitlines()[0]
+    assert first_line.startswith("# Needs ") == bool(needed)
+    for path in needed:
+        assert path in first_line
+        # A path outside the working directory exists on one machine only.
+        assert not path.startswith(("/", ".."))

@@ -1,0 +1,77 @@
+"""docs/plot_context_length.py: the curve shows the measurements, on axes that do not exaggerate."""
+
+import json
+import runpy
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PLOT = runpy.run_path(str(DOCS / "plot_context_length.py"))
+SPEEDS = {2048: 100_000.0, 8192: 200_000.0, 32_768: 150_000.0, 131_072: None}
+
+
+def report(speeds=None, **case) -> str:
+    """The JSON of `megalodon bench train`; a step without a speed did not fit."""
+    steps = []
+    for length, speed in (SPEEDS if speeds is None else speeds).items():
+        kind = {"preset": "mega200M", "remat": "none", "documents": 0, **case}
+        step: dict = {"case": {"rows": max(1, 32_768 // length), "length": length, **kind}}
+        steps.append(step | ({"reason": "OOM"} if speed is None else {"tokens_per_second": speed}))
+    return json.dumps({"device": "NVIDIA H100 80GB HBM3", "matmul": 1.0, "steps": steps})
+
+
+def elements(svg: str, name: str) -> list[ElementTree.Element]:
+    return ElementTree.fromstring(svg).findall(f"{{http://www.w3.org/2000/svg}}{name}")
+
+
+def test_points_are_measurements_on_a_log_axis_and_a_zero_based_axis():
+    svg = PLOT["draw"](PLOT["read_curve"](report()))
+    circles = elements(svg, "circle")
+    x = [float(circle.get("cx")) for circle in circles]
+    y = [float(circle.get("cy")) for circle in circles]
+    axis = {
+        text.text: float(text.get("y")) - 8
+        for text in elements(svg, "text")
+        if text.get("text-anchor") == "end"
+    }
+    heights = [axis["0"] - value for value in y]
+    assert heights[1] / heights[0] == pytest.approx(2.0, rel=1e-2)
+    assert heights[2] / heights[0] == pytest.approx(1.5, rel=1e-2)
+    assert y[0] == pytest.approx(axis["100k"], abs=0.1)
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)
+
+
+def test_names_the_model_the_hardware_and_lengths_that_did_not_fit():
+    svg = PLOT["draw"](PLOT["read_curve"](report()))
+    texts = [text.text for text in elements(svg, "text")]
+    assert "mega200M, one H100 80GB HBM3" in texts
+    assert "Tokens/s; batch of 32K tokens, or one row" in texts
+    assert {"2K", "8K", "32K", "128K"} <= set(texts)
+    assert "131,072: out of memory" in elements(svg, "desc")[0].text
+
+
+@pytest.mark.parametrize("highest", [1.0, 9.9, 317_000.0, 400_000.0, 58_123.0])
+def test_axis_ends_above_the_highest_point(highest):
+    step, top = PLOT["speed_ticks"](highest)
+    assert highest <= top < highest + step
+    assert 2 <= round(top / step) <= 4
+
+
+def test_measurements_of_different_models_are_not_one_curve():
+    mixed = json.loads(report())
+    mixed["steps"] += json.loads(report(preset="mega1.3B"))["steps"]
+    with pytest.raises(ValueError, match="cases of one model"):
+        PLOT["read_curve"](json.dumps(mixed))
+    with pytest.raises(ValueError, match="no step was measured"):
+        PLOT["read_curve"](report({2048: None}))
+
+
+@pytest.mark.skipif(
+    not (DOCS / "results" / "context_length.json").exists(), reason="nothing has been measured yet"
+)
+def test_committed_picture_shows_the_committed_measurements():
+    measured = (DOCS / "results" / "context_length.json").read_text()
+    committed = (DOCS / "results" / "context_length.svg").read_text(encoding="utf-8")
+    assert committed == PLOT["draw"](PLOT["read_curve"](measured))
