@@ -1,0 +1,84 @@
+"""The wheel, installed alone, trains: it holds the shipped configurations and needs no checkout.
+
+The source distribution is built first and the wheel from it, as `pip` does from a package index;
+this needs the index, for the build's backend. Dependencies are those of the current environment.
+"""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from megalodon_jax.version import __version__
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+
+def run(*arguments: object, cwd: Path, path: Path | None = None) -> str:
+    """Runs this Python's `-m arguments...`, importing from `path` first; returns its output."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    # Without the eight virtual devices of the other tests.
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    result = subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    run("pip", "install", "-q", "--target", folder / "tools", "hatchling", cwd=folder)
+    run("hatchling", "build", "-t", "sdist", "-d", folder, cwd=ROOT, path=folder / "tools")
+    return folder / f"megalodon_flax-{__version__}.tar.gz"
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist) -> Path:
+    run("pip", "wheel", "-q", "--no-deps", "-w", sdist.parent, sdist, cwd=sdist.parent)
+    return sdist.parent / f"megalodon_flax-{__version__}-py3-none-any.whl"
+
+
+def test_sdist_holds_what_its_tests_need(sdist):
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if tracked.returncode != 0:
+        pytest.skip("the list of files is git's")
+    files = {name for name in tracked.stdout.splitlines() if (ROOT / name).is_file()}
+    unneeded = {name for name in files if name.startswith(".")}
+    assert files - unneeded <= packed
+
+
+def test_wheel_holds_types_and_configurations(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        packed = set(archive.namelist())
+    assert {"megalodon_jax/py.typed", "pallas_kernels/py.typed"} <= packed
+    for file in (ROOT / "configs").rglob("*.toml"):
+        assert f"megalodon_jax/{file.relative_to(ROOT).as_posix()}" in packed
+    assert not any(name.startswith(("tests/", "docs/")) for name in packed)
+
+
+def test_installed_wheel_trains_in_an_empty_folder(wheel, tmp_path):
+    installed, empty = tmp_path / "installed", tmp_path / "empty"
+    empty.mkdir()
+    run("pip", "install", "-q", "--no-deps", "--target", installed, wheel, cwd=empty)
+    steps = ["--steps", "5", "--final_eval_batches", "2", "--sample_tokens", "8"]
+    output = run("megalodon_jax", "train", "first_run", *steps, cwd=empty, path=installed)
+    assert "step 5/5" in output
+    assert (empty / "runs" / "first" / "metrics.jsonl").is_file()
+    # Not the checkout, which the environment may have installed too.
+    (empty / "origin.py").write_text("import megalodon_jax; print(megalodon_jax.__file__)")
+    assert run("origin", cwd=empty, path=installed).startswith(str(installed))
