@@ -97,7 +97,8 @@ def main() -> int:
     parser.add_argument("--jax", nargs="+", choices=["oldest", "newest"], default=None)
     options = parser.parse_args()
     ages: list[Age] = options.jax or ["oldest", "newest"]
-    return 0 if all([check(python, age) for python in options.python for age in ages]) else 1
+    passed = [check(python, age) for python in options.python for age in ages]
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Every shipped training configuration runs as shipped, or its first line names what it needs."""
 
+import dataclasses
+import math
+
 import pytest
 
 from megalodon_jax.config import load_config
@@ -9,13 +12,16 @@ FILES = sorted([*configs_dir().glob("*.toml"), *configs_dir().glob("pods/*.toml"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_needed_files_are_in_the_first_line(file):
-    data = load_config(file).data
+def test_first_line_names_what_is_needed(file):
+    config = load_config(file)
+    data = config.data
     needed = [*data.files, *data.heldout_files]
     if data.tokenizer != "bytes":
         needed.append(data.tokenizer)
     first_line = file.read_text().splitlines()[0]
     assert first_line.startswith("# Needs ") == bool(needed)
+    devices = math.prod(dataclasses.astuple(config.mesh))
+    assert devices < 2 or f"{devices} chips" in first_line
     for path in needed:
         assert path in first_line
         # A path outside the working directory exists on one machine only.
