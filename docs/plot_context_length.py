@@ -106,7 +106,7 @@ def draw(curve: SpeedCurve) -> str:
     body.append(f'<polyline class="line" points="{path}"/>')
     for (x, y), point in zip(positions, measured, strict=True):
         body.append(f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="6.5"/>')
-        value = short_number(round(point.tokens_per_second or 0.0, -3), 1000, "k")
+        value = short_number(float(f"{point.tokens_per_second:.3g}"), 1000, "k")
         body.append(_text(x, y - 16, value, "value"))
     return _document(describe(curve), body)
 
