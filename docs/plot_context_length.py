@@ -117,8 +117,10 @@ def captions(curve: SpeedCurve) -> list[str]:
     longer = any(point.length > batch for point in curve.points)
     remat = "" if curve.remat == "none" else f", remat {curve.remat}"
     device = curve.device.removeprefix("NVIDIA ")
-    rows = f"batch of {short_number(batch, 1024, 'K')} tokens" + (", or one row" if longer else "")
-    return [f"{curve.preset}{remat}, one {device}", f"Tokens/s; {rows}"]
+    tokens = short_number(batch, 1024, "K")
+    # One row of the longest contexts has more tokens than the other batches.
+    batches = f"{tokens} tokens a batch" + (f", larger above {tokens}" if longer else "")
+    return [f"{curve.preset}{remat}, one {device}", f"Tokens/s; {batches}"]
 
 
 def describe(curve: SpeedCurve) -> str:

@@ -47,7 +47,7 @@ def test_names_the_model_the_hardware_and_lengths_that_did_not_fit():
     svg = PLOT["draw"](PLOT["read_curve"](report()))
     texts = [text.text for text in elements(svg, "text")]
     assert "mega200M, one H100 80GB HBM3" in texts
-    assert "Tokens/s; batch of 32K tokens, or one row" in texts
+    assert "Tokens/s; 32K tokens a batch, larger above 32K" in texts
     assert {"2K", "8K", "32K", "128K"} <= set(texts)
     assert "131,072: out of memory" in elements(svg, "desc")[0].text
 
