@@ -4,9 +4,10 @@
     python tests/packaging/check_versions.py --python python3.13 --jax oldest
 
 Run by hand before a release. Each of the four combinations gets a fresh environment (1 GB, removed
-afterwards), a selection of quick tests in it, and three training steps: about four minutes on two
-CPU cores, a quarter of an hour for all. The interpreters must be installed; packages come from the
-index that pip is configured for. The exit code is 1 if a combination failed.
+afterwards), a selection of quick tests in it, and three training steps: 6.6 minutes for Python 3.13
+with the oldest JAX on two busy CPU cores, so half an hour for all. The interpreters must be
+installed; packages come from the index that pip is configured for. The exit code is 1 if a
+combination failed.
 """
 
 import argparse
