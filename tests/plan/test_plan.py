@@ -195,7 +195,7 @@ def test_two_h200s_run_the_kernels_on_their_sequence_shards():
 @pytest.mark.slow
 def test_a_run_that_does_not_fit_is_a_plan_and_exit_code_1(tmp_path, capsys):
     (tmp_path / "run.toml").write_text(TOML)
-    arguments = ["plan", "--config", str(tmp_path / "run.toml"), "--topology", "v5e:1x1"]
+    arguments = ["plan", str(tmp_path / "run.toml"), "--topology", "v5e:1x1"]
     # The compiler refuses an embedding of 8 GiB with its moments.
     arguments += ["--model.vocab_size", "67108864", "--json", str(tmp_path / "plan.json")]
     assert main(arguments) == 1
