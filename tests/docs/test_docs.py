@@ -129,7 +129,8 @@ def _find(name: str):
 
 def _generate_pages():
     spec = importlib.util.spec_from_file_location("generate_pages", DOCS / "generate_pages.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
