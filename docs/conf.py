@@ -25,6 +25,8 @@ release = version = __version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build", "generated/*_tables.md"]
 html_theme = "furo"
+html_show_copyright = False
+html_show_sphinx = False
 html_title = f"megalodon-flax {__version__}"
 
 myst_heading_anchors = 3

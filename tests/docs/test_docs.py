@@ -6,13 +6,17 @@ README's example runs in tests/test_readme.py.
 import importlib
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from megalodon_jax.cli.commands import BENCHMARKS, COMMANDS
+from megalodon_jax.cli.main import parse
+from megalodon_jax.config import config_from_dict
+from megalodon_jax.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -22,6 +26,8 @@ PAGES = sorted(
     if not {"_build", "generated"} & set(path.relative_to(DOCS).parts)
 )
 PYTHON = re.compile(r"^```python\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+TOML = re.compile(r"^```toml\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+COMMAND = re.compile(r"^megalodon (.+)$", flags=re.MULTILINE)
 # Written by the build from files of the repository; see docs/generate_pages.py.
 GENERATED = {"settings_tables", "preset_tables"}
 API_PACKAGES = (
@@ -72,14 +78,32 @@ def test_links_exist(page: Path):
             assert target.exists(), f"{page.name}: {link}"
 
 
-def test_commands_and_files_in_pages_exist():
+def test_commands_parse(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for name in ("my_run.toml", "config.toml"):
+        (tmp_path / name).write_text("")
+    commands = {line for page in PAGES for line in COMMAND.findall(page.read_text())}
+    assert commands
+    for command in sorted(commands):
+        arguments = shlex.split(command, comments=True)
+        try:
+            parse(arguments)
+        except (SystemExit, ConfigError) as error:
+            pytest.fail(f"megalodon {command}: {error}")
+
+
+def test_files_named_in_pages_exist():
     for page in PAGES:
-        text = page.read_text()
-        for command, argument in re.findall(r"^megalodon (\w+) (\S+)", text, flags=re.MULTILINE):
-            assert command in COMMANDS, f"{page.name}: {command}"
-            assert command != "bench" or argument in BENCHMARKS, f"{page.name}: {argument}"
-        for path in re.findall(r"\bconfigs/[\w/.]+\.toml", text):
+        for path in re.findall(r"\bconfigs/[\w/.]+\.toml", page.read_text()):
             assert (ROOT / path).is_file(), f"{page.name}: {path}"
+
+
+def test_toml_blocks_are_configurations():
+    blocks = [block for page in PAGES for block in TOML.findall(page.read_text())]
+    assert blocks
+    for block in blocks:
+        config_from_dict(tomllib.loads(block))
 
 
 def test_every_page_is_in_the_table_of_contents():
