@@ -1,0 +1,142 @@
+"""Pages that the build writes into docs/generated/: tables of settings, READMEs of packages."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from megalodon_jax.cli.help import field_docs
+from megalodon_jax.config import (
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    ProcessesConfig,
+    TrainConfig,
+)
+from megalodon_jax.presets import config_names, preset_names, read_preset
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+GENERATED = DOCS / "generated"
+# Files outside docs/ that are pages of the site, and the page's name in docs/generated/.
+INCLUDED = {
+    "pallas_kernels/cema/README.md": "cema",
+    "pallas_kernels/timestep_norm/README.md": "timestep_norm",
+    "pallas_kernels/chunk_attention/README.md": "chunk_attention",
+    "pallas_kernels/rowwise/README.md": "rowwise",
+    "megalodon_jax/bench/README.md": "benchmarks",
+    "megalodon_jax/plan/README.md": "plan",
+    "CHANGELOG.md": "changelog",
+    "CONTRIBUTING.md": "contributing",
+}
+TABLES: dict[str, type] = {
+    "": TrainConfig,
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "mesh": MeshConfig,
+    "processes": ProcessesConfig,
+}
+_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)\s]+)\)")
+
+
+def write_all() -> None:
+    """Writes every generated page; unchanged files keep their time stamps."""
+    GENERATED.mkdir(exist_ok=True)
+    _write(GENERATED / "settings_tables.md", settings_tables())
+    _write(GENERATED / "preset_tables.md", preset_tables())
+    for source, page in INCLUDED.items():
+        text = (ROOT / source).read_text()
+        _write(GENERATED / f"{page}.md", rewrite_links(text, (ROOT / source).parent, GENERATED))
+
+
+def rewrite_links(text: str, folder: Path, page_folder: Path | None = None) -> str:
+    """Relative links of a page, for the site.
+
+    Args:
+      text: Markdown.
+      folder: what the links are relative to.
+      page_folder: where the page lies in the site; None: in `folder`.
+    """
+    page_folder = page_folder or folder
+
+    def rewrite(match: re.Match[str]) -> str:
+        label, link = match.groups()
+        path, _, anchor = link.partition("#")
+        target = (folder / path).resolve()
+        if not target.is_relative_to(ROOT) or not target.exists():
+            return match.group(0)
+        name = target.relative_to(ROOT).as_posix()
+        if name in INCLUDED:
+            target = GENERATED / f"{INCLUDED[name]}.md"
+        elif not target.is_relative_to(DOCS):
+            return label if label.strip("`/") in name else f"{label} (`{name}`)"
+        relative = target.relative_to(page_folder, walk_up=True).as_posix()
+        return f"[{label}]({relative}{'#' if anchor else ''}{anchor})"
+
+    return _LINK.sub(rewrite, text)
+
+
+def settings_tables() -> str:
+    """One table per TOML table: setting, type or choices, default, description."""
+    parts = []
+    for name, config in TABLES.items():
+        title = f"`[{name}]`" if name else "The run (top level of the file)"
+        docs, lines = field_docs(config), []
+        for entry in dataclasses.fields(config):
+            if not dataclasses.is_dataclass(entry.type):
+                cells = (
+                    f"`{name}.{entry.name}`" if name else f"`{entry.name}`",
+                    _type_text(entry.type),
+                    f"`{_toml(entry.default)}`" if entry.default is not None else "",
+                    _escape(docs[entry.name]),
+                )
+                lines.append(f"| {' | '.join(cells)} |")
+        header = "| setting | type | default | |\n|---|---|---|---|"
+        parts.append(f"## {title}\n\n{config.__doc__}\n\n{header}\n" + "\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def preset_tables() -> str:
+    """Shipped models, meshes and runs."""
+    models = {name: ModelConfig(**read_preset("models", name)) for name in preset_names("models")}
+    columns = ("num_layers", "model_dim", "num_heads", "chunk_size", "vocab_size")
+    lines = [f"| `model.preset` | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, model in models.items():
+        values = " | ".join(f"{getattr(model, column):,}" for column in columns)
+        lines.append(f"| `{name}` | {values} |")
+    meshes = ["| `mesh.preset` | axes |", "|---|---|"]
+    for name in preset_names("meshes"):
+        sizes = ", ".join(f"{axis} {size}" for axis, size in read_preset("meshes", name).items())
+        meshes.append(f"| `{name}` | {sizes or 'one device'} |")
+    runs = ", ".join(f"`{name}`" for name in config_names())
+    return "\n".join([*lines, "", *meshes, "", f"Shipped runs: {runs}.", ""])
+
+
+def _type_text(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(kind))
+    choices = [entry for entry in get_args(kind) if entry is not type(None)]
+    if get_origin(kind) is tuple:
+        return f"list of {choices[0].__name__}"
+    if choices:
+        return _type_text(choices[0])
+    return kind.__name__
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "[]" if not value else str(list(value))
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"(?<!\\)([|*<>])", r"\\\1", text)
+
+
+def _write(path: Path, text: str) -> None:
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
