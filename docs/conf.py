@@ -36,6 +36,8 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 
+# What a module computes is in the docstring of its __call__.
+autodoc_default_options = {"special-members": "__call__"}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -61,19 +63,29 @@ def _skip_named_tuple_fields(app, what, name, value, skip, options):
     return True if type(value).__name__ == "_tuplegetter" else skip
 
 
+_FIELD_DOCS: dict[str, list[str]] = {}
+
+
 def _to_rst(app, what, name, value, options, lines):
     """Docstrings are not reStructuredText: bars and examples; runs before napoleon.
 
     `|q|` is not a substitution; `Example:` and the indented code below it are a literal block.
     """
     lines[:] = [re.sub(r"(?<![`\\])\|(\w+)\|", r"\|\1\|", line) for line in lines]
+    if what == "attribute":
+        _FIELD_DOCS[name] = list(lines)
     for index, line in reversed(list(enumerate(lines))):
         if line.strip() == "Example:":
             lines[index : index + 1] = [f"{line.rstrip()}:", ""]
 
 
-def _escape_stars_of_types(app, what, name, value, options, lines):
-    """Stars of shapes such as `"*B G"` in the types of fields; runs after napoleon."""
+def _after_napoleon(app, what, name, value, options, lines):
+    """Restores docstrings of fields, and escapes stars of shapes in types, such as "*B G".
+
+    Napoleon reads "Steps between evaluations; 0: only at the end" as a type and a description.
+    """
+    if what == "attribute":
+        lines[:] = _FIELD_DOCS.pop(name, lines)
     for index, line in enumerate(lines):
         if line.lstrip().startswith(":vartype"):
             lines[index] = line.replace("*", "\\*")
@@ -90,5 +102,5 @@ def setup(app):
     app.connect("autodoc-process-signature", _constructor_signature)
     app.connect("autodoc-skip-member", _skip_named_tuple_fields)
     app.connect("autodoc-process-docstring", _to_rst, priority=100)
-    app.connect("autodoc-process-docstring", _escape_stars_of_types, priority=900)
+    app.connect("autodoc-process-docstring", _after_napoleon, priority=900)
     app.connect("source-read", _prefer_repository_pages)
