@@ -36,7 +36,7 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 
-# What a module computes is in the docstring of its __call__.
+# The docstring of a module's __call__ says what the module computes.
 autodoc_default_options = {"special-members": "__call__"}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -20,7 +20,7 @@ Scalar = Any  # float32, the same in all threads
 
 
 class RowOperands(NamedTuple):
-    """What a kernel reads: arrays in global memory, or one row of them in registers.
+    """Operands of a kernel: arrays in global memory, or one row of them in registers.
 
     Fields have None for operands that are not given.
 
@@ -36,7 +36,7 @@ class RowOperands(NamedTuple):
 
 
 class RowResults(NamedTuple):
-    """What a kernel writes: arrays in global memory, or one row of them in registers.
+    """Results of a kernel: arrays in global memory, or one row of them in registers.
 
     Attributes:
       rows: (N, W).

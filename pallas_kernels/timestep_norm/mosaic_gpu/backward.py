@@ -213,7 +213,7 @@ class Gradients(NamedTuple):
 
 
 class _Carry(NamedTuple):
-    """What a tile passes to the one before it, and sums over tiles.
+    """Values that a tile passes to the one before it, and sums over tiles.
 
     Attributes:
       slopes: S and T of the tokens after the tile, scalars, for every group.

@@ -46,7 +46,7 @@ from pallas_kernels.timestep_norm.types import MeanVar, TimestepNormState
 
 
 class _ShardResiduals(NamedTuple):
-    """What the backward pass needs of the forward pass.
+    """Values saved by the forward pass for the backward pass.
 
     Attributes:
       local: residuals of the shard's rows.

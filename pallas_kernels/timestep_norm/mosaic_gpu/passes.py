@@ -25,7 +25,7 @@ from pallas_kernels.timestep_norm.types import MeanVar
 
 
 class TimestepNormResiduals(NamedTuple):
-    """What the backward pass needs of the forward pass; see `KernelInputs`.
+    """Values saved by the forward pass for the backward pass; see `KernelInputs`.
 
     Attributes:
       x: the input.

@@ -16,7 +16,7 @@ NUM_STAGES = 2
 
 
 class WorkItem(NamedTuple):
-    """What a warpgroup works on.
+    """Tiles, channels and rows of one warpgroup.
 
     Attributes:
       row: row of the batch.
