@@ -13,6 +13,7 @@ combination failed.
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import time
@@ -98,6 +99,8 @@ def main() -> int:
     parser.add_argument("--jax", nargs="+", choices=["oldest", "newest"], default=None)
     options = parser.parse_args()
     ages: list[Age] = options.jax or ["oldest", "newest"]
+    if missing := [python for python in options.python if shutil.which(python) is None]:
+        parser.error(f"no interpreter {', '.join(missing)}; give commands such as python3.13")
     passed = [check(python, age) for python in options.python for age in ages]
     return 0 if all(passed) else 1
 
