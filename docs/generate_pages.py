@@ -13,6 +13,8 @@ from megalodon_jax.config import (
     OptimConfig,
     ProcessesConfig,
     TrainConfig,
+    TransformerConfig,
+    model_preset,
 )
 from megalodon_jax.presets import config_names, preset_names, read_preset
 
@@ -30,14 +32,16 @@ INCLUDED = {
     "CHANGELOG.md": "changelog",
     "CONTRIBUTING.md": "contributing",
 }
-TABLES: dict[str, type] = {
-    "": TrainConfig,
-    "model": ModelConfig,
-    "data": DataConfig,
-    "optim": OptimConfig,
-    "mesh": MeshConfig,
-    "processes": ProcessesConfig,
-}
+# The TOML tables and the classes of their settings; those of a model depend on its kind.
+TABLES: tuple[tuple[str, type], ...] = (
+    ("", TrainConfig),
+    ("model", ModelConfig),
+    ("model", TransformerConfig),
+    ("data", DataConfig),
+    ("optim", OptimConfig),
+    ("mesh", MeshConfig),
+    ("processes", ProcessesConfig),
+)
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)\s]+)\)")
 
 
@@ -81,11 +85,14 @@ def rewrite_links(text: str, folder: Path, page_folder: Path | None = None) -> s
 def settings_tables() -> str:
     """One table per TOML table: setting, type or choices, default, description."""
     parts = []
-    for name, config in TABLES.items():
+    tables = {name for name, _ in TABLES}
+    for name, config in TABLES:
         title = f"`[{name}]`" if name else "The run (top level of the file)"
+        if name == "model":
+            title += f", kind `{config().kind}`"
         docs, lines = field_docs(config), []
         for entry in dataclasses.fields(config):
-            if not dataclasses.is_dataclass(entry.type):
+            if name or entry.name not in tables:
                 cells = (
                     f"`{name}.{entry.name}`" if name else f"`{entry.name}`",
                     _type_text(entry.type),
@@ -100,11 +107,12 @@ def settings_tables() -> str:
 
 def preset_tables() -> str:
     """Shipped models, meshes and runs."""
-    models = {name: ModelConfig(**read_preset("models", name)) for name in preset_names("models")}
-    columns = ("num_layers", "model_dim", "num_heads", "chunk_size", "vocab_size")
+    models = {name: model_preset(name) for name in preset_names("models")}
+    columns = ("kind", "num_layers", "model_dim", "num_heads", "vocab_size")
     lines = [f"| `model.preset` | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, model in models.items():
-        values = " | ".join(f"{getattr(model, column):,}" for column in columns)
+        cells = [getattr(model, column) for column in columns]
+        values = " | ".join(cell if isinstance(cell, str) else f"{cell:,}" for cell in cells)
         lines.append(f"| `{name}` | {values} |")
     meshes = ["| `mesh.preset` | axes |", "|---|---|"]
     for name in preset_names("meshes"):

@@ -1,7 +1,8 @@
 r"""Draws training speed against context length, from a file of `megalodon bench train`.
 
-    megalodon bench train --preset mega200M --length 2048 4096 8192 16384 32768 65536 131072 \
-        --tokens 32768 --json docs/results/context_length.json
+    megalodon bench train --preset mega200M --against transformer --tokens 32768 \
+        --length 2048 4096 8192 16384 32768 65536 131072 --remat none inputs dots block \
+        --json docs/results/context_length.json
     python docs/plot_context_length.py     # writes docs/results/context_length.svg
 
 Needs only the standard library. The same measurements always give the same bytes.
@@ -20,6 +21,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 WIDTH, HEIGHT = 640, 496
 LEFT, RIGHT, TOP, BOTTOM = 84, 604, 148, 400
 MARGIN = 20
+# Style classes of the curves, in the order of the file.
+CLASSES = ("first", "second")
 
 # The picture has its own background, and so does not depend on the page's.
 STYLE = """
@@ -29,16 +32,23 @@ STYLE = """
   .background { fill: #ffffff }
   .grid { stroke: #d8dee4; stroke-width: 1.5 }
   .axis { stroke: #8c959f; stroke-width: 2 }
-  .line { fill: none; stroke: #0969da; stroke-width: 4; stroke-linejoin: round }
-  .point { fill: #0969da }
+  .line { stroke-width: 4; stroke-linejoin: round }
+  .line.first { stroke: #0969da }
+  .line.second { stroke: #bc4c00 }
+  .first { fill: #0969da }
+  .second { fill: #bc4c00 }
+  .line { fill: none }
   @media (prefers-color-scheme: dark) {
     text { fill: #9da7b3 }
     .title, .value { fill: #f0f6fc }
     .background { fill: #0d1117 }
     .grid { stroke: #2b333c }
     .axis { stroke: #6e7681 }
-    .line { stroke: #4493f8 }
-    .point { fill: #4493f8 }
+    .line.first { stroke: #4493f8 }
+    .line.second { stroke: #f0883e }
+    .first { fill: #4493f8 }
+    .second { fill: #f0883e }
+    .line { fill: none }
   }
 """
 
@@ -48,6 +58,7 @@ class SpeedPoint(NamedTuple):
 
     rows: int
     length: int
+    remat: str
     tokens_per_second: float | None
 
 
@@ -56,42 +67,55 @@ class SpeedCurve(NamedTuple):
 
     device: str
     preset: str
-    remat: str
     points: list[SpeedPoint]
 
+    @property
+    def measured(self) -> list[SpeedPoint]:
+        """The points whose steps fit."""
+        return [point for point in self.points if point.tokens_per_second is not None]
 
-def read_curve(text: str) -> SpeedCurve:
-    """Reads the JSON of `megalodon bench train`.
+
+def read_curves(text: str) -> list[SpeedCurve]:
+    """Reads the JSON of `megalodon bench train`: one curve a model, at most two.
 
     Raises:
-      ValueError: the file mixes models or rematerialization policies, or no step was measured.
+      ValueError: the file mixes packed and plain rows or lengths, or a model was not measured.
     """
     report = json.loads(text)
-    cases = [step["case"] for step in report["steps"]]
-    kinds = {(case["preset"], case["remat"], case["documents"]) for case in cases}
-    if len(kinds) != 1:
-        raise ValueError(
-            f"cases of one model are needed, got {sorted(kinds)}; measure them separately"
+    points: dict[str, list[SpeedPoint]] = {}
+    for step in report["steps"]:
+        case = step["case"]
+        point = SpeedPoint(
+            case["rows"], case["length"], case["remat"], step.get("tokens_per_second")
         )
-    points = [
-        SpeedPoint(case["rows"], case["length"], step.get("tokens_per_second"))
-        for case, step in zip(cases, report["steps"], strict=True)
+        points.setdefault(case["preset"], []).append(point)
+    documents = {step["case"]["documents"] for step in report["steps"]}
+    if len(documents) != 1 or len(points) > len(CLASSES):
+        raise ValueError(
+            f"at most two models with rows of one kind are needed, got {', '.join(points)} with "
+            f"{sorted(documents)} documents a row; measure them separately"
+        )
+    curves = [
+        SpeedCurve(report["device"], preset, sorted(own, key=lambda point: point.length))
+        for preset, own in points.items()
     ]
-    if all(point.tokens_per_second is None for point in points):
-        raise ValueError("no step was measured; see the reasons in the file")
-    preset, remat, _ = next(iter(kinds))
-    points.sort(key=lambda point: point.length)
-    return SpeedCurve(report["device"], preset, remat, points)
+    for curve in curves:
+        if not curve.measured:
+            raise ValueError(f"no step of {curve.preset} fitted; see the reasons in the file")
+    lengths = {tuple(point.length for point in curve.points) for curve in curves}
+    if len(lengths) != 1:
+        raise ValueError(f"the models have different lengths: {sorted(lengths)}")
+    return curves
 
 
-def draw(curve: SpeedCurve) -> str:
-    """The curve as SVG: a logarithmic axis of lengths, an axis of tokens/s that begins at zero."""
-    measured = [point for point in curve.points if point.tokens_per_second is not None]
+def draw(curves: list[SpeedCurve]) -> str:
+    """The curves as SVG: a logarithmic axis of lengths, an axis of tokens/s that begins at zero."""
+    measured = [point for curve in curves for point in curve.measured]
     step, top = speed_ticks(max(point.tokens_per_second or 0.0 for point in measured))
-    lengths = [point.length for point in curve.points]
+    lengths = [point.length for point in curves[0].points]
     body = [_rect(), _text(MARGIN, 48, "Training speed by context length", "title", anchor="start")]
-    for line, caption in enumerate(captions(curve)):
-        body.append(_text(MARGIN, 82 + 30 * line, caption, anchor="start"))
+    body.append(_names(curves))
+    body.append(_text(MARGIN, 112, _batches(curves), anchor="start"))
     for index in range(round(top / step) + 1):
         y = _y(index * step, top)
         body.append(_line(LEFT, y, RIGHT, y, "grid" if index else "axis"))
@@ -101,37 +125,69 @@ def draw(curve: SpeedCurve) -> str:
         body.append(_line(x, BOTTOM, x, BOTTOM + 8, "axis"))
         body.append(_text(x, BOTTOM + 36, short_number(length, 1024, "K")))
     body.append(_text((LEFT + RIGHT) / 2, HEIGHT - 22, "context length, tokens"))
-    positions = [(_x(p.length, lengths), _y(p.tokens_per_second or 0.0, top)) for p in measured]
+    # The labels of the first curve stand above it, those of the second below.
+    for curve, style, offset in zip(curves, CLASSES, (-16, 34), strict=False):
+        body += _curve(curve, lengths, top, style, offset)
+    return _document(describe(curves), body)
+
+
+def _curve(
+    curve: SpeedCurve, lengths: list[int], top: float, style: str, offset: float
+) -> list[str]:
+    positions = [
+        (_x(point.length, lengths), _y(point.tokens_per_second or 0.0, top))
+        for point in curve.measured
+    ]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in positions)
-    body.append(f'<polyline class="line" points="{path}"/>')
-    for (x, y), point in zip(positions, measured, strict=True):
-        body.append(f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="6.5"/>')
+    body = [f'<polyline class="line {style}" points="{path}"/>']
+    for (x, y), point in zip(positions, curve.measured, strict=True):
+        body.append(f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="6.5"/>')
         value = short_number(float(f"{point.tokens_per_second:.3g}"), 1000, "k")
-        body.append(_text(x, y - 16, value, "value"))
-    return _document(describe(curve), body)
+        # Below the axis are the lengths.
+        below = y + offset > BOTTOM - 6
+        body.append(_text(x, y - 16 if below else y + offset, value, "value"))
+    return body
 
 
-def captions(curve: SpeedCurve) -> list[str]:
-    """Two lines under the title: model and hardware, then the size of the batch."""
-    batch = min(point.rows * point.length for point in curve.points)
-    longer = any(point.length > batch for point in curve.points)
-    remat = "" if curve.remat == "none" else f", remat {curve.remat}"
-    device = curve.device.removeprefix("NVIDIA ")
+def _names(curves: list[SpeedCurve]) -> str:
+    """The line under the title: the models in their curves' colors, and the hardware."""
+    names = "".join(
+        f'<tspan class="{style}">{escape(curve.preset)}</tspan>, '
+        for curve, style in zip(curves, CLASSES, strict=False)
+    )
+    return f'<text x="{MARGIN}" y="82">{names}one {escape(_device(curves))}</text>'
+
+
+def _device(curves: list[SpeedCurve]) -> str:
+    return curves[0].device.removeprefix("NVIDIA ")
+
+
+def _batches(curves: list[SpeedCurve]) -> str:
+    points = [point for curve in curves for point in curve.points]
+    batch = min(point.rows * point.length for point in points)
+    longer = any(point.length > batch for point in points)
     tokens = short_number(batch, 1024, "K")
     # One row of the longest contexts has more tokens than the other batches.
-    batches = f"{tokens} tokens a batch" + (f", larger above {tokens}" if longer else "")
-    return [f"{curve.preset}{remat}, one {device}", f"Tokens/s; {batches}"]
+    return f"Tokens/s; {tokens} tokens a batch" + (f", larger above {tokens}" if longer else "")
 
 
-def describe(curve: SpeedCurve) -> str:
+def describe(curves: list[SpeedCurve]) -> str:
     """All numbers as text, for readers who do not see the picture."""
-    values = [
-        f"{point.length:,}: {point.tokens_per_second:,.0f}"
-        if point.tokens_per_second is not None
-        else f"{point.length:,}: out of memory"
-        for point in curve.points
-    ]
-    return f"{'. '.join(captions(curve))}. Tokens/s by context length: {'; '.join(values)}."
+    texts = []
+    for curve in curves:
+        values = [_described(point) for point in curve.points]
+        texts.append(f"{curve.preset}: {'; '.join(values)}")
+    return (
+        f"{_batches(curves)}, one {_device(curves)}. Tokens/s by context length. "
+        f"{'. '.join(texts)}."
+    )
+
+
+def _described(point: SpeedPoint) -> str:
+    if point.tokens_per_second is None:
+        return f"{point.length:,}: out of memory"
+    remat = "" if point.remat == "none" else f" (remat {point.remat})"
+    return f"{point.length:,}: {point.tokens_per_second:,.0f}{remat}"
 
 
 def speed_ticks(highest: float) -> tuple[float, float]:
@@ -191,7 +247,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS / "context_length.json")
     parser.add_argument("--svg", type=Path, default=RESULTS / "context_length.svg")
     options: Any = parser.parse_args()
-    options.svg.write_text(draw(read_curve(options.json.read_text())), encoding="utf-8")
+    options.svg.write_text(draw(read_curves(options.json.read_text())), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,25 +9,36 @@ from typing import TYPE_CHECKING, Any
 from megalodon_jax.version import __version__
 
 if TYPE_CHECKING:
+    from megalodon_jax.baselines.transformer import Transformer
     from megalodon_jax.cache import Cache, LayerCache
-    from megalodon_jax.config import MeshConfig, ModelConfig, TrainConfig, load_config
+    from megalodon_jax.config import (
+        MeshConfig,
+        ModelConfig,
+        TrainConfig,
+        TransformerConfig,
+        load_config,
+    )
     from megalodon_jax.errors import ConfigError
+    from megalodon_jax.language_model import HiddenOutput, LanguageModel, ModelOutput
     from megalodon_jax.loss import LossOutput, cross_entropy
-    from megalodon_jax.model import HiddenOutput, Megalodon, ModelOutput
+    from megalodon_jax.model import Megalodon
     from megalodon_jax.typing import Batch
 
 _MODULES = {
     "Batch": "typing",
     "Cache": "cache",
     "ConfigError": "errors",
-    "HiddenOutput": "model",
+    "HiddenOutput": "language_model",
+    "LanguageModel": "language_model",
     "LayerCache": "cache",
     "LossOutput": "loss",
     "Megalodon": "model",
     "MeshConfig": "config",
     "ModelConfig": "config",
-    "ModelOutput": "model",
+    "ModelOutput": "language_model",
     "TrainConfig": "config",
+    "Transformer": "baselines.transformer",
+    "TransformerConfig": "config",
     "cross_entropy": "loss",
     "load_config": "config",
 }
@@ -37,6 +48,7 @@ __all__ = [
     "Cache",
     "ConfigError",
     "HiddenOutput",
+    "LanguageModel",
     "LayerCache",
     "LossOutput",
     "Megalodon",
@@ -44,6 +56,8 @@ __all__ = [
     "ModelConfig",
     "ModelOutput",
     "TrainConfig",
+    "Transformer",
+    "TransformerConfig",
     "__version__",
     "cross_entropy",
     "load_config",

@@ -1,7 +1,7 @@
 """FLOPs of a model by formula, and the utilization of devices that follows from them."""
 
 from megalodon_jax.chips import find_chip
-from megalodon_jax.config import ModelConfig
+from megalodon_jax.config import AnyModelConfig, ModelConfig, TransformerConfig
 
 
 def causal_flops_per_token(span: int, width: int) -> int:
@@ -16,24 +16,62 @@ def causal_flops_per_token(span: int, width: int) -> int:
     return (span + 1) * width
 
 
-def model_flops_per_token(config: ModelConfig, *, seq_len: int | None = None) -> float:
+def model_flops_per_token(config: AnyModelConfig, *, seq_len: int | None = None) -> float:
     """Multiply-adds of forward and backward matrix products, times two, per trained token.
+
+    MEGALODON, where g is 3 with SwiGLU, else 2:
 
         F = 3 * (layers * [2 (2DE + DZ + D^2 + ED) + 2gDF + (C + 1)(Z + E)] + 2DV)
 
-    g is 3 with SwiGLU, else 2. Attention counts only the causal half inside chunks; norms, CEMA
+    Transformer with H heads and K key and value heads of width d, where a token sees s keys on
+    average, (L + 1) / 2 without a window:
+
+        F = 3 * (layers * [2 (2DHd + 2DKd) + 6DF + 4sHd] + 2DV)
+
+    Attention counts only pairs that are not masked by causality, chunks or the window; norms, CEMA
     and recomputation count nothing, so utilization from this number is a lower bound.
 
     Args:
       config: the model's shape.
-      seq_len: tokens in a row; attention never spans more than min(C, seq_len) of them.
+      seq_len: tokens L in a row; attention of MEGALODON never spans more than min(C, seq_len).
+
+    Raises:
+      ValueError: a Transformer without `seq_len`.
     """
+    if isinstance(config, TransformerConfig):
+        return _transformer_flops(config, seq_len)
+    return _megalodon_flops(config, seq_len)
+
+
+def _megalodon_flops(config: ModelConfig, seq_len: int | None) -> float:
     d, z, e = config.model_dim, config.z_dim, config.value_dim
     span = config.chunk_size if seq_len is None else min(config.chunk_size, seq_len)
     ffn = 2 * (3 if config.swiglu else 2) * d * config.ffn_hidden_dim
     projections = 2 * (2 * d * e + d * z + d * d + e * d)
     block = projections + ffn + causal_flops_per_token(span, z + e)
     return 3.0 * (config.num_layers * block + 2 * d * config.num_outputs)
+
+
+def _transformer_flops(config: TransformerConfig, seq_len: int | None) -> float:
+    if seq_len is None:
+        raise ValueError("attention of a Transformer spans the row; pass seq_len")
+    d, heads = config.model_dim, config.num_heads * config.head_dim
+    projections = 2 * (2 * d * heads + 2 * d * config.kv_heads * config.head_dim)
+    ffn = 6 * d * config.ffn_hidden_dim
+    keys = mean_visible_keys(seq_len, config.attention_window)
+    block = projections + ffn + 4 * keys * heads
+    return 3.0 * (config.num_layers * block + 2 * d * config.num_outputs)
+
+
+def mean_visible_keys(length: int, window: int | None = None) -> float:
+    """Mean number of keys that a token of a row sees, its own included.
+
+    Args:
+      length: tokens of the row.
+      window: most keys of a token; None: all before it.
+    """
+    window = length if window is None else min(window, length)
+    return window - window * (window - 1) / (2 * length)
 
 
 def model_flops_utilization(

@@ -1,6 +1,7 @@
 """Text generation: prefill of the prompt in pieces, then token-by-token decoding."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from megalodon_jax.cache import Cache
-from megalodon_jax.model import Megalodon
+from megalodon_jax.language_model import LanguageModel, StreamingCache
 from megalodon_jax.modules.embedding import check_tokens
 from megalodon_jax.typing import Array, Bool, Float32, Int32, PRNGKey
 
@@ -95,7 +95,7 @@ class DecodeState(NamedTuple):
       count: tokens sampled so far.
     """
 
-    cache: Cache
+    cache: StreamingCache
     logits: Float32[Array, "B V"]
     done: Bool[Array, " B"]
     count: Int32[Array, ""]
@@ -110,7 +110,7 @@ class SamplingRules(NamedTuple):
 
 
 def generate(
-    model: Megalodon,
+    model: LanguageModel,
     prompts: Int32[Array, "B P"] | np.ndarray,
     lengths: Int32[Array, " B"] | np.ndarray | None = None,
     *,
@@ -124,7 +124,8 @@ def generate(
 ) -> np.ndarray:
     """Continues every prompt of a batch by up to `max_tokens` tokens.
 
-    Device memory is independent of prompt length and `max_tokens`: prompts are prefilled in pieces.
+    Prompts are prefilled in pieces. Device memory is independent of prompt length and `max_tokens`,
+    except for the cache of a Transformer, which has room for both.
 
     Args:
       model: the model.
@@ -162,7 +163,7 @@ def generate(
 
 
 def stream(
-    model: Megalodon,
+    model: LanguageModel,
     prompts: Int32[Array, "B P"] | np.ndarray,
     lengths: Int32[Array, " B"] | np.ndarray | None = None,
     *,
@@ -185,7 +186,9 @@ def stream(
         raise ValueError(f"max_tokens is {max_tokens}; must not be negative")
     rules = SamplingRules(sampling, stop_token, num_tokens)
     graphdef, params = nnx.split(model)
-    state = _prefill(graphdef, params, prompts, lengths)
+    blocks = math.ceil(max_tokens / DECODE_BLOCK)
+    max_length = prompts.shape[1] + blocks * DECODE_BLOCK
+    state = _prefill(graphdef, params, prompts, lengths, max_length)
     state.cache.check_room(max_tokens)
     for start in range(0, max_tokens, DECODE_BLOCK):
         state, tokens = _decode_block(graphdef, params, state, key, rules)
@@ -195,7 +198,7 @@ def stream(
 
 
 def stream_text(
-    model: Megalodon,
+    model: LanguageModel,
     tokenizer: "Tokenizer",
     prompt: str,
     *,
@@ -228,7 +231,7 @@ def stream_text(
 
 
 def _checked_prompts(
-    model: Megalodon, prompts: Array | np.ndarray, lengths: Array | np.ndarray | None
+    model: LanguageModel, prompts: Array | np.ndarray, lengths: Array | np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     prompts = np.asarray(prompts, np.int32)
     if prompts.ndim != 2:
@@ -249,16 +252,19 @@ def _checked_prompts(
 
 
 def _prefill(
-    graphdef: nnx.GraphDef, params: nnx.State, prompts: np.ndarray, lengths: np.ndarray
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    prompts: np.ndarray,
+    lengths: np.ndarray,
+    max_length: int,
 ) -> DecodeState:
-    model = nnx.merge(graphdef, params)
-    config = model.config
+    model: LanguageModel = nnx.merge(graphdef, params)
     B, P = prompts.shape
     # Powers of two limit the number of compiled shapes for short prompts.
-    piece_length = min(config.chunk_size, 1 << max(P - 1, 15).bit_length())
+    piece_length = min(model.piece_length, 1 << max(P - 1, 15).bit_length())
     padded = np.pad(prompts, ((0, 0), (0, -P % piece_length)))
-    cache = init_cache(graphdef, params, B)
-    last_logits = jnp.zeros((B, config.num_outputs), jnp.float32)
+    cache = init_cache(graphdef, params, B, max_length)
+    last_logits = jnp.zeros((B, model.config.num_outputs), jnp.float32)
     for start in range(0, P, piece_length):
         remaining = jnp.asarray(lengths - start)
         tokens = padded[:, start : start + piece_length]
@@ -266,24 +272,26 @@ def _prefill(
     return DecodeState(cache, last_logits, jnp.zeros(B, bool), jnp.zeros((), jnp.int32))
 
 
-@partial(jax.jit, static_argnums=(0, 2))
-def init_cache(graphdef: nnx.GraphDef, params: nnx.State, batch_size: int) -> Cache:
-    """`Megalodon.init_cache`, jitted: no two arrays share a buffer, so the cache can be donated."""
-    model: Megalodon = nnx.merge(graphdef, params)
-    return model.init_cache(batch_size)
+@partial(jax.jit, static_argnums=(0, 2, 3))
+def init_cache(
+    graphdef: nnx.GraphDef, params: nnx.State, batch_size: int, max_length: int
+) -> StreamingCache:
+    """`LanguageModel.init_cache`, jitted: no two arrays share a buffer, so it can be donated."""
+    model: LanguageModel = nnx.merge(graphdef, params)
+    return model.init_cache(batch_size, max_length=max_length)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _prefill_piece(
     graphdef: nnx.GraphDef,
     params: nnx.State,
-    cache: Cache,
+    cache: StreamingCache,
     tokens: Int32[Array, "B L"],
     remaining: Int32[Array, " B"],
     last_logits: Float32[Array, "B V"],
-) -> tuple[Cache, Float32[Array, "B V"]]:
+) -> tuple[StreamingCache, Float32[Array, "B V"]]:
     """Prefills one piece; updates the last logits of the prompts that end in it."""
-    model: Megalodon = nnx.merge(graphdef, params)
+    model: LanguageModel = nnx.merge(graphdef, params)
     L = tokens.shape[1]
     segment_ids = (jnp.arange(L) < remaining[:, None]).astype(jnp.int32)
     hidden, new_cache = model.hidden(tokens, segment_ids=segment_ids, cache=cache)
@@ -302,7 +310,7 @@ def _decode_block(
     key: PRNGKey,
     rules: SamplingRules,
 ) -> tuple[DecodeState, Int32[Array, "B n"]]:
-    model: Megalodon = nnx.merge(graphdef, params)
+    model: LanguageModel = nnx.merge(graphdef, params)
     sampling, stop_token, num_tokens = rules
 
     def decode_token(state: DecodeState, _) -> tuple[DecodeState, Int32[Array, " B"]]:

@@ -1,18 +1,17 @@
 """The stack of blocks: stacked parameters, rematerialization, one loop or blocks written out."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
 import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from megalodon_jax.cache import LayerCache
-from megalodon_jax.config import ModelConfig, Remat
-from megalodon_jax.modules.block import Block
+from megalodon_jax.config import AnyModelConfig, Remat
 from megalodon_jax.modules.linear import GATHERED, PRODUCT, PROJECTION, WEIGHT
 from megalodon_jax.modules.positions import PositionInfo
 from megalodon_jax.parallel.sharding import axis_size, constrain, has_multiple_devices
-from megalodon_jax.typing import Array, Float, PRNGKey
+from megalodon_jax.typing import Array, Float, Float32, PRNGKey
 from pallas_kernels.common.residuals import Operation
 
 # Checkpoint names that the backward pass of a block reads besides the block's input; it recomputes
@@ -29,34 +28,43 @@ class _Layer(NamedTuple):
     """One block's parameters, streaming state and dropout key; stacked along axis 0 for a scan."""
 
     params: nnx.State
-    cache: LayerCache | None
+    cache: Any
     dropout_key: PRNGKey | None
 
 
-def stack_blocks(config: ModelConfig, *, rngs: nnx.Rngs) -> Block:
-    """The blocks of a model as one `Block` whose parameters have a leading axis of layers."""
-    rescale_starts = 0.1 * 0.5 ** jnp.arange(config.num_layers, dtype=jnp.float32)
+def stack_blocks[B: nnx.Module](
+    make_block: Callable[[Float32[Array, ""], nnx.Rngs], B], num_layers: int, *, rngs: nnx.Rngs
+) -> B:
+    """All blocks of a model as one block whose parameters have a leading axis of layers.
+
+    Args:
+      make_block: makes the block of a layer, numbered from 0.
+      num_layers: number of blocks.
+      rngs: source of initial values.
+    """
     make = nnx.vmap(
-        lambda key, start: Block.from_config(config, rescale_start=start, rngs=nnx.Rngs(key)),
+        lambda key, layer: make_block(layer, nnx.Rngs(key)),
         in_axes=(0, 0),
         transform_metadata={nnx.PARTITION_NAME: "layers"},
     )
-    return make(jax.random.split(rngs.params(), config.num_layers), rescale_starts)
+    keys = jax.random.split(rngs.params(), num_layers)
+    return make(keys, jnp.arange(num_layers, dtype=jnp.float32))
 
 
 def run_blocks(
-    blocks: Block,
-    config: ModelConfig,
+    blocks: nnx.Module,
+    config: AnyModelConfig,
     x: Float[Array, "B L D"],
     positions: PositionInfo,
     *,
-    cache: LayerCache | None = None,
+    cache: Any = None,
     dropout_key: PRNGKey | None = None,
-) -> tuple[Float[Array, "B L D"], LayerCache | None]:
+) -> tuple[Float[Array, "B L D"], Any]:
     """Runs x through all blocks.
 
     Args:
-      blocks: from `stack_blocks`.
+      blocks: from `stack_blocks`; called as `block(x, positions=, cache=, dropout_key=)`, a block
+        returns its output and its new streaming state.
       config: how to run them: `remat`, `scan_layers`.
       x: embeddings.
       positions: of the tokens.
@@ -69,14 +77,14 @@ def run_blocks(
     graphdef, params = nnx.split(blocks)
     keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
 
-    def run_block(x: Array, layer: _Layer) -> tuple[Array, LayerCache | None]:
-        block: Block = nnx.merge(graphdef, layer.params)
+    def run_block(x: Array, layer: _Layer) -> tuple[Array, Any]:
+        block: Any = nnx.merge(graphdef, layer.params)
         out, cache = block(x, positions=positions, cache=layer.cache, dropout_key=layer.dropout_key)
         return constrain(out, "batch", "length", "channels"), cache
 
     run_block = jax.checkpoint(
         run_block,
-        policy=jax.checkpoint_policies.save_only_these_names(*_saved_names(config)),
+        policy=_checkpoint_policy(config),
         prevent_cse=not config.scan_layers,
     )
     stacked = _Layer(params, cache, keys)
@@ -93,7 +101,20 @@ def run_blocks(
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
 
 
-def _saved_names(config: ModelConfig) -> tuple[str, ...]:
+def _checkpoint_policy(config: AnyModelConfig) -> Callable[..., Any]:
+    saved = _saved_names(config)
+    by_name = jax.checkpoint_policies.save_only_these_names(*saved)
+    if "chunk_attention" not in saved:
+        return by_name
+    return jax.checkpoint_policies.save_from_both_policies(by_name, _is_cudnn_attention)
+
+
+def _is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether a primitive is cuDNN's attention, whose residuals cannot be named."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+def _saved_names(config: AnyModelConfig) -> tuple[str, ...]:
     saved = SAVED_NAMES[config.remat]
     if not config.scan_layers and config.remat == "none" and axis_size("data") == 1:
         # Weights are cast once a step. A loop would copy the cast ones, FSDP keep them gathered.

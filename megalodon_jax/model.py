@@ -1,7 +1,6 @@
 """The MEGALODON language model."""
 
 import math
-from typing import NamedTuple
 
 import jax
 from flax import nnx
@@ -9,31 +8,18 @@ from jax import numpy as jnp
 
 from megalodon_jax.cache import Cache, LayerCache
 from megalodon_jax.config import ModelConfig
+from megalodon_jax.language_model import HiddenOutput, LanguageModel, make_output_layer
 from megalodon_jax.layer_stack import run_blocks, stack_blocks
+from megalodon_jax.modules.block import Block
 from megalodon_jax.modules.dropout import dropout, split_key
 from megalodon_jax.modules.embedding import Embedding, check_tokens
-from megalodon_jax.modules.parameters import axis_names, embedding_initializer
 from megalodon_jax.modules.positions import after_last_token, position_info
 from megalodon_jax.modules.timestep_norm import TimestepNorm
-from megalodon_jax.typing import Array, Bool, Float, Float32, Int32, PRNGKey
+from megalodon_jax.typing import Array, Float32, Int32, PRNGKey
 from pallas_kernels.chunk_attention import KeyValueCache
 
 
-class HiddenOutput(NamedTuple):
-    """Features after the final norm, and the new cache if one came in."""
-
-    hidden: Float[Array, "B L D"]
-    cache: Cache | None
-
-
-class ModelOutput(NamedTuple):
-    """Scores of the next token, and the new cache if one came in."""
-
-    logits: Float32[Array, "B L V"]
-    cache: Cache | None
-
-
-class Megalodon(nnx.Module):
+class Megalodon(LanguageModel):
     """Embedding, a stack of blocks, a final TimestepNorm and an output matrix.
 
     The blocks' parameters are stacked along a leading axis and run by one `jax.lax.scan`, so that
@@ -45,39 +31,22 @@ class Megalodon(nnx.Module):
       logits, _ = model(tokens)
     """
 
+    config: ModelConfig
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embed = Embedding.from_config(config, rngs=rngs)
-        self.layers = stack_blocks(config, rngs=rngs)
+        self.layers = stack_blocks(self._make_block, config.num_layers, rngs=rngs)
         self.final_norm = TimestepNorm.from_config(config)
-        self.output = None if config.share_emb else _output_layer(config, rngs)
+        self.output = make_output_layer(config, rngs=rngs)
 
-    def __call__(
-        self,
-        tokens: Int32[Array, "B L"],
-        *,
-        segment_ids: Int32[Array, "B L"] | None = None,
-        cache: Cache | None = None,
-        dropout_key: PRNGKey | None = None,
-    ) -> ModelOutput:
-        """Scores of the token that follows each token.
+    @property
+    def piece_length(self) -> int:
+        """Most tokens of a long text that go through the model at a time when streaming."""
+        return self.config.chunk_size
 
-        Args:
-          tokens: token ids in [0, vocab_size), any length L >= 1. An id out of range raises where
-            ids are known on the host (numpy); inside `jit` it gives NaN.
-          segment_ids: documents of each row, numbered from 1; 0 is padding. Every document is
-            computed as if it were alone. None: a row is one document.
-          cache: state of the tokens before these; the first document of a row continues it if its
-            segment id is the cache's (or segment_ids is None), else starts anew.
-          dropout_key: turns dropout on.
-
-        Returns:
-          float32 logits (B, L, V) and, if a cache came in, the cache after the last token.
-        """
-        hidden, cache = self.hidden(
-            tokens, segment_ids=segment_ids, cache=cache, dropout_key=dropout_key
-        )
-        return ModelOutput(self.logits(hidden), cache)
+    def _make_block(self, layer: Float32[Array, ""], rngs: nnx.Rngs) -> Block:
+        return Block.from_config(self.config, rescale_start=0.1 * 0.5**layer, rngs=rngs)
 
     def hidden(
         self,
@@ -91,7 +60,7 @@ class Megalodon(nnx.Module):
         config = self.config
         check_tokens(tokens, config.vocab_size)
         if cache is not None and segment_ids is not None:
-            cache = self._start_new_documents(cache, segment_ids)
+            cache = self.start_new_documents(cache, segment_ids)
         positions = position_info(
             (tokens.shape[0], tokens.shape[1]),
             chunk_size=config.chunk_size,
@@ -121,21 +90,13 @@ class Megalodon(nnx.Module):
         position, segment = after_last_token(positions, cache.position, cache.segment)
         return HiddenOutput(hidden, Cache(position, segment, layer_caches, final_norm))
 
-    def logits(self, hidden: Float[Array, "... D"]) -> Float32[Array, "... V"]:
-        """Scores from features after the final norm: `config.dtype` products, float32 sums."""
-        return jnp.matmul(hidden, self.output_matrix(), preferred_element_type=jnp.float32)
-
-    def output_matrix(self) -> Float[Array, "D V"]:
-        """The matrix from features to scores, in `config.dtype`."""
-        kernel = self.embed.embedding[...].T if self.output is None else self.output.kernel[...]
-        return kernel.astype(self.config.dtype)
-
-    def init_cache(self, batch_size: int) -> Cache:
-        """The cache of `batch_size` rows before their first token.
+    def init_cache(self, batch_size: int, *, max_length: int | None = None) -> Cache:
+        """The cache of `batch_size` rows before their first token; `max_length` changes nothing.
 
         Its size does not depend on how many tokens will follow: per row and block, C key and value
         vectors in `config.dtype`, and float32 norm moments and complex64 CEMA states.
         """
+        del max_length
         config = self.config
         dtype = jnp.dtype(config.dtype)
         slots = (config.num_layers, batch_size, config.chunk_size, config.num_heads)
@@ -159,24 +120,5 @@ class Megalodon(nnx.Module):
             final_norm=self.final_norm.init_state(batch_size),
         )
 
-    def reset_rows(self, cache: Cache, rows: Bool[Array, " B"]) -> Cache:
-        """The cache with some rows back at the state before their first token."""
-        return cache.replace_rows(rows, self.init_cache(cache.position.shape[0]))
-
-    def _start_new_documents(self, cache: Cache, segment_ids: Int32[Array, "B L"]) -> Cache:
-        first = jnp.take_along_axis(segment_ids, jnp.argmax(segment_ids != 0, axis=1)[:, None], 1)
-        first = first[:, 0]
-        return self.reset_rows(cache, (first != 0) & (first != cache.segment))
-
-
-def _output_layer(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(
-        config.model_dim,
-        config.num_outputs,
-        use_bias=False,
-        kernel_init=embedding_initializer(config.model_dim),
-        rngs=rngs,
-        kernel_metadata=axis_names("embed", "vocab"),
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-    )
+    def _initial_rows(self, cache: Cache) -> Cache:
+        return self.init_cache(cache.position.shape[0])

@@ -29,7 +29,7 @@ from megalodon_jax.bench.scaling import (
 )
 from megalodon_jax.bench.train import TrainCase, small, use_all_memory
 from megalodon_jax.checkpoints import RunCheckpoints
-from megalodon_jax.config import MeshConfig, TrainConfig
+from megalodon_jax.config import MeshConfig, ModelConfig, TrainConfig
 from megalodon_jax.parallel.sharding import batch_sharding
 from megalodon_jax.train_state import TrainState, init_state
 
@@ -178,13 +178,18 @@ def restores(state: TrainState, config: TrainConfig, step: int) -> bool:
     return all(np.array_equal(np.asarray(found), np.asarray(saved)) for found, saved in pairs)
 
 
+# Tokens of a Transformer's row per device: it has no chunks.
+_TRANSFORMER_LENGTH = 256
+
+
 def _single_device_config(options: BenchAgreementOptions, devices: int) -> TrainConfig:
     """The run on a single device: one row, and one chunk in each row, for every device."""
     config = TrainCase(options.preset, devices, devices).config()
     if options.small:
         config = small(config)
     model = dataclasses.replace(config.model, num_layers=options.layers)
-    data = dataclasses.replace(config.data, batch_size=devices, seq_len=devices * model.chunk_size)
+    length = model.chunk_size if isinstance(model, ModelConfig) else _TRANSFORMER_LENGTH
+    data = dataclasses.replace(config.data, batch_size=devices, seq_len=devices * length)
     return dataclasses.replace(config, model=model, data=data, mesh=MeshConfig())
 
 

@@ -13,6 +13,7 @@ from jax.profiler import ProfileData
 _KINDS = {
     "collectives": r"nccl|all_?gather|all_?reduce|reduce_?scatter|all_?to_?all|collective",
     "chunk attention": r"chunk_attention",
+    "cuDNN attention": r"sdpa|fmha|flash",
     "CEMA": r"cema",
     "TimestepNorm": r"timestep_norm",
     "norms and gates": r"rowwise",

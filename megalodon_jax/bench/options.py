@@ -51,7 +51,7 @@ class BenchOpsOptions:
 class BenchTrainOptions:
     """Measures training steps of the model presets: tokens/s, MFU, memory, compile time.
 
-    Example: megalodon bench train --preset mega200M --profile
+    Example: megalodon bench train --preset mega200M --against transformer --profile
     """
 
     preset: ModelPreset | None = None
@@ -62,8 +62,11 @@ class BenchTrainOptions:
     """Tokens of a row; every length is one case."""
     tokens: int = 0
     """Tokens of the batch, which replace `rows` by tokens // length, at least 1; 0: use `rows`."""
-    remat: Remat = "none"
-    """Rematerialization policy (`model.remat`)."""
+    against: Literal["transformer"] | None = None
+    """Also measure the Transformer of the same size at the same shapes."""
+    remat: tuple[Remat, ...] = ("none",)
+    """Rematerialization policies (`model.remat`); a later one is tried where a step with those
+    before it does not fit the device's memory."""
     documents: int = 0
     """Documents packed into a row; 0: no segment ids."""
     scan_layers: bool = False

@@ -1,8 +1,9 @@
-"""Speed and memory of whole training steps on this host's first device.
+r"""Speed and memory of whole training steps on this host's first device.
 
     megalodon bench train                                       # every case of the table
     megalodon bench train --preset mega200M --rows 8 --length 2048 --profile
-    megalodon bench train --preset mega200M --length 2048 8192 32768 --tokens 32768
+    megalodon bench train --preset mega200M --length 2048 8192 32768 --tokens 32768 \
+        --against transformer                                   # and the Transformer beside it
 
 The step is the training loop's own: forward, backward, clipping, AdamW, float32 weights, bfloat16
 compute, on random tokens. As in the loop, every step is dispatched before the previous one ends;
@@ -29,7 +30,8 @@ from megalodon_jax.bench.ceilings import measure_ceilings
 from megalodon_jax.bench.kernel_times import KernelTimes, kernel_times
 from megalodon_jax.bench.options import BenchTrainOptions
 from megalodon_jax.compiled.memory import read_memory
-from megalodon_jax.config import DataConfig, ModelConfig, Remat, TrainConfig
+from megalodon_jax.config import DataConfig, ModelConfig, Remat, TrainConfig, model_preset
+from megalodon_jax.errors import ConfigError
 from megalodon_jax.flops import model_flops_per_token, model_flops_utilization
 from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel.mesh import resolve_mesh
@@ -68,7 +70,7 @@ class TrainCase:
 
     def config(self) -> TrainConfig:
         """The configuration of the run."""
-        model = ModelConfig.from_preset(
+        model = model_preset(
             self.preset, dtype="bfloat16", remat=self.remat, scan_layers=self.scan_layers
         )
         data = DataConfig(batch_size=self.rows, seq_len=self.length)
@@ -84,6 +86,17 @@ CASES = (
     TrainCase("mega1.3B", 1, 32_768),
     TrainCase("mega1.3B", 1, 131_072, remat="inputs"),
 )
+
+
+# Transformers of the same depth, width and, but for the largest, number of parameters.
+TRANSFORMERS = {
+    "mega30M": "transformer30M",
+    "mega200M": "transformer200M",
+    "mega1.3B": "transformer1.3B",
+    "mega7.1B": "transformer7B",
+    "mega7.3B": "transformer7B",
+    "paper_7b": "transformer7B",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,9 +246,34 @@ def run(options: BenchTrainOptions) -> int:
     print(f"{kind}, jax {jax.__version__}, matmul {best / 1e12:,.1f} TFLOP/s", flush=True)
     report = []
     for case in _selected_cases(options):
+        speeds = []
+        for contender in (case, *_opponents(case, options)):
+            row, timing = _measure(contender, options)
+            report.append(row)
+            if timing is not None:
+                speeds.append(timing.tokens_per_second)
+                contender = dataclasses.replace(contender, remat=row["case"]["remat"])
+                print(_format(contender, timing, kind, best), flush=True)
+            else:
+                print(f"{contender}: {row['reason']}", flush=True)
+            if options.json:
+                text = json.dumps({"device": kind, "matmul": best, "steps": report}, indent=1)
+                Path(options.json).write_text(text + "\n")
+        if len(speeds) == 2:
+            print(f"  {speeds[0] / speeds[1]:.2f} times the speed of the Transformer", flush=True)
+    return 0
+
+
+def _measure(
+    case: TrainCase, options: BenchTrainOptions
+) -> tuple[dict[str, Any], StepTiming | None]:
+    """A row of the report, with the first rematerialization policy whose step fits."""
+    policies = (case.remat,) if options.preset is None else options.remat
+    row: dict[str, Any] = {}
+    for remat in policies:
+        case = dataclasses.replace(case, remat=remat)
+        row = {"case": dataclasses.asdict(case)}
         config = small(case.config()) if options.small else case.config()
-        row: dict[str, Any] = {"case": dataclasses.asdict(case)}
-        report.append(row)
         try:
             timing = time_step(
                 config, documents=case.documents, steps=options.steps, profile=options.profile
@@ -244,14 +282,10 @@ def run(options: BenchTrainOptions) -> int:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             row["reason"] = str(error).splitlines()[0]
-            print(f"{case}: {row['reason']}", flush=True)
         else:
             row.update(dataclasses.asdict(timing))
-            print(_format(case, timing, kind, best), flush=True)
-        if options.json:
-            text = json.dumps({"device": kind, "matmul": best, "steps": report}, indent=1)
-            Path(options.json).write_text(text + "\n")
-    return 0
+            return row, timing
+    return row, None
 
 
 def _selected_cases(options: BenchTrainOptions) -> list[TrainCase]:
@@ -262,7 +296,7 @@ def _selected_cases(options: BenchTrainOptions) -> list[TrainCase]:
             options.preset,
             max(1, options.tokens // length) if options.tokens else options.rows,
             length,
-            options.remat,
+            options.remat[0],
             options.documents,
             options.scan_layers,
         )
@@ -270,12 +304,29 @@ def _selected_cases(options: BenchTrainOptions) -> list[TrainCase]:
     ]
 
 
+def _opponents(case: TrainCase, options: BenchTrainOptions) -> list[TrainCase]:
+    """The Transformer of the case's size, if it is asked for."""
+    if options.against is None:
+        return []
+    if case.preset not in TRANSFORMERS:
+        raise ConfigError(
+            f"no Transformer has the size of {case.preset!r}; use one of {', '.join(TRANSFORMERS)}"
+        )
+    return [dataclasses.replace(case, preset=TRANSFORMERS[case.preset])]
+
+
 def small(config: TrainConfig) -> TrainConfig:
     """The run with a model and a batch that a CPU can train."""
-    model = dataclasses.replace(
-        config.model, num_layers=2, model_dim=64, z_dim=32, value_dim=128, ffn_hidden_dim=128,
-        chunk_size=64, vocab_size=256, norm_num_groups=8,
-    )  # fmt: skip
+    if isinstance(config.model, ModelConfig):
+        model = dataclasses.replace(
+            config.model, num_layers=2, model_dim=64, z_dim=32, value_dim=128, ffn_hidden_dim=128,
+            chunk_size=64, vocab_size=256, norm_num_groups=8,
+        )  # fmt: skip
+    else:
+        model = dataclasses.replace(
+            config.model, num_layers=2, model_dim=64, num_heads=2, ffn_hidden_dim=128,
+            vocab_size=256,
+        )  # fmt: skip
     return dataclasses.replace(config, model=model, data=DataConfig(batch_size=2, seq_len=128))
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from megalodon_jax.config import ModelConfig
+from megalodon_jax.config import AnyModelConfig
 from megalodon_jax.errors import CheckpointError, MismatchError
 
 # The format of a checkpoint, increased by every change that older code would misread. A version
@@ -37,8 +37,13 @@ def check_format(found: Any, source: str | Path) -> None:
         )
 
 
-def check_same_model(saved: ModelConfig, wanted: ModelConfig, source: str | Path) -> None:
+def check_same_model(saved: AnyModelConfig, wanted: AnyModelConfig, source: str | Path) -> None:
     """Raises `MismatchError`, which names the fields, if two configurations differ in the model."""
+    if saved.kind != wanted.kind:
+        raise MismatchError(
+            f"checkpoint {source} is of a {saved.kind}, the run asks for a {wanted.kind}; set "
+            "model.kind, or use another run_dir"
+        )
     differing = differing_fields(saved, wanted, ignored=_COMPUTE_FIELDS)
     if differing:
         raise MismatchError(

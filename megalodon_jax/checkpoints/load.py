@@ -12,24 +12,24 @@ from megalodon_jax.checkpoints.manager import RunCheckpoints
 from megalodon_jax.config import TrainConfig
 from megalodon_jax.data.tokenizer import Tokenizer, load_tokenizer
 from megalodon_jax.errors import CheckpointError, MismatchError
-from megalodon_jax.model import Megalodon
+from megalodon_jax.language_model import LanguageModel
 
 
 class LoadedModel(NamedTuple):
     """A trained model and its training configuration."""
 
-    model: Megalodon
+    model: LanguageModel
     config: TrainConfig
 
 
 class TrainedModel(NamedTuple):
     """A trained model and the tokenizer it was trained with."""
 
-    model: Megalodon
+    model: LanguageModel
     tokenizer: Tokenizer
 
 
-def save_model(model: Megalodon, run_dir: str | Path, config: TrainConfig) -> None:
+def save_model(model: LanguageModel, run_dir: str | Path, config: TrainConfig) -> None:
     """Saves a model as a run directory for generation, evaluation and `init_from`.
 
     Raises:

@@ -31,9 +31,9 @@ from megalodon_jax.checkpoints.items import (
     reason,
     suppress_orphaned_read_errors,
 )
-from megalodon_jax.config import ModelConfig, TrainConfig, config_from_dict
+from megalodon_jax.config import AnyModelConfig, TrainConfig, config_from_dict
 from megalodon_jax.errors import CheckpointError, ConfigError
-from megalodon_jax.model import Megalodon
+from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel.distributed import all_processes_ok, is_main
 from megalodon_jax.train_state import TrainState, abstract_state
@@ -229,7 +229,7 @@ class RunCheckpoints:
         items = self._restore(step, params=ocp.args.StandardRestore(abstract_by_name(params)))
         return from_names(params, items["params"])
 
-    def restore_model(self, step: int, config: ModelConfig) -> Megalodon:
+    def restore_model(self, step: int, config: AnyModelConfig) -> LanguageModel:
         """Restores the parameters only, as a model on this process's first device.
 
         Raises:

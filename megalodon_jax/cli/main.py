@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from megalodon_jax.cli.commands import BENCHMARKS, COMMANDS, Command, Settings
+from megalodon_jax.cli.commands import BENCHMARKS, COMMANDS, Command
 from megalodon_jax.cli.exit_codes import exit_code
 from megalodon_jax.cli.run_config import default_settings
 from megalodon_jax.errors import ConfigError, MegalodonError, did_you_mean
@@ -79,10 +79,12 @@ def _subcommand(name: str, arguments: Sequence[str]) -> Any:
     """The type of one command as tyro reads it, with the defaults that its CONFIG gives."""
     command = COMMANDS[name]
     if name in _WITH_CONFIG:
-        settings = dataclasses.field(default=default_settings(arguments))
+        settings: Any = default_settings(arguments)
+        # The model's settings depend on its kind.
+        kind = Annotated[type(settings), tyro.conf.arg(name="")]
         command = dataclasses.make_dataclass(
             command.__name__,
-            [("settings", Settings, settings)],
+            [("settings", kind, dataclasses.field(default=settings))],
             bases=(command,),
             namespace={"__doc__": command.__doc__},
             frozen=True,

@@ -9,13 +9,14 @@ import tyro
 
 from megalodon_jax.cli.help import described
 from megalodon_jax.config import (
+    MODEL_CONFIGS,
     DataConfig,
     MeshConfig,
-    ModelConfig,
     OptimConfig,
     ProcessesConfig,
     TrainConfig,
     load_config,
+    model_preset,
 )
 from megalodon_jax.errors import ConfigError
 from megalodon_jax.presets import PresetKind, config_names, find_config, preset_names
@@ -36,29 +37,40 @@ def _with_preset(config: type, kind: PresetKind) -> Any:
     )
 
 
-# The tables of a run: the plain configuration, and the same with help texts and presets.
+# The tables of a run: the plain configuration, and the same with help texts and presets. A run's
+# model is of one kind.
 _TABLES: dict[str, tuple[Any, Any]] = {
-    "model": (ModelConfig, _with_preset(ModelConfig, "models")),
     "data": (DataConfig, described(DataConfig)),
     "optim": (OptimConfig, described(OptimConfig)),
     "mesh": (MeshConfig, _with_preset(MeshConfig, "meshes")),
     "processes": (ProcessesConfig, described(ProcessesConfig)),
 }
-_WITH_PRESETS = ("model", "mesh")
-if TYPE_CHECKING:
-    RunSettings = TrainConfig
-else:
+_MODELS: dict[str, tuple[Any, Any]] = {
+    kind: (config, _with_preset(config, "models")) for kind, config in MODEL_CONFIGS.items()
+}
+
+
+def _settings_class(kind: str) -> Any:
+    """The settings of a run whose model is of this kind."""
+    tables = {"model": _MODELS[kind], **_TABLES}
     # Booleans of tables take True or False; those of the run itself, such as --resume, are flags.
-    RunSettings = dataclasses.make_dataclass(
+    return dataclasses.make_dataclass(
         "RunSettings",
         [
-            (name, Annotated[kind, tyro.conf.FlagConversionOff], field(default_factory=kind))
-            for name, (_, kind) in _TABLES.items()
+            (name, Annotated[table, tyro.conf.FlagConversionOff], field(default_factory=table))
+            for name, (_, table) in tables.items()
         ],
         bases=(described(TrainConfig),),
         frozen=True,
         kw_only=True,
     )
+
+
+_SETTINGS = {kind: _settings_class(kind) for kind in MODEL_CONFIGS}
+if TYPE_CHECKING:
+    RunSettings = TrainConfig
+else:
+    RunSettings = _SETTINGS["megalodon"]
 
 
 def default_settings(arguments: Sequence[str]) -> RunSettings:
@@ -80,19 +92,26 @@ def default_settings(arguments: Sequence[str]) -> RunSettings:
         )
     else:
         config = TrainConfig()
-    values = _fields(config)
-    for table, (plain, kind) in _TABLES.items():
+    presets: dict[str, Any] = {}
+    if preset := _last_value(arguments, "--model.preset"):
+        config = dataclasses.replace(config, model=model_preset(preset))
+        presets["model"] = preset
+    if preset := _last_value(arguments, "--mesh.preset"):
+        config = dataclasses.replace(config, mesh=MeshConfig.from_preset(preset))
+        presets["mesh"] = preset
+    values, kind = _fields(config), config.model.kind
+    for table, (_, settings) in {"model": _MODELS[kind], **_TABLES}.items():
         fields = _fields(values[table])
-        if table in _WITH_PRESETS and (preset := _last_value(arguments, f"--{table}.preset")):
-            fields = {**_fields(plain.from_preset(preset)), "preset": preset}
-        values[table] = kind(**fields)
-    return RunSettings(**values)
+        if table in presets:
+            fields["preset"] = presets[table]
+        values[table] = settings(**fields)
+    return _SETTINGS[kind](**values)
 
 
 def to_config(settings: RunSettings) -> TrainConfig:
     """The plain configuration of parsed settings."""
     values = _fields(settings)
-    for table, (plain, _) in _TABLES.items():
+    for table, (plain, _) in {"model": _MODELS[settings.model.kind], **_TABLES}.items():
         fields = _fields(values[table])
         fields.pop("preset", None)
         values[table] = plain(**fields)

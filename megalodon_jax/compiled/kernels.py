@@ -1,12 +1,17 @@
-"""Kernels of `pallas_kernels` in a compiled program, and the TPU compiler's cycle estimates."""
+"""Kernels in a compiled program, and the TPU compiler's cycle estimates."""
 
 import re
 from typing import NamedTuple
 
 from megalodon_jax.compiled.hlo import Instruction, Program, Shape
 
-# Custom call targets of Pallas's two backends.
-KERNEL_TARGETS = {"tpu_custom_call": "pallas_tpu", "mosaic_gpu_v2": "mosaic_gpu"}
+# Custom call targets of Pallas's two backends and of cuDNN's attention.
+KERNEL_TARGETS = {
+    "tpu_custom_call": "pallas_tpu",
+    "mosaic_gpu_v2": "mosaic_gpu",
+    "__cudnn$fmhaSoftmax": "cudnn",
+    "__cudnn$fmhaSoftmaxBackward": "cudnn",
+}
 # Operations of `pallas_kernels`; the names of their kernels begin with them.
 KERNEL_OPERATIONS = ("cema", "timestep_norm", "chunk_attention", "rowwise")
 
@@ -16,8 +21,9 @@ class CompiledKernel(NamedTuple):
 
     Attributes:
       name: such as "cema_forward".
-      operation: the operation of `pallas_kernels` it belongs to, or "other".
-      implementation: "pallas_tpu" or "mosaic_gpu".
+      operation: the operation of `pallas_kernels` it belongs to, "attention" for a Transformer's,
+        or "other".
+      implementation: "pallas_tpu", "mosaic_gpu", "cudnn" or "splash".
       count: executions in one run of the program.
       flops: of one execution, from the kernel's cost estimate; 0 if it states none.
       results: shapes of its results.
@@ -38,17 +44,26 @@ def find_kernels(program: Program) -> list[CompiledKernel]:
         target = _kernel_target(instruction)
         if target is None:
             continue
-        path = instruction.op_name.split("/")
-        name = path[-2] if len(path) > 1 else instruction.name
+        name = _kernel_name(instruction, target)
         stated = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.attributes)
         flops = int(stated[1]) if stated else 0
-        implementation = KERNEL_TARGETS[target]
+        implementation, operation = KERNEL_TARGETS[target], kernel_operation(name)
+        if name.startswith("splash"):
+            implementation, operation = "splash", "attention"
+        elif implementation == "cudnn":
+            operation = "attention"
         found.append(
-            CompiledKernel(
-                name, kernel_operation(name), implementation, count, flops, instruction.shapes
-            )
+            CompiledKernel(name, operation, implementation, count, flops, instruction.shapes)
         )
     return found
+
+
+def _kernel_name(instruction: Instruction, target: str) -> str:
+    if KERNEL_TARGETS[target] == "cudnn":
+        return "cudnn_attention_backward" if "Backward" in target else "cudnn_attention_forward"
+    path = instruction.op_name.split("/")
+    splash = next((part for part in path if part.startswith("splash")), None)
+    return splash or (path[-2] if len(path) > 1 else instruction.name)
 
 
 def kernel_operation(name: str) -> str:
@@ -74,5 +89,5 @@ def count_estimated_cycles(program: Program) -> int:
 def _kernel_target(instruction: Instruction) -> str | None:
     if instruction.opcode != "custom-call":
         return None
-    target = re.search(r'custom_call_target="(\w+)"', instruction.attributes)
+    target = re.search(r'custom_call_target="([\w$]+)"', instruction.attributes)
     return target[1] if target and target[1] in KERNEL_TARGETS else None

@@ -6,13 +6,23 @@ stored in every checkpoint. The docstring of a field is its `--help` text.
 """
 
 from megalodon_jax.config.data import DataConfig
+from megalodon_jax.config.kinds import (
+    MODEL_CONFIGS,
+    AnyModelConfig,
+    model_config_class,
+    model_preset,
+)
 from megalodon_jax.config.mesh import MeshConfig, ProcessesConfig
 from megalodon_jax.config.model import DType, InitMode, ModelConfig, ModelOperation, Remat
 from megalodon_jax.config.optimizer import OptimConfig
 from megalodon_jax.config.parsing import config_from_dict, load_config
 from megalodon_jax.config.run import TrainConfig
+from megalodon_jax.config.transformer import AttentionImplementation, TransformerConfig
 
 __all__ = [
+    "MODEL_CONFIGS",
+    "AnyModelConfig",
+    "AttentionImplementation",
     "DType",
     "DataConfig",
     "InitMode",
@@ -23,6 +33,9 @@ __all__ = [
     "ProcessesConfig",
     "Remat",
     "TrainConfig",
+    "TransformerConfig",
     "config_from_dict",
     "load_config",
+    "model_config_class",
+    "model_preset",
 ]

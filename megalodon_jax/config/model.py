@@ -146,6 +146,11 @@ class ModelConfig:
         """Width of one value head."""
         return self.value_dim // self.num_heads
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training needs dropout keys."""
+        return bool(self.dropout or self.hidden_dropout or self.attention_dropout)
+
     def implementation_of(self, operation: ModelOperation) -> Implementation | None:
         """The implementation of an operation; None: the fastest known for the platform."""
         if self.implementation == "pallas_tpu" and operation == "rowwise":

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal, get_origin
 
 from megalodon_jax.config.checks import check_keys, require
-from megalodon_jax.config.mesh import MeshConfig
-from megalodon_jax.config.model import ModelConfig
+from megalodon_jax.config.kinds import AnyModelConfig, model_config_class
 from megalodon_jax.config.run import TrainConfig
 from megalodon_jax.errors import ConfigError
+from megalodon_jax.presets import PresetKind, read_preset
 
 
 def load_config(path: str | Path) -> TrainConfig:
@@ -40,12 +40,13 @@ def config_from_dict(table: Mapping[str, Any]) -> TrainConfig:
     import cattrs
 
     table = dict(table)
-    for name, kind in (("model", ModelConfig), ("mesh", MeshConfig)):
+    presets: dict[str, PresetKind] = {"model": "models", "mesh": "meshes"}
+    for name, kind in presets.items():
         fields = table.get(name, {})
         require(isinstance(fields, Mapping), f"{name} must be a table, got {fields!r}")
         fields = dict(fields)
         if preset := fields.pop("preset", None):
-            table[name] = {**dataclasses.asdict(kind.from_preset(preset)), **fields}
+            table[name] = {**read_preset(kind, preset), **fields}
     _check_nested_keys(TrainConfig, table, "")
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
     for scalar in (int, float, str, bool):
@@ -53,6 +54,10 @@ def config_from_dict(table: Mapping[str, Any]) -> TrainConfig:
     # The dataclasses check their choices themselves, with better messages.
     converter.register_structure_hook_func(
         lambda kind: get_origin(kind) is Literal, lambda value, _: value
+    )
+    converter.register_structure_hook_func(
+        lambda kind: kind == AnyModelConfig,
+        lambda value, _: converter.structure(value, model_config_class(value)),
     )
     try:
         return converter.structure(table, TrainConfig)
@@ -74,7 +79,11 @@ def _strict_scalar(value: Any, kind: type) -> Any:
 def _check_nested_keys(cls: type, table: Mapping[str, Any], path: str) -> None:
     check_keys(cls, table, path or "config")
     for entry in dataclasses.fields(cls):
-        if entry.name in table and dataclasses.is_dataclass(entry.type):
+        is_table = dataclasses.is_dataclass(entry.type) or entry.type == AnyModelConfig
+        if entry.name in table and is_table:
             value = table[entry.name]
             require(isinstance(value, Mapping), f"{entry.name} must be a table, got {value!r}")
-            _check_nested_keys(entry.type, value, entry.name)  # type: ignore[arg-type]
+            kind: Any = entry.type
+            if kind == AnyModelConfig:
+                kind = model_config_class(value)
+            _check_nested_keys(kind, value, entry.name)

@@ -5,6 +5,7 @@ from typing import Literal
 
 from megalodon_jax.config.checks import check_literals, require
 from megalodon_jax.config.data import DataConfig
+from megalodon_jax.config.kinds import AnyModelConfig
 from megalodon_jax.config.mesh import MeshConfig, ProcessesConfig
 from megalodon_jax.config.model import ModelConfig
 from megalodon_jax.config.optimizer import OptimConfig
@@ -14,7 +15,7 @@ from megalodon_jax.config.optimizer import OptimConfig
 class TrainConfig:
     """A training run: model, data, optimizer, mesh and settings of the loop."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: AnyModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -7,19 +7,18 @@ import jax
 import numpy as np
 from flax import nnx
 
-from megalodon_jax.cache import Cache
 from megalodon_jax.config import DataConfig
 from megalodon_jax.data.sources import open_source
 from megalodon_jax.data.tokenizer import Tokenizer
 from megalodon_jax.evaluation.summary import Evaluation, summarize
 from megalodon_jax.generate import init_cache
+from megalodon_jax.language_model import LanguageModel, StreamingCache
 from megalodon_jax.loss import LossOutput, cross_entropy
-from megalodon_jax.model import Megalodon
 from megalodon_jax.typing import Batch
 
 
 def evaluate_files(
-    model: Megalodon,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     files: Sequence[str],
     *,
@@ -65,7 +64,7 @@ def evaluate_files(
 
 
 def evaluate_documents(
-    model: Megalodon,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     texts: Iterable[str],
     *,
@@ -75,7 +74,8 @@ def evaluate_documents(
     """Evaluates a model on texts by streaming each document through the cache in pieces.
 
     Every row of the batch processes one document after another; the cache carries the complete
-    context of a document. Arguments as for `evaluate_files`.
+    context of a document. The cache of a Transformer with full attention grows with the document.
+    Arguments as for `evaluate_files`.
 
     Raises:
       OverflowError: a document exceeds the largest 32-bit position.
@@ -83,10 +83,10 @@ def evaluate_documents(
     counter = _ByteCounter(texts)
     streams = (_stream(tokenizer, text) for text in counter)
     graphdef, params = nnx.split(model)
-    cache = init_cache(graphdef, params, batch_size)
+    cache = init_cache(graphdef, params, batch_size, piece_length)
     sums: list[LossOutput] = []
     for batch in streaming_batches(streams, batch_size=batch_size, length=piece_length):
-        cache.check_room(piece_length)
+        cache = model.with_room(cache, piece_length)
         piece_sums, cache = _streaming_step(graphdef, params, cache, batch)
         sums.append(jax.device_get(piece_sums))
     return summarize(sums, counter.num_bytes)
@@ -171,9 +171,9 @@ def _stream(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _streaming_step(
-    graphdef: nnx.GraphDef, params: nnx.State, cache: Cache, batch: Batch
-) -> tuple[LossOutput, Cache]:
-    model: Megalodon = nnx.merge(graphdef, params)
+    graphdef: nnx.GraphDef, params: nnx.State, cache: StreamingCache, batch: Batch
+) -> tuple[LossOutput, StreamingCache]:
+    model: LanguageModel = nnx.merge(graphdef, params)
     hidden, new_cache = model.hidden(batch.tokens, segment_ids=batch.segment_ids, cache=cache)
     assert new_cache is not None
     sums = cross_entropy(hidden, model.output_matrix(), batch.targets, batch.weights)

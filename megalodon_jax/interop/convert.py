@@ -11,7 +11,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from megalodon_jax.checkpoints import load_model, save_model
-from megalodon_jax.config import ModelConfig, TrainConfig, config_from_dict, load_config
+from megalodon_jax.config import (
+    AnyModelConfig,
+    ModelConfig,
+    TrainConfig,
+    config_from_dict,
+    load_config,
+    model_preset,
+)
 from megalodon_jax.errors import ConvertError
 from megalodon_jax.interop.released import (
     from_state_dict,
@@ -89,18 +96,30 @@ def read_safetensors(
         run = config_from_dict(json.loads(metadata[CONFIG_KEY]))
     else:
         raise ConvertError(f"{path} has no model configuration; give --config")
-    return from_state_dict(run.model, state_dict), run
+    return from_state_dict(_megalodon(run.model), state_dict), run
+
+
+def _megalodon(config: AnyModelConfig) -> ModelConfig:
+    """The configuration, if it is a MEGALODON's; the released format has no other models."""
+    if not isinstance(config, ModelConfig):
+        raise ConvertError(
+            f"model.kind is {config.kind!r}, but the released format holds only MEGALODON; use the "
+            "run directory itself"
+        )
+    return config
 
 
 def _read(source: Path, run: TrainConfig, *, has_config: bool) -> tuple[Megalodon, TrainConfig]:
     if source.suffix == ".safetensors":
-        return read_safetensors(source, run.model if has_config else None)
+        return read_safetensors(source, _megalodon(run.model) if has_config else None)
     if source.suffix in (".pth", ".pt"):
         if not has_config:
             raise ConvertError(f"{source} has no model configuration; give --config")
-        return from_state_dict(run.model, read_torch_file(source)), run
+        return from_state_dict(_megalodon(run.model), read_torch_file(source)), run
     if (source / "checkpoints").is_dir():
         model, saved = load_model(source)
+        _megalodon(saved.model)
+        assert isinstance(model, Megalodon)
         return model, saved
     if source.is_dir():
         shape, state_dict = read_released_checkpoint(source)
@@ -115,5 +134,5 @@ def _read(source: Path, run: TrainConfig, *, has_config: bool) -> tuple[Megalodo
 
 def _read_config(name: str) -> TrainConfig:
     if name in preset_names():
-        return TrainConfig(model=ModelConfig.from_preset(name))
+        return TrainConfig(model=model_preset(name))
     return load_config(name)

@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 
-from megalodon_jax.config import ModelConfig
+from megalodon_jax.config import AnyModelConfig
 from megalodon_jax.modules.parameters import axis_names, embedding_initializer
 from megalodon_jax.parallel.sharding import (
     axis_size,
@@ -22,7 +22,7 @@ class Embedding(nnx.Embed):
     """A table (V, D) of token embeddings; `attend` gives scores with the same table."""
 
     @classmethod
-    def from_config(cls, config: ModelConfig, *, rngs: nnx.Rngs) -> Self:
+    def from_config(cls, config: AnyModelConfig, *, rngs: nnx.Rngs) -> Self:
         """The embedding of a model."""
         return cls(
             config.vocab_size,

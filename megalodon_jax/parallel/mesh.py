@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from megalodon_jax.config import MeshConfig, TrainConfig
+from megalodon_jax.config import MeshConfig, ModelConfig, TrainConfig
 from megalodon_jax.errors import ConfigError
 
 AXES = ("replica", "data", "chunk", "model")
@@ -87,7 +87,9 @@ def check_fits(config: TrainConfig, sizes: dict[str, int]) -> None:
         ("data.seq_len", data.seq_len, sequence_shards, "mesh.chunk"),
         ("model.model_dim", model.model_dim, sizes["data"], "mesh.data"),
     ]
-    for name in ("model_dim", "num_heads", "ffn_hidden_dim", "norm_num_groups", "vocab_size"):
+    names = ["model_dim", "num_heads", "ffn_hidden_dim", "vocab_size"]
+    names += ["norm_num_groups"] if isinstance(model, ModelConfig) else ["kv_heads"]
+    for name in names:
         sharded.append((f"model.{name}", getattr(model, name), sizes["model"], "mesh.model"))
     sharded.append(("model.output_size", model.num_outputs, sizes["model"], "mesh.model"))
     problems = [
@@ -96,7 +98,13 @@ def check_fits(config: TrainConfig, sizes: dict[str, int]) -> None:
         if value % size
     ]
     shard_length = data.seq_len // sequence_shards
-    if sequence_shards > 1 and shard_length % model.chunk_size:
+    if not isinstance(model, ModelConfig):
+        if sequence_shards > 1:
+            problems.append(
+                f"mesh.chunk is {sequence_shards}, but attention of a {model.kind} needs whole "
+                "rows; use mesh.data or mesh.model"
+            )
+    elif sequence_shards > 1 and shard_length % model.chunk_size:
         problems.append(
             f"data.seq_len {data.seq_len} over mesh.chunk = {sequence_shards} gives "
             f"{shard_length} tokens per device, not a multiple of model.chunk_size "

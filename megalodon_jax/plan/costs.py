@@ -2,30 +2,42 @@
 
 from megalodon_jax.compiled.hlo import Program
 from megalodon_jax.compiled.kernels import CompiledKernel, find_kernels
-from megalodon_jax.config import ModelConfig
-from megalodon_jax.flops import causal_flops_per_token
+from megalodon_jax.config import AnyModelConfig, ModelConfig
+from megalodon_jax.flops import causal_flops_per_token, mean_visible_keys
 
 
 def find_step_kernels(
-    program: Program, model: ModelConfig, *, tokens: int, tensor_shards: int
+    program: Program, model: AnyModelConfig, *, tokens: int, length: int, tensor_shards: int
 ) -> list[CompiledKernel]:
     """The kernels that a step runs on one device, with the FLOPs of one execution.
 
-    Attention counts by formula, causal inside whole chunks: its kernels skip masked tiles, but
-    state the FLOPs of a full grid. Mosaic GPU kernels of other operations state nothing: 0.
+    Attention counts by formula, causal inside whole chunks or rows: its kernels skip masked tiles,
+    but state the FLOPs of a full grid, or none. Mosaic GPU kernels of other operations state
+    nothing: 0.
 
     Args:
       program: the compiled step.
       model: the model's shape.
       tokens: of one execution on one device.
+      length: tokens of a row.
       tensor_shards: size of the mesh axis `model`, which shards heads and features.
     """
-    return [
-        kernel._replace(flops=_attention_flops(kernel, model, tokens, tensor_shards))
-        if kernel.operation == "chunk_attention"
-        else kernel
-        for kernel in find_kernels(program)
-    ]
+    found = []
+    for kernel in find_kernels(program):
+        if isinstance(model, ModelConfig) and kernel.operation == "chunk_attention":
+            kernel = kernel._replace(flops=_attention_flops(kernel, model, tokens, tensor_shards))
+        elif not isinstance(model, ModelConfig) and kernel.operation == "attention":
+            # Products per token and key: two forward, five backward, of them one for the scores.
+            products = next((count for name, count in _PRODUCTS.items() if name in kernel.name), 0)
+            keys = mean_visible_keys(length, model.attention_window)
+            flops = 2 * products * tokens * keys * model.model_dim / tensor_shards
+            kernel = kernel._replace(flops=round(flops))
+        found.append(kernel)
+    return found
+
+
+# Products with every key by the kernel's name; splash attention's backward pass has two kernels.
+_PRODUCTS = {"fwd": 2, "forward": 2, "backward": 5, "dkv": 4, "dq": 3}
 
 
 def _attention_flops(

@@ -22,7 +22,7 @@ from megalodon_jax.compiled.kernels import (
 from megalodon_jax.compiled.matmul_flops import count_matmul_flops
 from megalodon_jax.compiled.memory import read_memory
 from megalodon_jax.compiled.memory_traffic import count_hbm_bytes
-from megalodon_jax.config import ModelOperation, TrainConfig
+from megalodon_jax.config import TrainConfig, TransformerConfig
 from megalodon_jax.flops import model_flops_per_token
 from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel.mesh import make_mesh
@@ -214,7 +214,11 @@ def _complete(
     shape = machine.mesh.shape
     local_tokens = plan.batch[1] * plan.batch[2] * shape["model"] // machine.mesh.size
     kernels = find_step_kernels(
-        program, config.model, tokens=local_tokens, tensor_shards=shape["model"]
+        program,
+        config.model,
+        tokens=local_tokens,
+        length=plan.batch[2],
+        tensor_shards=shape["model"],
     )
     flops = count_matmul_flops(program) + sum(kernel.count * kernel.flops for kernel in kernels)
     found = find_collectives(program, machine.mesh)
@@ -278,9 +282,12 @@ def _local_bytes(tree: Any) -> int:
 
 
 def _implementations(config: TrainConfig, kernels: Sequence[CompiledKernel]) -> dict[str, str]:
-    settings: dict[str, ModelOperation] = {"chunk_attention": "attention"}
+    settings = {"chunk_attention": "attention"}
+    operations = KERNEL_OPERATIONS
+    if isinstance(config.model, TransformerConfig):
+        operations = ("attention", "rowwise")
     result = {}
-    for operation in KERNEL_OPERATIONS:
+    for operation in operations:
         own = [kernel for kernel in kernels if kernel.operation == operation]
         if own:
             calls = sum(kernel.count for kernel in own)

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from megalodon_jax.config import TrainConfig
 from megalodon_jax.evaluation.summary import Evaluation
+from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.loss import LossOutput
-from megalodon_jax.model import Megalodon
 from megalodon_jax.typing import Batch, PRNGKey
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Task(Protocol):
 
     def loss(
         self,
-        model: Megalodon,
+        model: LanguageModel,
         batch: Batch,
         *,
         config: TrainConfig,

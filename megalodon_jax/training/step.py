@@ -136,8 +136,7 @@ def make_eval_step(
 def _make_sums_and_gradient(
     graphdef: nnx.GraphDef, config: TrainConfig
 ) -> Callable[[nnx.State, Batch, PRNGKey], tuple[LossOutput, nnx.State]]:
-    model, task = config.model, find_task(config.task)
-    has_dropout = bool(model.dropout or model.hidden_dropout or model.attention_dropout)
+    task, has_dropout = find_task(config.task), config.model.has_dropout
 
     def objective(
         params: nnx.State, batch: Batch, key: PRNGKey | None

@@ -49,6 +49,7 @@ def test_cases_have_their_length():
     ("kernel", "kind"),
     [
         ("chunk_attention_band_product_mosaic_gpu_kernel", "chunk attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7", "cuDNN attention"),
         ("cema_outputs_mosaic_gpu_kernel", "CEMA"),
         ("nvjet_sm90_tst_128x128_64x6_2x1_v_bz_TNT", "matrix products"),
         ("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL", "collectives"),

@@ -1,4 +1,4 @@
-"""docs/plot_context_length.py: the curve shows the measurements, on axes that do not exaggerate."""
+"""docs/plot_context_length.py: the curves show the measurements, on axes that do not exaggerate."""
 
 import json
 import runpy
@@ -27,7 +27,7 @@ def elements(svg: str, name: str) -> list[ElementTree.Element]:
 
 
 def test_points_are_measurements_on_a_log_axis_and_a_zero_based_axis():
-    svg = PLOT["draw"](PLOT["read_curve"](report()))
+    svg = PLOT["draw"](PLOT["read_curves"](report()))
     circles = elements(svg, "circle")
     x = [float(circle.get("cx")) for circle in circles]
     y = [float(circle.get("cy")) for circle in circles]
@@ -44,12 +44,37 @@ def test_points_are_measurements_on_a_log_axis_and_a_zero_based_axis():
 
 
 def test_names_the_model_the_hardware_and_lengths_that_did_not_fit():
-    svg = PLOT["draw"](PLOT["read_curve"](report()))
-    texts = [text.text for text in elements(svg, "text")]
+    svg = PLOT["draw"](PLOT["read_curves"](report()))
+    texts = ["".join(text.itertext()) for text in elements(svg, "text")]
     assert "mega200M, one H100 80GB HBM3" in texts
     assert "Tokens/s; 32K tokens a batch, larger above 32K" in texts
     assert {"2K", "8K", "32K", "128K"} <= set(texts)
     assert "131,072: out of memory" in elements(svg, "desc")[0].text
+
+
+def test_two_models_are_two_curves_on_the_same_axes():
+    mixed = json.loads(report())
+    slower = {length: speed and speed / 2 for length, speed in SPEEDS.items()}
+    other = json.loads(report(slower, preset="transformer200M", remat="dots"))
+    # The benchmark measures both models at one length before the next.
+    mixed["steps"] = [
+        step for pair in zip(mixed["steps"], other["steps"], strict=True) for step in pair
+    ]
+    curves = PLOT["read_curves"](json.dumps(mixed))
+    assert [curve.preset for curve in curves] == ["mega200M", "transformer200M"]
+    svg = PLOT["draw"](curves)
+    heights = {
+        style: [
+            400 - float(circle.get("cy"))
+            for circle in elements(svg, "circle")
+            if circle.get("class") == style
+        ]
+        for style in ("first", "second")
+    }
+    assert heights["second"] == pytest.approx([h / 2 for h in heights["first"]], abs=0.1)
+    names = ["".join(text.itertext()) for text in elements(svg, "text")]
+    assert "mega200M, transformer200M, one H100 80GB HBM3" in names
+    assert "2,048: 50,000 (remat dots)" in elements(svg, "desc")[0].text
 
 
 @pytest.mark.parametrize("highest", [1.0, 9.9, 317_000.0, 400_000.0, 58_123.0])
@@ -59,13 +84,17 @@ def test_axis_ends_above_the_highest_point(highest):
     assert 2 <= round(top / step) <= 4
 
 
-def test_measurements_of_different_models_are_not_one_curve():
-    mixed = json.loads(report())
-    mixed["steps"] += json.loads(report(preset="mega1.3B"))["steps"]
-    with pytest.raises(ValueError, match="cases of one model"):
-        PLOT["read_curve"](json.dumps(mixed))
-    with pytest.raises(ValueError, match="no step was measured"):
-        PLOT["read_curve"](report({2048: None}))
+def test_measurements_that_do_not_compare_are_refused():
+    packed = json.loads(report())
+    packed["steps"] += json.loads(report(preset="transformer200M", documents=8))["steps"]
+    with pytest.raises(ValueError, match="rows of one kind"):
+        PLOT["read_curves"](json.dumps(packed))
+    shorter = json.loads(report())
+    shorter["steps"] += json.loads(report({2048: 1.0}, preset="transformer200M"))["steps"]
+    with pytest.raises(ValueError, match="different lengths"):
+        PLOT["read_curves"](json.dumps(shorter))
+    with pytest.raises(ValueError, match="no step of mega200M"):
+        PLOT["read_curves"](report({2048: None}))
 
 
 @pytest.mark.skipif(
@@ -74,4 +103,4 @@ def test_measurements_of_different_models_are_not_one_curve():
 def test_committed_picture_shows_the_committed_measurements():
     measured = (DOCS / "results" / "context_length.json").read_text()
     committed = (DOCS / "results" / "context_length.svg").read_text(encoding="utf-8")
-    assert committed == PLOT["draw"](PLOT["read_curve"](measured))
+    assert committed == PLOT["draw"](PLOT["read_curves"](measured))

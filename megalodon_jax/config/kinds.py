@@ -1,0 +1,42 @@
+"""The configurations of all kinds of models, by the name in `model.kind`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megalodon_jax.config.checks import check_keys, require
+from megalodon_jax.config.model import ModelConfig
+from megalodon_jax.config.transformer import TransformerConfig
+from megalodon_jax.errors import did_you_mean
+from megalodon_jax.presets import read_preset
+
+AnyModelConfig = ModelConfig | TransformerConfig
+MODEL_CONFIGS: dict[str, type[ModelConfig] | type[TransformerConfig]] = {
+    "megalodon": ModelConfig,
+    "transformer": TransformerConfig,
+}
+
+
+def model_config_class(table: Mapping[str, Any]) -> type[ModelConfig] | type[TransformerConfig]:
+    """The configuration class of a `[model]` table by its `kind`; MEGALODON if it has none.
+
+    Raises:
+      ConfigError: there is no such kind; the closest name is suggested.
+    """
+    kind = table.get("kind", "megalodon")
+    require(
+        kind in MODEL_CONFIGS,
+        f"model.kind is {kind!r}{did_you_mean(str(kind), list(MODEL_CONFIGS))}; use one of "
+        f"{', '.join(map(repr, MODEL_CONFIGS))}",
+    )
+    return MODEL_CONFIGS[kind]
+
+
+def model_preset(name: str, **overrides: Any) -> AnyModelConfig:
+    """A named size of any kind from `configs/models/<name>.toml`, with overrides.
+
+    Raises:
+      ConfigError: there is no such preset, or an override is unknown or out of range.
+    """
+    table = {**read_preset("models", name), **overrides}
+    kind = model_config_class(table)
+    return kind(**check_keys(kind, table, "model"))

@@ -1,0 +1,167 @@
+"""The interface of all language models: embedding, hidden features, logits, a streaming cache."""
+
+import abc
+from typing import Any, NamedTuple, Protocol, Self
+
+from flax import nnx
+from jax import numpy as jnp
+
+from megalodon_jax.config import AnyModelConfig
+from megalodon_jax.modules.embedding import Embedding
+from megalodon_jax.modules.parameters import axis_names, embedding_initializer
+from megalodon_jax.typing import Array, Bool, Float, Float32, Int32, PRNGKey
+
+
+class StreamingCache(Protocol):
+    """The state of a model between two calls: a pytree, rows may be at different positions.
+
+    Attributes:
+      position: tokens seen of each row's current document.
+      segment: segment id of each row's current document, 0 before the first token.
+    """
+
+    @property
+    def position(self) -> Int32[Array, " B"]: ...
+
+    @property
+    def segment(self) -> Int32[Array, " B"]: ...
+
+    def check_room(self, length: int) -> None:
+        """Raises OverflowError if `length` more tokens do not fit; call it outside `jit`."""
+        ...
+
+    def replace_rows(self, rows: Bool[Array, " B"], initial: Self) -> Self:
+        """A copy in which the rows where `rows` is true come from `initial`."""
+        ...
+
+
+class HiddenOutput(NamedTuple):
+    """Features after the final norm, and the new cache if one came in."""
+
+    hidden: Float[Array, "B L D"]
+    cache: Any
+
+
+class ModelOutput(NamedTuple):
+    """Scores of the next token, and the new cache if one came in."""
+
+    logits: Float32[Array, "B L V"]
+    cache: Any
+
+
+class LanguageModel(nnx.Module):
+    """A model of the next token: an embedding, a stack of blocks, a final norm, an output matrix.
+
+    Trainer, evaluation, generation and checkpoints need no more than this interface.
+
+    Attributes:
+      config: sizes and numerics.
+      embed: the token embedding.
+      output: the output matrix; None if it is tied to the embedding.
+    """
+
+    config: AnyModelConfig
+    embed: Embedding
+    output: nnx.Linear | None
+
+    @property
+    def piece_length(self) -> int:
+        """Most tokens of a long text that go through the model at a time when streaming."""
+        return 2048
+
+    def __call__(
+        self,
+        tokens: Int32[Array, "B L"],
+        *,
+        segment_ids: Int32[Array, "B L"] | None = None,
+        cache: Any = None,
+        dropout_key: PRNGKey | None = None,
+    ) -> ModelOutput:
+        """Scores of the token that follows each token.
+
+        Args:
+          tokens: token ids in [0, vocab_size), any length L >= 1. An id out of range raises where
+            ids are known on the host (numpy); inside `jit` it gives NaN.
+          segment_ids: documents of each row, numbered from 1; 0 is padding. Every document is
+            computed as if it were alone. None: a row is one document.
+          cache: state of the tokens before these; the first document of a row continues it if its
+            segment id is the cache's (or segment_ids is None), else starts anew.
+          dropout_key: turns dropout on.
+
+        Returns:
+          float32 logits (B, L, V) and, if a cache came in, the cache after the last token.
+        """
+        hidden, cache = self.hidden(
+            tokens, segment_ids=segment_ids, cache=cache, dropout_key=dropout_key
+        )
+        return ModelOutput(self.logits(hidden), cache)
+
+    @abc.abstractmethod
+    def hidden(
+        self,
+        tokens: Int32[Array, "B L"],
+        *,
+        segment_ids: Int32[Array, "B L"] | None = None,
+        cache: Any = None,
+        dropout_key: PRNGKey | None = None,
+    ) -> HiddenOutput:
+        """Like calling the model, but stops before the output matrix: (B, L, D)."""
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float32[Array, "... V"]:
+        """Scores from features after the final norm: `config.dtype` products, float32 sums."""
+        return jnp.matmul(hidden, self.output_matrix(), preferred_element_type=jnp.float32)
+
+    def output_matrix(self) -> Float[Array, "D V"]:
+        """The matrix from features to scores, in `config.dtype`."""
+        kernel = self.embed.embedding[...].T if self.output is None else self.output.kernel[...]
+        return kernel.astype(self.config.dtype)
+
+    @abc.abstractmethod
+    def init_cache(self, batch_size: int, *, max_length: int | None = None) -> Any:
+        """The cache of `batch_size` rows before their first token.
+
+        Args:
+          batch_size: number of rows.
+          max_length: most tokens of a document, for caches that grow with the context.
+        """
+
+    def reset_rows[C: StreamingCache](self, cache: C, rows: Bool[Array, " B"]) -> C:
+        """The cache with some rows back at the state before their first token."""
+        return cache.replace_rows(rows, self._initial_rows(cache))
+
+    @abc.abstractmethod
+    def _initial_rows(self, cache: Any) -> Any:
+        """A cache of the same shapes before the first token."""
+
+    def with_room[C: StreamingCache](self, cache: C, length: int) -> C:
+        """A cache that has room for `length` more tokens; call it outside `jit`.
+
+        Raises:
+          OverflowError: there is no room, and this kind of cache does not grow.
+        """
+        cache.check_room(length)
+        return cache
+
+    def start_new_documents[C: StreamingCache](
+        self, cache: C, segment_ids: Int32[Array, "B L"]
+    ) -> C:
+        """Resets the rows whose first document is not the cache's."""
+        first = jnp.take_along_axis(segment_ids, jnp.argmax(segment_ids != 0, axis=1)[:, None], 1)
+        first = first[:, 0]
+        return self.reset_rows(cache, (first != 0) & (first != cache.segment))
+
+
+def make_output_layer(config: AnyModelConfig, *, rngs: nnx.Rngs) -> nnx.Linear | None:
+    """The output matrix of a model; None if `share_emb` ties it to the embedding."""
+    if config.share_emb:
+        return None
+    return nnx.Linear(
+        config.model_dim,
+        config.num_outputs,
+        use_bias=False,
+        kernel_init=embedding_initializer(config.model_dim),
+        rngs=rngs,
+        kernel_metadata=axis_names("embed", "vocab"),
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+    )
