@@ -29,7 +29,8 @@ def model_flops_per_token(config: AnyModelConfig, *, seq_len: int | None = None)
         F = 3 * (layers * [2 (2DHd + 2DKd) + 6DF + 4sHd] + 2DV)
 
     Attention counts only pairs that are not masked by causality, chunks or the window; norms, CEMA
-    and recomputation count nothing, so utilization from this number is a lower bound.
+    and recomputation count nothing, so utilization from this number is a lower bound. The formula
+    is therefore that of every moving average, norm, residual connection and position embedding.
 
     Args:
       config: the model's shape.

@@ -14,13 +14,13 @@ from megalodon_jax.modules.block import Block
 from megalodon_jax.modules.dropout import dropout, split_key
 from megalodon_jax.modules.embedding import Embedding, check_tokens
 from megalodon_jax.modules.positions import after_last_token, position_info
-from megalodon_jax.modules.timestep_norm import TimestepNorm
+from megalodon_jax.modules.time_norm import init_norm_state, normalize, time_norm_from_config
 from megalodon_jax.typing import Array, Float32, Int32, PRNGKey
 from pallas_kernels.chunk_attention import KeyValueCache
 
 
 class Megalodon(LanguageModel):
-    """Embedding, a stack of blocks, a final TimestepNorm and an output matrix.
+    """Embedding, a stack of blocks, a final norm (TimestepNorm) and an output matrix.
 
     The blocks' parameters are stacked along a leading axis and run by one `jax.lax.scan`, so that
     compile time does not grow with depth. The model holds no random state: pass `dropout_key` for
@@ -37,7 +37,7 @@ class Megalodon(LanguageModel):
         self.config = config
         self.embed = Embedding.from_config(config, rngs=rngs)
         self.layers = stack_blocks(self._make_block, config.num_layers, rngs=rngs)
-        self.final_norm = TimestepNorm.from_config(config)
+        self.final_norm = time_norm_from_config(config)
         self.output = make_output_layer(config, rngs=rngs)
 
     @property
@@ -82,8 +82,11 @@ class Megalodon(LanguageModel):
             cache=None if cache is None else cache.layers,
             dropout_key=layers_key,
         )
-        hidden, final_norm = self.final_norm(
-            x, segment_ids=segment_ids, initial_state=None if cache is None else cache.final_norm
+        hidden, final_norm = normalize(
+            self.final_norm,
+            x,
+            segment_ids=segment_ids,
+            initial_state=None if cache is None else cache.final_norm,
         )
         if cache is None or layer_caches is None:
             return HiddenOutput(hidden, None)
@@ -94,7 +97,8 @@ class Megalodon(LanguageModel):
         """The cache of `batch_size` rows before their first token; `max_length` changes nothing.
 
         Its size does not depend on how many tokens will follow: per row and block, C key and value
-        vectors in `config.dtype`, and float32 norm moments and complex64 CEMA states.
+        vectors in `config.dtype`, and float32 norm moments and complex64 CEMA states, where the
+        configuration has them.
         """
         del max_length
         config = self.config
@@ -103,7 +107,7 @@ class Megalodon(LanguageModel):
         graphdef, layers = nnx.split(self.layers)
 
         def init_norm(layer: nnx.State):
-            return nnx.merge(graphdef, layer).mega.timenorm.init_state(batch_size)
+            return init_norm_state(nnx.merge(graphdef, layer).mega.timenorm, batch_size)
 
         states = (config.num_layers, batch_size, config.model_dim, config.cema_ndim)
         return Cache(
@@ -115,9 +119,9 @@ class Megalodon(LanguageModel):
                     jnp.zeros((*slots, config.value_head_dim), dtype),
                 ),
                 jax.vmap(init_norm)(layers),
-                jnp.zeros(states, jnp.complex64),
+                None if config.moving_average == "none" else jnp.zeros(states, jnp.complex64),
             ),
-            final_norm=self.final_norm.init_state(batch_size),
+            final_norm=init_norm_state(self.final_norm, batch_size),
         )
 
     def _initial_rows(self, cache: Cache) -> Cache:

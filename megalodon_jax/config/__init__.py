@@ -13,7 +13,16 @@ from megalodon_jax.config.kinds import (
     model_preset,
 )
 from megalodon_jax.config.mesh import MeshConfig, ProcessesConfig
-from megalodon_jax.config.model import DType, InitMode, ModelConfig, ModelOperation, Remat
+from megalodon_jax.config.model import (
+    DType,
+    InitMode,
+    ModelConfig,
+    ModelOperation,
+    MovingAverage,
+    Remat,
+    ResidualConnection,
+    TimeNorm,
+)
 from megalodon_jax.config.optimizer import OptimConfig
 from megalodon_jax.config.parsing import config_from_dict, load_config
 from megalodon_jax.config.run import TrainConfig
@@ -29,9 +38,12 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "ModelOperation",
+    "MovingAverage",
     "OptimConfig",
     "ProcessesConfig",
     "Remat",
+    "ResidualConnection",
+    "TimeNorm",
     "TrainConfig",
     "TransformerConfig",
     "config_from_dict",

@@ -3,13 +3,16 @@
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from megalodon_jax.config.checks import check_keys, check_literals, require
+from megalodon_jax.config.checks import check_keys, check_literals, none_from_text, require
 from megalodon_jax.presets import read_preset
 from pallas_kernels.common.dispatch import Implementation
 
 DType = Literal["float32", "bfloat16"]
 InitMode = Literal["he", "xavier", "bert", "gaussian"]
 Remat = Literal["none", "inputs", "dots", "block"]
+MovingAverage = Literal["cema", "ema", "none"]
+TimeNorm = Literal["timestep", "layer", "rms"]
+ResidualConnection = Literal["two_hop", "pre_norm"]
 ModelOperation = Literal["cema", "timestep_norm", "attention", "rowwise"]
 
 
@@ -31,14 +34,18 @@ class ModelConfig:
     """Number of attention heads H."""
     ffn_hidden_dim: int = 2560
     """Hidden width F of the feed-forward network."""
+    moving_average: MovingAverage = "cema"
+    """Moving average before queries, keys and gate: complex (CEMA), real (EMA), or none."""
     cema_ndim: int = 16
-    """Order N of the complex moving average (CEMA), 1 to 32."""
+    """Order N of the moving average (CEMA or EMA), 1 to 32."""
     chunk_size: int = 2048
     """Tokens C of an attention chunk; attention does not cross chunks."""
     vocab_size: int = 32_000
     """Number of token ids V, the rows of the embedding."""
     output_size: int | None = None
     """Columns of the output matrix; None: `vocab_size`."""
+    time_norm: TimeNorm = "timestep"
+    """Norm before attention and after the last block: TimestepNorm, LayerNorm or RMSNorm."""
     norm_num_groups: int = 32
     """Number of feature groups G in TimestepNorm."""
     norm_affine: bool = True
@@ -47,8 +54,15 @@ class ModelConfig:
     """Epsilon added to variances."""
     norm_prior_count: int = 0
     """Weight of TimestepNorm's learned prior in tokens; 0: no prior, as in all released models."""
-    rope_base: float = 10_000.0
-    """Base of the rotary position embedding."""
+    residual_connection: ResidualConnection = "two_hop"
+    """Second residual of a block: from the block's input (two-hop), or from the attention's output
+    (pre-norm)."""
+    qk_norm: bool = True
+    """RMSNorm of every head of the shared projection of queries and keys; False: SiLU instead, and
+    scores scaled by 1 / sqrt(z_dim / num_heads)."""
+    rope_base: float | None = 10_000.0
+    """Base of the rotary position embedding; None ("none" in a file and on the command line): no
+    position embedding."""
     swiglu: bool = False
     """SwiGLU feed-forward network: (silu(x W1) * (x W3)) W2."""
     rescale_nffn: bool = False
@@ -113,10 +127,10 @@ class ModelConfig:
             self.head_dim % 2 == 0,
             f"z_dim / num_heads is {self.head_dim}; must be even for rotary pairs",
         )
+        self._check_norms()
         require(
-            self.model_dim % self.norm_num_groups == 0 and self.model_dim > self.norm_num_groups,
-            f"model_dim {self.model_dim} must be a multiple, two or more, of norm_num_groups "
-            f"{self.norm_num_groups}",
+            self.rope_base is None or self.rope_base > 0.0,
+            f"model.rope_base is {self.rope_base}; must be positive, or None",
         )
         for name in ("dtype", "param_dtype"):
             require(
@@ -134,6 +148,20 @@ class ModelConfig:
             not self.share_emb or self.output_size in (None, self.vocab_size),
             f"model.output_size is {self.output_size} and vocab_size {self.vocab_size}; with "
             "share_emb they must be equal",
+        )
+
+    def _check_norms(self) -> None:
+        if self.time_norm != "timestep":
+            require(
+                self.norm_prior_count == 0,
+                f"model.norm_prior_count is {self.norm_prior_count} and time_norm "
+                f"{self.time_norm!r}; only TimestepNorm has a prior: use 0, or 'timestep'",
+            )
+            return
+        require(
+            self.model_dim % self.norm_num_groups == 0 and self.model_dim > self.norm_num_groups,
+            f"model_dim {self.model_dim} must be a multiple, two or more, of norm_num_groups "
+            f"{self.norm_num_groups}",
         )
 
     @property
@@ -165,5 +193,5 @@ class ModelConfig:
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
         """A named size from `configs/models/<name>.toml`, with overrides."""
-        table = read_preset("models", name)
+        table = none_from_text(cls, read_preset("models", name), "model")
         return cls(**check_keys(cls, {**table, **overrides}, "model"))

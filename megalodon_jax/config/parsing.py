@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
-from megalodon_jax.config.checks import check_keys, require
+from megalodon_jax.config.checks import check_keys, none_from_text, require
 from megalodon_jax.config.kinds import AnyModelConfig, model_config_class
 from megalodon_jax.config.run import TrainConfig
 from megalodon_jax.errors import ConfigError
@@ -16,6 +16,7 @@ from megalodon_jax.presets import PresetKind, read_preset
 def load_config(path: str | Path) -> TrainConfig:
     """Reads a `TrainConfig` from a TOML file.
 
+    A number that may be None, such as `model.rope_base`, is None if its value is the text "none".
     `[model]` and `[mesh]` may have a key `preset`, the name of a shipped size or mesh; the other
     keys of the table override its values.
 
@@ -47,7 +48,7 @@ def config_from_dict(table: Mapping[str, Any]) -> TrainConfig:
         fields = dict(fields)
         if preset := fields.pop("preset", None):
             table[name] = {**read_preset(kind, preset), **fields}
-    _check_nested_keys(TrainConfig, table, "")
+    table = _check_nested_keys(TrainConfig, table, "")
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
     for scalar in (int, float, str, bool):
         converter.register_structure_hook(scalar, _strict_scalar)
@@ -76,8 +77,10 @@ def _strict_scalar(value: Any, kind: type) -> Any:
     return value
 
 
-def _check_nested_keys(cls: type, table: Mapping[str, Any], path: str) -> None:
+def _check_nested_keys(cls: type, table: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """A copy of the table, with the texts "none" read; raises `ConfigError` for an unknown key."""
     check_keys(cls, table, path or "config")
+    copy = none_from_text(cls, table, path or "config")
     for entry in dataclasses.fields(cls):
         is_table = dataclasses.is_dataclass(entry.type) or entry.type == AnyModelConfig
         if entry.name in table and is_table:
@@ -86,4 +89,5 @@ def _check_nested_keys(cls: type, table: Mapping[str, Any], path: str) -> None:
             kind: Any = entry.type
             if kind == AnyModelConfig:
                 kind = model_config_class(value)
-            _check_nested_keys(kind, value, entry.name)
+            copy[entry.name] = _check_nested_keys(kind, value, entry.name)
+    return copy

@@ -41,7 +41,12 @@ class Entry(NamedTuple):
 
 
 def released_entries(config: ModelConfig) -> tuple[list[Entry], list[Entry]]:
-    """(entries outside the blocks, entries of one block) of a released state dict."""
+    """(entries outside the blocks, entries of one block) of a released state dict.
+
+    Raises:
+      StateDictError: the configuration is an ablation, which has no released names.
+    """
+    _check_released(config)
     D, V = config.model_dim, config.vocab_size
     output_path = () if config.share_emb else ("output", "kernel")
     outside = [
@@ -51,6 +56,22 @@ def released_entries(config: ModelConfig) -> tuple[list[Entry], list[Entry]]:
         Entry("output.output.weight", (config.num_outputs, D), output_path, "transposed", 1),
     ]
     return outside, _block_entries(config)
+
+
+def _check_released(config: ModelConfig) -> None:
+    released = ModelConfig()
+    differing = [
+        f"{name} = {getattr(config, name)!r}"
+        for name in ("moving_average", "time_norm", "residual_connection", "qk_norm")
+        if getattr(config, name) != getattr(released, name)
+    ]
+    if config.rope_base is None:
+        differing.append("rope_base = None")
+    if differing:
+        raise StateDictError(
+            f"the model has {', '.join(differing)}, and released state dicts have no names for "
+            "such a model; keep it as a run directory"
+        )
 
 
 def _block_entries(config: ModelConfig) -> list[Entry]:
@@ -288,6 +309,7 @@ def _derived_value(
     config: ModelConfig, arrays: Mapping[str, np.ndarray], entry: Entry
 ) -> np.ndarray:
     if entry.name == "rope.freqs":
+        assert config.rope_base is not None
         return rotary_frequencies(config.head_dim, config.rope_base)
     if entry.name == "output.output.weight":
         return arrays["embed.weight"]

@@ -2,7 +2,7 @@
 
 from megalodon_jax.modules.attention import AttentionOutput, MegaAttention
 from megalodon_jax.modules.block import Block, BlockOutput
-from megalodon_jax.modules.cema import CEMA
+from megalodon_jax.modules.cema import CEMA, EMA
 from megalodon_jax.modules.embedding import Embedding
 from megalodon_jax.modules.feed_forward import FeedForward
 from megalodon_jax.modules.linear import Linear
@@ -14,6 +14,7 @@ from megalodon_jax.modules.timestep_norm import TimestepNorm
 
 __all__ = [
     "CEMA",
+    "EMA",
     "AttentionOutput",
     "Block",
     "BlockOutput",

@@ -3,15 +3,16 @@
 import math
 from typing import Any, NamedTuple, Self
 
+import jax
 from flax import nnx
 from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from megalodon_jax.cache import LayerCache
-from megalodon_jax.config import InitMode, ModelConfig
+from megalodon_jax.config import InitMode, ModelConfig, MovingAverage, TimeNorm
 from megalodon_jax.modules.activations import silu, silu_gate
-from megalodon_jax.modules.cema import CEMA
+from megalodon_jax.modules.cema import make_moving_average
 from megalodon_jax.modules.dropout import dropout, drops, dtype_before_dropout, split_key
 from megalodon_jax.modules.linear import PRODUCT, PROJECTION, Linear
 from megalodon_jax.modules.norms import RMSNorm, rms_normalize
@@ -19,7 +20,7 @@ from megalodon_jax.modules.options import DropoutRates, Implementations
 from megalodon_jax.modules.parameters import parameter
 from megalodon_jax.modules.positions import PositionInfo, position_info
 from megalodon_jax.modules.rotary import Rotation, rotate
-from megalodon_jax.modules.timestep_norm import TimestepNorm
+from megalodon_jax.modules.time_norm import make_time_norm, normalize
 from megalodon_jax.parallel.sharding import (
     fold_in_device_index,
     partition_spec,
@@ -73,7 +74,11 @@ class MegaAttention(nnx.Module):
       norm_prior_count: see `TimestepNorm`.
       norm_eps: added to variances.
       norm_affine: whether RMSNorm has a learned scale.
-      rope_base: base of the rotary angles.
+      moving_average: "cema", "ema", or "none": m = RMSNorm(u).
+      time_norm: the norm of x: "timestep", "layer" or "rms".
+      qk_norm: RMSNorm of the heads of z, the shared projection of queries and keys; False:
+        z = silu(m Wz + bz), and softmax(q k^T / sqrt(Z / H)) (MEGA, Ma et al. 2023, eq. 17-20).
+      rope_base: base of the rotary angles; None: no position embedding.
       init_mode: initializer of the weights by its released name.
       dropout: dropped fractions; None: nothing is dropped.
       dtype: of products and activations; norm statistics, CEMA and softmax are float32.
@@ -95,7 +100,10 @@ class MegaAttention(nnx.Module):
         norm_prior_count: int = 0,
         norm_eps: float = 1e-5,
         norm_affine: bool = True,
-        rope_base: float = 10_000.0,
+        moving_average: MovingAverage = "cema",
+        time_norm: TimeNorm = "timestep",
+        qk_norm: bool = True,
+        rope_base: float | None = 10_000.0,
         init_mode: InitMode = "he",
         dropout: DropoutRates | None = None,
         dtype: DTypeLike = jnp.float32,
@@ -105,21 +113,25 @@ class MegaAttention(nnx.Module):
     ):
         D, Z, E = features, z_dim, value_dim
         self.chunk_size, self.rope_base, self.norm_eps = chunk_size, rope_base, norm_eps
-        self.num_heads = num_heads
+        self.num_heads, self.qk_norm = num_heads, qk_norm
         self.head_dim, self.value_head_dim = Z // num_heads, E // num_heads
         self.dropout = dropout or DropoutRates()
         self.implementations = implementations = implementations or Implementations()
         self.dtype = jnp.dtype(dtype)
         dtypes: Any = {"dtype": dtype, "param_dtype": param_dtype}
-        self.timenorm = TimestepNorm(
+        self.timenorm = make_time_norm(
+            time_norm,
             D,
             num_groups=norm_num_groups,
-            eps=norm_eps,
             prior_count=norm_prior_count,
-            implementation=implementations.timestep_norm,
+            eps=norm_eps,
+            affine=norm_affine,
+            implementations=implementations,
             **dtypes,
         )
-        self.cema = CEMA(D, order=cema_order, implementation=implementations.cema, rngs=rngs)
+        self.cema = make_moving_average(
+            moving_average, D, order=cema_order, implementation=implementations.cema, rngs=rngs
+        )
         self.rmsnorm = RMSNorm(
             D, eps=norm_eps, affine=norm_affine, implementation=implementations.rowwise, **dtypes
         )
@@ -146,6 +158,9 @@ class MegaAttention(nnx.Module):
             norm_prior_count=config.norm_prior_count,
             norm_eps=config.norm_eps,
             norm_affine=config.norm_affine,
+            moving_average=config.moving_average,
+            time_norm=config.time_norm,
+            qk_norm=config.qk_norm,
             rope_base=config.rope_base,
             init_mode=config.init_mode,
             dropout=DropoutRates.from_config(config),
@@ -175,20 +190,32 @@ class MegaAttention(nnx.Module):
           dropout_key: turns dropout on.
 
         Raises:
-          ValueError: `positions` is missing beside a cache, or given beside `segment_ids`.
+          ValueError: `positions` is missing beside a cache, given beside `segment_ids`, or has
+            rotary angles for a module without them (or none for one with them).
         """
         if positions is None:
             positions = self._positions_from_zero(x, segment_ids, cache)
         elif segment_ids is not None:
             raise ValueError("positions hold the segment ids already; pass only one of the two")
+        if (positions.rotation is None) != (self.rope_base is None):
+            raise ValueError(
+                f"rope_base is {self.rope_base}, but positions.rotation is "
+                f"{'None' if positions.rotation is None else 'not None'}; pass the same rope_base "
+                "to position_info"
+            )
         hidden_key, attention_key, gate_key, output_key = split_key(dropout_key, 4)
         segment_ids = positions.segment_ids
-        u, norm_state = self.timenorm(
-            x, segment_ids=segment_ids, initial_state=None if cache is None else cache.norm
+        u, norm_state = normalize(
+            self.timenorm,
+            x,
+            segment_ids=segment_ids,
+            initial_state=None if cache is None else cache.norm,
         )
-        averaged, cema_state = self.cema(
-            u, segment_ids=segment_ids, initial_state=None if cache is None else cache.cema
-        )
+        averaged, cema_state = u, None
+        if self.cema is not None:
+            averaged, cema_state = self.cema(
+                u, segment_ids=segment_ids, initial_state=None if cache is None else cache.cema
+            )
         m = dropout(self.rmsnorm(averaged), self.dropout.hidden, hidden_key)
         query, key = self._queries_and_keys(m, positions.rotation)
         attended, keys_and_values = self._attend(
@@ -244,17 +271,30 @@ class MegaAttention(nnx.Module):
             implementation=self.implementations.rowwise,
         )
 
-    def _queries_and_keys(self, m: Float[Array, "B L D"], by: Rotation) -> tuple[Array, Array]:
+    def _queries_and_keys(
+        self, m: Float[Array, "B L D"], by: Rotation | None
+    ) -> tuple[Array, Array]:
         heads = (self.num_heads, self.head_dim)
-        z = rms_normalize(self.wz(m, name=PROJECTION).reshape(*m.shape[:2], *heads), self.norm_eps)
-        # As released, q and k both carry 1/sqrt(d), and the scores have no scale of their own.
-        scale = (1.0 + self.gamma[...].astype(z.dtype)) / math.sqrt(self.head_dim)
-        offset = self.beta[...].astype(z.dtype)
-        query, key = (
-            rotate(z * scale[i].reshape(heads) + offset[i].reshape(heads), by).astype(self.dtype)
-            for i in (0, 1)
-        )
-        return query, key
+        z = self.wz(m, name=PROJECTION).reshape(*m.shape[:2], *heads)
+        z = rms_normalize(z, self.norm_eps) if self.qk_norm else jax.nn.silu(z)
+        scale, offset = self._scale_and_offset()
+
+        def transform(i: int) -> Array:
+            projected = z * scale[i].reshape(heads) + offset[i].reshape(heads)
+            return (projected if by is None else rotate(projected, by)).astype(self.dtype)
+
+        return transform(0), transform(1)
+
+    def _scale_and_offset(self) -> tuple[Float32[Array, "2 Z"], Float32[Array, "2 Z"]]:
+        """Of z for queries (row 0) and keys (row 1); chunk attention has no scale of its own."""
+        scale = 1.0 + self.gamma[...].astype(jnp.float32)
+        offset = self.beta[...].astype(jnp.float32)
+        if self.qk_norm:
+            # As released: 1/sqrt(d) in q and in k, before the offsets.
+            return scale / math.sqrt(self.head_dim), offset
+        # Scores have 1/sqrt(d) as a whole, here in q alone, as in MEGA's code.
+        query_only = jnp.array([[1 / math.sqrt(self.head_dim)], [1.0]], jnp.float32)
+        return scale * query_only, offset * query_only
 
     def _attend(
         self,

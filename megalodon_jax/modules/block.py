@@ -1,11 +1,11 @@
-"""One block: gated chunk attention, then a feed-forward network, joined by the two-hop residual."""
+"""One block: gated chunk attention, then a feed-forward network, joined by two residuals."""
 
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, get_args
 
 from flax import nnx
 
 from megalodon_jax.cache import LayerCache
-from megalodon_jax.config import ModelConfig
+from megalodon_jax.config import ModelConfig, ResidualConnection
 from megalodon_jax.modules.attention import MegaAttention
 from megalodon_jax.modules.dropout import split_key
 from megalodon_jax.modules.feed_forward import FeedForward
@@ -26,6 +26,7 @@ class Block(nnx.Module):
     Args:
       mega: the attention.
       nffn: the feed-forward network, of the same width.
+      residual_connection: "two_hop", as above, or "pre_norm": out = y + feed_forward(y).
 
     Example:
       block = Block(
@@ -35,9 +36,20 @@ class Block(nnx.Module):
       y = block(x).x
     """
 
-    def __init__(self, mega: MegaAttention, nffn: FeedForward):
+    def __init__(
+        self,
+        mega: MegaAttention,
+        nffn: FeedForward,
+        *,
+        residual_connection: ResidualConnection = "two_hop",
+    ):
+        if residual_connection not in get_args(ResidualConnection):
+            raise ValueError(
+                f"residual_connection is {residual_connection!r}; use 'two_hop' or 'pre_norm'"
+            )
         self.mega = mega
         self.nffn = nffn
+        self.residual_connection: ResidualConnection = residual_connection
 
     @classmethod
     def from_config(
@@ -47,6 +59,7 @@ class Block(nnx.Module):
         return cls(
             MegaAttention.from_config(config, rngs=rngs),
             FeedForward.from_config(config, rescale_start=rescale_start, rngs=rngs),
+            residual_connection=config.residual_connection,
         )
 
     def __call__(
@@ -67,4 +80,6 @@ class Block(nnx.Module):
         hidden = self.nffn(x, added=attended.product, offset=attended.bias, dropout_key=ffn_key)
         # The network returns float32: the sum is rounded once, to the residual stream's dtype.
         out = x + hidden
+        if self.residual_connection == "pre_norm":
+            out = out + attended.out
         return BlockOutput(out.astype(x.dtype), attended.cache)

@@ -1,4 +1,4 @@
-"""CEMA as a Flax module; the operation is `pallas_kernels.cema`."""
+"""CEMA and its real counterpart EMA as Flax modules; the operation is `pallas_kernels.cema`."""
 
 import math
 from typing import Self
@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from megalodon_jax.config import ModelConfig
+from megalodon_jax.config import ModelConfig, MovingAverage
 from megalodon_jax.modules.parameters import parameter, truncated_normal
 from megalodon_jax.parallel.sharding import partition_spec, sequence_axis, shard_map_logical
 from megalodon_jax.typing import Array, Complex64, Float, Int32
@@ -73,32 +73,128 @@ class CEMA(nnx.Module):
         params = CemaParams(
             self.alpha[...], self.delta[...], self.theta[...], self.gamma[...], self.omega[...]
         )
+        return _average(x, params, segment_ids, initial_state, implementation=self.implementation)
 
-        def average(x, params, initial_state, segment_ids) -> CemaOutput:
-            return cema(
-                x,
-                params,
-                initial_state=initial_state,
-                segment_ids=segment_ids,
-                implementation=self.implementation,
-                sequence_axis=sequence_axis(),
-            )
 
-        features = partition_spec("batch", "length", "channels")
-        states = partition_spec("batch", "channels", None)
-        per_channel = CemaParams(
-            *(partition_spec("channels", *[None] * (value.ndim - 1)) for value in params)
+class EMA(nnx.Module):
+    """Real exponential moving average of every channel, N orders each (Ma et al. 2024, eq. 1).
+
+    h[t] = q * h[t-1] + p * x[t],  y[t] = sum_n gamma_n h[t, n] / sqrt(N) + omega * x[t], with
+    p = sigmoid(alpha) beta and q = 1 - sigmoid(alpha) sigmoid(delta). It is CEMA at angle 0 with
+    gamma * beta as its output weights, and runs as such: the state is h / beta, a complex number
+    whose imaginary part is 0 up to rounding. Parameters are float32, as those of CEMA. Arguments as
+    for `CEMA`.
+
+    Example:
+      y, final_state = EMA(32, order=4, rngs=nnx.Rngs(0))(x)
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        order: int = 16,
+        implementation: Implementation | None = None,
+        rngs: nnx.Rngs,
+    ):
+        D, N = features, order
+        self.implementation: Implementation | None = implementation
+
+        def normal(std: float, *shape: int) -> Array:
+            return std * jax.random.normal(rngs.params(), shape)
+
+        self.alpha = parameter(normal(0.2, D, N), "channels", None)
+        self.delta = parameter(normal(0.2, D, N), "channels", None)
+        signs = 1.0 - 2.0 * (jnp.arange(N) % 2)  # +1, -1, +1, ...: orders differ from the start
+        self.beta = parameter(signs + normal(0.02, D, N), "channels", None)
+        self.gamma = parameter(normal(1.0, D, N), "channels", None)
+        self.omega = parameter(normal(1.0, D), "channels")
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, *, rngs: nnx.Rngs) -> Self:
+        """The EMA of a model's blocks."""
+        return cls(
+            config.model_dim,
+            order=config.cema_ndim,
+            implementation=config.implementation_of("cema"),
+            rngs=rngs,
         )
-        return shard_map_logical(
-            average,
-            in_specs=(
-                features,
-                per_channel,
-                None if initial_state is None else states,
-                None if segment_ids is None else partition_spec("batch", "length"),
-            ),
-            out_specs=CemaOutput(features, states),
-        )(x, params, initial_state, segment_ids)
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        *,
+        segment_ids: Int32[Array, "B L"] | None = None,
+        initial_state: Complex64[Array, "B D N"] | None = None,
+    ) -> CemaOutput:
+        """Averages x over time; see `pallas_kernels.cema.cema` for arguments and result."""
+        weights = self.gamma[...] * self.beta[...]
+        params = CemaParams(
+            self.alpha[...],
+            self.delta[...],
+            # sigmoid(-inf) is 0, with a finite gradient (0): the angle of q.
+            jnp.full(weights.shape[:1], -jnp.inf, weights.dtype),
+            jnp.stack([weights, jnp.zeros_like(weights)], axis=-1),
+            self.omega[...],
+        )
+        return _average(x, params, segment_ids, initial_state, implementation=self.implementation)
+
+
+def make_moving_average(
+    kind: MovingAverage,
+    features: int,
+    *,
+    order: int,
+    implementation: Implementation | None,
+    rngs: nnx.Rngs,
+) -> CEMA | EMA | None:
+    """The moving average of a kind, None for "none"; raises ValueError for an unknown kind."""
+    match kind:
+        case "cema":
+            return CEMA(features, order=order, implementation=implementation, rngs=rngs)
+        case "ema":
+            return EMA(features, order=order, implementation=implementation, rngs=rngs)
+        case "none":
+            return None
+        case _:
+            raise ValueError(f"moving_average is {kind!r}; use 'cema', 'ema' or 'none'")
+
+
+def _average(
+    x: Array,
+    params: CemaParams,
+    segment_ids: Array | None,
+    initial_state: Array | None,
+    *,
+    implementation: Implementation | None,
+) -> CemaOutput:
+    """`cema` on every device's own rows, tokens and channels."""
+
+    def average(x, params, initial_state, segment_ids) -> CemaOutput:
+        return cema(
+            x,
+            params,
+            initial_state=initial_state,
+            segment_ids=segment_ids,
+            implementation=implementation,
+            sequence_axis=sequence_axis(),
+        )
+
+    features = partition_spec("batch", "length", "channels")
+    states = partition_spec("batch", "channels", None)
+    per_channel = CemaParams(
+        *(partition_spec("channels", *[None] * (value.ndim - 1)) for value in params)
+    )
+    return shard_map_logical(
+        average,
+        in_specs=(
+            features,
+            per_channel,
+            None if initial_state is None else states,
+            None if segment_ids is None else partition_spec("batch", "length"),
+        ),
+        out_specs=CemaOutput(features, states),
+    )(x, params, initial_state, segment_ids)
 
 
 def _initial_theta(key: Array, D: int) -> Array:

@@ -16,12 +16,12 @@ class PositionInfo(NamedTuple):
     """Positions and documents of the tokens of a call, for every layer.
 
     Attributes:
-      rotation: rotary angles of every token's position in its chunk.
+      rotation: rotary angles of every token's position in its chunk; None: no position embedding.
       positions: position of every token in its document; None: 0..L-1 in every row.
       segment_ids: document of every token, 0 for padding; None: a row is one document.
     """
 
-    rotation: Rotation
+    rotation: Rotation | None
     positions: Int32[Array, "B L"] | None
     segment_ids: Int32[Array, "B L"] | None
 
@@ -31,7 +31,7 @@ def position_info(
     *,
     chunk_size: int,
     head_dim: int,
-    rope_base: float,
+    rope_base: float | None,
     segment_ids: Int32[Array, "B L"] | None = None,
     start: Int32[Array, " B"] | None = None,
 ) -> PositionInfo:
@@ -41,11 +41,13 @@ def position_info(
       shape: rows B and tokens L.
       chunk_size: tokens C of an attention chunk; angles begin anew in every chunk.
       head_dim: width of a query or key head.
-      rope_base: base of the rotary angles.
+      rope_base: base of the rotary angles; None: no position embedding.
       segment_ids: documents of each row, numbered from 1; 0 is padding.
       start: tokens that the row's first document has had before this call; None: none, ever.
     """
     positions = document_positions(shape, segment_ids, start)
+    if rope_base is None:
+        return PositionInfo(None, positions, segment_ids)
     in_document = jnp.arange(shape[1])[None] if positions is None else positions
     angles = rotation(in_document % chunk_size, head_dim, rope_base)
     return PositionInfo(angles, positions, segment_ids)
