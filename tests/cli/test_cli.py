@@ -238,6 +238,20 @@ def parsed_config(*arguments: str) -> TrainConfig:
     return to_config(command.settings)
 
 
+def test_a_number_may_be_none(config_file, capsys):
+    for text in ("none", "None"):
+        assert parsed_config(str(config_file), "--model.rope_base", text).model.rope_base is None
+    assert parsed_config(str(config_file), "--model.rope_base", "1e5").model.rope_base == 1e5
+    # The default of the command line is that of the file.
+    path = config_file.with_name("without_positions.toml")
+    path.write_text("[model]\nrope_base = 'none'")
+    assert parsed_config(str(path)).model.rope_base is None
+    assert parsed_config(str(path), "--model.output_size", "32000").model.output_size == 32_000
+    with pytest.raises(SystemExit):
+        parsed_config(str(path), "--model.rope_base", "half")
+    assert "could not convert string to float: 'half'" in capsys.readouterr().err
+
+
 def test_options_override_presets_and_presets_override_the_file(config_file):
     assert parsed_config(str(config_file)) == load_config(config_file)
     config = parsed_config(

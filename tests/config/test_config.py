@@ -1,6 +1,7 @@
 """Configuration: files, presets, and errors that say what came in and what to do."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -75,6 +76,20 @@ def test_dict_round_trip(tmp_path: Path):
     assert config_from_dict(dataclasses.asdict(config)) == config
 
 
+def test_a_number_is_none_by_its_text(tmp_path: Path, monkeypatch):
+    path = tmp_path / "config.toml"
+    path.write_text("[model]\nrope_base = 'none'\noutput_size = 'none'\nmoving_average = 'none'")
+    model = load_config(path).model
+    assert model == ModelConfig(rope_base=None, output_size=None, moving_average="none")
+    config = config_from_dict({"model": {"preset": "mega200M", "rope_base": "none"}})
+    assert config.model == ModelConfig.from_preset("mega200M", rope_base=None)
+    # `asdict` has None itself, as have the checkpoints' JSON files.
+    as_json = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert config_from_dict(as_json) == config
+    monkeypatch.setattr("megalodon_jax.config.model.read_preset", lambda *_: {"rope_base": "none"})
+    assert ModelConfig.from_preset("without_positions").rope_base is None
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -90,6 +105,15 @@ def test_dict_round_trip(tmp_path: Path):
         ("[model]\nnorm_num_groups = 100", r"model_dim 1024 must be a multiple.*groups 100"),
         ("[model]\ndropout = 1.0", r"model\.dropout is 1\.0; must be in \[0, 1\)"),
         ("[model]\ncema_ndim = 33", "use 1 to 32"),
+        ("[model]\nrope_base = 'None'", r"model\.rope_base is 'None'; use .* float, or \"none\""),
+        ("[model]\noutput_size = 'all'", r"output_size is 'all'; use a number of type int, or"),
+        ("[model]\nrope_base = 0", r"model\.rope_base is 0\.0; must be positive, or None"),
+        ("[model]\nnum_layers = 'none'", r"'none' is not of type int.*model\.num_layers"),
+        ("[model]\ntime_norm = 'batch'", r"time_norm is 'batch'; use one of 'timestep', 'layer'"),
+        (
+            "[model]\ntime_norm = 'rms'\nnorm_prior_count = 2",
+            r"norm_prior_count is 2 and time_norm 'rms'; only TimestepNorm has a prior",
+        ),
         ("[data]\nsource = 'files'", r"data\.files is empty"),
         ("steps = 0", "steps is 0; must be at least 1"),
         ("steps = [", "not valid TOML"),

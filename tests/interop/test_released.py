@@ -8,6 +8,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.errors import ConfigError, StateDictError, TorchFileError
@@ -20,6 +21,8 @@ from megalodon_jax.interop.released import (
     to_state_dict,
 )
 from megalodon_jax.interop.torch_file import read_torch_file
+from megalodon_jax.model import Megalodon
+from tests.ablations import VARIANTS
 from tests.golden_files import GoldenModel, golden_model
 from tests.torch_files import write_torch_file
 
@@ -72,6 +75,16 @@ def test_errors_name_the_entries(golden: GoldenModel):
     assert "unknown entries: layers.7.surprise" in message
     assert "missing entries: layers.1.mega.wv.bias" in message
     assert "layers.0.nffn.fc1.weight (159, 64), must be (160, 64)" in message
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_ablations_have_no_released_names(golden: GoldenModel, name: str):
+    config = config_from_released(golden.meta["config"], **VARIANTS[name])
+    switch = next(iter(VARIANTS[name]))
+    with pytest.raises(StateDictError, match=f"{switch} = .* no names for such a model"):
+        from_state_dict(config, golden.state_dict)
+    with pytest.raises(StateDictError, match=switch):
+        to_state_dict(nnx.eval_shape(lambda: Megalodon(config, rngs=nnx.Rngs(0))))
 
 
 @pytest.mark.parametrize(
