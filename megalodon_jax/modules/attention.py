@@ -77,7 +77,7 @@ class MegaAttention(nnx.Module):
       moving_average: "cema", "ema", or "none": m = RMSNorm(u).
       time_norm: the norm of x: "timestep", "layer" or "rms".
       qk_norm: RMSNorm of the heads of z, the shared projection of queries and keys; False:
-        z = silu(m Wz + bz), and softmax(q k^T / sqrt(Z / H)) (MEGA, Ma et al. 2023, eq. 17-20).
+        z = silu(m Wz + bz), and softmax(q k^T / sqrt(Z / H)), as in MEGA (Ma et al. 2023).
       rope_base: base of the rotary angles; None: no position embedding.
       init_mode: initializer of the weights by its released name.
       dropout: dropped fractions; None: nothing is dropped.
