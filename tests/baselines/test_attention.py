@@ -18,6 +18,10 @@ SEGMENTS = lay_out(
     [(0, 3), (1, 20), (2, 1), (0, 6), (2, 17), (3, 11), (0, 3)],
     [(1, 40), (2, 21)],
 )
+MANY_DOCUMENTS = lay_out(
+    [*((n, 3) for n in range(1, 21)), (0, 1)],
+    [(0, 1), (1, 20), *((n, 1) for n in range(2, 42))],
+)
 SHAPE = {"B": 2, "L": 61, "d": 16}
 CASES: dict[str, dict[str, Any]] = {
     "one document": {"H": 2, "K": 2},
@@ -26,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "window of the row": {"H": 1, "K": 1, "window": 61},
     "grouped": {"H": 6, "K": 2},
     "packed": {"H": 2, "K": 2, "segment_ids": SEGMENTS},
+    "many documents": {"H": 2, "K": 2, "segment_ids": MANY_DOCUMENTS},
     "packed, window, grouped": {"H": 4, "K": 1, "segment_ids": SEGMENTS, "window": 9},
 }
 each_case = pytest.mark.parametrize("case", CASES)
