@@ -99,8 +99,10 @@ def test_padding_is_never_seen(implementation):
     results = differentiate(
         [*poisoned, operands[3]], dtype, implementation=implementation, **options
     )
+    # cuDNN adds up gradients of queries in any order.
+    tolerance = 1e-2 if implementation == "cudnn" else 0
     for actual, expected in zip(results, clean, strict=True):
-        np.testing.assert_array_equal(actual, expected)
+        assert relative_error(actual, expected) <= tolerance
         assert not np.any(np.where(is_padding, actual, 0))
 
 
@@ -143,12 +145,23 @@ def test_splash_attention_in_the_interpreter(case):
         assert relative_error(actual, exact) < 1e-5
 
 
+def test_splash_attention_of_several_blocks(monkeypatch):
+    monkeypatch.setattr(splash, "_BLOCK", 128)
+    operands = draw(9, B=1, L=300, H=2, K=1, d=8)
+    rows = {"window": 150, "segment_ids": lay_out([(1, 40), (2, 230), (0, 30)])}
+    expected = differentiate(operands, jnp.float32, implementation="xla", **rows)
+    with interpreted():
+        results = differentiate(operands, jnp.float32, implementation="splash", **rows)
+    for actual, exact in zip(results, expected, strict=True):
+        assert relative_error(actual, exact) < 1e-5
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the default of a CPU")
 def test_the_default_on_a_cpu_is_xla():
     operands, options, _ = exact_case("packed")
     q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in operands)
-    with jax.default_device(jax.devices("cpu")[0]):
-        default = run(q, k, v, **options)
-        xla = run(q, k, v, implementation="xla", **options)
+    default = run(q, k, v, **options)
+    xla = run(q, k, v, implementation="xla", **options)
     np.testing.assert_array_equal(default, xla)
 
 
@@ -199,3 +212,7 @@ def test_limits_of_fused_attention(monkeypatch):
     assert "8.0 or newer" in str(cudnn.why_unsupported(q, None))
     monkeypatch.setattr(splash, "find_target", lambda: target)
     assert "needs one TPU" in str(splash.why_unsupported(q, None))
+    monkeypatch.setattr(splash, "find_target", lambda: cudnn.Target("tpu", "TPU v5 lite"))
+    assert splash.why_unsupported(q, packed) is None
+    assert "bfloat16 or float32" in str(splash.why_unsupported(q.astype(jnp.float16), None))
+    assert "up to 256" in str(splash.why_unsupported(jnp.zeros((1, 8, 2, 512), q.dtype), None))
