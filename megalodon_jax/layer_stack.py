@@ -84,7 +84,7 @@ def run_blocks(
 
     run_block = jax.checkpoint(
         run_block,
-        policy=_checkpoint_policy(config),
+        policy=jax.checkpoint_policies.save_only_these_names(*_saved_names(config)),
         prevent_cse=not config.scan_layers,
     )
     stacked = _Layer(params, cache, keys)
@@ -99,19 +99,6 @@ def run_blocks(
         x, layer_cache = run_block(x, layer)
         caches.append(layer_cache)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
-
-
-def _checkpoint_policy(config: AnyModelConfig) -> Callable[..., Any]:
-    saved = _saved_names(config)
-    by_name = jax.checkpoint_policies.save_only_these_names(*saved)
-    if "chunk_attention" not in saved:
-        return by_name
-    return jax.checkpoint_policies.save_from_both_policies(by_name, _is_cudnn_attention)
-
-
-def _is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Whether a primitive is cuDNN's attention, whose residuals cannot be named."""
-    return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def _saved_names(config: AnyModelConfig) -> tuple[str, ...]:

@@ -2,18 +2,17 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax.numpy as jnp
 
 from megalodon_jax.baselines import blocked, cudnn, splash
 from megalodon_jax.baselines.documents import document_numbers, repeat_heads, zero_padding
+from megalodon_jax.config import AttentionImplementation
 from megalodon_jax.typing import Array, Float, Int32
 from pallas_kernels.chunk_attention.types import accumulation_dtype, matmul_precision
 from pallas_kernels.common.dispatch import check_implementation
 from pallas_kernels.common.target import find_target
-
-AttentionImplementation = Literal["reference", "xla", "cudnn", "splash"]
 
 
 def causal_attention(

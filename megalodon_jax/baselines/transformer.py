@@ -64,8 +64,9 @@ class SelfAttention(nnx.Module):
             product = linear.product(normed, name=PROJECTION)
             return product.reshape(*x.shape[:2], -1, self.config.head_dim)
 
-        query = rotate(heads(self.wq), positions.rotation)
-        key = rotate(heads(self.wk), positions.rotation)
+        query, key = heads(self.wq), heads(self.wk)
+        if positions.rotation is not None:
+            query, key = (rotate(each, positions.rotation) for each in (query, key))
         attended, cache = self._attend((query, key, heads(self.wv)), positions, cache)
         return self.wo(attended.reshape(*x.shape[:2], -1)), cache
 
@@ -85,7 +86,13 @@ class SelfAttention(nnx.Module):
                 ), None
             query, key, value = qkv
             return cached_attention(
-                query, key, value, cache, positions=positions, segment_ids=segment_ids, window=window
+                query,
+                key,
+                value,
+                cache,
+                positions=positions,
+                segment_ids=segment_ids,
+                window=window,
             )
 
         tokens = partition_spec("batch", "length")
@@ -189,8 +196,10 @@ class Transformer(LanguageModel):
             segment_ids,
             None if cache is None else cache.position,
         )
-        in_document = jnp.arange(tokens.shape[1])[None] if positions is None else positions
-        angles = rotation(in_document, config.head_dim, config.rope_base)
+        angles = None
+        if config.rope_base is not None:
+            in_document = jnp.arange(tokens.shape[1])[None] if positions is None else positions
+            angles = rotation(in_document, config.head_dim, config.rope_base)
         info = PositionInfo(angles, positions, segment_ids)
         x, layers = run_blocks(
             self.layers,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megalodon_jax.config.checks import check_keys, require
+from megalodon_jax.config.checks import require
 from megalodon_jax.config.model import ModelConfig
 from megalodon_jax.config.transformer import TransformerConfig
 from megalodon_jax.errors import did_you_mean
@@ -37,6 +37,5 @@ def model_preset(name: str, **overrides: Any) -> AnyModelConfig:
     Raises:
       ConfigError: there is no such preset, or an override is unknown or out of range.
     """
-    table = {**read_preset("models", name), **overrides}
-    kind = model_config_class(table)
-    return kind(**check_keys(kind, table, "model"))
+    kind = model_config_class(read_preset("models", name))
+    return kind.from_preset(name, **overrides)

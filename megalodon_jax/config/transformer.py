@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from megalodon_jax.config.checks import check_keys, check_literals, require
+from megalodon_jax.config.checks import check_keys, check_literals, none_from_text, require
 from megalodon_jax.config.model import DType, InitMode, Remat
 from megalodon_jax.presets import read_preset
 from pallas_kernels.common.dispatch import Implementation
@@ -35,8 +35,8 @@ class TransformerConfig:
     """Columns of the output matrix; None: `vocab_size`."""
     norm_eps: float = 1e-5
     """Epsilon added to mean squares in RMSNorm."""
-    rope_base: float = 10_000.0
-    """Base of the rotary position embedding."""
+    rope_base: float | None = 10_000.0
+    """Base of the rotary position embedding; none: no position embedding."""
     share_emb: bool = False
     """Tie the output matrix to the embedding."""
     init_mode: InitMode = "bert"
@@ -79,6 +79,10 @@ class TransformerConfig:
                 getattr(self, name) != "float16",
                 f"model.{name} is 'float16', which needs loss scaling; use 'bfloat16'",
             )
+        require(
+            self.rope_base is None or self.rope_base > 0,
+            f"model.rope_base is {self.rope_base}; must be positive, or none",
+        )
         check_literals(self, "model")
         require(
             self.rowwise_implementation != "pallas_tpu",
@@ -122,5 +126,5 @@ class TransformerConfig:
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
         """A named size from `configs/models/<name>.toml`, with overrides."""
-        table = read_preset("models", name)
+        table = none_from_text(cls, read_preset("models", name), "model")
         return cls(**check_keys(cls, {**table, **overrides}, "model"))

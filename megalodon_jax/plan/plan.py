@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from megalodon_jax.baselines.cudnn import DOCUMENTS_PER_CALL
 from megalodon_jax.compiled.collectives import Collective, find_collectives
 from megalodon_jax.compiled.hlo import parse_program
 from megalodon_jax.compiled.kernels import (
@@ -247,7 +248,8 @@ def _complete(
             f"loop without a constant trip count, counted once: {name}"
             for name in program.unknown_loops
         )
-        + _notes_on_unstated_flops(kernels),
+        + _notes_on_unstated_flops(kernels)
+        + _notes_on_cudnn(kernels, local_tokens * config.model.model_dim // shape["model"]),
     )
 
 
@@ -283,11 +285,19 @@ def _local_bytes(tree: Any) -> int:
 
 def _implementations(config: TrainConfig, kernels: Sequence[CompiledKernel]) -> dict[str, str]:
     settings = {"chunk_attention": "attention"}
-    operations = KERNEL_OPERATIONS
+    unused = set()
     if isinstance(config.model, TransformerConfig):
         operations = ("attention", "rowwise")
+    else:
+        operations = KERNEL_OPERATIONS
+        if config.model.moving_average == "none":
+            unused.add("cema")
+        if config.model.time_norm != "timestep":
+            unused.add("timestep_norm")
     result = {}
     for operation in operations:
+        if operation in unused:
+            continue
         own = [kernel for kernel in kernels if kernel.operation == operation]
         if own:
             calls = sum(kernel.count for kernel in own)
@@ -320,6 +330,14 @@ def _total_by_kind(found: Sequence[Collective]) -> tuple[CollectiveTotal, ...]:
 def _notes_on_unstated_flops(kernels: Sequence[CompiledKernel]) -> tuple[str, ...]:
     names = sorted({kernel.name for kernel in kernels if not kernel.flops})
     return (f"kernels that state no FLOPs, counted as 0: {', '.join(names)}",) if names else ()
+
+
+def _notes_on_cudnn(kernels: Sequence[CompiledKernel], local_features: int) -> tuple[str, ...]:
+    if not any(kernel.implementation == "cudnn" for kernel in kernels):
+        return ()
+    # Measured: float32 gradients of queries for every document that a call may have.
+    workspace = 4 * DOCUMENTS_PER_CALL * local_features
+    return (f"memory is without cuDNN's workspace, about {workspace / 1e9:.1f} GB for packed rows",)
 
 
 def _reason(message: str) -> str:

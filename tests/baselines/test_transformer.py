@@ -30,6 +30,7 @@ VARIANTS = {
     "grouped, window, tied": dataclasses.replace(
         SMALL, num_kv_heads=2, attention_window=9, share_emb=True, rope_base=500.0
     ),
+    "no positions": dataclasses.replace(SMALL, rope_base=None),
 }
 B, L = 2, 37
 
@@ -41,6 +42,7 @@ def make(config: TransformerConfig) -> Transformer:
     for norm in (
         model.layers.attention.norm, model.layers.feed_forward.norm, model.final_norm,
     ):  # fmt: skip
+        assert norm.weight is not None
         norm.weight[...] = 0.3 * jax.random.normal(next(keys), norm.weight.shape)
     return model
 
@@ -58,6 +60,8 @@ def definition(params, config: TransformerConfig, tokens, segment_ids):
 
     def rotated(x, positions):
         d = x.shape[-1]
+        if config.rope_base is None:
+            return x
         angles = positions[..., None] * config.rope_base ** (-2.0 * np.arange(d // 2) / d)
         turned = (x[..., 0::2] + 1j * x[..., 1::2]) * jnp.exp(1j * angles)
         return jnp.stack([turned.real, turned.imag], -1).reshape(x.shape)
@@ -165,7 +169,8 @@ def test_cache_grows_or_refuses():
     np.testing.assert_allclose(*after, atol=1e-6)
     windowed = make(VARIANTS["grouped, window, tied"])
     ring = windowed.init_cache(B)
-    assert ring.is_ring and windowed.with_room(ring, 10_000) is ring
+    assert ring.is_ring
+    assert windowed.with_room(ring, 10_000) is ring
     # 150 tokens overwrite the ring's 128 slots.
     long = np.tile(tokens, (1, 5))[:, :150]
     for start in range(0, 150, 50):

@@ -110,6 +110,7 @@ def test_stream(stream: str):
             )
         np.testing.assert_array_equal(layer.norm.count, arrays[f"cache:layers.{i}.norm_count"])
     np.testing.assert_array_equal(cache.position, arrays["cache:output.norm_count"])
+    assert cache.final_norm is not None
     assert relative_error(cache.final_norm.mean, arrays["cache:output.norm_mean"]) <= 2e-6
     assert relative_error(cache.final_norm.var, arrays["cache:output.norm_var"]) <= 2e-6
 
