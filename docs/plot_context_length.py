@@ -125,14 +125,14 @@ def draw(curves: list[SpeedCurve]) -> str:
         body.append(_line(x, BOTTOM, x, BOTTOM + 8, "axis"))
         body.append(_text(x, BOTTOM + 36, short_number(length, 1024, "K")))
     body.append(_text((LEFT + RIGHT) / 2, HEIGHT - 22, "context length, tokens"))
-    # The labels of the first curve stand above it, those of the second below.
-    for curve, style, offset in zip(curves, CLASSES, (-16, 34), strict=False):
-        body += _curve(curve, lengths, top, style, offset)
+    for curve, style in zip(curves, CLASSES, strict=False):
+        others = [point for other in curves if other is not curve for point in other.measured]
+        body += _curve(curve, others, lengths, top, style)
     return _document(describe(curves), body)
 
 
 def _curve(
-    curve: SpeedCurve, lengths: list[int], top: float, style: str, offset: float
+    curve: SpeedCurve, others: list[SpeedPoint], lengths: list[int], top: float, style: str
 ) -> list[str]:
     positions = [
         (_x(point.length, lengths), _y(point.tokens_per_second or 0.0, top))
@@ -143,9 +143,14 @@ def _curve(
     for (x, y), point in zip(positions, curve.measured, strict=True):
         body.append(f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="6.5"/>')
         value = short_number(float(f"{point.tokens_per_second:.3g}"), 1000, "k")
-        # Below the axis are the lengths.
-        below = y + offset > BOTTOM - 6
-        body.append(_text(x, y - 16 if below else y + offset, value, "value"))
+        # The label of the slower model is below its point, if there is room above the axis.
+        is_slower = any(
+            other.length == point.length
+            and (other.tokens_per_second or 0.0) > (point.tokens_per_second or 0.0)
+            for other in others
+        )
+        below = is_slower and y + 34 < BOTTOM - 20
+        body.append(_text(x, y + 34 if below else y - 16, value, "value"))
     return body
 
 
@@ -159,7 +164,8 @@ def _names(curves: list[SpeedCurve]) -> str:
 
 
 def _device(curves: list[SpeedCurve]) -> str:
-    return curves[0].device.removeprefix("NVIDIA ")
+    """Short name of the device: "NVIDIA H100 80GB HBM3" is "H100"."""
+    return curves[0].device.removeprefix("NVIDIA ").removesuffix(" HBM3").removesuffix(" 80GB")
 
 
 def _batches(curves: list[SpeedCurve]) -> str:

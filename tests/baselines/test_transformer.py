@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from typing import NamedTuple
 
 import jax
@@ -78,7 +79,7 @@ def definition(params, config: TransformerConfig, tokens, segment_ids):
     x = params["embed"]["embedding"][tokens]
     for layer in range(config.num_layers):
         attention, feed_forward = (
-            jax.tree.map(lambda leaf: leaf[layer], params["layers"][name])
+            jax.tree.map(operator.itemgetter(layer), params["layers"][name])
             for name in ("attention", "feed_forward")
         )
         n = norm(x, attention["norm"]["weight"])

@@ -46,7 +46,7 @@ def test_points_are_measurements_on_a_log_axis_and_a_zero_based_axis():
 def test_names_the_model_the_hardware_and_lengths_that_did_not_fit():
     svg = PLOT["draw"](PLOT["read_curves"](report()))
     texts = ["".join(text.itertext()) for text in elements(svg, "text")]
-    assert "mega200M, one H100 80GB HBM3" in texts
+    assert "mega200M, one H100" in texts
     assert "Tokens/s; 32K tokens a batch, larger above 32K" in texts
     assert {"2K", "8K", "32K", "128K"} <= set(texts)
     assert "131,072: out of memory" in elements(svg, "desc")[0].text
@@ -73,7 +73,7 @@ def test_two_models_are_two_curves_on_the_same_axes():
     }
     assert heights["second"] == pytest.approx([h / 2 for h in heights["first"]], abs=0.1)
     names = ["".join(text.itertext()) for text in elements(svg, "text")]
-    assert "mega200M, transformer200M, one H100 80GB HBM3" in names
+    assert "mega200M, transformer200M, one H100" in names
     assert "2,048: 50,000 (remat dots)" in elements(svg, "desc")[0].text
 
 
