@@ -129,7 +129,12 @@ def test_api_pages_have_every_public_name(package: str):
     assert not missing
 
 
-_DATA = tuple(f"megalodon_jax.config.{name}" for name in ("DType", "InitMode", "Remat", "ModelOp"))
+_DATA = tuple(
+    f"megalodon_jax.config.{name}"
+    for name in (
+        "DType", "InitMode", "Remat", "ModelOp", "AnyModelConfig", "MODEL_CONFIGS", "Attention",
+    )
+)  # fmt: skip
 
 
 def _public_names(package: str) -> dict:
