@@ -18,6 +18,8 @@ from pallas_kernels.common.residuals import Operation, name_residuals
 
 # The name of chunk attention, whose residuals `blocked` saves too.
 RESIDUALS: Operation = "chunk_attention"
+# Scope of the loop over further passes: costs of a program are counted without it.
+LATER_PASSES = "later_document_passes"
 
 
 class DocumentOffsets(NamedTuple):
@@ -136,7 +138,8 @@ def _for_later_passes[T](
         number, total = carry
         return number + 1, add_pass(number, total)
 
-    return jax.lax.while_loop(lambda carry: carry[0] < passes, body, (jnp.int32(1), total))[1]
+    with jax.named_scope(LATER_PASSES):
+        return jax.lax.while_loop(lambda carry: carry[0] < passes, body, (jnp.int32(1), total))[1]
 
 
 class _DocumentsOfPass(NamedTuple):

@@ -241,13 +241,14 @@ def _training_steps(compiled: jax.stages.Compiled, state: TrainState, batch: Bat
 def run(options: BenchTrainOptions) -> int:
     """Measures the selected cases and prints every row at once; returns 0."""
     use_all_memory()
+    cases = [(case, *_opponents(case, options)) for case in _selected_cases(options)]
     kind = jax.devices()[0].device_kind
     best = measure_ceilings(matrix_size=512 if options.small else 8192).flops_per_second
     print(f"{kind}, jax {jax.__version__}, matmul {best / 1e12:,.1f} TFLOP/s", flush=True)
     report = []
-    for case in _selected_cases(options):
+    for contenders in cases:
         speeds = []
-        for contender in (case, *_opponents(case, options)):
+        for contender in contenders:
             row, timing = _measure(contender, options)
             report.append(row)
             if timing is not None:

@@ -337,7 +337,10 @@ def _notes_on_cudnn(kernels: Sequence[CompiledKernel], local_features: int) -> t
         return ()
     # Measured: float32 gradients of queries for every document that a call may have.
     workspace = 4 * DOCUMENTS_PER_CALL * local_features
-    return (f"memory is without cuDNN's workspace, about {workspace / 1e9:.1f} GB for packed rows",)
+    return (
+        f"memory is without cuDNN's workspace, about {workspace / 1e9:.1f} GB for packed rows; "
+        f"rows have at most {DOCUMENTS_PER_CALL} documents",
+    )
 
 
 def _reason(message: str) -> str:

@@ -1,5 +1,6 @@
 """`bench train` reports speed and memory, and sorts kernels by their names."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,7 +8,7 @@ import pytest
 
 from megalodon_jax.bench import train
 from megalodon_jax.bench.kernel_times import kernel_times, kind_of
-from megalodon_jax.bench.train import CASES, StepTiming
+from megalodon_jax.bench.train import CASES, StepTiming, TrainCase
 from megalodon_jax.cli.main import main
 
 
@@ -38,6 +39,36 @@ def test_several_lengths_in_one_call(tmp_path, monkeypatch, tokens, rows):
     assert [step["case"]["length"] for step in steps] == [2048, 8192, 65_536]
     assert [step["case"]["rows"] for step in steps] == rows
     assert all(step["tokens_per_second"] == 1000.0 for step in steps)
+
+
+def test_the_transformer_of_the_same_size_is_measured_beside_it(tmp_path, monkeypatch, capsys):
+    def time(config, **_):
+        if config.model.kind == "transformer" and config.model.remat == "none":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        rate = 1000.0 if config.model.kind == "megalodon" else 800.0
+        return StepTiming(rate, 1e9, 2, 1, 0.5, [])
+
+    monkeypatch.setattr(train, "time_step", time)
+    file = tmp_path / "steps.json"
+    arguments = ["--preset", "mega200M", "--against", "transformer", "--length", "2048", "4096"]
+    remat = ["--remat", "none", "dots"]
+    assert main(["bench", "train", *arguments, *remat, "--small", "--json", str(file)]) == 0
+    cases = [step["case"] for step in json.loads(file.read_text())["steps"]]
+    assert [(case["preset"], case["length"], case["remat"]) for case in cases] == [
+        ("mega200M", 2048, "none"),
+        ("transformer200M", 2048, "dots"),
+        ("mega200M", 4096, "none"),
+        ("transformer200M", 4096, "dots"),
+    ]
+    assert capsys.readouterr().out.count("1.25 times the speed of the Transformer") == 2
+    assert main(["bench", "train", "--preset", "mega1.3B_pg19", "--against", "transformer"]) == 2
+    assert "no Transformer has the size of 'mega1.3B_pg19'" in capsys.readouterr().err
+
+
+def test_a_transformer_step_runs_on_this_device():
+    case = dataclasses.replace(TrainCase("transformer200M", 8, 2048), documents=3, scan_layers=True)
+    timing = train.time_step(train.small(case.config()), documents=3, steps=1)
+    assert timing.tokens_per_second > 0
 
 
 def test_cases_have_their_length():
