@@ -17,7 +17,7 @@ from megalodon_jax.config import DataConfig, MeshConfig, TrainConfig
 from megalodon_jax.errors import ConfigError, ConvertError, MismatchError
 from megalodon_jax.generate import generate
 from megalodon_jax.interop.convert import convert
-from megalodon_jax.parallel.mesh import make_mesh
+from megalodon_jax.parallel.mesh import check_fits, make_mesh, mesh_sizes
 from megalodon_jax.train_state import init_state
 from megalodon_jax.training.step import make_train_step
 from megalodon_jax.typing import Batch
@@ -278,10 +278,10 @@ def test_rematerialization_changes_nothing(train, on_one_device, changes):
 def test_the_sequence_is_not_sharded():
     config = TrainConfig(model=SMALL, data=DataConfig(batch_size=8, seq_len=64))
     with pytest.raises(ConfigError, match=r"mesh\.chunk is 8, but attention of a transformer"):
-        init_state(dataclasses.replace(config, mesh=MeshConfig(chunk=8)))
+        check_fits(config, mesh_sizes(MeshConfig(chunk=8), 8))
     grouped = dataclasses.replace(config, model=dataclasses.replace(SMALL, num_kv_heads=2))
     with pytest.raises(ConfigError, match=r"model\.kv_heads 2 does not divide by mesh\.model = 4"):
-        init_state(dataclasses.replace(grouped, mesh=MeshConfig(replica=2, model=4)))
+        check_fits(grouped, mesh_sizes(MeshConfig(replica=2, model=4), 8))
 
 
 def test_a_run_directory_holds_the_model(tmp_path):
