@@ -16,6 +16,7 @@ from megalodon_jax.config import (
     TransformerConfig,
     model_preset,
 )
+from megalodon_jax.config.ranges import Range, plain_type, range_of
 from megalodon_jax.presets import config_names, preset_names, read_preset
 
 DOCS = Path(__file__).resolve().parent
@@ -83,7 +84,7 @@ def rewrite_links(text: str, folder: Path, page_folder: Path | None = None) -> s
 
 
 def settings_tables() -> str:
-    """One table per TOML table: setting, type or choices, default, description."""
+    """One table per TOML table: setting, type or choices and range, default, description."""
     parts = []
     tables = {name for name, _ in TABLES}
     for name, config in TABLES:
@@ -95,7 +96,7 @@ def settings_tables() -> str:
             if name or entry.name not in tables:
                 cells = (
                     f"`{name}.{entry.name}`" if name else f"`{entry.name}`",
-                    _type_text(entry.type),
+                    _type_text(plain_type(entry.type)) + _range_text(entry.type),
                     f"`{_toml(entry.default)}`" if entry.default is not None else "",
                     _escape(docs[entry.name]),
                 )
@@ -131,6 +132,11 @@ def _type_text(kind: Any) -> str:
     if choices:
         return _type_text(choices[0])
     return kind.__name__
+
+
+def _range_text(kind: Any) -> str:
+    allowed = range_of(kind)
+    return f", {allowed}" if isinstance(allowed, Range) else ""
 
 
 def _toml(value: Any) -> str:

@@ -11,7 +11,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up; modules of one entry may import each other, without cycles.
 LAYERS = [
     ("megalodon_jax.errors", "megalodon_jax.version"),
-    ("megalodon_jax.typing", "megalodon_jax.chips", "megalodon_jax.presets"),
+    (
+        "megalodon_jax.typing",
+        "megalodon_jax.chips",
+        "megalodon_jax.presets",
+        "megalodon_jax.file_limits",
+    ),
     ("megalodon_jax.config",),
     ("megalodon_jax.flops",),
     ("megalodon_jax.parallel",),

@@ -55,7 +55,7 @@ def variants(options: BenchReferenceOptions) -> dict[str, TrainConfig]:
         "default": dataclasses.replace(model, dtype="bfloat16"),
     }
     data = DataConfig(batch_size=options.rows, seq_len=options.length)
-    optim = OptimConfig(lr=1e-3, warmup_steps=20)
+    optim = OptimConfig(lr=1e-3, warmup_steps=min(20, options.steps))
     return {
         name: TrainConfig(model=each, data=data, optim=optim, steps=options.steps)
         for name, each in models.items()

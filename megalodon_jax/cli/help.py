@@ -7,6 +7,7 @@ import docstring_parser
 import tyro
 
 from megalodon_jax.config.checks import number_or_none
+from megalodon_jax.config.ranges import Range, range_of
 
 
 def field_docs(config: type) -> dict[str, str]:
@@ -45,7 +46,10 @@ def described(options: type) -> Any:
         default = dataclasses.field(
             default=entry.default, default_factory=entry.default_factory, kw_only=True
         )  # type: ignore[call-overload]
-        kind = Annotated[entry.type, tyro.conf.arg(help=docs[entry.name])]
+        allowed = range_of(entry.type)
+        # Brackets are markup of `rich`, which prints the help.
+        limits = f" Range: {allowed}." if isinstance(allowed, Range) else ""
+        kind = Annotated[entry.type, tyro.conf.arg(help=docs[entry.name] + limits)]
         if number := number_or_none(entry.type):
             kind = Annotated[kind, _number_or_none(number)]
         fields.append((entry.name, kind, default))

@@ -14,6 +14,7 @@ import tyro
 from megalodon_jax.cli.commands import BENCHMARKS, COMMANDS, Command
 from megalodon_jax.cli.exit_codes import exit_code
 from megalodon_jax.cli.run_config import default_settings
+from megalodon_jax.config.checks import collect_faults
 from megalodon_jax.errors import ConfigError, MegalodonError, did_you_mean
 from megalodon_jax.presets import config_names
 from megalodon_jax.version import __version__
@@ -59,14 +60,15 @@ def parse(arguments: Sequence[str]) -> Command:
     choices = [
         _subcommand(command, rest if command == name else ["--help"]) for command in COMMANDS
     ]
-    return tyro.cli(
-        functools.reduce(operator.or_, choices),
-        args=[name, *rest],
-        prog="megalodon",
-        description=_description(),
-        use_underscores=True,
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes),
-    )
+    with collect_faults():
+        return tyro.cli(
+            functools.reduce(operator.or_, choices),
+            args=[name, *rest],
+            prog="megalodon",
+            description=_description(),
+            use_underscores=True,
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes),
+        )
 
 
 def _check_known(kind: str, name: str, known: Collection[str]) -> None:

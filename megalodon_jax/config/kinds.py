@@ -24,9 +24,9 @@ def model_config_class(table: Mapping[str, Any]) -> type[ModelConfig] | type[Tra
     """
     kind = table.get("kind", "megalodon")
     require(
-        kind in MODEL_CONFIGS,
-        f"model.kind is {kind!r}{did_you_mean(str(kind), list(MODEL_CONFIGS))}; use one of "
-        f"{', '.join(map(repr, MODEL_CONFIGS))}",
+        isinstance(kind, str) and kind in MODEL_CONFIGS,
+        f"model.kind is {kind!r:.80}{did_you_mean(str(kind)[:80], list(MODEL_CONFIGS))}; use one "
+        f"of {', '.join(map(repr, MODEL_CONFIGS))}",
     )
     return MODEL_CONFIGS[kind]
 

@@ -1,9 +1,10 @@
 """Configuration of the model: sizes, dtypes, rematerialization, implementations."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from megalodon_jax.config.checks import check_keys, check_literals, none_from_text, require
+from megalodon_jax.config.checks import Rule, check, check_keys, none_from_text
+from megalodon_jax.config.ranges import Range, Rate, Size, TokenIds, Tokens
 from megalodon_jax.presets import read_preset
 from pallas_kernels.common.dispatch import Implementation
 
@@ -15,6 +16,53 @@ TimeNorm = Literal["timestep", "layer", "rms"]
 ResidualConnection = Literal["two_hop", "pre_norm"]
 ModelOperation = Literal["cema", "timestep_norm", "attention", "rowwise"]
 
+# Rules of every kind of model.
+SHARED_RULES = (
+    Rule(
+        # Smaller and larger bases give angles that float32 cannot hold.
+        lambda c: c.rope_base is None or 1.0 <= c.rope_base <= 1e12,
+        "model.rope_base is {c.rope_base}; must be in [1, 1e12], or None",
+    ),
+    Rule(
+        lambda c: c.rowwise_implementation != "pallas_tpu",
+        "model.rowwise_implementation is 'pallas_tpu', but norms and gates have no kernels for "
+        "TPU; use 'xla', or leave it out",
+    ),
+    Rule(
+        lambda c: not c.share_emb or c.output_size in (None, c.vocab_size),
+        "model.output_size is {c.output_size} and vocab_size {c.vocab_size}; with share_emb they "
+        "must be equal",
+    ),
+)
+RULES = (
+    Rule(
+        lambda c: c.z_dim % c.num_heads == 0,
+        "model.z_dim {c.z_dim} is not a multiple of num_heads {c.num_heads}",
+    ),
+    Rule(
+        lambda c: c.value_dim % c.num_heads == 0,
+        "model.value_dim {c.value_dim} is not a multiple of num_heads {c.num_heads}",
+    ),
+    Rule(
+        lambda c: c.head_dim % 2 == 0 and c.head_dim > 0,
+        "z_dim / num_heads is {c.head_dim}; must be even for rotary pairs",
+    ),
+    Rule(
+        lambda c: c.time_norm == "timestep" or c.norm_prior_count == 0,
+        "model.norm_prior_count is {c.norm_prior_count} and time_norm {c.time_norm!r}; only "
+        "TimestepNorm has a prior: use 0, or 'timestep'",
+    ),
+    Rule(
+        lambda c: (
+            c.time_norm != "timestep"
+            or (c.model_dim % c.norm_num_groups == 0 and c.model_dim > c.norm_num_groups)
+        ),
+        "model_dim {c.model_dim} must be a multiple, two or more, of norm_num_groups "
+        "{c.norm_num_groups}",
+    ),
+    *SHARED_RULES,
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -22,37 +70,37 @@ class ModelConfig:
 
     kind: Literal["megalodon"] = "megalodon"
     """Architecture."""
-    num_layers: int = 12
+    num_layers: Annotated[int, Range(low=1, high=100_000)] = 12
     """Number of blocks, each a gated chunk attention and a feed-forward network."""
-    model_dim: int = 1024
+    model_dim: Size = 1024
     """Width D of the residual stream."""
-    z_dim: int = 256
+    z_dim: Size = 256
     """Width Z of queries and keys, over all heads."""
-    value_dim: int = 2048
+    value_dim: Size = 2048
     """Width E of values and of their gate, over all heads."""
-    num_heads: int = 1
+    num_heads: Size = 1
     """Number of attention heads H."""
-    ffn_hidden_dim: int = 2560
+    ffn_hidden_dim: Size = 2560
     """Hidden width F of the feed-forward network."""
     moving_average: MovingAverage = "cema"
     """Moving average before queries, keys and gate: complex (CEMA), real (EMA), or none."""
-    cema_ndim: int = 16
+    cema_ndim: Annotated[int, Range(low=1, high=32)] = 16
     """Order N of the moving average (CEMA or EMA), 1 to 32."""
-    chunk_size: int = 2048
+    chunk_size: Tokens = 2048
     """Tokens C of an attention chunk; attention does not cross chunks."""
-    vocab_size: int = 32_000
+    vocab_size: TokenIds = 32_000
     """Number of token ids V, the rows of the embedding."""
-    output_size: int | None = None
+    output_size: Annotated[int | None, Range(low=1, high=100_000_000)] = None
     """Columns of the output matrix; None: `vocab_size`."""
     time_norm: TimeNorm = "timestep"
     """Norm before attention and after the last block: TimestepNorm, LayerNorm or RMSNorm."""
-    norm_num_groups: int = 32
+    norm_num_groups: Size = 32
     """Number of feature groups G in TimestepNorm."""
     norm_affine: bool = True
     """Learned scale (and bias) in RMSNorm and LayerNorm; TimestepNorm always has them."""
-    norm_eps: float = 1e-5
+    norm_eps: Annotated[float, Range(low=1e-12, high=1.0)] = 1e-5
     """Epsilon added to variances."""
-    norm_prior_count: int = 0
+    norm_prior_count: Annotated[int, Range(low=0, high=1_000_000_000)] = 0
     """Weight of TimestepNorm's learned prior in tokens; 0: no prior, as in all released models."""
     residual_connection: ResidualConnection = "two_hop"
     """Second residual of a block: from the block's input (two-hop), or from the attention's output
@@ -60,7 +108,7 @@ class ModelConfig:
     qk_norm: bool = True
     """RMSNorm of every head of the shared projection of queries and keys; False: SiLU instead, and
     scores scaled by 1 / sqrt(z_dim / num_heads)."""
-    rope_base: float | None = 10_000.0
+    rope_base: Annotated[float | None, Range(low=0.0, open_low=True)] = 10_000.0
     """Base of the rotary position embedding; None ("none" in a file and on the command line): no
     position embedding."""
     swiglu: bool = False
@@ -73,11 +121,11 @@ class ModelConfig:
     """Tie the output matrix to the embedding."""
     init_mode: InitMode = "he"
     """Initializer of the linear weights."""
-    dropout: float = 0.0
+    dropout: Rate = 0.0
     """Dropout rate of embeddings and of both sub-layers' outputs."""
-    hidden_dropout: float = 0.0
+    hidden_dropout: Rate = 0.0
     """Dropout rate of hidden activations inside the sub-layers."""
-    attention_dropout: float = 0.0
+    attention_dropout: Rate = 0.0
     """Dropout rate of attention."""
     attention_dropout_mode: Literal["softmax", "dropkey"] = "softmax"
     """Attention dropout of the weights after the softmax, or of the scores before it (DropKey)."""
@@ -106,63 +154,7 @@ class ModelConfig:
     platform."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_layers", "model_dim", "z_dim", "value_dim", "num_heads", "ffn_hidden_dim",
-            "chunk_size", "vocab_size", "norm_num_groups",
-        ):  # fmt: skip
-            require(
-                getattr(self, name) >= 1,
-                f"model.{name} is {getattr(self, name)}; must be at least 1",
-            )
-        require(1 <= self.cema_ndim <= 32, f"model.cema_ndim is {self.cema_ndim}; use 1 to 32")
-        for name in ("dropout", "hidden_dropout", "attention_dropout"):
-            rate = getattr(self, name)
-            require(0.0 <= rate < 1.0, f"model.{name} is {rate}; must be in [0, 1)")
-        for name, dim in (("z_dim", self.z_dim), ("value_dim", self.value_dim)):
-            require(
-                dim % self.num_heads == 0,
-                f"model.{name} {dim} is not a multiple of num_heads {self.num_heads}",
-            )
-        require(
-            self.head_dim % 2 == 0,
-            f"z_dim / num_heads is {self.head_dim}; must be even for rotary pairs",
-        )
-        self._check_norms()
-        require(
-            self.rope_base is None or self.rope_base > 0.0,
-            f"model.rope_base is {self.rope_base}; must be positive, or None",
-        )
-        for name in ("dtype", "param_dtype"):
-            require(
-                getattr(self, name) != "float16",
-                f"model.{name} is 'float16', which overflows (at 65,504) in the gated products and "
-                "needs loss scaling; use 'bfloat16'",
-            )
-        check_literals(self, "model")
-        require(
-            self.rowwise_implementation != "pallas_tpu",
-            "model.rowwise_implementation is 'pallas_tpu', but norms and gates have no kernels for "
-            "TPU; use 'xla', or leave it out",
-        )
-        require(
-            not self.share_emb or self.output_size in (None, self.vocab_size),
-            f"model.output_size is {self.output_size} and vocab_size {self.vocab_size}; with "
-            "share_emb they must be equal",
-        )
-
-    def _check_norms(self) -> None:
-        if self.time_norm != "timestep":
-            require(
-                self.norm_prior_count == 0,
-                f"model.norm_prior_count is {self.norm_prior_count} and time_norm "
-                f"{self.time_norm!r}; only TimestepNorm has a prior: use 0, or 'timestep'",
-            )
-            return
-        require(
-            self.model_dim % self.norm_num_groups == 0 and self.model_dim > self.norm_num_groups,
-            f"model_dim {self.model_dim} must be a multiple, two or more, of norm_num_groups "
-            f"{self.norm_num_groups}",
-        )
+        check(self, "model", RULES)
 
     @property
     def head_dim(self) -> int:

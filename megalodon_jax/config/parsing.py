@@ -1,16 +1,27 @@
 """Parsing of TOML files and nested tables into a `TrainConfig`."""
 
 import dataclasses
+import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
-from megalodon_jax.config.checks import check_keys, none_from_text, require
+from megalodon_jax.config.checks import (
+    add_fault,
+    check_keys,
+    collect_faults,
+    none_from_text,
+    number_or_none,
+)
 from megalodon_jax.config.kinds import AnyModelConfig, model_config_class
+from megalodon_jax.config.ranges import plain_type
 from megalodon_jax.config.run import TrainConfig
 from megalodon_jax.errors import ConfigError
+from megalodon_jax.file_limits import FileLimitError, read_bytes
 from megalodon_jax.presets import PresetKind, read_preset
+
+MAX_CONFIG_BYTES = 1_000_000
 
 
 def load_config(path: str | Path) -> TrainConfig:
@@ -25,10 +36,14 @@ def load_config(path: str | Path) -> TrainConfig:
         suggested), or a value has the wrong type or is out of range.
     """
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        text = read_bytes(path, max_bytes=MAX_CONFIG_BYTES).decode("utf-8")
+        table = tomllib.loads(text)
+    except FileLimitError as error:
+        raise ConfigError(f"cannot read config {path}: {error}") from error
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    # ValueError: also of numbers with thousands of digits; RecursionError: of nested brackets.
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     try:
         return config_from_dict(table)
@@ -37,24 +52,58 @@ def load_config(path: str | Path) -> TrainConfig:
 
 
 def config_from_dict(table: Mapping[str, Any]) -> TrainConfig:
-    """Builds a `TrainConfig` from nested mappings; the inverse of `dataclasses.asdict`."""
-    import cattrs
+    """Builds a `TrainConfig` from nested mappings; the inverse of `dataclasses.asdict`.
 
-    table = dict(table)
+    Raises:
+      ConfigError: a key is unknown, or a value has the wrong type or is out of range; the message
+        has the faults of all tables.
+    """
+    with collect_faults() as faults:
+        known = _known_entries(TrainConfig, _with_presets(dict(table)), "")
+        config = _structure(known)
+    assert config is not None, faults
+    return config
+
+
+def _with_presets(table: dict[str, Any]) -> dict[str, Any]:
     presets: dict[str, PresetKind] = {"model": "models", "mesh": "meshes"}
     for name, kind in presets.items():
-        fields = table.get(name, {})
-        require(isinstance(fields, Mapping), f"{name} must be a table, got {fields!r}")
+        fields = table.get(name)
+        if not isinstance(fields, Mapping) or not fields.get("preset"):
+            continue
         fields = dict(fields)
-        if preset := fields.pop("preset", None):
-            table[name] = {**read_preset(kind, preset), **fields}
-    table = _check_nested_keys(TrainConfig, table, "")
+        preset = fields.pop("preset")
+        if not isinstance(preset, str):
+            add_fault(f"{name}.preset is {preset!r:.80}; use the name of a shipped file")
+            preset_fields = {}
+        else:
+            preset_fields = _preset(kind, preset)
+        table[name] = {**preset_fields, **fields}
+    return table
+
+
+def _preset(kind: PresetKind, name: str) -> dict[str, Any]:
+    try:
+        return read_preset(kind, name)
+    except ConfigError as error:
+        add_fault(str(error))
+        return {}
+
+
+def _structure(table: Mapping[str, Any]) -> TrainConfig | None:
+    import cattrs
+
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
-    for scalar in (int, float, str, bool):
-        converter.register_structure_hook(scalar, _strict_scalar)
-    # The dataclasses check their choices themselves, with better messages.
+    # The dataclasses check types, choices and ranges themselves, for Python as well.
+    for scalar in (int, str, bool):
+        converter.register_structure_hook(scalar, lambda value, _: value)
+    converter.register_structure_hook(float, _float_of_integer)
     converter.register_structure_hook_func(
-        lambda kind: get_origin(kind) is Literal, lambda value, _: value
+        lambda kind: get_origin(plain_type(kind)) in (Literal, tuple), _list_as_tuple
+    )
+    converter.register_structure_hook_func(
+        lambda kind: number_or_none(kind) is not None,
+        lambda value, kind: _float_of_integer(value) if number_or_none(kind) is float else value,
     )
     converter.register_structure_hook_func(
         lambda kind: kind == AnyModelConfig,
@@ -66,28 +115,37 @@ def config_from_dict(table: Mapping[str, Any]) -> TrainConfig:
         messages = cattrs.transform_error(
             error, path="config", format_exception=lambda cause, _: str(cause)
         )
-        raise ConfigError("; ".join(messages)) from error
+        add_fault("; ".join(messages))
+        return None
 
 
-def _strict_scalar(value: Any, kind: type) -> Any:
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise TypeError(f"{value!r} is not of type {kind.__name__}")
-    return value
+def _float_of_integer(value: Any, _kind: Any = float) -> Any:
+    """A whole number as a float, where a float can hold it; other values unchanged."""
+    is_small = type(value) is int and abs(value) <= sys.float_info.max
+    return float(value) if is_small else value
 
 
-def _check_nested_keys(cls: type, table: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """A copy of the table, with the texts "none" read; raises `ConfigError` for an unknown key."""
-    check_keys(cls, table, path or "config")
-    copy = none_from_text(cls, table, path or "config")
+def _list_as_tuple(value: Any, _kind: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _known_entries(cls: type, table: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The table without unknown keys, whose faults are added, and with the texts "none" read."""
+    copy = none_from_text(cls, check_keys(cls, table, path or "config"), path or "config")
     for entry in dataclasses.fields(cls):
         is_table = dataclasses.is_dataclass(entry.type) or entry.type == AnyModelConfig
-        if entry.name in table and is_table:
-            value = table[entry.name]
-            require(isinstance(value, Mapping), f"{entry.name} must be a table, got {value!r}")
-            kind: Any = entry.type
-            if kind == AnyModelConfig:
+        if entry.name not in copy or not is_table:
+            continue
+        value = copy.pop(entry.name)
+        if not isinstance(value, Mapping):
+            add_fault(f"{entry.name} must be a table, got {value!r:.80}")
+            continue
+        kind: Any = entry.type
+        if kind == AnyModelConfig:
+            try:
                 kind = model_config_class(value)
-            copy[entry.name] = _check_nested_keys(kind, value, entry.name)
+            except ConfigError as error:
+                add_fault(str(error))
+                continue
+        copy[entry.name] = _known_entries(kind, value, entry.name)
     return copy

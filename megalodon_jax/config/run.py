@@ -1,14 +1,23 @@
 """Configuration of a training run."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from megalodon_jax.config.checks import check_literals, require
+from megalodon_jax.config.checks import Rule, check
 from megalodon_jax.config.data import DataConfig
 from megalodon_jax.config.kinds import AnyModelConfig
 from megalodon_jax.config.mesh import MeshConfig, ProcessesConfig
 from megalodon_jax.config.model import ModelConfig
 from megalodon_jax.config.optimizer import OptimConfig
+from megalodon_jax.config.ranges import Content, Interval, Seed, Steps, Text, Tokens, Weight
+
+RULES = (
+    Rule(
+        lambda c: c.optim.warmup_steps <= c.steps,
+        "optim.warmup_steps is {c.optim.warmup_steps}, longer than the run of steps = {c.steps}; "
+        "use at most {c.steps}",
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,41 +31,38 @@ class TrainConfig:
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
     task: Literal["language"] = "language"
     """Task of the run: its examples, its loss and its metric."""
-    run_dir: str = "runs/default"
+    run_dir: Annotated[str, Text(may_be_empty=False)] = "runs/default"
     """Directory of the run's checkpoints, logs and resolved configuration."""
-    steps: int = 1000
+    steps: Steps = 1000
     """Number of updates."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of parameter initialization and dropout."""
-    z_loss: float = 0.0
+    z_loss: Weight = 0.0
     """Weight of the z-loss log(Z)^2, which keeps the logits' log-normalizer near 0."""
-    loss_chunk_size: int = 2048
+    loss_chunk_size: Tokens = 2048
     """Tokens per slice of the loss; logits exist for one slice at a time."""
-    log_every: int = 10
+    log_every: Steps = 10
     """Steps between log lines."""
-    eval_every: int = 200
+    eval_every: Interval = 200
     """Steps between held-out evaluations; 0: only at the end."""
-    eval_batches: int = 8
+    eval_batches: Interval = 8
     """Batches of a held-out evaluation during training."""
-    final_eval_batches: int = 64
+    final_eval_batches: Interval = 64
     """Batches of the final held-out evaluation."""
-    checkpoint_every: int = 200
+    checkpoint_every: Interval = 200
     """Steps between checkpoints; 0: only at the end."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: Steps = 3
     """Number of newest checkpoints to keep."""
     init_from: str = ""
     """Initialize the weights from this run_dir, trained or converted; empty: random weights."""
     resume: bool = False
     """Resume from the newest checkpoint in `run_dir`."""
-    sample_tokens: int = 256
+    sample_tokens: Interval = 256
     """Tokens of the text sample generated at the end; 0: no sample."""
-    sample_prompt: str = ""
+    sample_prompt: Content = ""
     """Prompt of the text sample."""
     wandb_project: str = ""
     """Weights & Biases project to log to; empty: none."""
 
     def __post_init__(self) -> None:
-        check_literals(self, "config")
-        for name in ("steps", "loss_chunk_size", "keep_checkpoints", "log_every"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} is {value}; must be at least 1")
+        check(self, "", RULES)

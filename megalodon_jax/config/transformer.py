@@ -1,14 +1,28 @@
 """Configuration of the Transformer that MEGALODON is compared with."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from megalodon_jax.config.checks import check_keys, check_literals, none_from_text, require
-from megalodon_jax.config.model import DType, InitMode, Remat
+from megalodon_jax.config.checks import Rule, check, check_keys, none_from_text
+from megalodon_jax.config.model import SHARED_RULES, DType, InitMode, Remat
+from megalodon_jax.config.ranges import Range, Size, TokenIds
 from megalodon_jax.presets import read_preset
 from pallas_kernels.common.dispatch import Implementation
 
 AttentionImplementation = Literal["reference", "xla", "cudnn", "splash"]
+
+RULES = (
+    Rule(
+        lambda c: c.model_dim % c.num_heads == 0 and c.head_dim % 2 == 0,
+        "model.model_dim {c.model_dim} over num_heads {c.num_heads} must give an even head width, "
+        "for rotary pairs",
+    ),
+    Rule(
+        lambda c: c.num_heads % c.kv_heads == 0,
+        "model.num_heads {c.num_heads} is not a multiple of num_kv_heads {c.kv_heads}",
+    ),
+    *SHARED_RULES,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,25 +31,25 @@ class TransformerConfig:
 
     kind: Literal["transformer"] = "transformer"
     """Architecture."""
-    num_layers: int = 12
+    num_layers: Annotated[int, Range(low=1, high=100_000)] = 12
     """Number of blocks, each an attention and a feed-forward network."""
-    model_dim: int = 1024
+    model_dim: Size = 1024
     """Width D of the residual stream."""
-    num_heads: int = 8
+    num_heads: Size = 8
     """Number of query heads H, each `model_dim / num_heads` wide."""
-    num_kv_heads: int | None = None
+    num_kv_heads: Annotated[int | None, Range(low=1, high=1_000_000)] = None
     """Number of key and value heads (grouped-query attention); None: `num_heads`."""
-    ffn_hidden_dim: int = 2816
+    ffn_hidden_dim: Size = 2816
     """Hidden width F of the SwiGLU feed-forward network."""
-    attention_window: int | None = None
+    attention_window: Annotated[int | None, Range(low=1, high=2_000_000_000)] = None
     """Tokens that a token sees, its own included (sliding window); None: all before it."""
-    vocab_size: int = 32_000
+    vocab_size: TokenIds = 32_000
     """Number of token ids V, the rows of the embedding."""
-    output_size: int | None = None
+    output_size: Annotated[int | None, Range(low=1, high=100_000_000)] = None
     """Columns of the output matrix; None: `vocab_size`."""
-    norm_eps: float = 1e-5
+    norm_eps: Annotated[float, Range(low=1e-12, high=1.0)] = 1e-5
     """Epsilon added to mean squares in RMSNorm."""
-    rope_base: float | None = 10_000.0
+    rope_base: Annotated[float | None, Range(low=0.0, open_low=True)] = 10_000.0
     """Base of the rotary position embedding; none: no position embedding."""
     share_emb: bool = False
     """Tie the output matrix to the embedding."""
@@ -59,41 +73,7 @@ class TransformerConfig:
     """Implementation of RMSNorm and the SiLU gate; None: the fastest known for the platform."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_layers", "model_dim", "num_heads", "num_kv_heads", "ffn_hidden_dim",
-            "attention_window", "vocab_size", "output_size",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"model.{name} is {value}; must be at least 1")
-        require(
-            self.model_dim % self.num_heads == 0 and self.head_dim % 2 == 0,
-            f"model.model_dim {self.model_dim} over num_heads {self.num_heads} must give an even "
-            "head width, for rotary pairs",
-        )
-        require(
-            self.num_heads % self.kv_heads == 0,
-            f"model.num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}",
-        )
-        for name in ("dtype", "param_dtype"):
-            require(
-                getattr(self, name) != "float16",
-                f"model.{name} is 'float16', which needs loss scaling; use 'bfloat16'",
-            )
-        require(
-            self.rope_base is None or self.rope_base > 0,
-            f"model.rope_base is {self.rope_base}; must be positive, or none",
-        )
-        check_literals(self, "model")
-        require(
-            self.rowwise_implementation != "pallas_tpu",
-            "model.rowwise_implementation is 'pallas_tpu', but norms and gates have no kernels for "
-            "TPU; use 'xla', or leave it out",
-        )
-        require(
-            not self.share_emb or self.output_size in (None, self.vocab_size),
-            f"model.output_size is {self.output_size} and vocab_size {self.vocab_size}; with "
-            "share_emb they must be equal",
-        )
+        check(self, "model", RULES)
 
     @property
     def head_dim(self) -> int:

@@ -213,7 +213,7 @@ def train():
         model=dataclasses.replace(SMALL, num_kv_heads=2, vocab_size=64, ffn_hidden_dim=48),
         data=DataConfig(batch_size=8, seq_len=32),
         loss_chunk_size=64,
-        steps=3,
+        steps=100,
     )
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 64, (1, 8, 33)).astype(np.int32)

@@ -354,8 +354,6 @@ def test_errors_in_documents_reach_the_caller(numbers: Tokenizer, number_config:
         ({"rows": ()}, {}, r"rows are \[\]; use ascending indices from 0 to 3"),
         ({}, {"num_shards": 8, "batch_size": 8}, "7 documents are too few for 8 data shards"),
         ({}, {"num_workers": 9}, "7 documents are too few for 1 data shards with 9 workers"),
-        ({}, {"num_workers": -1}, "data.num_workers is -1; must not be negative"),
-        ({}, {"shuffle_seed": -1}, "data.shuffle_seed is -1"),
     ],
 )
 def test_invalid_arguments_are_rejected(

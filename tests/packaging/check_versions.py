@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[2]
+SHORT = ("--steps", "3", "--optim.warmup_steps", "2")
 Age = Literal["oldest", "newest"]
 # Code that depends on versions: configuration, data, checkpoints, modules, and one operation's
 # kernels of either backend in the interpreter. Warnings are errors, so deprecations are found.
@@ -75,7 +76,7 @@ def check(python: str, age: Age) -> bool:
             and run(
                 inside, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *TESTS
             )
-            and run(venv / "bin" / "megalodon", "train", "first_run", "--steps", "3", cwd=empty)
+            and run(venv / "bin" / "megalodon", "train", "first_run", *SHORT, cwd=empty)
         )
         versions = _installed(inside) if inside.exists() else ""
     minutes = (time.monotonic() - start) / 60

@@ -76,7 +76,8 @@ def test_installed_wheel_trains_in_an_empty_folder(wheel, tmp_path):
     installed, empty = tmp_path / "installed", tmp_path / "empty"
     empty.mkdir()
     run("pip", "install", "-q", "--no-deps", "--target", installed, wheel, cwd=empty)
-    steps = ["--steps", "5", "--final_eval_batches", "2", "--sample_tokens", "8"]
+    steps = ["--steps", "5", "--optim.warmup_steps", "2"]
+    steps += ["--final_eval_batches", "2", "--sample_tokens", "8"]
     output = run("megalodon_jax", "train", "first_run", *steps, cwd=empty, path=installed)
     assert "step 5/5" in output
     assert (empty / "runs" / "first" / "metrics.jsonl").is_file()

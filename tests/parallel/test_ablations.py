@@ -43,7 +43,7 @@ def train(name: str, mesh_config: MeshConfig) -> tuple[list[float], dict[str, np
     """Losses of three steps, and the parameters after them."""
     model = dataclasses.replace(MODEL, **VARIANTS[name])
     config = TrainConfig(
-        model=model, mesh=mesh_config, data=DataConfig(batch_size=4, seq_len=32), steps=3,
+        model=model, mesh=mesh_config, data=DataConfig(batch_size=4, seq_len=32), steps=100,
         loss_chunk_size=64,
     )  # fmt: skip
     num_devices = 4 if mesh_config != MeshConfig() else 1

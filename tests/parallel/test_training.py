@@ -24,7 +24,7 @@ CONFIG = TrainConfig(
     ),
     data=DataConfig(batch_size=24, seq_len=64),
     loss_chunk_size=48,
-    steps=20,
+    steps=100,
 )  # fmt: skip
 # Every preset with several devices, and every pair of axes.
 MESHES = {
