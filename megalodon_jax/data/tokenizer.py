@@ -14,8 +14,11 @@ import numpy as np
 from jaxtyping import Int, Int32, Int64
 
 from megalodon_jax.errors import DataError
+from megalodon_jax.file_limits import MAX_TOKENIZER_BYTES, FileLimitError, read_bytes
 
 BYTE_VALUES = 256
+# The largest `model.vocab_size`.
+MAX_VOCAB_SIZE = 100_000_000
 
 
 class CountedTokens(NamedTuple):
@@ -117,13 +120,20 @@ class JsonTokenizer:
 
         try:
             self._tokenizer = RustTokenizer.from_buffer(self._json)
-        # The library raises plain Exception for every malformed file.
-        except Exception as error:
-            raise DataError(f"{self._path} is not a tokenizer of `tokenizers`: {error}") from error
+            ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        # The library raises plain Exception for every malformed file, and pyo3's PanicException,
+        # which derives from BaseException only, for some.
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise DataError(
+                f"{self._path} is not a tokenizer of `tokenizers`: {error!s:.400}"
+            ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(ids, default=0) + 1
+        _check_vocab_size(self.vocab_size, self._path)
 
     def __getstate__(self) -> dict[str, Any]:
         # The library's pickling loses `encode_special_tokens`.
@@ -170,7 +180,8 @@ class SentencePieceTokenizer:
             self.vocab_size = int(self._processor.vocab_size())
         # The exception type for a malformed model differs between releases.
         except Exception as error:
-            raise DataError(f"{path} is not a model of `sentencepiece`: {error}") from error
+            raise DataError(f"{path} is not a model of `sentencepiece`: {error!s:.400}") from error
+        _check_vocab_size(self.vocab_size, path)
         # -1: not defined.
         ids = (int(self._processor.bos_id()), int(self._processor.eos_id()))
         bos, eos = (token if token >= 0 else None for token in ids)
@@ -225,23 +236,41 @@ def count_bytes(text: str) -> int:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        content = read_bytes(path, max_bytes=MAX_TOKENIZER_BYTES)
+    except FileLimitError as error:
+        raise DataError(f"cannot read tokenizer {path}: {error}") from error
     except OSError as error:
         raise DataError(f"cannot read tokenizer {path}: {error.strerror}") from error
+    if not content:
+        raise DataError(f"tokenizer {path} is empty")
+    return content
+
+
+def _check_vocab_size(vocab_size: int, path: Path) -> None:
+    if not 0 < vocab_size <= MAX_VOCAB_SIZE:
+        raise DataError(
+            f"tokenizer {path} has token ids up to {vocab_size - 1:,}; at most "
+            f"{MAX_VOCAB_SIZE - 1:,} are supported"
+        )
 
 
 def _configured_boundary_tokens(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        content = read_bytes(path, max_bytes=MAX_TOKENIZER_BYTES)
+        table = json.loads(content.decode("utf-8"))
         tokens = {key: table.get(key) for key in ("bos_token", "eos_token")}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"cannot read the boundary tokens in {path}: {error}") from error
     # An added token is stored as an object, an ordinary one as its text.
     texts = {
-        key: token["content"] if isinstance(token, dict) else token for key, token in tokens.items()
+        key: token.get("content") if isinstance(token, dict) else token
+        for key, token in tokens.items()
     }
+    for key, text in texts.items():
+        if not isinstance(text, str | None):
+            raise DataError(f"{key} in {path} is {text!r:.80}; it must be a text")
     return {key: text for key, text in texts.items() if text is not None}
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +20,8 @@ from megalodon_jax.config import (
     load_config,
     model_preset,
 )
-from megalodon_jax.errors import ConvertError
+from megalodon_jax.errors import ConfigError, ConvertError
+from megalodon_jax.file_limits import FileLimitError, check_regular
 from megalodon_jax.interop.released import (
     from_state_dict,
     read_released_checkpoint,
@@ -85,18 +87,43 @@ def read_safetensors(
       ConvertError: the file cannot be read, or has no configuration.
     """
     try:
+        check_regular(path)
         with safe_open(str(path), framework="np") as file:
             metadata = file.metadata() or {}
-            state_dict: dict[str, np.ndarray] = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+            state_dict = {name: _tensor(file, name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, FileLimitError) as error:
         raise ConvertError(f"cannot read {path} as safetensors: {error}") from error
     if config is not None:
         run = TrainConfig(model=config)
     elif CONFIG_KEY in metadata:
-        run = config_from_dict(json.loads(metadata[CONFIG_KEY]))
+        run = _config_of_metadata(path, metadata[CONFIG_KEY])
     else:
         raise ConvertError(f"{path} has no model configuration; give --config")
     return from_state_dict(_megalodon(run.model), state_dict), run
+
+
+def _tensor(file: Any, name: str) -> np.ndarray:
+    try:
+        return file.get_tensor(name)
+    # The library raises several types for dtypes that NumPy has not.
+    except (SafetensorError, TypeError, AttributeError, KeyError, ValueError) as error:
+        dtype = file.get_slice(name).get_dtype()
+        raise ConvertError(
+            f"cannot read entry {name!r:.80} of dtype {dtype} as an array: {error}"
+        ) from error
+
+
+def _config_of_metadata(path: str | Path, text: str) -> TrainConfig:
+    try:
+        table = json.loads(text)
+        if not isinstance(table, dict):
+            raise ConvertError(f"{path}: the configuration in the metadata is not a table")
+        return config_from_dict(table)
+    except ConfigError as error:
+        raise ConvertError(f"{path}: the configuration in the metadata: {error}") from error
+    # RecursionError: of nested brackets.
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ConvertError(f"{path}: the configuration in the metadata: {error}") from error
 
 
 def _megalodon(config: AnyModelConfig) -> ModelConfig:

@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.errors import ConfigError, StateDictError
+from megalodon_jax.file_limits import MAX_METADATA_BYTES, read_bytes
 from megalodon_jax.model import Megalodon
 from megalodon_jax.modules.rotary import rotary_frequencies
 
@@ -142,9 +144,11 @@ def from_state_dict(config: ModelConfig, state_dict: Mapping[str, Any]) -> Megal
         buffers are optional; if present, they must match the config.
 
     Raises:
-      StateDictError: an entry is unknown, missing, of another shape, or contradicts the config.
+      StateDictError: an entry is unknown, missing, of another shape or kind, or contradicts the
+        config.
     """
     outside, per_block = released_entries(config)
+    _check_num_layers(config, state_dict)
     named = _named_entries(config, outside, per_block)
     arrays = {name: _to_numpy(value) for name, value in state_dict.items()}
     _check_entries(arrays, named)
@@ -195,6 +199,7 @@ def join_shards(config: ModelConfig, shards: Sequence[Mapping[str, Any]]) -> dic
     """
     if not shards:
         raise StateDictError("there are no shards; pass one state dict per rank")
+    _check_num_layers(config, shards[0])
     named = _named_entries(config, *released_entries(config))
     names = list(shards[0])
     for rank, shard in enumerate(shards):
@@ -212,7 +217,14 @@ def join_shards(config: ModelConfig, shards: Sequence[Mapping[str, Any]]) -> dic
         values = [_to_numpy(shard[name]) for shard in shards]
         axis = named[name].shard_axis
         if axis is not None:
-            joined[name] = np.concatenate(values, axis=axis)
+            try:
+                joined[name] = np.concatenate(values, axis=axis)
+            except ValueError as error:
+                shapes = ", ".join(str(value.shape) for value in values)
+                raise StateDictError(
+                    f"the shards of {name} have shapes {shapes:.160}, which cannot be joined along "
+                    f"axis {axis}; pass shards of one checkpoint"
+                ) from error
         elif all(np.array_equal(value, values[0]) for value in values):
             joined[name] = values[0]
         else:
@@ -225,7 +237,10 @@ def join_shards(config: ModelConfig, shards: Sequence[Mapping[str, Any]]) -> dic
 
 def config_from_released(table: Mapping[str, Any], **overrides: Any) -> ModelConfig:
     """The `ModelConfig` of the "model" table in a released `config.json`, with overrides."""
-    table = dict(table.get("model", table))
+    table = table.get("model", table)
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"the released config's model is {table!r:.80}; it must be a table")
+    table = dict(table)
     for runtime_only in ("efficient_attn", "layerwise_ckpt", "custom_bwd", "loss_parallel"):
         table.pop(runtime_only, None)
     if table.get("init_mode") == "none":
@@ -258,8 +273,28 @@ def read_released_checkpoint(directory: str | Path) -> tuple[ModelConfig, dict[s
             f"{directory} is not a consolidated released checkpoint; it must have config.json and "
             "consolidated.pth or consolidated.00.pth, consolidated.01.pth, ..."
         )
-    config = config_from_released(json.loads(config_file.read_text()))
+    config = config_from_released(_read_json_table(config_file))
     return config, join_shards(config, [read_torch_file(shard) for shard in shards])
+
+
+def _read_json_table(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(read_bytes(path, max_bytes=MAX_METADATA_BYTES).decode("utf-8"))
+    # ValueError: not UTF-8, not JSON, too large; RecursionError: of nested brackets.
+    except (OSError, ValueError, RecursionError) as error:
+        raise StateDictError(f"cannot read {path} as JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise StateDictError(f"{path} has a {type(table).__name__}; it must be a table")
+    return table
+
+
+def _check_num_layers(config: ModelConfig, state_dict: Mapping[str, Any]) -> None:
+    """Compares the layers before their names are listed: a configuration may claim any number."""
+    if config.num_layers > len(state_dict):
+        raise StateDictError(
+            f"the config has {config.num_layers:,} layers, the state dict only {len(state_dict):,} "
+            "entries; check num_layers"
+        )
 
 
 def _named_entries(
@@ -284,8 +319,19 @@ def _check_entries(arrays: Mapping[str, np.ndarray], named: Mapping[str, Entry])
     ]
     if misshaped:
         problems.append(f"entries of wrong shape: {_listed(misshaped)}")
+    not_numbers = [
+        f"{name} {arrays[name].dtype}, must be floating point"
+        for name, entry in named.items()
+        if entry.path and name in arrays and not _is_floating(arrays[name])
+    ]
+    if not_numbers:
+        problems.append(f"entries of wrong dtype: {_listed(not_numbers)}")
     if problems:
         raise StateDictError("the state dict does not match the config; " + "; ".join(problems))
+
+
+def _is_floating(array: np.ndarray) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.floating))
 
 
 def _check_derived(
@@ -294,6 +340,8 @@ def _check_derived(
     for name, entry in named.items():
         if entry.path or name not in arrays:
             continue
+        if arrays[name].dtype.kind in "cOSUM":
+            raise StateDictError(f"{name} has dtype {arrays[name].dtype}; it must be a number")
         given = arrays[name].astype(np.float64)
         expected = _derived_value(config, arrays, entry).astype(np.float64)
         # In bfloat16 checkpoints the buffers are rounded to 8 bits too.
@@ -336,4 +384,9 @@ def _to_numpy(value: Any) -> np.ndarray:
 
 def _listed(names: list[str], limit: int = 8) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    # Names come from the file: they are shortened, and line breaks escaped.
+    shown = [
+        name if name.isprintable() and len(name) <= 160 else f"{name!r:.160}"
+        for name in names[:limit]
+    ]
+    return ", ".join(shown) + more
