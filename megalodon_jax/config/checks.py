@@ -72,7 +72,7 @@ def check(config: Any, table: str, rules: tuple[Rule, ...] = ()) -> None:
     if collected is not None:
         collected += faults
     elif faults:
-        raise ConfigError("; ".join(faults))
+        raise ConfigError(_listed(faults))
 
 
 @contextlib.contextmanager
@@ -89,7 +89,12 @@ def collect_faults() -> Iterator[list[str]]:
     finally:
         _COLLECTED.reset(token)
     if faults:
-        raise ConfigError("; ".join(dict.fromkeys(faults)))
+        raise ConfigError(_listed(list(dict.fromkeys(faults))))
+
+
+def _listed(faults: list[str], limit: int = 30) -> str:
+    more = f"; and {len(faults) - limit} more" if len(faults) > limit else ""
+    return "; ".join(faults[:limit]) + more
 
 
 def field_faults(config: Any, table: str) -> dict[str, str]:
@@ -116,7 +121,7 @@ def _field_fault(setting: str, annotated: Any, value: Any) -> str | None:
         return None if is_choice else f"{setting} is {_shown(value)}; use one of {listed}{hint}"
     scalar = scalar_type(kind)
     if scalar is None:
-        return _list_fault(setting, value) if get_origin(kind) is tuple else None
+        return _list_fault(setting, kind, value) if get_origin(kind) is tuple else None
     if not _has_type(value, scalar):
         return f"{_shown(value)} is not of type {scalar.__name__}: {setting}"
     if scalar is bool:
@@ -129,9 +134,13 @@ def _field_fault(setting: str, annotated: Any, value: Any) -> str | None:
     return None
 
 
-def _list_fault(setting: str, value: Any) -> str | None:
+def _list_fault(setting: str, kind: Any, value: Any) -> str | None:
+    table = table_of_list(kind)
     if not isinstance(value, list | tuple):
-        return f"{setting} is {_shown(value)}; use a list of texts"
+        return f"{setting} is {_shown(value)}; use a list of {'tables' if table else 'texts'}"
+    if table is not None:
+        wrong = next((entry for entry in value if not isinstance(entry, table)), None)
+        return None if wrong is None else f"{setting} has the entry {_shown(wrong)}; use a table"
     for entry in value:
         problem = (
             Text(may_be_empty=False).problem(entry) if isinstance(entry, str) else "use a text"
@@ -139,6 +148,13 @@ def _list_fault(setting: str, value: Any) -> str | None:
         if problem:
             return f"{setting} has the entry {_shown(entry)}; {problem}"
     return None
+
+
+def table_of_list(kind: Any) -> type | None:
+    """The dataclass of a field whose type is a tuple of dataclasses, else None."""
+    kind = plain_type(kind)
+    entry = get_args(kind)[0] if get_origin(kind) is tuple else None
+    return entry if isinstance(entry, type) and dataclasses.is_dataclass(entry) else None
 
 
 def _choices(kind: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from megalodon_jax.config.checks import (
     collect_faults,
     none_from_text,
     number_or_none,
+    table_of_list,
 )
 from megalodon_jax.config.kinds import AnyModelConfig, model_config_class
 from megalodon_jax.config.ranges import plain_type
@@ -99,7 +100,10 @@ def _structure(table: Mapping[str, Any]) -> TrainConfig | None:
         converter.register_structure_hook(scalar, lambda value, _: value)
     converter.register_structure_hook(float, _float_of_integer)
     converter.register_structure_hook_func(
-        lambda kind: get_origin(plain_type(kind)) in (Literal, tuple), _list_as_tuple
+        lambda kind: (
+            get_origin(plain_type(kind)) in (Literal, tuple) and table_of_list(kind) is None
+        ),
+        _list_as_tuple,
     )
     converter.register_structure_hook_func(
         lambda kind: number_or_none(kind) is not None,
@@ -133,6 +137,10 @@ def _known_entries(cls: type, table: Mapping[str, Any], path: str) -> dict[str, 
     """The table without unknown keys, whose faults are added, and with the texts "none" read."""
     copy = none_from_text(cls, check_keys(cls, table, path or "config"), path or "config")
     for entry in dataclasses.fields(cls):
+        if (entry_class := table_of_list(entry.type)) and entry.name in copy:
+            name = f"{path}.{entry.name}" if path else entry.name
+            copy[entry.name] = _known_tables(entry_class, copy[entry.name], name)
+            continue
         is_table = dataclasses.is_dataclass(entry.type) or entry.type == AnyModelConfig
         if entry.name not in copy or not is_table:
             continue
@@ -149,3 +157,11 @@ def _known_entries(cls: type, table: Mapping[str, Any], path: str) -> dict[str, 
                 continue
         copy[entry.name] = _known_entries(kind, value, entry.name)
     return copy
+
+
+def _known_tables(cls: type, tables: Any, path: str) -> list[dict[str, Any]]:
+    """`_known_entries` of every table of a list."""
+    if not isinstance(tables, list | tuple) or not all(isinstance(t, Mapping) for t in tables):
+        add_fault(f"{path} is {tables!r:.80}; use a list of tables, [[{path}]]")
+        return []
+    return [_known_entries(cls, table, f"{path}[{i}]") for i, table in enumerate(tables)]

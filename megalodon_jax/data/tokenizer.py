@@ -4,9 +4,11 @@ Training sees a document as bos + tokens + eos, the tokenizer's boundary tokens 
 `eos_id`. Encoding never returns a boundary token: `"</s>"` in a document is ordinary text.
 """
 
+import base64
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -118,17 +120,10 @@ class JsonTokenizer:
     def _load(self) -> None:
         from tokenizers import Tokenizer as RustTokenizer
 
-        try:
+        _check_charsmaps(self._json, self._path)
+        with _naming_library_errors(f"{self._path} is not a tokenizer of `tokenizers`"):
             self._tokenizer = RustTokenizer.from_buffer(self._json)
             ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
-        # The library raises plain Exception for every malformed file, and pyo3's PanicException,
-        # which derives from BaseException only, for some.
-        except BaseException as error:
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise DataError(
-                f"{self._path} is not a tokenizer of `tokenizers`: {error!s:.400}"
-            ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
@@ -150,15 +145,17 @@ class JsonTokenizer:
         return None
 
     def encode(self, text: str) -> Int32[np.ndarray, " n"]:
-        return np.asarray(
-            self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32
-        )
+        return np.asarray(self._encoding(text).ids, dtype=np.int32)
 
     def encode_counted(self, text: str) -> CountedTokens:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text)
         char_ends = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 1]
         ids = np.asarray(encoding.ids, dtype=np.int32)
         return _count_by_ends(ids, _byte_offsets(text)[char_ends], count_bytes(text))
+
+    def _encoding(self, text: str) -> Any:
+        with _naming_library_errors(f"tokenizer {self._path} cannot encode a text"):
+            return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> str:
         text_ids = _without_boundary_tokens(_checked_ids(ids, self.vocab_size), self)
@@ -244,6 +241,48 @@ def _read_bytes(path: Path) -> bytes:
     if not content:
         raise DataError(f"tokenizer {path} is empty")
     return content
+
+
+@contextlib.contextmanager
+def _naming_library_errors(what: str) -> Iterator[None]:
+    """Raises `DataError` for an error of the `tokenizers` library.
+
+    The library raises several types for malformed files, and PanicException, which derives from
+    BaseException only, where its own checks fail.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{what}: {' '.join(str(error).split()):.400}") from error
+
+
+def _check_charsmaps(content: bytes, path: Path) -> None:
+    """Checks the sizes in normalization tables: the library allocates what a table declares."""
+    if b"precompiled_charsmap" not in content:
+        return
+    try:
+        tables = _values_of_key(json.loads(content), "precompiled_charsmap")
+        decoded = [base64.b64decode(table, validate=True) for table in tables if table]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{path} is not a tokenizer of `tokenizers`: {error}") from error
+    for table in decoded:
+        size = int.from_bytes(table[:4], "little")
+        if len(table) < 4 or size % 4 or size > len(table) - 4:
+            raise DataError(
+                f"{path} has a precompiled_charsmap of {len(table):,} bytes that declares {size:,}"
+            )
+
+
+def _values_of_key(tree: Any, key: str) -> list[Any]:
+    """All values of a key in nested JSON."""
+    if isinstance(tree, list):
+        return [value for entry in tree for value in _values_of_key(entry, key)]
+    if not isinstance(tree, dict):
+        return []
+    below = [value for entry in tree.values() for value in _values_of_key(entry, key)]
+    return ([tree[key]] if key in tree else []) + below
 
 
 def _check_vocab_size(vocab_size: int, path: Path) -> None:

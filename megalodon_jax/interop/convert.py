@@ -114,16 +114,18 @@ def _tensor(file: Any, name: str) -> np.ndarray:
 
 
 def _config_of_metadata(path: str | Path, text: str) -> TrainConfig:
+    where = f"{path}: the configuration in the metadata"
     try:
         table = json.loads(text)
-        if not isinstance(table, dict):
-            raise ConvertError(f"{path}: the configuration in the metadata is not a table")
+    # ValueError: also of numbers with thousands of digits; RecursionError: of nested brackets.
+    except (ValueError, RecursionError) as error:
+        raise ConvertError(f"{where} is not JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise ConvertError(f"{where} is a {type(table).__name__}; it must be a table")
+    try:
         return config_from_dict(table)
     except ConfigError as error:
-        raise ConvertError(f"{path}: the configuration in the metadata: {error}") from error
-    # RecursionError: of nested brackets.
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConvertError(f"{path}: the configuration in the metadata: {error}") from error
+        raise ConvertError(f"{where}: {error}") from error
 
 
 def _megalodon(config: AnyModelConfig) -> ModelConfig:

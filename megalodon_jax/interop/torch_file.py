@@ -19,8 +19,8 @@ from megalodon_jax.file_limits import (
 )
 from megalodon_jax.interop.torch_pickle import Global, PickleMachine
 
-MAX_PICKLE_BYTES = 4_000_000
-"""Bytes of data.pkl: some 20,000 tensors."""
+MAX_PICKLE_BYTES = 2_000_000
+"""Bytes of data.pkl: some 10,000 tensors."""
 _STORAGE_DTYPES = {
     "DoubleStorage": np.float64,
     "FloatStorage": np.float32,
@@ -120,10 +120,10 @@ class _Reader:
             raise TorchFileError("the file refers to an object that is no storage")
         _, kind, key, _location, count = identity
         if type(kind) is not Global or kind.module != "torch" or kind.name not in _STORAGE_DTYPES:
-            raise TorchFileError(f"unknown kind of storage {kind!s:.80}")
+            raise TorchFileError(f"unknown kind of storage: {_shown(kind)}")
         entry = self._entries.get(f"{self._prefix}data/{key}") if type(key) is str else None
         if entry is None:
-            raise TorchFileError(f"the file has no storage {key!r:.80}")
+            raise TorchFileError(f"the file has no storage {_shown(key)}")
         known = self._storages.get((key, kind.name))
         if known is None:
             dtype = np.dtype(_STORAGE_DTYPES[kind.name])
@@ -136,7 +136,7 @@ class _Reader:
             self._storages[key, kind.name] = known
         if type(count) is not int or not 0 <= count <= known.values.size:
             raise TorchFileError(
-                f"storage {key!r:.80} declares {_number(count)} elements and has "
+                f"storage {key!r:.80} declares {_shown(count)} elements and has "
                 f"{known.values.size:,}"
             )
         return _Storage(known.values[:count])
@@ -169,7 +169,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> np.ndarray:
         raise TorchFileError("a tensor's offset, size or stride is not a whole number of 0 or more")
     available = storage.values.size
     if len(size) > _MAX_AXES or max(size, default=0) > max(available, _MAX_AXIS):
-        raise TorchFileError(f"a tensor has {len(size)} axes, the longest {_number(max(size))}")
+        raise TorchFileError(f"a tensor has {len(size)} axes, the longest {_shown(max(size))}")
     num_elements = math.prod(size)
     if num_elements == 0 and math.prod(max(n, 1) for n in size) < _MAX_AXIS:
         return np.zeros(size, storage.values.dtype)
@@ -184,5 +184,8 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(storage.values[offset:], size, strides, writeable=False)
 
 
-def _number(value: Any) -> str:
-    return f"{value:,}" if type(value) is int and abs(value) < 10**30 else f"{type(value).__name__}"
+def _shown(value: Any) -> str:
+    """A value of the file in a message; containers may be nested too deeply to be written."""
+    if isinstance(value, Global | str):
+        return f"{value!r:.80}" if isinstance(value, str) else f"{value!s:.80}"
+    return f"{value:,}" if type(value) is int and abs(value) < 10**30 else type(value).__name__

@@ -17,6 +17,7 @@ _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS = frozenset({
     "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE",
 })  # fmt: skip
+_MAX_DEPTH = 1000
 _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 _PUT = ("BINPUT", "LONG_BINPUT")
 _GET = ("BINGET", "LONG_BINGET")
@@ -86,6 +87,8 @@ class PickleMachine:
             count = _TUPLES[name]
             stack.append(tuple(self._pop() for _ in range(count))[::-1])
         elif name == "MARK":
+            if len(self._outer_stacks) >= _MAX_DEPTH:
+                raise TorchFileError(f"containers are nested more than {_MAX_DEPTH} deep")
             self._outer_stacks.append(stack)
             self._stack = []
         elif name == "TUPLE":
