@@ -111,7 +111,7 @@ def field_faults(config: Any, table: str) -> dict[str, str]:
 def _field_fault(setting: str, annotated: Any, value: Any) -> str | None:
     """The fault of one value, or None."""
     kind, allowed = plain_type(annotated), range_of(annotated)
-    choices = _choices(kind)
+    choices = choices_of(kind)
     if value is None and type(None) in get_args(kind):
         return None
     if choices:
@@ -157,7 +157,7 @@ def table_of_list(kind: Any) -> type | None:
     return entry if isinstance(entry, type) and dataclasses.is_dataclass(entry) else None
 
 
-def _choices(kind: Any) -> list[Any]:
+def choices_of(kind: Any) -> list[Any]:
     """The values of a `Literal`, also of an optional one."""
     kinds = (kind, *get_args(kind))
     return [value for each in kinds if get_origin(each) is Literal for value in get_args(each)]
