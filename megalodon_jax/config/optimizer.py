@@ -25,7 +25,7 @@ class OptimConfig:
     """Decay rate of the first moment."""
     beta2: Rate = 0.95
     """Decay rate of the second moment: 0.95 for large models, 0.98 for small ones."""
-    eps: Annotated[float, Range(low=1e-30)] = 1e-8
+    eps: Annotated[float, Range(low=1e-30, high=1.0)] = 1e-8
     """Epsilon added to the square root of the second moment."""
     weight_decay: Weight = 0.1
     """Decoupled weight decay, multiplied by the learning rate."""

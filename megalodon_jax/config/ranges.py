@@ -11,11 +11,12 @@ from typing import Annotated, Any, get_args, get_origin
 
 # Whole numbers above it are limits against slips of the keyboard, not worth a line of help.
 _SANITY_LIMIT = 100_000
+_LARGEST_FLOAT32 = 3.4028234663852886e38
 
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Allowed values of a number; a float is finite in any case.
+    """Allowed values of a number; a float is finite in float32 in any case.
 
     Attributes:
       low: smallest value; None: no bound.
@@ -40,7 +41,7 @@ class Range:
             value >= self.high if self.open_high else value > self.high
         )
         if not is_low and not is_high:
-            return None if _is_finite(value) else "must be finite"
+            return None if _is_finite(value) else "must be finite in float32"
         return self._requirement(is_low=is_low) + self._special_text()
 
     def __str__(self) -> str:
@@ -132,7 +133,8 @@ def range_of(kind: Any) -> Range | Text | None:
 
 def _is_finite(value: Any) -> bool:
     try:
-        return math.isfinite(value)
+        # Settings become float32 in the step; beyond its largest number they would be infinite.
+        return math.isfinite(value) and abs(value) <= _LARGEST_FLOAT32
     except OverflowError:  # an int that no float can hold
         return False
 

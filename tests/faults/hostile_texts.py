@@ -226,7 +226,6 @@ def text_files(random_count: int, seed: int = 0) -> list[Hostile]:
         ("gzip", "half"): gzip.compress(b"hello" * 99)[:-12],
         ("gzip", "garbage after"): gzip.compress(b"hello") + b"hello",
         ("gzip", "wrong checksum"): gzip.compress(b"hello")[:-8] + bytes(8),
-        ("gzip", "bomb of 1 GB"): b"".join([gzip.compress(bytes(50_000_000))] * 20),
         ("gzip", "no UTF-8"): gzip.compress(b"\xff\xfe"),
     }
     may = {
@@ -241,6 +240,8 @@ def text_files(random_count: int, seed: int = 0) -> list[Hostile]:
         ("jsonl", "null"): b'{"text": null}\n',
         ("jsonl", "key twice"): b'{"text": "a", "text": "b"}\n',
         ("gzip", "empty"): b"",
+        # Streamed in constant memory, it is only a long text.
+        ("gzip", "bomb of 1 GB"): b"".join([gzip.compress(bytes(50_000_000))] * 20),
         ("gzip", "many members"): gzip.compress(b"a") * 20_000,
     }
     found = [refused(kind, name, content) for (kind, name), content in must.items()]
