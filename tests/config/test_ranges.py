@@ -19,8 +19,8 @@ from megalodon_jax.config import (
     TransformerConfig,
     config_from_dict,
 )
-from megalodon_jax.config.checks import scalar_type
-from megalodon_jax.config.ranges import Range, plain_type, range_of
+from megalodon_jax.config.checks import add_fault, check, collect_faults, scalar_type
+from megalodon_jax.config.ranges import Range, Weight, plain_type, range_of
 from megalodon_jax.errors import ConfigError
 
 TABLES: dict[str, type] = {
@@ -65,7 +65,7 @@ FAULTS: list[tuple[str, Any, str]] = [
     ("model.norm_eps", -1e-5, "must be in [1e-12, 1]"),
     ("model.norm_eps", NAN, "must be finite"),
     ("model.rope_base", 0, "must be positive, or None"),
-    ("model.rope_base", NAN, "must be finite, or None"),
+    ("model.rope_base", NAN, "must be finite in float32, or None"),
     ("model.rope_base", 1e-30, "must be in [1, 1e12], or None"),
     ("model.output_size", 0, "must be at least 1, or None"),
     ("model.model_dim", 10**23, "must be at most 1,000,000"),
@@ -176,3 +176,43 @@ def test_numbers_of_numpy_and_whole_floats_are_accepted():
 def test_bounds(allowed: Range, inside: list, outside: list):
     assert [value for value in inside if allowed.problem(value) is not None] == []
     assert [value for value in outside if allowed.problem(value) is None] == []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    weight: Weight = 1.0
+
+    def __post_init__(self) -> None:
+        check(self, "entry")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WithEntries:
+    entries: tuple[Entry, ...] = ()
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check(self, "table")
+
+
+def test_lists_of_tables_are_checked():
+    assert WithEntries(entries=(Entry(weight=2),), names=["a"]).entries[0].weight == 2
+    with pytest.raises(ConfigError, match=r"table\.entries has the entry 3; use a table; .*names"):
+        WithEntries(entries=(3,), names="a")
+    with pytest.raises(ConfigError, match=r"entry\.weight is -1; must not be negative"):
+        WithEntries(entries=(Entry(weight=-1),))
+
+
+def collect_three_faults() -> None:
+    with collect_faults():
+        add_fault("a")
+        Entry(weight=-1)
+        WithEntries(names="x")
+
+
+def test_faults_are_collected_until_the_end():
+    with pytest.raises(ConfigError, match=r"^a; entry\.weight is -1; .*; table\.names is 'x'; use"):
+        collect_three_faults()
+    with collect_faults() as faults:
+        Entry(weight=1)
+    assert faults == []
