@@ -10,6 +10,7 @@ import contextvars
 import dataclasses
 import functools
 import numbers
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -20,7 +21,6 @@ from megalodon_jax.errors import ConfigError, did_you_mean
 _COLLECTED: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar(
     "collected_faults", default=None
 )
-
 
 # Advice on values that are often asked for and are no choice.
 _HINTS = {
@@ -118,36 +118,48 @@ def _field_fault(setting: str, annotated: Any, value: Any) -> str | None:
         listed = ", ".join(map(repr, choices))
         is_choice = isinstance(value, str) and value in choices
         hint = _HINTS.get(value, "") if isinstance(value, str) else ""
-        return None if is_choice else f"{setting} is {_shown(value)}; use one of {listed}{hint}"
+        return None if is_choice else f"{setting} is {shown(value)}; use one of {listed}{hint}"
+    if tables := _table_types(kind):
+        names = " or ".join(table.__name__ for table in tables)
+        is_table = isinstance(value, tables)
+        return None if is_table else f"{setting} is {shown(value)}; give a {names}"
     scalar = scalar_type(kind)
     if scalar is None:
         return _list_fault(setting, kind, value) if get_origin(kind) is tuple else None
     if not _has_type(value, scalar):
-        return f"{_shown(value)} is not of type {scalar.__name__}: {setting}"
+        return f"{shown(value)} is not of type {scalar.__name__}: {setting}"
     if scalar is bool:
         return None
     if allowed is None:
         allowed = Text() if scalar is str else Range()
     if problem := allowed.problem(value):
         optional = ", or None" if type(None) in get_args(kind) else ""
-        return f"{setting} is {_shown(value)}; {problem}{optional}"
+        return f"{setting} is {shown(value)}; {problem}{optional}"
     return None
 
 
 def _list_fault(setting: str, kind: Any, value: Any) -> str | None:
     table = table_of_list(kind)
     if not isinstance(value, list | tuple):
-        return f"{setting} is {_shown(value)}; use a list of {'tables' if table else 'texts'}"
+        return f"{setting} is {shown(value)}; use a list of {'tables' if table else 'texts'}"
     if table is not None:
         wrong = next((entry for entry in value if not isinstance(entry, table)), None)
-        return None if wrong is None else f"{setting} has the entry {_shown(wrong)}; use a table"
+        return None if wrong is None else f"{setting} has the entry {shown(wrong)}; use a table"
     for entry in value:
         problem = (
             Text(may_be_empty=False).problem(entry) if isinstance(entry, str) else "use a text"
         )
         if problem:
-            return f"{setting} has the entry {_shown(entry)}; {problem}"
+            return f"{setting} has the entry {shown(entry)}; {problem}"
     return None
+
+
+def _table_types(kind: Any) -> tuple[type, ...]:
+    """The dataclass, or the dataclasses of a union, that a field has; empty for other fields."""
+    kinds = get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return tuple(
+        each for each in kinds if dataclasses.is_dataclass(each) and isinstance(each, type)
+    )
 
 
 def table_of_list(kind: Any) -> type | None:
@@ -176,12 +188,14 @@ def _has_type(value: Any, scalar: type) -> bool:
     return isinstance(value, number) and not isinstance(value, bool)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value in a message, shortened."""
     try:
         text = repr(value)
     except ValueError:  # Python refuses to write very long integers
         return "a number of more than 4,300 digits"
+    except RecursionError:
+        return "a deeply nested value"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -234,7 +248,7 @@ def none_from_text(cls: type, table: Mapping[str, Any], name: str) -> dict[str, 
         value = copy.get(entry.name)
         if isinstance(value, str) and (number := number_or_none(entry.type)):
             message = (
-                f"{name}.{entry.name} is {_shown(value)}; use a number of type {number.__name__}, "
+                f"{name}.{entry.name} is {shown(value)}; use a number of type {number.__name__}, "
                 'or "none"'
             )
             if value != "none":
@@ -253,7 +267,7 @@ def check_keys(cls: type, table: Mapping[str, Any], name: str) -> dict[str, Any]
     names = [entry.name for entry in dataclasses.fields(cls)]
     for key in table:
         if key not in names:
-            add_fault(f"unknown key {_shown(key)} in {name}{did_you_mean(str(key)[:80], names)}")
+            add_fault(f"unknown key {shown(key)} in {name}{did_you_mean(str(key)[:80], names)}")
     return {key: value for key, value in table.items() if key in names}
 
 

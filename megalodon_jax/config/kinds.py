@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megalodon_jax.config.checks import require
+from megalodon_jax.config.checks import require, shown
 from megalodon_jax.config.model import ModelConfig
 from megalodon_jax.config.transformer import TransformerConfig
 from megalodon_jax.errors import did_you_mean
@@ -25,7 +25,7 @@ def model_config_class(table: Mapping[str, Any]) -> type[ModelConfig] | type[Tra
     kind = table.get("kind", "megalodon")
     require(
         isinstance(kind, str) and kind in MODEL_CONFIGS,
-        f"model.kind is {kind!r:.80}{did_you_mean(str(kind)[:80], list(MODEL_CONFIGS))}; use one "
+        f"model.kind is {shown(kind)}{did_you_mean(shown(kind), list(MODEL_CONFIGS))}; use one "
         f"of {', '.join(map(repr, MODEL_CONFIGS))}",
     )
     return MODEL_CONFIGS[kind]

@@ -13,6 +13,7 @@ from megalodon_jax.config.checks import (
     collect_faults,
     none_from_text,
     number_or_none,
+    shown,
     table_of_list,
 )
 from megalodon_jax.config.kinds import AnyModelConfig, model_config_class
@@ -75,7 +76,7 @@ def _with_presets(table: dict[str, Any]) -> dict[str, Any]:
         fields = dict(fields)
         preset = fields.pop("preset")
         if not isinstance(preset, str):
-            add_fault(f"{name}.preset is {preset!r:.80}; use the name of a shipped file")
+            add_fault(f"{name}.preset is {shown(preset)}; use the name of a shipped file")
             preset_fields = {}
         else:
             preset_fields = _preset(kind, preset)
@@ -146,7 +147,7 @@ def _known_entries(cls: type, table: Mapping[str, Any], path: str) -> dict[str, 
             continue
         value = copy.pop(entry.name)
         if not isinstance(value, Mapping):
-            add_fault(f"{entry.name} must be a table, got {value!r:.80}")
+            add_fault(f"{entry.name} must be a table, got {shown(value)}")
             continue
         kind: Any = entry.type
         if kind == AnyModelConfig:
@@ -162,6 +163,6 @@ def _known_entries(cls: type, table: Mapping[str, Any], path: str) -> dict[str, 
 def _known_tables(cls: type, tables: Any, path: str) -> list[dict[str, Any]]:
     """`_known_entries` of every table of a list."""
     if not isinstance(tables, list | tuple) or not all(isinstance(t, Mapping) for t in tables):
-        add_fault(f"{path} is {tables!r:.80}; use a list of tables, [[{path}]]")
+        add_fault(f"{path} is {shown(tables)}; use a list of tables, [[{path}]]")
         return []
     return [_known_entries(cls, table, f"{path}[{i}]") for i, table in enumerate(tables)]

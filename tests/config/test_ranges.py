@@ -103,6 +103,14 @@ def test_a_value_out_of_range_is_refused(setting: str, value: Any, message: str)
         assert message in str(from_python.value)
 
 
+def test_tables_are_of_their_class():
+    wrong: Any = 3
+    with pytest.raises(ConfigError, match="optim is 3; give a OptimConfig"):
+        TrainConfig(optim=wrong)
+    with pytest.raises(ConfigError, match="model is 3; give a ModelConfig or TransformerConfig"):
+        TrainConfig(model=wrong)
+
+
 def test_all_faults_of_all_tables_are_in_one_error():
     broken: dict[str, Any] = {
         "steps": 0, "seed": "first", "stepz": 3,

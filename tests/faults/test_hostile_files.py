@@ -3,6 +3,8 @@
 The long form is a command: `python -m tests.faults.hostile_files --count 200`.
 """
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from tests.faults.hostile_tables import config_files, released_folders, safetens
 from tests.faults.hostile_texts import text_files, tokenizer_files
 from tests.faults.hostile_torch import torch_files
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 SHORT_FORM = {
     "torch": (
         "pickle: size is a tensor", "pickle: stride 0 expands", "pickle: stride wraps to 1",
