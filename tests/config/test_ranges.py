@@ -4,7 +4,9 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from megalodon_jax.cli.help import described
@@ -22,6 +24,7 @@ from megalodon_jax.config import (
 from megalodon_jax.config.checks import add_fault, check, collect_faults, scalar_type
 from megalodon_jax.config.ranges import Range, Weight, plain_type, range_of
 from megalodon_jax.errors import ConfigError
+from megalodon_jax.optimizer import make_optimizer
 
 TABLES: dict[str, type] = {
     "model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "mesh": MeshConfig,
@@ -30,19 +33,21 @@ TABLES: dict[str, type] = {
 NAN, INF = math.nan, math.inf
 # (setting, value, part of the message)
 FAULTS: list[tuple[str, Any, str]] = [
-    ("optim.beta1", 1.5, "must be in [0, 1)"),
-    ("optim.beta2", 1.0, "must be in [0, 1)"),
-    ("optim.beta2", -0.1, "must be in [0, 1)"),
+    ("optim.beta1", 1.5, "must be in [0, 0.999999]"),
+    ("optim.beta2", 1.0, "must be in [0, 0.999999]"),
+    ("optim.beta2", -0.1, "must be in [0, 0.999999]"),
     ("optim.lr", NAN, "must be finite"),
     ("optim.lr", INF, "must be finite"),
     ("optim.lr", 0.0, "must be positive"),
     ("optim.lr", 10**400, "must be finite"),
-    ("optim.eps", -1e-8, "must be in [1e-30, 1]"),
+    ("optim.eps", -1e-8, "must be in [1e-20, 1]"),
     ("optim.lr", 1e39, "must be finite in float32"),
-    ("optim.eps", 1.7e308, "must be in [1e-30, 1]"),
-    ("optim.eps", 0.0, "must be in [1e-30, 1]"),
+    ("optim.eps", 1.7e308, "must be in [1e-20, 1]"),
+    ("optim.eps", 0.0, "must be in [1e-20, 1]"),
     ("optim.weight_decay", -0.1, "must not be negative"),
     ("optim.weight_decay", INF, "must be finite"),
+    ("optim.clip_norm", -1.0, "must be at least 1e-20, or 0 for no clipping"),
+    ("optim.clip_norm", 1e-30, "must be at least 1e-20, or 0 for no clipping"),
     ("optim.clip_norm", NAN, "must be finite"),
     ("optim.init_ratio", -1.0, "must be in [0, 1]"),
     ("optim.end_ratio", 5.0, "must be in [0, 1]"),
@@ -148,6 +153,23 @@ def test_the_command_line_refuses_before_anything_is_created(tmp_path, capsys):
     assert not run_dir.exists()
 
 
+@pytest.mark.parametrize(
+    "limit",
+    [{"beta1": 0.999999}, {"beta2": 0.999999}, {"beta1": 0.0, "beta2": 0.0}, {"eps": 1e-20},
+     {"clip_norm": 1e-20}, {"clip_norm": 0.0}, {"init_ratio": 0.0}, {"end_ratio": 0.0}],
+    ids=str,
+)  # fmt: skip
+def test_updates_at_the_limits_are_finite(limit: dict[str, float]):
+    optimizer = make_optimizer(OptimConfig(warmup_steps=2, **limit), total_steps=4)
+    params = jnp.ones(4)
+    state = optimizer.init(params)
+    # Gradients whose squares underflow, also after an ordinary one.
+    for gradient in ([1.0, 0.0, 1e-20, 1e-25], [0.0] * 4, [1e3, 1.0, 0.0, 1e-38]):
+        updates, state = optimizer.update(jnp.asarray(gradient), state, params)
+        params = optax.apply_updates(params, updates)
+        assert bool(jnp.all(jnp.abs(params - 1.0) < 1.0)), params
+
+
 @pytest.mark.parametrize("config", [*TABLES.values(), TransformerConfig])
 def test_every_number_has_a_range(config: type):
     without = [
@@ -160,7 +182,7 @@ def test_every_number_has_a_range(config: type):
 
 def test_help_shows_the_range():
     kinds = {entry.name: str(entry.type) for entry in dataclasses.fields(described(OptimConfig))}
-    assert "Range: [0, 1)." in kinds["beta1"]
+    assert "Range: [0, 0.999999]." in kinds["beta1"]
     assert "Range: at least 1." in kinds["accumulate_steps"]
 
 
