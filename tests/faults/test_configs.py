@@ -182,7 +182,7 @@ def losses_of(run_dir: Path) -> list[float]:
     return [record["loss"] for record in records if "loss" in record]
 
 
-@settings(max_examples=150, deadline=None, database=None, derandomize=True)
+@settings(max_examples=80, deadline=None, database=None, derandomize=True)
 @given(run_tables())
 def test_a_configuration_round_trips_or_is_refused(table: dict[str, Any]):
     try:
@@ -194,7 +194,7 @@ def test_a_configuration_round_trips_or_is_refused(table: dict[str, Any]):
     assert config_from_dict(stored) == config
 
 
-@settings(max_examples=150, deadline=None, database=None, derandomize=True)
+@settings(max_examples=80, deadline=None, database=None, derandomize=True)
 @given(
     st.sampled_from([TrainConfig, ModelConfig, TransformerConfig, DataConfig, OptimConfig]),
     st.data(),
