@@ -34,7 +34,7 @@ PROCESSES_RULES = (
     ),
     Rule(
         lambda c: _is_partly_given(c) or c.index == -1 or c.index < c.count,
-        "processes.index is {c.index} and count {c.count}; use an index below the count",
+        "processes.index is {c.index}; with count {c.count} use 0 to {c.last_index}",
     ),
     Rule(
         lambda c: not c.coordinator or _has_host_and_port(c.coordinator),
@@ -83,3 +83,8 @@ class ProcessesConfig:
 
     def __post_init__(self) -> None:
         check(self, "processes", PROCESSES_RULES)
+
+    @property
+    def last_index(self) -> int:
+        """Index of the last process."""
+        return self.count - 1
