@@ -23,6 +23,14 @@ class CheckpointError(MegalodonError, RuntimeError):
     """A checkpoint could not be written or read; the message says which and what remains."""
 
 
+class IncompleteCheckpointError(CheckpointError):
+    """A checkpoint has no manifest: its save was interrupted, or an older version wrote it."""
+
+
+class RunLockedError(MegalodonError, RuntimeError):
+    """Another process owns the run directory; the message names it."""
+
+
 class MismatchError(CheckpointError):
     """A checkpoint is intact but belongs to another model, other data, or another tokenizer."""
 

@@ -7,18 +7,26 @@ from megalodon_jax.checkpoints.load import (
     load_model,
     load_params,
     load_trained,
+    restore_for_resume,
     save_model,
 )
-from megalodon_jax.checkpoints.manager import RestoredRun, RunCheckpoints
+from megalodon_jax.checkpoints.manager import RunCheckpoints
+from megalodon_jax.checkpoints.manifest import Verification
+from megalodon_jax.checkpoints.reading import RestoredRun
+from megalodon_jax.checkpoints.verify import CheckpointReport, verify_run
 
 __all__ = [
+    "CheckpointReport",
     "LoadedModel",
     "RestoredRun",
     "RunCheckpoints",
     "TrainedModel",
+    "Verification",
     "load_latest_valid",
     "load_model",
     "load_params",
     "load_trained",
+    "restore_for_resume",
     "save_model",
+    "verify_run",
 ]

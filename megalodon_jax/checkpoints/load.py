@@ -9,10 +9,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from megalodon_jax.checkpoints.manager import RunCheckpoints
+from megalodon_jax.checkpoints.reading import RestoredRun
 from megalodon_jax.config import TrainConfig
 from megalodon_jax.data.tokenizer import Tokenizer, load_tokenizer
-from megalodon_jax.errors import CheckpointError, MismatchError
+from megalodon_jax.errors import CheckpointError, IncompleteCheckpointError, MismatchError
 from megalodon_jax.language_model import LanguageModel
+from megalodon_jax.parallel.distributed import is_main
 
 
 class LoadedModel(NamedTuple):
@@ -55,23 +57,28 @@ def load_params(run_dir: str | Path, config: TrainConfig, mesh: Mesh) -> nnx.Sta
       CheckpointError: the run has no readable checkpoint.
       MismatchError: the checkpoint is of another model.
     """
-    with RunCheckpoints(run_dir, read_only=True) as checkpoints:
+    with RunCheckpoints(
+        run_dir, read_only=True, allow_unverified=config.allow_unverified
+    ) as checkpoints:
         return load_latest_valid(
             checkpoints, lambda step: checkpoints.restore_params(step, config, mesh)
         )
 
 
-def load_model(run_dir: str | Path, step: int | None = None) -> LoadedModel:
+def load_model(
+    run_dir: str | Path, step: int | None = None, *, allow_unverified: bool = False
+) -> LoadedModel:
     """The model of a training run.
 
     Args:
       run_dir: the run's directory.
       step: step of the checkpoint; None: the newest readable one.
+      allow_unverified: also load a checkpoint without manifest, with a warning.
 
     Raises:
       CheckpointError: the run has no readable checkpoint.
     """
-    with RunCheckpoints(run_dir, read_only=True) as checkpoints:
+    with RunCheckpoints(run_dir, read_only=True, allow_unverified=allow_unverified) as checkpoints:
 
         def load(at: int) -> LoadedModel:
             config, _ = checkpoints.read_run(at)
@@ -80,7 +87,9 @@ def load_model(run_dir: str | Path, step: int | None = None) -> LoadedModel:
         return load_latest_valid(checkpoints, load, step=step)
 
 
-def load_trained(run_dir: str | Path, step: int | None = None) -> TrainedModel:
+def load_trained(
+    run_dir: str | Path, step: int | None = None, *, allow_unverified: bool = False
+) -> TrainedModel:
     """The model of a training run and its tokenizer; arguments as for `load_model`.
 
     Raises:
@@ -88,7 +97,7 @@ def load_trained(run_dir: str | Path, step: int | None = None) -> TrainedModel:
       MismatchError: the tokenizer file has changed since training.
       DataError: the tokenizer file cannot be read.
     """
-    with RunCheckpoints(run_dir, read_only=True) as checkpoints:
+    with RunCheckpoints(run_dir, read_only=True, allow_unverified=allow_unverified) as checkpoints:
 
         def load(at: int) -> TrainedModel:
             config, fingerprint = checkpoints.read_run(at)
@@ -111,9 +120,9 @@ def load_latest_valid[T](
     step: int | None = None,
     on_damaged: Callable[[int, CheckpointError], None] | None = None,
 ) -> T:
-    """Applies `load` to the newest checkpoint that is not damaged, or to that of `step`.
+    """Applies `load` to the newest complete checkpoint without damage, or to that of `step`.
 
-    Damaged checkpoints are reported on stderr and passed to `on_damaged`.
+    Damaged and incomplete checkpoints are reported on stderr and passed to `on_damaged`.
 
     Raises:
       CheckpointError: no checkpoint can be read.
@@ -138,9 +147,43 @@ def load_latest_valid[T](
         except MismatchError:
             raise
         except CheckpointError as error:
-            print(f"damaged checkpoint, trying the previous one: {error}", file=sys.stderr)
+            kind = "incomplete" if isinstance(error, IncompleteCheckpointError) else "damaged"
+            print(f"{kind} checkpoint, trying the previous one: {error}", file=sys.stderr)
             if on_damaged is not None:
                 on_damaged(at, error)
     raise CheckpointError(
         f"no checkpoint in {checkpoints.directory} can be read; the errors above give the reasons"
     )
+
+
+def restore_for_resume(checkpoints: RunCheckpoints, config: TrainConfig, mesh: Mesh) -> RestoredRun:
+    """Restores the state from which a run resumes; what it passes over is renamed, not deleted.
+
+    Damaged checkpoints become `damaged_<step>`, incomplete ones `incomplete_<step>`, and those
+    after `config.resume_step` `later_<step>`.
+
+    Raises:
+      CheckpointError: the run has no readable checkpoint, or that of `resume_step` is damaged.
+      MismatchError: the checkpoint is of another model.
+    """
+    passed: dict[int, CheckpointError] = {}
+    restored = load_latest_valid(
+        checkpoints,
+        lambda step: checkpoints.restore(step, config, mesh),
+        step=config.resume_step,
+        on_damaged=passed.__setitem__,
+    )
+    for step, error in passed.items():
+        is_incomplete = isinstance(error, IncompleteCheckpointError)
+        checkpoints.set_aside(step, prefix="incomplete" if is_incomplete else "damaged")
+    renamed = []
+    if config.resume_step is not None:
+        renamed = checkpoints.set_aside_after(config.resume_step)
+    if is_main():
+        if renamed:
+            names = ", ".join(path.name for path in renamed)
+            print(f"later checkpoints are kept as {names} in {checkpoints.directory}")
+        if checkpoints.verification is not None:
+            print(f"checkpoint of step {int(restored.state.step)} verified: ", end="")
+            print(checkpoints.verification, flush=True)
+    return restored

@@ -2,93 +2,120 @@
 
 `<run_dir>/checkpoints/<step>/` has four Orbax items: `params` and `opt_state` (arrays by dotted
 name), `loader` (the data loader's state, JSON) and `run` (step, resolved configuration, tokenizer
-fingerprint and format number, JSON). A directory gets its final name when it is complete.
+fingerprint and format number, JSON). A directory gets its final name when it is complete; then its
+manifest is written (`manifest`), with which every restore compares the files. While checkpoints are
+open for writing, this process owns the run directory (`lock`).
 
 In a multi-process run all processes save and restore together in a shared directory. Each process
 writes and reads the shards of its own devices, and a checkpoint restores with any number of
 processes and devices.
 """
 
+import contextlib
 import dataclasses
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.sharding import Mesh
 
-from megalodon_jax.checkpoints.compatibility import FORMAT, check_format, check_same_model
-from megalodon_jax.checkpoints.items import (
-    abstract_by_name,
-    by_name,
-    from_names,
-    reader,
-    reason,
-    suppress_orphaned_read_errors,
-)
-from megalodon_jax.config import AnyModelConfig, TrainConfig, config_from_dict
-from megalodon_jax.errors import CheckpointError, ConfigError
-from megalodon_jax.language_model import LanguageModel
-from megalodon_jax.models import abstract_model
+from megalodon_jax.checkpoints.compatibility import FORMAT
+from megalodon_jax.checkpoints.items import by_name, reason
+from megalodon_jax.checkpoints.lock import lock_run
+from megalodon_jax.checkpoints.manifest import has_all_parts, remove_checkpoint, write_manifest
+from megalodon_jax.checkpoints.pending_save import PendingSave, make_barrier
+from megalodon_jax.checkpoints.reading import CheckpointReader
+from megalodon_jax.checkpoints.retention import HeldoutLosses, steps_to_remove
+from megalodon_jax.config import TrainConfig
+from megalodon_jax.errors import CheckpointError, RunLockedError
 from megalodon_jax.parallel.distributed import all_processes_ok, is_main
-from megalodon_jax.train_state import TrainState, abstract_state
+from megalodon_jax.parallel.failures import exit_without_threads, failure_elsewhere
+from megalodon_jax.train_state import TrainState
 
 
-class RestoredRun(NamedTuple):
-    """A restored run.
-
-    Attributes:
-      state: the train state, sharded over the run's mesh.
-      loader_state: for the loader's `load_state_dict`.
-      config: the configuration that the checkpoint was saved with.
-    """
-
-    state: TrainState
-    loader_state: dict[str, Any]
-    config: TrainConfig
-
-
-class RunCheckpoints:
+class RunCheckpoints(CheckpointReader):
     """The checkpoints of one run directory; saving is asynchronous.
 
-    Use as a context manager, or call `close`.
+    Use as a context manager, or call `close`. Until then this process, or process 0 of several,
+    owns the run directory, unless `read_only`.
 
     Args:
       run_dir: the run's directory.
-      keep: number of newest checkpoints to keep; older ones are deleted after a save completes.
+      keep: number of newest checkpoints to keep. Older ones are deleted when a later loss of a
+        newer one is finite (`confirm`), not when it is saved.
+      keep_every: keep every checkpoint whose step is a multiple of it; 0: none.
       read_only: write and delete nothing.
+      allow_unverified: also restore checkpoints without manifest, with a warning.
 
     Raises:
-      CheckpointError: `read_only`, and the directory has no checkpoints.
+      RunLockedError: another process owns the directory.
+      CheckpointError: `read_only`, and the directory has no checkpoints; or it cannot be written.
     """
 
-    def __init__(self, run_dir: str | Path, *, keep: int = 1, read_only: bool = False) -> None:
-        self.directory = (Path(run_dir) / "checkpoints").absolute()
-        if not read_only:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        elif not self.directory.is_dir():
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        keep: int = 1,
+        keep_every: int = 0,
+        read_only: bool = False,
+        allow_unverified: bool = False,
+    ) -> None:
+        super().__init__(run_dir, allow_unverified=allow_unverified)
+        self._keep, self._keep_every = keep, keep_every
+        self._pending: PendingSave | None = None
+        self._removing: threading.Thread | None = None
+        self._failed = False
+        if read_only and not self.directory.is_dir():
             raise CheckpointError(
                 f"{run_dir} has no checkpoints; give the run_dir of a training run"
             )
+        self._lock, self._orbax = None, None
+        if read_only:
+            self._report_unfinished("ignoring")
+            return
+        # Before Orbax opens the directory, which removes saves in progress.
+        self._lock = lock_run(run_dir)
+        try:
+            self._files.make()
+            self._report_unfinished("removing")
+            self._heldout = HeldoutLosses(self._files)
+            self._orbax = self._open()
+        except OSError as error:
+            self._release()
+            raise CheckpointError(f"cannot open {self.directory}: {reason(error)}") from error
+        except BaseException:
+            self._release()
+            raise
+
+    def _report_unfinished(self, action: str) -> None:
         if is_main():
             for unfinished in sorted(self.directory.glob("*.orbax-checkpoint-tmp")):
-                action = "ignoring" if read_only else "removing"
                 print(f"{action} unfinished checkpoint {unfinished}", file=sys.stderr)
-        self._orbax = ocp.CheckpointManager(
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=None if read_only else keep,
-                read_only=read_only,
                 create=False,
-                cleanup_tmp_directories=not read_only,
+                cleanup_tmp_directories=True,
+                # Orbax would delete at the save; `confirm` deletes after a later finite loss.
+                preservation_policy=ocp.checkpoint_managers.preservation_policy.PreserveAll(),
+                async_options=ocp.AsyncOptions(
+                    barrier_sync_fn=make_barrier() if jax.process_count() > 1 else None,
+                    # Called in process 0 just before the checkpoint gets its final name.
+                    post_finalization_callback=self._check_lock,
+                    # Created in a thread, a directory that cannot be created makes the writer
+                    # threads wait 300 s for it, also at the end of the process.
+                    create_directories_asynchronously=False,
+                ),
             ),
         )
-        self._last_saved: int | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -100,11 +127,6 @@ class RunCheckpoints:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def steps(self) -> list[int]:
-        """Steps of the checkpoints on disk in ascending order, damaged ones included."""
-        # Orbax's list drops an old step when a save starts, not when it completes.
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
 
     def save(
         self,
@@ -142,172 +164,197 @@ class RunCheckpoints:
         )
 
     def check(self) -> None:
-        """Raises `CheckpointError` if the last save has failed; does not wait for it."""
-        try:
-            self._orbax.check_for_errors()
-        except Exception as error:
-            raise self._save_error(self._last_saved, error) from error
+        """Raises an error if the last save has failed; does not wait for it.
+
+        Raises:
+          CheckpointError: the save failed, in this process or in another one of the run.
+          RunLockedError: another process has taken the run directory over.
+        """
+        pending = self._pending
+        if pending is not None and not pending.is_running():
+            self._pending = None
+            if pending.error is not None:
+                raise self._save_error(pending.step, pending.error) from pending.error
+        if (failure := failure_elsewhere()) is not None:
+            self._failed = True
+            raise CheckpointError(f"{failure}; {self._usable(None)}")
+        self._check_lock()
 
     def wait(self) -> None:
         """Waits for the last save to complete.
 
         Raises:
-          CheckpointError: the save failed.
+          CheckpointError: the save failed, in this process or in another one of the run.
+          RunLockedError: another process has taken the run directory over.
         """
-        try:
-            self._orbax.wait_until_finished()
-        except Exception as error:
-            raise self._save_error(self._last_saved, error) from error
+        if self._pending is not None:
+            self._pending.wait()
+        self.check()
 
-    def close(self) -> None:
-        """Waits for the last save and stops the writer threads."""
-        try:
-            self._orbax.close()
-        except Exception as error:
-            raise self._save_error(self._last_saved, error) from error
+    def confirm(self, step: int) -> None:
+        """Says that the parameters after `step` updates, and all earlier ones, gave finite losses.
 
-    def read_run(self, step: int) -> tuple[TrainConfig, str]:
-        """Configuration and tokenizer fingerprint of one checkpoint.
-
-        Raises:
-          CheckpointError: the checkpoint is damaged or has another format.
+        Checkpoints up to this step may then replace older ones, which are deleted in the
+        background. The newest `keep`, the best by held-out loss and those of `keep_every` stay.
         """
-        run = self._restore(step, run=ocp.args.JsonRestore())["run"]
-        check_format(run.get("format"), self._path(step))
+        if not is_main() or (self._removing is not None and self._removing.is_alive()):
+            return
+        steps = self.steps()
+        complete = [at for at in steps if self._is_complete(at)]
+        old = steps_to_remove(
+            steps,
+            complete=complete,
+            confirmed=step,
+            keep=self._keep,
+            keep_every=self._keep_every,
+            best=self._heldout.best(complete),
+        )
+        if old:
+            self._check_lock()
+            self._removing = threading.Thread(
+                target=self._remove, args=(old,), name="remove_checkpoints", daemon=True
+            )
+            self._removing.start()
+
+    def report_heldout(self, step: int, loss: float) -> None:
+        """Records the held-out loss of the parameters after `step` updates.
+
+        The checkpoint of the lowest loss is kept; the losses survive a resume.
+
+        Args:
+          step: number of updates; counts if a checkpoint of this step is saved.
+          loss: nats per token.
+        """
+        if not is_main():
+            return
         try:
-            return config_from_dict(run["config"]), run["tokenizer_fingerprint"]
-        except (ConfigError, KeyError, TypeError) as error:
+            self._heldout.add(step, loss, steps=self.steps())
+        except OSError as error:
             raise CheckpointError(
-                f"checkpoint {self._path(step)} has no valid configuration: {error}"
+                f"the held-out loss cannot be written to {self.directory}: {reason(error)}"
             ) from error
 
-    def restore(self, step: int, config: TrainConfig, mesh: Mesh | None = None) -> RestoredRun:
-        """Restores the complete state of a run; the mesh that saved it does not matter.
+    def close(self) -> None:
+        """Waits for the last save, stops the writer threads and releases the run directory."""
+        try:
+            if not self._failed:
+                self.wait()
+        finally:
+            if self._removing is not None:
+                self._removing.join()
+            self._close_orbax()
+            self._release()
 
-        Args:
-          step: step of the checkpoint.
-          config: the resumed run.
-          mesh: devices; None: those of `config.mesh`.
-
-        Raises:
-          CheckpointError: the checkpoint is damaged.
-          MismatchError: the checkpoint is of another model; the differing fields are named.
-        """
-        saved, _ = self.read_run(step)
-        check_same_model(saved.model, config.model, self._path(step))
-        abstract = abstract_state(config, mesh)
-        items = self._restore(
-            step,
-            params=ocp.args.StandardRestore(abstract_by_name(abstract.params)),
-            opt_state=ocp.args.StandardRestore(abstract_by_name(abstract.opt_state)),
-            loader=ocp.args.JsonRestore(),
-        )
-        # Committed to devices like the other arrays: otherwise the train step compiles twice.
-        step_array = np.asarray(step, np.int32)
-        state = TrainState(
-            jax.make_array_from_callback((), abstract.step.sharding, lambda _: step_array),
-            from_names(abstract.params, items["params"]),
-            from_names(abstract.opt_state, items["opt_state"]),
-        )
-        return RestoredRun(state, items["loader"], saved)
-
-    def restore_params(self, step: int, config: TrainConfig, mesh: Mesh | None = None) -> nnx.State:
-        """Restores the parameters only, sharded for a run of `config`.
-
-        Args:
-          step: step of the checkpoint.
-          config: the run that starts from these parameters.
-          mesh: devices; None: those of `config.mesh`.
-
-        Raises:
-          CheckpointError: the checkpoint is damaged.
-          MismatchError: the checkpoint is of another model; the differing fields are named.
-        """
-        saved, _ = self.read_run(step)
-        check_same_model(saved.model, config.model, self._path(step))
-        params = abstract_state(config, mesh).params
-        items = self._restore(step, params=ocp.args.StandardRestore(abstract_by_name(params)))
-        return from_names(params, items["params"])
-
-    def restore_model(self, step: int, config: AnyModelConfig) -> LanguageModel:
-        """Restores the parameters only, as a model on this process's first device.
-
-        Raises:
-          CheckpointError: the checkpoint is damaged.
-        """
-        graphdef, params = abstract_model(config)
-        items = self._restore(step, params=ocp.args.StandardRestore(abstract_by_name(params)))
-        return nnx.merge(graphdef, from_names(params, items["params"]))
-
-    def set_aside(self, step: int) -> Path:
-        """Renames a damaged checkpoint to `damaged_<step>`, which frees the name of its step."""
+    def set_aside(self, step: int, *, prefix: str = "damaged") -> Path:
+        """Renames a checkpoint to `<prefix>_<step>`, which frees the name of its step."""
         source = self._path(step)
-        target = source.with_name(f"damaged_{step}")
+        target = source.with_name(f"{prefix}_{step}")
         count = 1
         while target.exists():
             count += 1
-            target = source.with_name(f"damaged_{step}_{count}")
+            target = source.with_name(f"{prefix}_{step}_{count}")
         # Barrier: all processes choose the target before one renames.
         all_processes_ok(True)
         if is_main():
-            source.rename(target)
+            self._check_lock()
+            self._files.move(source.name, target.name)
         all_processes_ok(True)
-        self._orbax.reload()
+        self._writer().reload()
+        self._verified.pop(step, None)
         return target
+
+    def set_aside_after(self, step: int) -> list[Path]:
+        """Renames all checkpoints of later steps to `later_<step>`, so that `step` is the newest.
+
+        Returns:
+          Their new paths.
+        """
+        self._heldout.forget_after(step)
+        return [self.set_aside(at, prefix="later") for at in self.steps() if at > step]
 
     def _save(self, step: int, **items: ocp.args.CheckpointArgs) -> None:
         # Orbax would wait too, but then its error would name the wrong step.
         self.wait()
         try:
-            self._orbax.save(step, args=ocp.args.Composite(**items), force=True)
+            self._writer().save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:
             raise self._save_error(step, error) from error
-        self._last_saved = step
+        self._pending = PendingSave(step, lambda: self._finish_save(step))
 
-    def _restore(self, step: int, **items: ocp.args.CheckpointArgs) -> Mapping[str, Any]:
-        restored, error = None, None
-        try:
-            restored = self._read(step, items)
-        except CheckpointError as caught:
-            error = caught
-        # All processes reject a checkpoint that one of them cannot read.
-        all_read = all_processes_ok(error is None)
-        if error is not None:
-            raise error
-        if restored is None or not all_read:
-            raise CheckpointError(
-                f"checkpoint {self._path(step)} cannot be read by another process; see its log"
-            )
-        return restored
-
-    def _read(self, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> Mapping[str, Any]:
-        try:
-            with suppress_orphaned_read_errors(), reader(self.directory) as orbax:
-                restored = orbax.restore(step, args=ocp.args.Composite(**items))
-            missing = [name for name in items if restored[name] is None]
-        # Orbax, TensorStore and JSON raise various types for truncated or missing files.
-        except Exception as error:
-            raise CheckpointError(
-                f"checkpoint {self._path(step)} cannot be read: {reason(error)}"
-            ) from error
-        if missing:
-            raise CheckpointError(f"checkpoint {self._path(step)} lacks {', '.join(missing)}")
-        return restored  # type: ignore[return-value]
-
-    def _path(self, step: int) -> Path:
-        return self.directory / str(step)
-
-    def _save_error(self, step: int | None, error: Exception) -> CheckpointError:
-        complete = [str(saved) for saved in self.steps() if saved != step]
-        usable = (
-            f"still usable: step {', '.join(complete)}"
-            if complete
-            else "there is no other checkpoint"
+    def _finish_save(self, step: int) -> None:
+        self._writer().wait_until_finished()
+        self._check_lock()
+        write_manifest(
+            self.files_of(step),
+            step,
+            process=jax.process_index(),
+            num_processes=jax.process_count(),
         )
+
+    def _is_complete(self, step: int) -> bool:
+        return has_all_parts(self.files_of(step).names())
+
+    def _remove(self, steps: list[int]) -> None:
+        for step in steps:
+            try:
+                remove_checkpoint(self._files, step)
+            except OSError as error:
+                # Tried again after the next save; a full checkpoint more does not stop the run.
+                print(f"cannot remove {self._path(step)}: {reason(error)}", file=sys.stderr)
+
+    def _check_lock(self) -> None:
+        if self._lock is not None:
+            try:
+                self._lock.check()
+            except RunLockedError:
+                self._failed = True
+                raise
+
+    def _writer(self) -> ocp.CheckpointManager:
+        if self._orbax is None:
+            raise ValueError("the checkpoints were opened with read_only=True")
+        return self._orbax
+
+    def _close_orbax(self) -> None:
+        if self._orbax is None:
+            return
+        if not self._failed:
+            self._orbax.close()
+            return
+        # The errors of a failed save have been raised, and its threads may wait for minutes.
+        closing = threading.Thread(target=_close_quietly, args=(self._orbax,), daemon=True)
+        closing.start()
+        closing.join(1.0)
+        if closing.is_alive():
+            exit_without_threads(1)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _save_error(self, step: int, error: Exception) -> CheckpointError | RunLockedError:
+        self._failed = True
+        try:
+            self._check_lock()
+        except RunLockedError as lost:
+            return lost
         return CheckpointError(
-            f"checkpoint {'' if step is None else self._path(step)} was not written: "
-            f"{reason(error)}; {usable}"
+            f"checkpoint {self._path(step)} was not written: {reason(error)}; {self._usable(step)}"
         )
+
+    def _usable(self, failed: int | None) -> str:
+        try:
+            usable = [at for at in self.steps() if at != failed and self._is_complete(at)]
+        except OSError:
+            return f"{self.directory} cannot be read"
+        if not usable:
+            return "there is no other checkpoint"
+        return f"still usable: step {', '.join(map(str, usable))}"
+
+
+def _close_quietly(orbax: ocp.CheckpointManager) -> None:
+    with contextlib.suppress(Exception):
+        orbax.close()
 
 
 def _run_item(step: int, config: TrainConfig, tokenizer_fingerprint: str) -> ocp.args.JsonSave:

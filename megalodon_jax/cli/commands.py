@@ -84,13 +84,17 @@ class Evaluate:
     """Tokens of a document that go through the model at a time."""
     step: int | None = None
     """Step of the checkpoint; the newest if not set."""
+    allow_unverified: bool = False
+    """Also load a checkpoint without manifest, which an older version wrote."""
 
     def run(self) -> int:
         """Prints bits per byte and perplexity."""
         from megalodon_jax.checkpoints import load_trained
         from megalodon_jax.evaluation.streaming import evaluate_files
 
-        model, tokenizer = load_trained(self.checkpoint, self.step)
+        model, tokenizer = load_trained(
+            self.checkpoint, self.step, allow_unverified=self.allow_unverified
+        )
         result = evaluate_files(
             model,
             tokenizer,
@@ -131,6 +135,8 @@ class Generate:
     """Seed of the random numbers."""
     step: int | None = None
     """Step of the checkpoint; the newest if not set."""
+    allow_unverified: bool = False
+    """Also load a checkpoint without manifest, which an older version wrote."""
 
     def run(self) -> int:
         """Prints the prompt and its continuation."""
@@ -143,7 +149,9 @@ class Generate:
             sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        model, tokenizer = load_trained(self.checkpoint, self.step)
+        model, tokenizer = load_trained(
+            self.checkpoint, self.step, allow_unverified=self.allow_unverified
+        )
         print(self.prompt, end="", flush=True)
         for text in stream_text(
             model,
@@ -156,6 +164,26 @@ class Generate:
             print(text, end="", flush=True)
         print()
         return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Compares all files of a run's checkpoints with their checksums; changes nothing.
+
+    Example: megalodon verify runs/first
+    """
+
+    run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
+    """The run_dir of a training run."""
+
+    def run(self) -> int:
+        """Prints the state of every checkpoint; the exit code is 1 unless all are good."""
+        from megalodon_jax.checkpoints import verify_run
+
+        reports = verify_run(self.run_dir)
+        for report in reports:
+            print(report)
+        return 0 if all(report.state == "good" for report in reports) else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +268,7 @@ COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "evaluate": Evaluate,
     "generate": Generate,
+    "verify": Verify,
     "convert": Convert,
     "plan": Plan,
     "bench": Bench,

@@ -9,13 +9,26 @@ from megalodon_jax.config.kinds import AnyModelConfig
 from megalodon_jax.config.mesh import MeshConfig, ProcessesConfig
 from megalodon_jax.config.model import ModelConfig
 from megalodon_jax.config.optimizer import OptimConfig
-from megalodon_jax.config.ranges import Content, Interval, Seed, Steps, Text, Tokens, Weight
+from megalodon_jax.config.ranges import (
+    Content,
+    Interval,
+    Range,
+    Seed,
+    Steps,
+    Text,
+    Tokens,
+    Weight,
+)
 
 RULES = (
     Rule(
         lambda c: c.optim.warmup_steps <= c.steps,
         "optim.warmup_steps is {c.optim.warmup_steps}, longer than the run of steps = {c.steps}; "
         "use at most {c.steps}",
+    ),
+    Rule(
+        lambda c: c.resume_step is None or c.resume,
+        "resume_step is {c.resume_step}, but resume is not set; add --resume",
     ),
 )
 
@@ -52,11 +65,18 @@ class TrainConfig:
     checkpoint_every: Interval = 200
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: Steps = 3
-    """Number of newest checkpoints to keep."""
+    """Number of newest checkpoints to keep; an older one is deleted after a later finite loss. The
+    checkpoint of the lowest held-out loss is kept too."""
+    keep_every: Interval = 0
+    """Keep every checkpoint whose step is a multiple of this; 0: none."""
     init_from: str = ""
     """Initialize the weights from this run_dir, trained or converted; empty: random weights."""
     resume: bool = False
     """Resume from the newest checkpoint in `run_dir`."""
+    resume_step: Annotated[int | None, Range(low=0, high=2_000_000_000)] = None
+    """With `resume`: the step to resume from; later checkpoints are renamed to `later_<step>`."""
+    allow_unverified: bool = False
+    """Also load checkpoints without manifest, which older versions wrote; damage goes unnoticed."""
     sample_tokens: Interval = 256
     """Tokens of the text sample generated at the end; 0: no sample."""
     sample_prompt: Content = ""

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from megalodon_jax.checkpoints import RunCheckpoints, load_latest_valid, load_params
+from megalodon_jax.checkpoints import RunCheckpoints, load_params, restore_for_resume
 from megalodon_jax.config import TrainConfig
 from megalodon_jax.data.loader import Loader, merge_states
 from megalodon_jax.data.packing import CountedBatch
@@ -72,6 +72,7 @@ def train(config: TrainConfig) -> TrainResult:
         not set.
       DataError: the data is empty or cannot be read.
       CheckpointError: a checkpoint cannot be written, or none can be read to resume from.
+      RunLockedError: another process owns `run_dir`, or has taken it over.
       TrainingError: the loss or the gradient is NaN or infinite.
     """
     distributed.initialize(config.processes)
@@ -89,7 +90,12 @@ def train(config: TrainConfig) -> TrainResult:
         )
         stack.callback(loader.close)
         checkpoints = stack.enter_context(
-            RunCheckpoints(config.run_dir, keep=config.keep_checkpoints)
+            RunCheckpoints(
+                config.run_dir,
+                keep=config.keep_checkpoints,
+                keep_every=config.keep_every,
+                allow_unverified=config.allow_unverified,
+            )
         )
         graphdef, state = _initial_state(config, mesh, loader, checkpoints)
         first_step = int(state.step)
@@ -159,14 +165,7 @@ def _initial_state(
         if config.init_from:
             state = state._replace(params=load_params(config.init_from, config, mesh))
         return graphdef, state
-    damaged: list[int] = []
-    restored = load_latest_valid(
-        checkpoints,
-        lambda step: checkpoints.restore(step, config, mesh),
-        on_damaged=lambda step, _: damaged.append(step),
-    )
-    for step in damaged:
-        checkpoints.set_aside(step)
+    restored = restore_for_resume(checkpoints, config, mesh)
     loader.load_state_dict(restored.loader_state)
     return abstract_model(config.model)[0], restored.state
 
@@ -306,6 +305,8 @@ class _Run:
         text += f"  {tokens_per_second:,.0f} tokens/s" if tokens_per_second else ""
         text += f"  MFU {mfu:.1%}" if mfu else ""
         self.context.display.report(self.step, text)
+        # The last loss is that of the parameters before its update.
+        self.context.checkpoints.confirm(self.step - 1)
         self.train_loss = float(window[-1].loss)
         self.window = []
         self.clock.restart()
@@ -355,6 +356,9 @@ class _Run:
                 metric=self.context.task.metric,
                 max_batches=max_batches,
             )
+        if math.isfinite(heldout.loss):
+            self.context.checkpoints.report_heldout(self.step, heldout.loss)
+            self.context.checkpoints.confirm(self.step)
         self._log({"heldout_loss": heldout.loss, "heldout_bits_per_byte": heldout.bits_per_byte})
         self.context.display.message(
             f"step {self.step}/{self.config.steps}  held-out bits per byte "

@@ -1,0 +1,142 @@
+"""The operations of a storage directory that checkpoints and locks need.
+
+There is no append and no rename, which an object store lacks: exclusive creation, atomic writes
+and versions have an equivalent there (conditions on an object's generation, whole objects).
+"""
+
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Hashable
+from pathlib import Path
+
+_BLOCK_BYTES = 1 << 20
+
+
+class LocalDirectory:
+    """A directory of a mounted file system, local or shared by several hosts.
+
+    Names are paths relative to the directory, with "/" between their parts.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def child(self, name: str) -> "LocalDirectory":
+        """A directory inside this one."""
+        return LocalDirectory(self.path / name)
+
+    def make(self) -> None:
+        """Creates the directory and its parents."""
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def names(self) -> list[str]:
+        """Names of the direct entries; empty if the directory does not exist."""
+        try:
+            return sorted(os.listdir(self.path))
+        except FileNotFoundError:
+            return []
+
+    def files(self) -> dict[str, int]:
+        """Sizes in bytes of all files, also those in subdirectories; -1: not a regular file."""
+        found: dict[str, int] = {}
+        pending = [""]
+        while pending:
+            prefix = pending.pop()
+            with os.scandir(self.path / prefix) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(f"{prefix}{entry.name}/")
+                        continue
+                    is_regular = entry.is_file(follow_symlinks=False)
+                    size = entry.stat(follow_symlinks=False).st_size if is_regular else -1
+                    found[f"{prefix}{entry.name}"] = size
+        return found
+
+    def read(self, name: str) -> bytes:
+        """The content of a file."""
+        return (self.path / name).read_bytes()
+
+    def checksum(self, name: str) -> str:
+        """SHA-256 of a file's content as hexadecimal digits."""
+        digest = hashlib.sha256()
+        buffer = bytearray(_BLOCK_BYTES)
+        view = memoryview(buffer)
+        with open(self.path / name, "rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(view[:count])
+        return digest.hexdigest()
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file so that a reader sees the old or the new content, also after a crash."""
+        temporary = self.path / f".{name}.{secrets.token_hex(4)}.tmp"
+        try:
+            self._write_new(temporary, content)
+            os.replace(temporary, self.path / name)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        self._sync()
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Creates a file; False if it exists. Of several processes one succeeds.
+
+        A reader may see a part of the content.
+        """
+        try:
+            self._write_new(self.path / name, content)
+        except FileExistsError:
+            return False
+        self._sync()
+        return True
+
+    def touch(self, name: str) -> None:
+        """Changes the version of a file, but not its content."""
+        os.utime(self.path / name)
+
+    def version(self, name: str) -> Hashable:
+        """A value that differs after each `write` or `touch`; None if there is no such file."""
+        try:
+            status = os.stat(self.path / name)
+        except FileNotFoundError:
+            return None
+        return status.st_mtime_ns, status.st_ino
+
+    def modified(self, name: str) -> float:
+        """Time of the last `write` or `touch`, in seconds, by the clock of the storage."""
+        return os.stat(self.path / name).st_mtime
+
+    def remove(self, name: str) -> None:
+        """Removes a file; does nothing if there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path / name)
+
+    def remove_tree(self, name: str) -> None:
+        """Removes a directory and its content."""
+        shutil.rmtree(self.path / name)
+
+    def move(self, name: str, target: str) -> None:
+        """Gives a directory another name."""
+        os.rename(self.path / name, self.path / target)
+
+    def _write_new(self, path: Path, content: bytes) -> None:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _sync(self) -> None:
+        """Makes new names durable; some network file systems refuse to sync a directory."""
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

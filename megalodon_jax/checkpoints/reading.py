@@ -1,0 +1,228 @@
+"""Reading of a run's checkpoints: verified by their manifests, restored for any mesh."""
+
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh
+
+from megalodon_jax.checkpoints.compatibility import check_format, check_same_model
+from megalodon_jax.checkpoints.directory import LocalDirectory
+from megalodon_jax.checkpoints.items import (
+    abstract_by_name,
+    from_names,
+    reader,
+    reason,
+    suppress_orphaned_read_errors,
+)
+from megalodon_jax.checkpoints.manifest import Verification, verify_checkpoint
+from megalodon_jax.config import AnyModelConfig, TrainConfig, config_from_dict
+from megalodon_jax.errors import CheckpointError, ConfigError, IncompleteCheckpointError
+from megalodon_jax.language_model import LanguageModel
+from megalodon_jax.models import abstract_model
+from megalodon_jax.parallel.distributed import all_processes_ok, is_main
+from megalodon_jax.train_state import TrainState, abstract_state
+
+
+class RestoredRun(NamedTuple):
+    """A restored run.
+
+    Attributes:
+      state: the train state, sharded over the run's mesh.
+      loader_state: for the loader's `load_state_dict`.
+      config: the configuration that the checkpoint was saved with.
+    """
+
+    state: TrainState
+    loader_state: dict[str, Any]
+    config: TrainConfig
+
+
+class CheckpointReader:
+    """The checkpoints of one run directory; every restore compares files with the manifest.
+
+    Args:
+      run_dir: the run's directory.
+      allow_unverified: also restore checkpoints without manifest, with a warning.
+
+    Attributes:
+      directory: path of the checkpoints.
+      verification: number of files compared so far for the last restored checkpoint, their bytes,
+        and the time; None before.
+    """
+
+    def __init__(self, run_dir: str | Path, *, allow_unverified: bool = False) -> None:
+        self.directory = (Path(run_dir) / "checkpoints").absolute()
+        self.verification: Verification | None = None
+        self._files = LocalDirectory(self.directory)
+        self._allow_unverified = allow_unverified
+        self._verified: dict[int, set[str]] = {}
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints on disk in ascending order, damaged ones included."""
+        # Orbax's list knows only what this process has seen.
+        return sorted(int(name) for name in self._files.names() if name.isdigit())
+
+    def files_of(self, step: int) -> LocalDirectory:
+        """The directory of one checkpoint."""
+        return self._files.child(str(step))
+
+    def verify(self, step: int, items: Collection[str] | None = None) -> Verification:
+        """Compares a checkpoint with its manifest; each process of several takes a share.
+
+        Args:
+          step: step of the checkpoint.
+          items: names of the items whose content to compare; None: all.
+
+        Raises:
+          IncompleteCheckpointError: the checkpoint has no manifest.
+          CheckpointError: the checkpoint is damaged; the message names the files.
+        """
+        result = verify_checkpoint(
+            self.files_of(step),
+            step,
+            items=items,
+            process=jax.process_index(),
+            num_processes=jax.process_count(),
+        )
+        if result.problems:
+            shown = "; ".join(result.problems[:3])
+            more = len(result.problems) - 3
+            raise CheckpointError(
+                f"checkpoint {self._path(step)} is damaged: {shown}"
+                f"{f'; and {more} more' if more > 0 else ''}"
+            )
+        return result
+
+    def read_run(self, step: int) -> tuple[TrainConfig, str]:
+        """Configuration and tokenizer fingerprint of one checkpoint.
+
+        Raises:
+          CheckpointError: the checkpoint is damaged or has another format.
+        """
+        run = self._restore(step, run=ocp.args.JsonRestore())["run"]
+        check_format(run.get("format"), self._path(step))
+        try:
+            return config_from_dict(run["config"]), run["tokenizer_fingerprint"]
+        except (ConfigError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"checkpoint {self._path(step)} has no valid configuration: {error}"
+            ) from error
+
+    def restore(self, step: int, config: TrainConfig, mesh: Mesh | None = None) -> RestoredRun:
+        """Restores the complete state of a run; the mesh that saved it does not matter.
+
+        Args:
+          step: step of the checkpoint.
+          config: the resumed run.
+          mesh: devices; None: those of `config.mesh`.
+
+        Raises:
+          CheckpointError: the checkpoint is damaged.
+          MismatchError: the checkpoint is of another model; the differing fields are named.
+        """
+        saved, _ = self.read_run(step)
+        check_same_model(saved.model, config.model, self._path(step))
+        abstract = abstract_state(config, mesh)
+        items = self._restore(
+            step,
+            params=ocp.args.StandardRestore(abstract_by_name(abstract.params)),
+            opt_state=ocp.args.StandardRestore(abstract_by_name(abstract.opt_state)),
+            loader=ocp.args.JsonRestore(),
+        )
+        # Committed to devices like the other arrays: otherwise the train step compiles twice.
+        step_array = np.asarray(step, np.int32)
+        state = TrainState(
+            jax.make_array_from_callback((), abstract.step.sharding, lambda _: step_array),
+            from_names(abstract.params, items["params"]),
+            from_names(abstract.opt_state, items["opt_state"]),
+        )
+        return RestoredRun(state, items["loader"], saved)
+
+    def restore_params(self, step: int, config: TrainConfig, mesh: Mesh | None = None) -> nnx.State:
+        """Restores the parameters only, sharded for a run of `config`.
+
+        Args:
+          step: step of the checkpoint.
+          config: the run that starts from these parameters.
+          mesh: devices; None: those of `config.mesh`.
+
+        Raises:
+          CheckpointError: the checkpoint is damaged.
+          MismatchError: the checkpoint is of another model; the differing fields are named.
+        """
+        saved, _ = self.read_run(step)
+        check_same_model(saved.model, config.model, self._path(step))
+        params = abstract_state(config, mesh).params
+        items = self._restore(step, params=ocp.args.StandardRestore(abstract_by_name(params)))
+        return from_names(params, items["params"])
+
+    def restore_model(self, step: int, config: AnyModelConfig) -> LanguageModel:
+        """Restores the parameters only, as a model on this process's first device.
+
+        Raises:
+          CheckpointError: the checkpoint is damaged.
+        """
+        graphdef, params = abstract_model(config)
+        items = self._restore(step, params=ocp.args.StandardRestore(abstract_by_name(params)))
+        return nnx.merge(graphdef, from_names(params, items["params"]))
+
+    def _restore(self, step: int, **items: ocp.args.CheckpointArgs) -> Mapping[str, Any]:
+        restored, error = None, None
+        try:
+            self._verify_once(step, items)
+            restored = self._read(step, items)
+        except CheckpointError as caught:
+            error = caught
+        # All processes reject a checkpoint that one of them cannot read.
+        all_read = all_processes_ok(error is None)
+        if error is not None:
+            raise error
+        if restored is None or not all_read:
+            raise CheckpointError(
+                f"checkpoint {self._path(step)} cannot be read by another process; see its log"
+            )
+        return restored
+
+    def _verify_once(self, step: int, items: Collection[str]) -> None:
+        """Verifies the items that have not been compared since these checkpoints were opened."""
+        verified = self._verified.setdefault(step, set())
+        if verified >= set(items):
+            return
+        try:
+            new = self.verify(step, set(items) - verified)
+        except IncompleteCheckpointError:
+            if not self._allow_unverified:
+                raise
+            if is_main() and not verified:
+                print(
+                    f"warning: checkpoint {self._path(step)} has no manifest, so that damage in "
+                    "it cannot be found",
+                    file=sys.stderr,
+                )
+        else:
+            total = self.verification if verified and self.verification else Verification.empty()
+            self.verification = total + new
+        verified.update(items)
+
+    def _read(self, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> Mapping[str, Any]:
+        try:
+            with suppress_orphaned_read_errors(), reader(self.directory) as orbax:
+                restored = orbax.restore(step, args=ocp.args.Composite(**items))
+            missing = [name for name in items if restored[name] is None]
+        # Orbax, TensorStore and JSON raise various types for truncated or missing files.
+        except Exception as error:
+            raise CheckpointError(
+                f"checkpoint {self._path(step)} cannot be read: {reason(error)}"
+            ) from error
+        if missing:
+            raise CheckpointError(f"checkpoint {self._path(step)} lacks {', '.join(missing)}")
+        return restored  # type: ignore[return-value]
+
+    def _path(self, step: int) -> Path:
+        return self.directory / str(step)
