@@ -1,7 +1,8 @@
 """Checkpoint items as Orbax stores them: arrays under dotted names."""
 
+import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,14 @@ def reader(directory: Path) -> ocp.CheckpointManager:
     )
 
 
-@contextmanager
-def suppress_orphaned_read_errors() -> Iterator[None]:
-    """Suppresses the errors of Orbax's remaining concurrent reads after one read has failed.
+def filter_orphaned_errors() -> Callable[[], None]:
+    """Drops the errors of Orbax's remaining concurrent reads or writes after one has failed.
 
-    They fail later in a closed event loop, with tracebacks that do not mention the checkpoint, so
-    the filter remains installed after a failure. Other errors reach the previous hook.
+    They fail later in a closed event loop, with tracebacks that do not mention the checkpoint.
+    Other errors reach the previous hook.
+
+    Returns:
+      A function that removes the filter.
     """
     before = sys.unraisablehook
 
@@ -47,9 +50,24 @@ def suppress_orphaned_read_errors() -> Iterator[None]:
         if not (loop_closed or never_awaited):
             before(unraisable)
 
+    def is_unrelated(record: logging.LogRecord) -> bool:
+        return "exception was never retrieved" not in record.getMessage()
+
+    def remove() -> None:
+        sys.unraisablehook = before
+        logging.getLogger("asyncio").removeFilter(is_unrelated)
+
     sys.unraisablehook = report_unrelated
+    logging.getLogger("asyncio").addFilter(is_unrelated)
+    return remove
+
+
+@contextmanager
+def suppress_orphaned_read_errors() -> Iterator[None]:
+    """Filters orphaned errors during a read, and from then on if it fails."""
+    remove = filter_orphaned_errors()
     yield
-    sys.unraisablehook = before
+    remove()
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -16,7 +16,6 @@ of the process that waits for it.
 """
 
 import contextlib
-import itertools
 import json
 import os
 import secrets
@@ -28,18 +27,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import jax
-
 from megalodon_jax.checkpoints.directory import LocalDirectory
 from megalodon_jax.errors import CheckpointError, RunLockedError
-from megalodon_jax.parallel.distributed import all_gather_json, is_main
-from megalodon_jax.parallel.failures import barrier_outside_devices
 
 FOLDER = ".lock"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 _POLL_SECONDS = 0.5
-_BARRIERS = itertools.count()
 
 
 class LockOwner(NamedTuple):
@@ -257,29 +251,6 @@ class RunLock:
 
     def _write(self, owner: LockOwner) -> None:
         self._directory.write(_file_name(self._number), _encode(owner))
-
-
-def lock_run(run_dir: str | Path) -> RunLock | None:
-    """The lock of a run, which process 0 holds for all processes; None in the others.
-
-    Raises:
-      RunLockedError: another run owns the directory.
-      CheckpointError: the directory cannot be written.
-    """
-    if jax.process_count() == 1:
-        return RunLock(run_dir)
-    lock, refusal = None, ""
-    if is_main():
-        try:
-            lock = RunLock(run_dir)
-        except (RunLockedError, CheckpointError) as error:
-            refusal = str(error)
-    # A collective of devices may time out earlier than a lock becomes stale.
-    barrier_outside_devices(f"run_lock_{next(_BARRIERS)}", seconds=2 * STALE_SECONDS)
-    refusal = all_gather_json(refusal)[0]
-    if refusal:
-        raise RunLockedError(refusal)
-    return lock
 
 
 def _file_name(number: int) -> str:

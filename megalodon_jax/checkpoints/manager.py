@@ -13,6 +13,7 @@ processes and devices.
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 import threading
 from collections.abc import Mapping
@@ -25,17 +26,23 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from megalodon_jax.checkpoints.compatibility import FORMAT
-from megalodon_jax.checkpoints.items import by_name, reason
-from megalodon_jax.checkpoints.lock import lock_run
+from megalodon_jax.checkpoints.items import by_name, filter_orphaned_errors, reason
+from megalodon_jax.checkpoints.lock import STALE_SECONDS, RunLock
 from megalodon_jax.checkpoints.manifest import has_all_parts, remove_checkpoint, write_manifest
 from megalodon_jax.checkpoints.pending_save import PendingSave, make_barrier
 from megalodon_jax.checkpoints.reading import CheckpointReader
 from megalodon_jax.checkpoints.retention import HeldoutLosses, steps_to_remove
 from megalodon_jax.config import TrainConfig
 from megalodon_jax.errors import CheckpointError, RunLockedError
-from megalodon_jax.parallel.distributed import all_processes_ok, is_main
-from megalodon_jax.parallel.failures import exit_without_threads, failure_elsewhere
+from megalodon_jax.parallel.distributed import all_gather_json, all_processes_ok, is_main
+from megalodon_jax.parallel.failures import (
+    barrier_outside_devices,
+    exit_without_threads,
+    failure_elsewhere,
+)
 from megalodon_jax.train_state import TrainState
+
+_BARRIERS = itertools.count()
 
 
 class RunCheckpoints(CheckpointReader):
@@ -80,12 +87,13 @@ class RunCheckpoints(CheckpointReader):
             self._report_unfinished("ignoring")
             return
         # Before Orbax opens the directory, which removes saves in progress.
-        self._lock = lock_run(run_dir)
+        self._lock = _lock_run(run_dir)
         try:
             self._files.make()
             self._report_unfinished("removing")
             self._heldout = HeldoutLosses(self._files)
             self._orbax = self._open()
+            self._remove_filter = filter_orphaned_errors()
         except OSError as error:
             self._release()
             raise CheckpointError(f"cannot open {self.directory}: {reason(error)}") from error
@@ -320,6 +328,7 @@ class RunCheckpoints(CheckpointReader):
             return
         if not self._failed:
             self._orbax.close()
+            self._remove_filter()
             return
         # The errors of a failed save have been raised, and its threads may wait for minutes.
         closing = threading.Thread(target=_close_quietly, args=(self._orbax,), daemon=True)
@@ -350,6 +359,29 @@ class RunCheckpoints(CheckpointReader):
         if not usable:
             return "there is no other checkpoint"
         return f"still usable: step {', '.join(map(str, usable))}"
+
+
+def _lock_run(run_dir: str | Path) -> RunLock | None:
+    """The lock of a run, which process 0 holds for all processes; None in the others.
+
+    Raises:
+      RunLockedError: another run owns the directory.
+      CheckpointError: the directory cannot be written.
+    """
+    if jax.process_count() == 1:
+        return RunLock(run_dir)
+    lock, refusal = None, ""
+    if is_main():
+        try:
+            lock = RunLock(run_dir)
+        except (RunLockedError, CheckpointError) as error:
+            refusal = str(error)
+    # A collective of devices may time out earlier than a lock becomes stale.
+    barrier_outside_devices(f"run_lock_{next(_BARRIERS)}", seconds=2 * STALE_SECONDS)
+    refusal = all_gather_json(refusal)[0]
+    if refusal:
+        raise RunLockedError(refusal)
+    return lock
 
 
 def _close_quietly(orbax: ocp.CheckpointManager) -> None:

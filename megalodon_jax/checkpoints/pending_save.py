@@ -7,6 +7,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from megalodon_jax.checkpoints.items import reason
 from megalodon_jax.parallel.failures import failure_elsewhere, report_failure
 
 _POLL_SECONDS = 0.2
@@ -43,7 +44,7 @@ class PendingSave:
         # Whatever Orbax raises is the error of this save.
         except Exception as error:
             self.error = error
-            report_failure(f"checkpoint of step {self.step} was not written")
+            report_failure(f"checkpoint of step {self.step} was not written: {reason(error)}")
 
 
 def make_barrier() -> Callable[..., Any]:

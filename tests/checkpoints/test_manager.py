@@ -2,6 +2,7 @@
 
 import dataclasses
 import resource
+import threading
 from pathlib import Path
 
 import chex
@@ -12,7 +13,9 @@ import pytest
 from flax import nnx
 
 from megalodon_jax.checkpoints import RunCheckpoints, load_model
-from megalodon_jax.errors import CheckpointError, MismatchError
+from megalodon_jax.checkpoints.directory import LocalDirectory
+from megalodon_jax.checkpoints.lock import RunLock
+from megalodon_jax.errors import CheckpointError, MismatchError, RunLockedError
 from megalodon_jax.model import Megalodon
 from megalodon_jax.train_state import TrainState, init_state
 
@@ -42,7 +45,8 @@ def save_and_wait(checkpoints: RunCheckpoints, state: TrainState, config) -> Non
 def test_restore_is_bitwise(config, state):
     with RunCheckpoints(config.run_dir, keep=2) as checkpoints:
         for step in (1, 2, 3):
-            save(checkpoints, at_step(state, step), config)
+            save_and_wait(checkpoints, at_step(state, step), config)
+            checkpoints.confirm(step)
     with RunCheckpoints(config.run_dir, read_only=True) as checkpoints:
         assert checkpoints.steps() == [2, 3]
         restored = checkpoints.restore(3, config)
@@ -53,6 +57,117 @@ def test_restore_is_bitwise(config, state):
     model, saved = load_model(config.run_dir, step=2)
     assert saved == config
     chex.assert_trees_all_equal(nnx.split(model, nnx.Param)[1], at_step(state, 2).params)
+
+
+def on_disk(checkpoints: RunCheckpoints) -> list[int]:
+    """Steps after the deletions in progress."""
+    for thread in threading.enumerate():
+        if thread.name == "remove_checkpoints":
+            thread.join()
+    return checkpoints.steps()
+
+
+def test_a_checkpoint_replaces_another_after_a_later_finite_loss(config, state):
+    with RunCheckpoints(config.run_dir, keep=1) as checkpoints:
+        save_and_wait(checkpoints, at_step(state, 1), config)
+        checkpoints.confirm(1)
+        save_and_wait(checkpoints, at_step(state, 4), config)
+        # The loss of step 4 is that of the parameters before it.
+        checkpoints.confirm(3)
+        assert on_disk(checkpoints) == [1, 4]
+        checkpoints.confirm(4)
+        assert on_disk(checkpoints) == [4]
+        # While a save is in progress nothing is deleted in favor of it.
+        save(checkpoints, at_step(state, 5), config)
+        checkpoints.confirm(5)
+        assert on_disk(checkpoints)[0] in (4, 5)
+        checkpoints.wait()
+        checkpoints.confirm(5)
+        assert on_disk(checkpoints) == [5]
+
+
+def test_the_best_and_every_nth_checkpoint_are_kept_also_after_a_resume(config, state):
+    losses = {1: 3.0, 2: 2.0, 3: 2.5, 4: 2.4, 5: 2.3}
+    for steps in ((1, 2, 3), (4, 5)):
+        with RunCheckpoints(config.run_dir, keep=1, keep_every=3) as checkpoints:
+            for step in steps:
+                checkpoints.report_heldout(step, losses[step])
+                save_and_wait(checkpoints, at_step(state, step), config)
+                checkpoints.confirm(step)
+                on_disk(checkpoints)
+    with RunCheckpoints(config.run_dir, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [2, 3, 5]
+
+
+def test_a_manifest_is_written_and_damage_found(config, state):
+    with RunCheckpoints(config.run_dir, keep=2) as checkpoints:
+        save_and_wait(checkpoints, at_step(state, 1), config)
+        checkpoints.verify(1)
+        restored = checkpoints.restore(1, config)
+        found = Path(config.run_dir, "checkpoints", "1").rglob("*")
+        files = [path for path in found if path.is_file() and "manifest_" not in path.name]
+        assert checkpoints.verification is not None
+        assert checkpoints.verification.num_files >= len(files)
+        chex.assert_trees_all_equal(restored.state, at_step(state, 1))
+    # A bit of an array that Orbax would read without complaint.
+    data = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with RunCheckpoints(config.run_dir) as checkpoints:
+        with pytest.raises(CheckpointError, match=f"is damaged: .*{data.name} has another"):
+            checkpoints.restore(1, config)
+        # Only what is read is compared.
+        assert "opt_state" in data.parts
+        checkpoints.restore_params(1, config)
+
+
+def test_a_second_owner_is_refused_before_anything_is_touched(config, state):
+    with RunCheckpoints(config.run_dir) as checkpoints:
+        save_and_wait(checkpoints, at_step(state, 1), config)
+        in_progress = Path(config.run_dir, "checkpoints", "2.orbax-checkpoint-tmp")
+        in_progress.mkdir()
+        with pytest.raises(RunLockedError, match="is in use by pid"):
+            RunCheckpoints(config.run_dir)
+        assert in_progress.is_dir()
+        # Readers need no lock.
+        assert load_model(config.run_dir).config == config
+    RunCheckpoints(config.run_dir).close()
+    assert not in_progress.exists()
+
+
+def test_a_former_owner_writes_nothing(config, state):
+    checkpoints = RunCheckpoints(config.run_dir)
+    save_and_wait(checkpoints, at_step(state, 1), config)
+    lock = LocalDirectory(Path(config.run_dir, ".lock"))
+    number = int(lock.names()[-1])
+    lock.create(f"{number + 1:08d}", b"another owner")
+    before = sorted(Path(config.run_dir).rglob("*"))
+    with pytest.raises(RunLockedError, match="was taken over by"):
+        checkpoints.check()
+    with pytest.raises(RunLockedError, match="was taken over by"):
+        save(checkpoints, at_step(state, 2), config)
+    checkpoints.close()
+    assert sorted(Path(config.run_dir).rglob("*")) == before
+
+
+def test_a_takeover_during_a_save_prevents_its_commit(config, state, monkeypatch):
+    checkpoints = RunCheckpoints(config.run_dir)
+    save_and_wait(checkpoints, at_step(state, 1), config)
+    lock = LocalDirectory(Path(config.run_dir, ".lock"))
+    number = int(lock.names()[-1])
+    checked = RunLock.check
+
+    def lose_while_writing(self):
+        if threading.current_thread() is not threading.main_thread():
+            lock.create(f"{number + 1:08d}", b"another owner")
+        checked(self)
+
+    monkeypatch.setattr(RunLock, "check", lose_while_writing)
+    with pytest.raises(RunLockedError, match="was taken over by"):
+        save_and_wait(checkpoints, at_step(state, 2), config)
+    checkpoints.close()
+    assert checkpoints.steps() == [1]
 
 
 def test_another_model_is_rejected_and_its_fields_are_named(config, state):
