@@ -8,7 +8,8 @@ from megalodon_jax.config import AnyModelConfig
 from megalodon_jax.errors import CheckpointError, MismatchError
 
 # The format of a checkpoint, increased by every change that older code would misread. A version
-# reads its own format and the previous one.
+# reads its own format and the previous one. Manifests came later than format 1 and did not change
+# it, because older code ignores them; a checkpoint without manifest needs `allow_unverified`.
 FORMAT = 1
 READABLE_FORMATS = (FORMAT,)
 

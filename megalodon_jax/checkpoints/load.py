@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -156,11 +156,23 @@ def load_latest_valid[T](
     )
 
 
-def restore_for_resume(checkpoints: RunCheckpoints, config: TrainConfig, mesh: Mesh) -> RestoredRun:
+def restore_for_resume(
+    checkpoints: RunCheckpoints,
+    config: TrainConfig,
+    mesh: Mesh,
+    *,
+    load_data: Callable[[dict[str, Any]], None],
+) -> RestoredRun:
     """Restores the state from which a run resumes; what it passes over is renamed, not deleted.
 
     Damaged checkpoints become `damaged_<step>`, incomplete ones `incomplete_<step>`, and those
-    after `config.resume_step` `later_<step>`.
+    after `config.resume_step` `later_<step>`. Nothing is renamed if the run cannot resume.
+
+    Args:
+      checkpoints: those of `config.run_dir`.
+      config: the resumed run.
+      mesh: its devices.
+      load_data: restores the data loader; it may refuse its state.
 
     Raises:
       CheckpointError: the run has no readable checkpoint, or that of `resume_step` is damaged.
@@ -173,6 +185,7 @@ def restore_for_resume(checkpoints: RunCheckpoints, config: TrainConfig, mesh: M
         step=config.resume_step,
         on_damaged=passed.__setitem__,
     )
+    load_data(restored.loader_state)
     for step, error in passed.items():
         is_incomplete = isinstance(error, IncompleteCheckpointError)
         checkpoints.set_aside(step, prefix="incomplete" if is_incomplete else "damaged")

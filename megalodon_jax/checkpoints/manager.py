@@ -77,6 +77,7 @@ class RunCheckpoints(CheckpointReader):
         self._keep, self._keep_every = keep, keep_every
         self._pending: PendingSave | None = None
         self._removing: threading.Thread | None = None
+        self._confirmed = -1
         self._failed = False
         if read_only and not self.directory.is_dir():
             raise CheckpointError(
@@ -205,14 +206,17 @@ class RunCheckpoints(CheckpointReader):
         Checkpoints up to this step may then replace older ones, which are deleted in the
         background. The newest `keep`, the best by held-out loss and those of `keep_every` stay.
         """
-        if not is_main() or (self._removing is not None and self._removing.is_alive()):
-            return
+        self._confirmed = max(step, self._confirmed)
+        if is_main() and (self._removing is None or not self._removing.is_alive()):
+            self._start_removal()
+
+    def _start_removal(self) -> None:
         steps = self.steps()
         complete = [at for at in steps if self._is_complete(at)]
         old = steps_to_remove(
             steps,
             complete=complete,
-            confirmed=step,
+            confirmed=self._confirmed,
             keep=self._keep,
             keep_every=self._keep_every,
             best=self._heldout.best(complete),
@@ -247,9 +251,8 @@ class RunCheckpoints(CheckpointReader):
         try:
             if not self._failed:
                 self.wait()
+                self._finish_removal()
         finally:
-            if self._removing is not None:
-                self._removing.join()
             self._close_orbax()
             self._release()
 
@@ -298,6 +301,13 @@ class RunCheckpoints(CheckpointReader):
             process=jax.process_index(),
             num_processes=jax.process_count(),
         )
+
+    def _finish_removal(self) -> None:
+        """Removes what was confirmed while another removal ran."""
+        if self._removing is not None:
+            self._removing.join()
+            self._start_removal()
+            self._removing.join()
 
     def _is_complete(self, step: int) -> bool:
         return has_all_parts(self.files_of(step).names())

@@ -74,7 +74,9 @@ class HeldoutLosses:
           steps: steps of all checkpoints.
         """
         if math.isfinite(loss):
-            kept = {known: value for known, value in self._losses.items() if known in steps}
+            # The checkpoint of a step behind the newest one may still be written.
+            newest = max(steps, default=-1)
+            kept = {at: value for at, value in self._losses.items() if at in steps or at > newest}
             self._losses = {**kept, step: loss}
             self._directory.write(_FILE, json.dumps(self._losses).encode())
 

@@ -199,12 +199,16 @@ class Convert:
     """Where to write: a .safetensors file or a new run_dir; nothing is overwritten."""
     config: str | None = None
     """TOML file or preset with the model's shape, if the source has no config."""
+    allow_unverified: bool = False
+    """Also read a run's checkpoint without manifest, which an older version wrote."""
 
     def run(self) -> int:
         """Says what was written."""
         from megalodon_jax.interop.convert import convert
 
-        print(convert(self.source, self.target, self.config))
+        print(
+            convert(self.source, self.target, self.config, allow_unverified=self.allow_unverified)
+        )
         return 0
 
 

@@ -34,7 +34,13 @@ from megalodon_jax.presets import preset_names
 CONFIG_KEY = "megalodon_config"
 
 
-def convert(source: str | Path, target: str | Path, config: str | None = None) -> str:
+def convert(
+    source: str | Path,
+    target: str | Path,
+    config: str | None = None,
+    *,
+    allow_unverified: bool = False,
+) -> str:
     """Converts a model's weights; never overwrites a file or directory.
 
     Args:
@@ -44,6 +50,7 @@ def convert(source: str | Path, target: str | Path, config: str | None = None) -
       target: a new .safetensors file (released names, configuration in the metadata), or a new
         run_dir for `generate`, `evaluate` and `train`.
       config: a TOML file or the name of a preset, for a source without a configuration.
+      allow_unverified: also read a run's checkpoint without manifest, with a warning.
 
     Returns:
       A line that describes what was written.
@@ -56,7 +63,9 @@ def convert(source: str | Path, target: str | Path, config: str | None = None) -
     if target.exists():
         raise ConvertError(f"{target} exists and is not overwritten; give another target")
     run = TrainConfig() if config is None else _read_config(config)
-    model, run = _read(source, run, has_config=config is not None)
+    model, run = _read(
+        source, run, has_config=config is not None, allow_unverified=allow_unverified
+    )
     if target.suffix == ".safetensors":
         target.parent.mkdir(parents=True, exist_ok=True)
         metadata = {CONFIG_KEY: json.dumps(dataclasses.asdict(run)), "format": "np"}
@@ -138,7 +147,9 @@ def _megalodon(config: AnyModelConfig) -> ModelConfig:
     return config
 
 
-def _read(source: Path, run: TrainConfig, *, has_config: bool) -> tuple[Megalodon, TrainConfig]:
+def _read(
+    source: Path, run: TrainConfig, *, has_config: bool, allow_unverified: bool
+) -> tuple[Megalodon, TrainConfig]:
     if source.suffix == ".safetensors":
         return read_safetensors(source, _megalodon(run.model) if has_config else None)
     if source.suffix in (".pth", ".pt"):
@@ -146,7 +157,7 @@ def _read(source: Path, run: TrainConfig, *, has_config: bool) -> tuple[Megalodo
             raise ConvertError(f"{source} has no model configuration; give --config")
         return from_state_dict(_megalodon(run.model), read_torch_file(source)), run
     if (source / "checkpoints").is_dir():
-        model, saved = load_model(source)
+        model, saved = load_model(source, allow_unverified=allow_unverified)
         _megalodon(saved.model)
         assert isinstance(model, Megalodon)
         return model, saved

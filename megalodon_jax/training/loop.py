@@ -165,8 +165,7 @@ def _initial_state(
         if config.init_from:
             state = state._replace(params=load_params(config.init_from, config, mesh))
         return graphdef, state
-    restored = restore_for_resume(checkpoints, config, mesh)
-    loader.load_state_dict(restored.loader_state)
+    restored = restore_for_resume(checkpoints, config, mesh, load_data=loader.load_state_dict)
     return abstract_model(config.model)[0], restored.state
 
 

@@ -50,6 +50,10 @@ def test_heldout_losses_survive_and_ignore_steps_without_checkpoint(tmp_path):
     # The checkpoint of step 6 is gone: its loss is forgotten with the next one.
     losses.add(15, 1.9, steps=[3, 12])
     assert HeldoutLosses(directory).best([3, 6, 12, 15]) == 12
+    # Step 15 is still being written at the next evaluation.
+    losses.add(18, 1.8, steps=[3, 12])
+    assert losses.best([15, 18]) == 18
+    assert losses.best([15]) == 15
     losses.forget_after(12)
     assert losses.best([15]) is None
 
