@@ -114,7 +114,7 @@ class RunCheckpoints(CheckpointReader):
                 create=False,
                 cleanup_tmp_directories=True,
                 # Orbax would delete at the save; `confirm` deletes after a later finite loss.
-                preservation_policy=ocp.checkpoint_managers.preservation_policy.PreserveAll(),
+                preservation_policy=ocp.checkpoint_managers.LatestN(n=None),
                 async_options=ocp.AsyncOptions(
                     barrier_sync_fn=make_barrier() if jax.process_count() > 1 else None,
                     # Called in process 0 just before the checkpoint gets its final name.
