@@ -28,7 +28,7 @@ from flax import nnx
 from megalodon_jax.checkpoints.compatibility import FORMAT
 from megalodon_jax.checkpoints.items import by_name, filter_orphaned_errors, reason
 from megalodon_jax.checkpoints.lock import STALE_SECONDS, RunLock
-from megalodon_jax.checkpoints.manifest import has_all_parts, remove_checkpoint, write_manifest
+from megalodon_jax.checkpoints.manifest import remove_checkpoint, write_manifest
 from megalodon_jax.checkpoints.pending_save import PendingSave, make_barrier
 from megalodon_jax.checkpoints.reading import CheckpointReader
 from megalodon_jax.checkpoints.retention import HeldoutLosses, steps_to_remove
@@ -212,7 +212,7 @@ class RunCheckpoints(CheckpointReader):
 
     def _start_removal(self) -> None:
         steps = self.steps()
-        complete = [at for at in steps if self._is_complete(at)]
+        complete = self.complete_steps()
         old = steps_to_remove(
             steps,
             complete=complete,
@@ -309,9 +309,6 @@ class RunCheckpoints(CheckpointReader):
             self._start_removal()
             self._removing.join()
 
-    def _is_complete(self, step: int) -> bool:
-        return has_all_parts(self.files_of(step).names())
-
     def _remove(self, steps: list[int]) -> None:
         for step in steps:
             try:
@@ -363,7 +360,7 @@ class RunCheckpoints(CheckpointReader):
 
     def _usable(self, failed: int | None) -> str:
         try:
-            usable = [at for at in self.steps() if at != failed and self._is_complete(at)]
+            usable = [at for at in self.complete_steps() if at != failed]
         except OSError:
             return f"{self.directory} cannot be read"
         if not usable:

@@ -20,7 +20,7 @@ from megalodon_jax.checkpoints.items import (
     reason,
     suppress_orphaned_read_errors,
 )
-from megalodon_jax.checkpoints.manifest import Verification, verify_checkpoint
+from megalodon_jax.checkpoints.manifest import Verification, has_all_parts, verify_checkpoint
 from megalodon_jax.config import AnyModelConfig, TrainConfig, config_from_dict
 from megalodon_jax.errors import CheckpointError, ConfigError, IncompleteCheckpointError
 from megalodon_jax.language_model import LanguageModel
@@ -67,6 +67,10 @@ class CheckpointReader:
         """Steps of the checkpoints on disk in ascending order, damaged ones included."""
         # Orbax's list knows only what this process has seen.
         return sorted(int(name) for name in self._files.names() if name.isdigit())
+
+    def complete_steps(self) -> list[int]:
+        """Steps of the checkpoints with a manifest, in ascending order; no content is compared."""
+        return [step for step in self.steps() if has_all_parts(self.files_of(step).names())]
 
     def files_of(self, step: int) -> LocalDirectory:
         """The directory of one checkpoint."""

@@ -141,7 +141,6 @@ class Loader(Iterator[Batch]):
                 f"{STATE_VERSION}; use the version of megalodon-flax that saved it"
             )
         saved = state["settings"]
-        _check_known_keys(state, self._settings)
         changes = [
             f"{key} was {saved.get(key)!r} and is {value!r}"
             for key, value in self._settings.items()
@@ -165,22 +164,6 @@ class Loader(Iterator[Batch]):
     def close(self) -> None:
         """Stops the read-ahead threads or processes; the loader cannot be used afterwards."""
         self._finalizer()
-
-
-def _check_known_keys(state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Refuses entries that would be ignored: another version may need them."""
-    saved = state["settings"]
-    known = {*map(str, range(saved.get("num_shards", 0)))}
-    unknown = [
-        *sorted({*state} - {"version", "settings", "shards"}),
-        *(f"settings.{key}" for key in sorted({*saved} - {*settings})),
-        *(f"shards.{key}" for key in sorted({*state["shards"]} - known)),
-    ]
-    if unknown:
-        raise DataError(
-            f"the loader state has unknown entries {', '.join(unknown)}; use the version of "
-            "megalodon-flax that saved it"
-        )
 
 
 def _close_all(opened: "dict[int, grain.DatasetIterator[CountedBatch]]") -> None:

@@ -328,7 +328,7 @@ class _Run:
         for offset, metrics in enumerate(window):
             if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
                 step = self.step - len(window) + offset + 1
-                saved = self.context.checkpoints.steps()
+                saved = self.context.checkpoints.complete_steps()
                 newest = (
                     f"the newest checkpoint is step {saved[-1]}"
                     if saved

@@ -19,9 +19,7 @@ import jax.numpy as jnp
 import pytest
 
 from megalodon_jax.checkpoints import RunCheckpoints
-from megalodon_jax.data.loader import make_loader
-from megalodon_jax.data.tokenizer import load_tokenizer
-from megalodon_jax.errors import CheckpointError, DataError, RunLockedError
+from megalodon_jax.errors import CheckpointError, RunLockedError
 from megalodon_jax.train_state import TrainState, init_state
 from tests.faults import corruptions
 
@@ -36,21 +34,6 @@ def test_no_corruption_is_restored_silently(config):
     assert sum(counts.values()) == COUNT
     assert len(counts) == 7
     assert not passed
-
-
-def test_unknown_entries_of_a_loader_state_are_refused(config):
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    loader = make_loader(config.data, tokenizer, "train", repeat=True)
-    state = loader.state_dict()
-    loader.load_state_dict(state)
-    for changed, name in (
-        ({**state, "extra": 1}, "extra"),
-        ({**state, "settings": {**state["settings"], "shuffle": 1}}, r"settings\.shuffle"),
-        ({**state, "shards": {**state["shards"], "1": {}}}, r"shards\.1"),
-    ):
-        with pytest.raises(DataError, match=f"unknown entries {name};"):
-            loader.load_state_dict(changed)
-    loader.close()
 
 
 @contextlib.contextmanager
