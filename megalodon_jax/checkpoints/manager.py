@@ -222,7 +222,6 @@ class RunCheckpoints(CheckpointReader):
             best=self._heldout.best(complete),
         )
         if old:
-            self._check_lock()
             self._removing = threading.Thread(
                 target=self._remove, args=(old,), name="remove_checkpoints", daemon=True
             )
@@ -312,9 +311,10 @@ class RunCheckpoints(CheckpointReader):
     def _remove(self, steps: list[int]) -> None:
         for step in steps:
             try:
+                self._check_lock()
                 remove_checkpoint(self._files, step)
-            except OSError as error:
-                # Tried again after the next save; a full checkpoint more does not stop the run.
+            except (OSError, RunLockedError) as error:
+                # Tried again after the next save: a checkpoint too many does not stop the run.
                 print(f"cannot remove {self._path(step)}: {reason(error)}", file=sys.stderr)
 
     def _check_lock(self) -> None:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import pytest
 
 from megalodon_jax.checkpoints import RunCheckpoints
+from megalodon_jax.checkpoints.lock import RunLock
 from megalodon_jax.errors import CheckpointError, RunLockedError
 from megalodon_jax.train_state import TrainState, init_state
 from tests.faults import corruptions
@@ -217,47 +218,47 @@ def test_the_process_ends_within_ten_seconds_after_a_failed_save(command):
     assert "was not written" in errors
 
 
-# Argument: coordinator, process, run_dir, fault. Process 1 cannot write its second checkpoint.
+# Arguments: coordinator, process, configuration. Process 1 cannot write its second checkpoint.
 WORKER = """
-import json, resource, sys, time
+import json, resource, sys
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from megalodon_jax.checkpoints import RunCheckpoints
+from megalodon_jax.checkpoints.lock import RunLock
 from megalodon_jax.config import config_from_dict
 from megalodon_jax.errors import MegalodonError
 from megalodon_jax.parallel.distributed import exit_without_barrier
 from megalodon_jax.train_state import init_state
-import numpy as np
 
 address, index, path = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(index))
 config = config_from_dict(json.load(open(path)))
 _, state = init_state(config)
 
-def save(step):
+def save(checkpoints, step):
     array = jax.make_array_from_callback((), state.step.sharding, lambda _: np.int32(step))
     checkpoints.save(
         state._replace(step=array), loader_state={}, config=config, tokenizer_fingerprint="bytes"
     )
     checkpoints.wait()
 
-checkpoints = RunCheckpoints(config.run_dir)
-save(1)
-if index == "1":
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-multihost_utils.sync_global_devices("limited")
-print("saving", flush=True)
 try:
-    with checkpoints:
-        save(2)
+    with RunCheckpoints(config.run_dir) as checkpoints:
+        save(checkpoints, 1)
+        if index == "1":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        multihost_utils.sync_global_devices("limited")
+        print("saving", flush=True)
+        save(checkpoints, 2)
 except MegalodonError as error:
     print(error, flush=True)
     exit_without_barrier(1)
 """
 
 
-@pytest.mark.slow
-def test_two_processes_end_within_ten_seconds_after_a_save_failed_in_one(config, tmp_path):
+@pytest.fixture
+def two_workers(config, tmp_path) -> Iterator[list[subprocess.Popen[str]]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -273,19 +274,34 @@ def test_two_processes_end_within_ten_seconds_after_a_save_failed_in_one(config,
         )
         for index in range(2)
     ]  # fmt: skip
-    try:
-        for worker in workers:
-            assert worker.stdout is not None
-            assert any(line == "saving\n" for line in worker.stdout)
-        start = time.monotonic()
-        outputs = [worker.communicate(timeout=SECONDS)[0] for worker in workers]
-        assert time.monotonic() - start < 10
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [1, 1]
+    yield workers
+    for worker in workers:
+        worker.kill()
+        worker.communicate()
+
+
+@pytest.mark.slow
+def test_two_processes_end_within_ten_seconds_after_a_save_failed_in_one(config, two_workers):
+    for worker in two_workers:
+        assert worker.stdout is not None
+        assert any(line == "saving\n" for line in worker.stdout)
+    start = time.monotonic()
+    outputs = [worker.communicate(timeout=SECONDS)[0] for worker in two_workers]
+    assert time.monotonic() - start < 10
+    assert [worker.returncode for worker in two_workers] == [1, 1]
     assert "process 1 of the run failed: checkpoint of step 2 was not written" in outputs[0]
     assert "checkpoints/2 was not written" in outputs[1]
     with RunCheckpoints(config.run_dir, read_only=True) as checkpoints:
         assert checkpoints.steps() == [1]
         checkpoints.verify(1)
+
+
+@pytest.mark.slow
+def test_two_processes_are_refused_together(config, request):
+    with RunLock(config.run_dir):
+        outputs = [
+            worker.communicate(timeout=SECONDS)[0]
+            for worker in request.getfixturevalue("two_workers")
+        ]
+        assert all(f"is in use by pid {os.getpid()} on host" in output for output in outputs)
+        assert [path.name for path in Path(config.run_dir).iterdir()] == [".lock"]
