@@ -85,7 +85,7 @@ class LocalDirectory:
         self._sync()
 
     def create(self, name: str, content: bytes) -> bool:
-        """Creates a file; False if it exists. Of several processes one succeeds.
+        """Creates a file; False if it exists. Only one of several processes succeeds.
 
         A reader may see a part of the content.
         """

@@ -6,9 +6,9 @@ released at the end. The next owner creates the file with the next number, exclu
 
 Why at most one process believes that it owns the run:
 - Numbers never decrease: a file is removed only by the owner of a higher number, so the highest one
-  stays. Of several processes that take over number n, one creates n + 1.
-- A process that creates n + 1 late, after n + 2 was created and n + 1 removed, sees n + 2 when it
-  lists the files again, and gives up. It lists after its own creation, n + 2 was created before.
+  stays. If several processes take over number n, exactly one creates n + 1.
+- A process may create n + 1 late, when n + 2 exists and the first n + 1 has been removed. It lists
+  the files after its own creation, sees n + 2, which was created before, and gives up.
 - A former owner that still lives sees a higher number (`check`), before each commit and deletion.
 
 No two clocks are compared: a file's version is observed to change, or not to change, by the clock
@@ -72,9 +72,7 @@ class LockOwner(NamedTuple):
 
     def is_gone(self) -> bool:
         """Whether the process is known to have ended; False if it runs on another machine."""
-        if not self.boot or self.boot != _boot() or self.host != socket.gethostname():
-            return False
-        return _process_start(self.pid) != self.process_start
+        return self.is_local() and _process_start(self.pid) != self.process_start
 
     def is_local(self) -> bool:
         """Whether the process runs on this machine and is seen from here."""
@@ -84,8 +82,8 @@ class LockOwner(NamedTuple):
 class RunLock:
     """Exclusive ownership of a run directory, from construction to `release`.
 
-    A lock whose process has ended on this machine is taken over at once. Of a process elsewhere it
-    is taken over if its heartbeat stops for `stale_seconds`, which are waited for here.
+    A lock whose process has ended on this machine is taken over at once, any other lock if it has
+    no heartbeat for `stale_seconds`, for which the constructor waits.
 
     Args:
       run_dir: the run's directory; created if it does not exist.

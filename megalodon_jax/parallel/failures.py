@@ -4,6 +4,7 @@ They travel through the key-value store of `jax.distributed`: the other processe
 or in a save, and a collective of this process would wait for them.
 """
 
+import contextlib
 import os
 import sys
 import threading
@@ -25,15 +26,22 @@ def _client() -> Any:
 def report_failure(message: str) -> None:
     """Tells the other processes that this one has failed; does nothing in a single process."""
     if jax.process_count() > 1:
-        _client().key_value_set(f"{_FOLDER}{jax.process_index()}", message, allow_overwrite=True)
+        key = f"{_FOLDER}{jax.process_index()}"
+        # Without process 0 nobody is left to be told.
+        with contextlib.suppress(RuntimeError):
+            _client().key_value_set(key, message, allow_overwrite=True)
 
 
 def failure_elsewhere() -> str | None:
-    """What another process has reported, with its number; None if none has failed."""
+    """The failure of another process, with its number; None: no other process has failed."""
     if jax.process_count() == 1:
         return None
     own = f"{_FOLDER}{jax.process_index()}"
-    for key, message in _client().key_value_dir_get(_FOLDER):
+    try:
+        reported = _client().key_value_dir_get(_FOLDER)
+    except RuntimeError as error:
+        return f"process 0 of the run cannot be reached: {str(error).splitlines()[0]}"
+    for key, message in reported:
         if key != own:
             return f"process {key.removeprefix(_FOLDER)} of the run failed: {message}"
     return None
