@@ -305,7 +305,8 @@ class _Run:
         text += f"  MFU {mfu:.1%}" if mfu else ""
         self.context.display.report(self.step, text)
         # The last loss is that of the parameters before its update.
-        self.context.checkpoints.confirm(self.step - 1)
+        if np.isfinite(window[-1].loss):
+            self.context.checkpoints.confirm(self.step - 1)
         self.train_loss = float(window[-1].loss)
         self.window = []
         self.clock.restart()
@@ -355,7 +356,7 @@ class _Run:
                 metric=self.context.task.metric,
                 max_batches=max_batches,
             )
-        if math.isfinite(heldout.loss):
+        if np.isfinite(heldout.loss):
             self.context.checkpoints.report_heldout(self.step, heldout.loss)
             self.context.checkpoints.confirm(self.step)
         self._log({"heldout_loss": heldout.loss, "heldout_bits_per_byte": heldout.bits_per_byte})
