@@ -1,4 +1,4 @@
-"""The train state: step, parameters and optimizer state, with their shardings."""
+"""The train state: step, parameters, optimizer state and guard, with their shardings."""
 
 from functools import partial
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from megalodon_jax.optimizer import make_optimizer
 from megalodon_jax.parallel.mesh import resolve_mesh
 from megalodon_jax.parallel.sharding import shardings_of
 from megalodon_jax.typing import Array, Int32
+from megalodon_jax.update_guard import GuardState, init_guard
 
 
 class TrainState(NamedTuple):
@@ -24,11 +25,13 @@ class TrainState(NamedTuple):
       step: number of updates so far.
       params: the model's parameters, `nnx.split(model, nnx.Param)[1]`.
       opt_state: the optimizer's moments (float32) and counts.
+      guard: recent losses and gradient norms, and counts of skipped updates and of spikes.
     """
 
     step: Int32[Array, ""]
     params: nnx.State
     opt_state: optax.OptState
+    guard: GuardState
 
 
 def init_state(config: TrainConfig, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, TrainState]:
@@ -44,15 +47,62 @@ def init_state(config: TrainConfig, mesh: Mesh | None = None) -> tuple[nnx.Graph
       The model's static structure and the state of step 0.
     """
     mesh = resolve_mesh(config, mesh)
+    shardings = state_shardings(config, mesh)
     optimizer = make_optimizer(config.optim, total_steps=config.steps)
-    graphdef = abstract_model(config.model)[0]
 
-    @partial(jax.jit, out_shardings=state_shardings(config, mesh))
-    def create() -> TrainState:
+    @partial(jax.jit, out_shardings=shardings[:3])
+    def create() -> tuple[Int32[Array, ""], nnx.State, optax.OptState]:
         params = nnx.split(build_model(config.model, rngs=nnx.Rngs(config.seed)), nnx.Param)[1]
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return jnp.zeros((), jnp.int32), params, optimizer.init(params)
 
-    return graphdef, create()
+    step, params, opt_state = create()
+    # A program of its own: fused into the initialization it would change how weights are rounded.
+    guard = fresh_guard(config, params, opt_state, mesh)
+    return abstract_model(config.model)[0], TrainState(step, params, opt_state, guard)
+
+
+def fresh_guard(
+    config: TrainConfig, params: nnx.State, opt_state: optax.OptState, mesh: Mesh | None = None
+) -> GuardState:
+    """The guard of a run that goes on from other parameters or from a state without a guard.
+
+    Args:
+      config: the run.
+      params: the sharded parameters.
+      opt_state: the optimizer state that goes with them.
+      mesh: devices; None: those of `config.mesh`.
+    """
+    shardings = state_shardings(config, resolve_mesh(config, mesh)).guard
+    moment = optax.tree.get(opt_state, "mu")
+    return jax.jit(partial(init_guard, config), out_shardings=shardings)(params, moment)
+
+
+def resumed_state(
+    config: TrainConfig,
+    mesh: Mesh | None,
+    *,
+    step: Int32[Array, ""],
+    params: nnx.State,
+    opt_state: optax.OptState,
+    guard: GuardState | None,
+) -> TrainState:
+    """The state of a resumed run, from restored arrays.
+
+    A guard of another `spike_window` keeps its counts and starts an empty window.
+
+    Args:
+      config: the run.
+      mesh: devices; None: those of `config.mesh`.
+      step: number of updates so far.
+      params: the parameters.
+      opt_state: the optimizer's state.
+      guard: the saved guard; None: the checkpoint has none.
+    """
+    if guard is None or guard.losses.shape != (config.spike_window,):
+        fresh = fresh_guard(config, params, opt_state, mesh)
+        counts = () if guard is None else ("skipped", "skipped_in_row", "spiked")
+        guard = fresh._replace(**{name: getattr(guard, name) for name in counts})
+    return TrainState(step, params, opt_state, guard)
 
 
 def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
@@ -72,9 +122,10 @@ def abstract_state(config: TrainConfig, mesh: Mesh | None = None) -> TrainState:
 
 def _abstract_state(config: TrainConfig) -> TrainState:
     optimizer = make_optimizer(config.optim, total_steps=config.steps)
-    params = abstract_model(config.model)[1]
 
     def init(params: nnx.State) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        opt_state = optimizer.init(params)
+        guard = init_guard(config, params, optax.tree.get(opt_state, "mu"))
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, guard)
 
-    return jax.eval_shape(init, params)
+    return jax.eval_shape(init, abstract_model(config.model)[1])

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import tempfile
 
 import pytest
 
@@ -17,6 +18,10 @@ os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 # Ahead-of-time compilers (tests/topologies.py) come with backends that JAX would try to start.
 # On a GPU run the tests with JAX_PLATFORMS=cuda.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Runs keep compiled programs in the user's cache: here in a folder that ends with the tests.
+_USER_CACHE = tempfile.TemporaryDirectory(prefix="cache_")
+os.environ["XDG_CACHE_HOME"] = _USER_CACHE.name
 
 # Imported after the environment is set, because it imports JAX.
 pytest_plugins = ["tests.fixtures_runs"]

@@ -10,8 +10,10 @@ from megalodon_jax.errors import CheckpointError, MismatchError
 # The format of a checkpoint, increased by every change that older code would misread. A version
 # reads its own format and the previous one. Manifests came later than format 1 and did not change
 # it, because older code ignores them; a checkpoint without manifest needs `allow_unverified`.
-FORMAT = 1
-READABLE_FORMATS = (FORMAT,)
+FORMAT = 2
+# Since this format a checkpoint has the item `guard`.
+GUARD_FORMAT = 2
+READABLE_FORMATS = (FORMAT, FORMAT - 1)
 
 # Fields that change how a model is computed but not what it computes: they may differ on restore.
 _COMPUTE_FIELDS = frozenset(

@@ -1,10 +1,10 @@
 """Checkpoints of a run: its complete state, so that a resumed run equals an uninterrupted one.
 
-`<run_dir>/checkpoints/<step>/` has four Orbax items: `params` and `opt_state` (arrays by dotted
-name), `loader` (the data loader's state, JSON) and `run` (step, resolved configuration, tokenizer
-fingerprint and format number, JSON). A directory gets its final name when it is complete; then its
-manifest is written (`manifest`), with which every restore compares the files. While checkpoints are
-open for writing, this process owns the run directory (`lock`).
+`<run_dir>/checkpoints/<step>/` has five Orbax items: `params`, `opt_state` and `guard` (arrays by
+dotted name), `loader` (the data loader's state, JSON) and `run` (step, resolved configuration,
+tokenizer fingerprint and format number, JSON). A directory gets its final name when it is complete;
+then its manifest is written (`manifest`), with which every restore compares the files. While
+checkpoints are open for writing, this process owns the run directory (`lock`).
 
 In a multi-process run all processes save and restore together in a shared directory. Each process
 writes and reads the shards of its own devices, and a checkpoint restores with any number of
@@ -154,6 +154,7 @@ class RunCheckpoints(CheckpointReader):
             int(state.step),
             params=ocp.args.StandardSave(by_name(state.params)),
             opt_state=ocp.args.StandardSave(by_name(state.opt_state)),
+            guard=ocp.args.StandardSave(by_name(state.guard)),
             loader=ocp.args.JsonSave(dict(loader_state)),
             run=_run_item(int(state.step), config, tokenizer_fingerprint),
         )

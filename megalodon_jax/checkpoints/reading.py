@@ -1,5 +1,6 @@
 """Reading of a run's checkpoints: verified by their manifests, restored for any mesh."""
 
+import dataclasses
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
-from megalodon_jax.checkpoints.compatibility import check_format, check_same_model
+from megalodon_jax.checkpoints.compatibility import GUARD_FORMAT, check_format, check_same_model
 from megalodon_jax.checkpoints.directory import LocalDirectory
 from megalodon_jax.checkpoints.items import (
     abstract_by_name,
@@ -26,7 +27,7 @@ from megalodon_jax.errors import CheckpointError, ConfigError, IncompleteCheckpo
 from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel.distributed import all_processes_ok, is_main
-from megalodon_jax.train_state import TrainState, abstract_state
+from megalodon_jax.train_state import TrainState, abstract_state, resumed_state
 
 
 class RestoredRun(NamedTuple):
@@ -109,10 +110,13 @@ class CheckpointReader:
         Raises:
           CheckpointError: the checkpoint is damaged or has another format.
         """
+        return self._read_run(step)[:2]
+
+    def _read_run(self, step: int) -> tuple[TrainConfig, str, int]:
         run = self._restore(step, run=ocp.args.JsonRestore())["run"]
         check_format(run.get("format"), self._path(step))
         try:
-            return config_from_dict(run["config"]), run["tokenizer_fingerprint"]
+            return config_from_dict(run["config"]), run["tokenizer_fingerprint"], run["format"]
         except (ConfigError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"checkpoint {self._path(step)} has no valid configuration: {error}"
@@ -130,21 +134,30 @@ class CheckpointReader:
           CheckpointError: the checkpoint is damaged.
           MismatchError: the checkpoint is of another model; the differing fields are named.
         """
-        saved, _ = self.read_run(step)
+        saved, _, found = self._read_run(step)
         check_same_model(saved.model, config.model, self._path(step))
-        abstract = abstract_state(config, mesh)
-        items = self._restore(
-            step,
-            params=ocp.args.StandardRestore(abstract_by_name(abstract.params)),
-            opt_state=ocp.args.StandardRestore(abstract_by_name(abstract.opt_state)),
-            loader=ocp.args.JsonRestore(),
+        # The arrays as they were saved; the guard's window may have another length now.
+        abstract = abstract_state(
+            dataclasses.replace(config, spike_window=saved.spike_window), mesh
         )
+        wanted: dict[str, ocp.args.CheckpointArgs] = {
+            "params": ocp.args.StandardRestore(abstract_by_name(abstract.params)),
+            "opt_state": ocp.args.StandardRestore(abstract_by_name(abstract.opt_state)),
+            "loader": ocp.args.JsonRestore(),
+        }
+        if found >= GUARD_FORMAT:
+            wanted["guard"] = ocp.args.StandardRestore(abstract_by_name(abstract.guard))
+        items = self._restore(step, **wanted)
+        guard = from_names(abstract.guard, items["guard"]) if "guard" in wanted else None
         # Committed to devices like the other arrays: otherwise the train step compiles twice.
         step_array = np.asarray(step, np.int32)
-        state = TrainState(
-            jax.make_array_from_callback((), abstract.step.sharding, lambda _: step_array),
-            from_names(abstract.params, items["params"]),
-            from_names(abstract.opt_state, items["opt_state"]),
+        state = resumed_state(
+            config,
+            mesh,
+            step=jax.make_array_from_callback((), abstract.step.sharding, lambda _: step_array),
+            params=from_names(abstract.params, items["params"]),
+            opt_state=from_names(abstract.opt_state, items["opt_state"]),
+            guard=guard,
         )
         return RestoredRun(state, items["loader"], saved)
 

@@ -14,6 +14,7 @@ import tyro
 from megalodon_jax.bench import options as bench
 from megalodon_jax.cli.help import described
 from megalodon_jax.cli.run_config import RunSettings, to_config
+from megalodon_jax.config.run import USER_CACHE
 from megalodon_jax.errors import ConfigError
 from megalodon_jax.plan.options import PlanOptions
 
@@ -37,6 +38,15 @@ class Command(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WithCompilationCache:
+    """A command that keeps the programs that it compiles; `train` has a setting of the run."""
+
+    compilation_cache: str = USER_CACHE
+    """Directory of compiled programs, which the next call reads; `user`: $XDG_CACHE_HOME/megalodon,
+    by default in ~/.cache; empty: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """Trains a model as CONFIG says; every setting can be changed by an option.
 
@@ -49,9 +59,7 @@ class Train:
 
     def run(self) -> int:
         """Trains to the end or a signal."""
-        import signal
-
-        from megalodon_jax.cli.exit_codes import exit_code
+        from megalodon_jax.cli.exit_codes import exit_code, signal_exit_code
         from megalodon_jax.parallel.distributed import exit_without_barrier
         from megalodon_jax.training.loop import train
 
@@ -60,11 +68,11 @@ class Train:
         except (Exception, KeyboardInterrupt) as error:
             exit_without_barrier(exit_code(error))
             raise
-        return 128 + signal.SIGINT if result.stop_signal == signal.SIGINT else 0
+        return signal_exit_code(result.stop_signal)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class Evaluate(WithCompilationCache):
     """Evaluates a trained model on text files of any length, in constant device memory.
 
     Example: megalodon evaluate --checkpoint runs/first --files a.txt "books/*.txt.gz"
@@ -113,7 +121,7 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate:
+class Generate(WithCompilationCache):
     """Continues a prompt with a trained model and prints the text as it comes.
 
     Example: megalodon generate --checkpoint runs/first --prompt "def "

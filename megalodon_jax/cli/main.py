@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from megalodon_jax.cli.commands import BENCHMARKS, COMMANDS, Command
+from megalodon_jax.cli.commands import BENCHMARKS, COMMANDS, Command, WithCompilationCache
 from megalodon_jax.cli.exit_codes import exit_code
 from megalodon_jax.cli.run_config import default_settings
 from megalodon_jax.config.checks import collect_faults
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A name is missing: the help lists those that there are.
         _run(lambda: parse([*arguments, "--help"]).run(), debug=debug)
         return 2
-    return _run(lambda: parse(arguments).run(), debug=debug)
+    return _run(lambda: _run_command(parse(arguments)), debug=debug)
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -103,13 +103,24 @@ def _description() -> str:
     )
 
 
+def _run_command(command: Command) -> int:
+    if not isinstance(command, WithCompilationCache):
+        return command.run()
+    # A local import: help and errors come without JAX.
+    from megalodon_jax.compilation_cache import persistent_compilation_cache
+
+    with persistent_compilation_cache(command.compilation_cache):
+        return command.run()
+
+
 def _run(command: Callable[[], int], *, debug: bool) -> int:
     try:
         return command()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt as stop:
-        print("megalodon: stopped at once, nothing saved", file=sys.stderr)
+        # A run that trains handles its signals itself (`training.signals`).
+        print("megalodon: interrupted", file=sys.stderr)
         return exit_code(stop)
     except BrokenPipeError:
         # The reader of the output has gone (`| head`).

@@ -1,5 +1,6 @@
 """Configuration of a training run."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -30,7 +31,15 @@ RULES = (
         lambda c: c.resume_step is None or c.resume,
         "resume_step is {c.resume_step}, but resume is not set; add --resume",
     ),
+    Rule(
+        lambda c: not c.profile_steps or _is_step_range(c.profile_steps),
+        "profile_steps is {c.profile_steps!r}; use FIRST:END with 1 <= FIRST < END, such as "
+        '"10:13"',
+    ),
 )
+
+# Value of `compilation_cache`: the cache directory of the user.
+USER_CACHE = "user"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +78,17 @@ class TrainConfig:
     checkpoint of the lowest held-out loss is kept too."""
     keep_every: Interval = 0
     """Keep every checkpoint whose step is a multiple of this; 0: none."""
+    max_skipped_updates: Interval = 10
+    """Updates in a row that may be skipped, parameters unchanged, before the run ends: those that
+    are not finite, and spikes if on_spike is skip."""
+    on_spike: Literal["warn", "skip", "stop"] = "warn"
+    """Reaction to a spike of the loss or the gradient norm: warn, skip the update, or end the
+    run."""
+    spike_window: Annotated[int, Range(low=2, high=1_000_000)] = 64
+    """Updates whose median and median absolute deviation define a spike."""
+    spike_threshold: Annotated[float, Range(low=0.0, open_low=True)] = 10.0
+    """A spike is above the median by this number of deviations (1.4826 times the median absolute
+    deviation, at least 1 % of the median)."""
     init_from: str = ""
     """Initialize the weights from this run_dir, trained or converted; empty: random weights."""
     resume: bool = False
@@ -83,6 +103,28 @@ class TrainConfig:
     """Prompt of the text sample."""
     wandb_project: str = ""
     """Weights & Biases project to log to; empty: none."""
+    profile_steps: str = ""
+    """Updates to trace with the profiler into `run_dir`/profile: "10:13" traces the updates 10, 11
+    and 12; empty: none."""
+    compilation_cache: str = USER_CACHE
+    """Directory of compiled programs, which a restart reads; `user`: $XDG_CACHE_HOME/megalodon, by
+    default in ~/.cache; empty: none."""
+    watchdog_seconds: Weight = 300.0
+    """End the process, with the stacks of all threads and exit code 75, if a step, an evaluation
+    batch or a save takes longer than this and than 20 median steps; 0: never."""
 
     def __post_init__(self) -> None:
         check(self, "", RULES)
+
+
+def _is_step_range(text: str) -> bool:
+    match = re.fullmatch(r"(\d{1,10}):(\d{1,10})", text)
+    return match is not None and 1 <= int(match[1]) < int(match[2])
+
+
+def step_range(text: str) -> tuple[int, int] | None:
+    """First update and end of a valid `profile_steps` such as "10:13"; None for an empty text."""
+    if not text:
+        return None
+    first, end = map(int, text.split(":"))
+    return first, end

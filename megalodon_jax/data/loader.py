@@ -148,7 +148,8 @@ class Loader(Iterator[Batch]):
         ]
         if changes:
             raise DataError(
-                f"cannot resume with changed data: {'; '.join(changes)}; restore the saved settings"
+                f"cannot resume with changed data: {'; '.join(changes)}; restore the saved "
+                "settings, or start a new run from these weights with --init_from"
             )
         if saved["num_shards"] != self._settings["num_shards"]:
             self._settings = {**self._settings, "num_shards": saved["num_shards"]}

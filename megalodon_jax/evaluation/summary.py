@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import jax
 from flax import nnx
 
 from megalodon_jax.errors import DataError
@@ -83,6 +84,9 @@ def evaluate_batches(
     sums: list[LossOutput] = []
     num_bytes = 0
     for batch, batch_bytes in batches:
+        # One batch runs and one waits: a caller that ends `batches` early waits for two at most.
+        if len(sums) >= 2:
+            jax.block_until_ready(sums[-2])
         sums.append(eval_step(params, batch))
         num_bytes += batch_bytes
         if max_batches is not None and len(sums) >= max_batches:

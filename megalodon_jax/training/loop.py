@@ -4,14 +4,12 @@ In a multi-process run every process calls `train`: all of them take part in ste
 checkpoints, each loads its own rows, and process 0 logs.
 """
 
-import dataclasses
-import json
-import math
 import signal
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import NamedTuple
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,26 +18,37 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from megalodon_jax.checkpoints import RunCheckpoints, load_params, restore_for_resume
+from megalodon_jax.compilation_cache import persistent_compilation_cache
 from megalodon_jax.config import TrainConfig
+from megalodon_jax.config.run import step_range
 from megalodon_jax.data.loader import Loader, merge_states
 from megalodon_jax.data.packing import CountedBatch
-from megalodon_jax.data.tokenizer import Tokenizer, load_tokenizer
-from megalodon_jax.errors import ConfigError, TrainingError
+from megalodon_jax.data.tokenizer import load_tokenizer
+from megalodon_jax.errors import CheckpointError, ConfigError
 from megalodon_jax.evaluation.summary import Evaluation, evaluate_batches
 from megalodon_jax.flops import model_flops_per_token, model_flops_utilization
 from megalodon_jax.generate import Sampling, stream_text
+from megalodon_jax.loss import LossOutput
 from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel import distributed
 from megalodon_jax.parallel.mesh import resolve_mesh
-from megalodon_jax.tasks import Task, find_task
-from megalodon_jax.train_state import TrainState, init_state
+from megalodon_jax.tasks import find_task
+from megalodon_jax.train_state import TrainState, fresh_guard, init_state
 from megalodon_jax.training.clock import ThroughputClock
-from megalodon_jax.training.metrics import ProgressDisplay, RunLog
-from megalodon_jax.training.signals import StopRequest, stop_on_signals
+from megalodon_jax.training.metrics import ProgressDisplay
+from megalodon_jax.training.report import ReportWindow, mean_metrics
+from megalodon_jax.training.run_context import RunContext, changed_settings, open_log
+from megalodon_jax.training.run_time import RunTime
+from megalodon_jax.training.signals import stop_on_signals
 from megalodon_jax.training.step import StepMetrics, make_eval_step, make_train_step
+from megalodon_jax.training.step_trace import StepTrace
+from megalodon_jax.training.watchdog import Watchdog
 from megalodon_jax.typing import Batch
 
 SAMPLE_TEMPERATURE = 0.8
+# Updates that may wait on the device: enough to keep it busy, and few enough that a signal, a
+# waiting loader or a hang is noticed within two steps.
+_MAX_IN_FLIGHT = 2
 
 
 class TrainResult(NamedTuple):
@@ -50,7 +59,7 @@ class TrainResult(NamedTuple):
       train_loss: loss of the last step in nats per token; None if no step was run.
       heldout: the final held-out evaluation; None without held-out text or after a signal.
       sample: the generated text with its prompt; empty if `sample_tokens` is 0.
-      stop_signal: SIGINT or SIGTERM if it stopped the run, else None.
+      stop_signal: SIGINT or SIGTERM if it stopped the run before its end, else None.
     """
 
     step: int
@@ -63,9 +72,10 @@ class TrainResult(NamedTuple):
 def train(config: TrainConfig) -> TrainResult:
     """Trains until `config.steps`; checkpoints and logs are in `config.run_dir`.
 
-    SIGINT or SIGTERM: the current step is completed, a checkpoint is saved, and the function
-    returns with `stop_signal` set. A second SIGINT stops immediately. In a multi-process run a
-    signal to any process stops all of them after the same step; `run_dir` must be shared.
+    SIGINT or SIGTERM: the current step, evaluation batch or token of the sample is completed, a
+    checkpoint of the newest step is saved, and the function returns with `stop_signal` set. A
+    second signal ends the process at once. In a multi-process run a signal to any process stops all
+    of them after the same step; `run_dir` must be shared.
 
     Raises:
       ConfigError: settings are inconsistent, or `run_dir` already has checkpoints and `resume` is
@@ -73,15 +83,18 @@ def train(config: TrainConfig) -> TrainResult:
       DataError: the data is empty or cannot be read.
       CheckpointError: a checkpoint cannot be written, or none can be read to resume from.
       RunLockedError: another process owns `run_dir`, or has taken it over.
-      TrainingError: the loss or the gradient is NaN or infinite.
+      TrainingError: the parameters are not finite, more than `max_skipped_updates` updates in a row
+        were skipped, or a spike stops the run.
     """
-    distributed.initialize(config.processes)
-    mesh = resolve_mesh(config)
-    rows = distributed.rows_of_process(mesh, config.data.batch_size)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    task = find_task(config.task)
+    started = time.monotonic()
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
+        distributed.initialize(config.processes)
+        stack.enter_context(persistent_compilation_cache(config.compilation_cache))
+        mesh = resolve_mesh(config)
+        rows = distributed.rows_of_process(mesh, config.data.batch_size)
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        task = find_task(config.task)
         loader, heldout_loader = task.open_loaders(
             config,
             tokenizer,
@@ -89,6 +102,7 @@ def train(config: TrainConfig) -> TrainResult:
             num_shards=distributed.num_shards_of(mesh, config.data.batch_size),
         )
         stack.callback(loader.close)
+        watchdog = stack.enter_context(Watchdog(config.watchdog_seconds, config.run_dir))
         checkpoints = stack.enter_context(
             RunCheckpoints(
                 config.run_dir,
@@ -97,8 +111,11 @@ def train(config: TrainConfig) -> TrainResult:
                 allow_unverified=config.allow_unverified,
             )
         )
-        graphdef, state = _initial_state(config, mesh, loader, checkpoints)
+        stop.describe_saved = lambda: _describe_saved(checkpoints, config)
+        run_time = RunTime(config.run_dir if distributed.is_main() else None, started=started)
+        graphdef, state, saved = _initial_state(config, mesh, loader, checkpoints)
         first_step = int(state.step)
+        run_time.resume_at(first_step)
         context = RunContext(
             config=config,
             mesh=mesh,
@@ -109,52 +126,34 @@ def train(config: TrainConfig) -> TrainResult:
             heldout_loader=heldout_loader,
             graphdef=graphdef,
             checkpoints=checkpoints,
-            log=stack.enter_context(_open_log(config, first_step=first_step)),
+            log=stack.enter_context(open_log(config, first_step=first_step)),
             display=stack.enter_context(
                 ProgressDisplay(
                     first_step=first_step, steps=config.steps, silent=not distributed.is_main()
                 )
             ),
+            run_time=run_time,
+            watchdog=watchdog,
+            trace=stack.enter_context(StepTrace(step_range(config.profile_steps), config.run_dir)),
+            stop=stop,
         )
         run = _Run(context, state)
-        run.advance(stop)
-        return run.finish(stop)
+        if saved is not None:
+            run.report_changes(saved)
+        run.advance()
+        return run.finish()
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunContext:
-    """The fixed objects of a run.
-
-    Attributes:
-      config: the run's settings.
-      mesh: the run's devices.
-      rows: rows of the global batch that this process loads.
-      task: examples, loss and metric.
-      tokenizer: the run's tokenizer.
-      loader: endless training batches.
-      heldout_loader: a single held-out pass; None without held-out data.
-      graphdef: the model's static structure.
-      checkpoints: the run's checkpoints.
-      log: output of metrics; None except in process 0.
-      display: progress on the terminal.
-    """
-
-    config: TrainConfig
-    mesh: Mesh
-    rows: tuple[int, ...]
-    task: Task
-    tokenizer: Tokenizer
-    loader: Loader
-    heldout_loader: Loader | None
-    graphdef: nnx.GraphDef
-    checkpoints: RunCheckpoints
-    log: RunLog | None
-    display: ProgressDisplay
+def _describe_saved(checkpoints: RunCheckpoints, config: TrainConfig) -> str:
+    if not (steps := checkpoints.complete_steps()):
+        return "nothing saved"
+    return f"checkpoint of step {steps[-1]} saved in {config.run_dir}, resume with --resume"
 
 
 def _initial_state(
     config: TrainConfig, mesh: Mesh, loader: Loader, checkpoints: RunCheckpoints
-) -> tuple[nnx.GraphDef, TrainState]:
+) -> tuple[nnx.GraphDef, TrainState, TrainConfig | None]:
+    """The model's structure, the state, and of a resumed run its saved configuration."""
     if not config.resume:
         if steps := checkpoints.steps():
             raise ConfigError(
@@ -163,33 +162,20 @@ def _initial_state(
             )
         graphdef, state = init_state(config, mesh)
         if config.init_from:
-            state = state._replace(params=load_params(config.init_from, config, mesh))
-        return graphdef, state
+            params = load_params(config.init_from, config, mesh)
+            guard = fresh_guard(config, params, state.opt_state, mesh)
+            state = state._replace(params=params, guard=guard)
+        return graphdef, state, None
     restored = restore_for_resume(checkpoints, config, mesh, load_data=loader.load_state_dict)
-    return abstract_model(config.model)[0], restored.state
+    return abstract_model(config.model)[0], restored.state, restored.config
 
 
-@contextmanager
-def _open_log(config: TrainConfig, *, first_step: int) -> Iterator[RunLog | None]:
-    if not distributed.is_main():
-        yield None
-        return
-    resolved = dataclasses.asdict(config)
-    Path(config.run_dir, "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
-    log = RunLog(
-        Path(config.run_dir),
-        config=resolved,
-        first_step=first_step,
-        wandb_project=config.wandb_project,
-    )
-    try:
-        yield log
-    finally:
-        log.close()
+class _StoppedError(Exception):
+    """A signal ended an evaluation or the sample."""
 
 
 class _Run:
-    """The changing state of a run, and its metrics since the last report."""
+    """The changing state of a run."""
 
     def __init__(self, context: RunContext, state: TrainState) -> None:
         config, mesh = context.config, context.mesh
@@ -201,39 +187,92 @@ class _Run:
         self.saved_step = self.step if config.resume else None
         self.train_step = make_train_step(context.graphdef, config, mesh)
         self.eval_step = make_eval_step(context.graphdef, config, mesh)
-        self.window: list[StepMetrics] = []
+        self.has_evaluated = False
+        self.window = ReportWindow(
+            config, context.display, context.log, newest_checkpoint=self._newest_checkpoint,
+            step=self.step,
+        )  # fmt: skip
+        self.in_flight: deque[StepMetrics] = deque()
         self.train_loss: float | None = None
         self.clock = ThroughputClock()
         self.global_signal = distributed.DelayedGlobalMax(mesh)
+        self.stop_signal: signal.Signals | None = None
 
-    def advance(self, stop: StopRequest) -> None:
+    def report_changes(self, saved: TrainConfig) -> None:
+        """Logs the settings of training that differ from those of the resumed checkpoint."""
+        changes = changed_settings(saved, self.config)
+        for name, (old, new) in changes.items():
+            self.context.display.message(
+                f"{name} was {old!r} and is {new!r} from step {self.step + 1} on"
+            )
+        if changes and self.context.log is not None:
+            self.context.log.write_changes(self.step, changes)
+
+    def advance(self) -> None:
         """Trains until the last step or a signal, then saves."""
-        config = self.config
+        config, run_time = self.config, self.context.run_time
         self.context.display.message(self._description())
+        run_time.enter("steps")
         batches = iter(self.context.loader)
-        while self.step < config.steps and not self._must_stop(stop):
-            batch = _stack([next(batches) for _ in range(config.optim.accumulate_steps)])
-            self.state, metrics = self.train_step(self.state, self._place(batch))
-            self.step += 1
-            self.window.append(metrics)
-            if self.step == self.first_step + 1:
-                self._report_compilation()
+        while self.step < config.steps and not self._must_stop():
+            self._train_step(batches)
             self.context.display.advance(self.step)
             last = self.step == config.steps
             if last or self.step % config.log_every == 0:
                 self._report()
             if not last and config.eval_every and self.step % config.eval_every == 0:
-                self._evaluate(config.eval_batches)
+                try:
+                    self._evaluate(config.eval_batches)
+                except _StoppedError:
+                    break
             if config.checkpoint_every and self.step % config.checkpoint_every == 0:
                 self._save()
         if self.saved_step != self.step:
             self._save()
-        self.context.checkpoints.wait()
+        with run_time.phase("saving"):
+            self.context.checkpoints.wait()
 
-    def _must_stop(self, stop: StopRequest) -> bool:
-        signal_number = self.global_signal.exchange(0 if stop.signal is None else int(stop.signal))
+    def _train_step(self, batches: Iterator[Batch]) -> None:
+        watchdog, number = self.context.watchdog, self.step + 1
+        is_first = self.step == self.first_step
+        if not is_first:
+            watchdog.beat(f"step {number}")
+        started = time.monotonic()
+        newest = self.in_flight[-1] if self.in_flight else None
+        batch = _stack([next(batches) for _ in range(self.config.optim.accumulate_steps)])
+        # While the device still computes, the loader keeps nothing waiting.
+        loss: Any = None if newest is None else newest.loss
+        if loss is None or loss.is_ready():
+            self.context.run_time.move(time.monotonic() - started, to="data")
+        placed = self._place(batch)
+        with (
+            self.context.trace.step(number, newest),
+            self._compiling() if is_first else nullcontext(),
+        ):
+            self.state, metrics = self.train_step(self.state, placed)
+            if is_first:
+                jax.block_until_ready(metrics)
+        self.step = number
+        self.window.append(metrics)
+        self.in_flight.append(metrics)
+        if len(self.in_flight) > _MAX_IN_FLIGHT:
+            jax.block_until_ready(self.in_flight.popleft())
+        if is_first:
+            self._report_compilation(metrics)
+            watchdog.beat(f"step {number + 1}")
+        else:
+            watchdog.step_took(time.monotonic() - started)
+
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        with self.context.watchdog.exempt(), self.context.run_time.phase("compilation"):
+            yield
+
+    def _must_stop(self) -> bool:
+        own = self.context.stop.signal
+        signal_number = self.global_signal.exchange(0 if own is None else int(own))
         if signal_number:
-            stop.signal = signal.Signals(signal_number)
+            self.stop_signal = self.context.stop.signal = signal.Signals(signal_number)
         return bool(signal_number)
 
     def _place(self, batch: Batch) -> Batch:
@@ -241,28 +280,33 @@ class _Run:
             batch, self.context.mesh, rows=self.context.rows, batch_size=self.config.data.batch_size
         )
 
-    def finish(self, stop: StopRequest) -> TrainResult:
+    def finish(self) -> TrainResult:
         """Runs the final held-out evaluation and the sample, unless a signal stopped the run."""
-        config = self.config
-        if stop.signal is not None and self.step < config.steps:
-            self.context.display.message(
-                f"{stop.signal.name}: stopped after step {self.step}; checkpoint saved in "
-                f"{config.run_dir}, resume with --resume"
-            )
-            return TrainResult(self.step, self.train_loss, None, "", stop.signal)
-        heldout = self._evaluate(config.final_eval_batches)
-        sample = self._sample() if config.sample_tokens else ""
+        config, display, run_time = self.config, self.context.display, self.context.run_time
+        heldout, sample, activity = None, "", f"after step {self.step}"
+        try:
+            if self.stop_signal is not None:
+                raise _StoppedError
+            activity = "in the final evaluation"
+            heldout = self._evaluate(config.final_eval_batches)
+            activity = "in the sample"
+            sample = self._sample() if config.sample_tokens else ""
+        except _StoppedError:
+            assert self.stop_signal is not None
+            saved = self.context.stop.describe_saved()
+            display.message(f"{self.stop_signal.name}: stopped {activity}; {saved}")
         if sample:
-            self.context.display.message(f"sample:\n{sample}")
+            display.message(f"sample:\n{sample}")
         if heldout is not None:
-            self.context.display.message(
+            display.message(
                 f"final held-out bits per byte {heldout.bits_per_byte:.4f} "
                 f"({heldout.num_bytes:,} bytes, loss {heldout.loss:.4f} nats per token)"
             )
-        self.context.display.message(
-            f"step {self.step}; checkpoints and logs are in {config.run_dir}"
-        )
-        return TrainResult(self.step, self.train_loss, heldout, sample, None)
+        if self.stop_signal is None:
+            display.message(f"step {self.step}; checkpoints and logs are in {config.run_dir}")
+        run_time.write(self.step)
+        display.message(run_time.summary())
+        return TrainResult(self.step, self.train_loss, heldout, sample, self.stop_signal)
 
     def _description(self) -> str:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
@@ -273,42 +317,35 @@ class _Run:
         resumed = f", resumed at step {self.first_step}" if self.first_step else ""
         return f"{count:,} parameters on {devices}, run_dir {self.config.run_dir}{resumed}"
 
-    def _report_compilation(self) -> None:
-        jax.block_until_ready(self.window[-1])
+    def _report_compilation(self, metrics: StepMetrics) -> None:
         self.context.display.message(f"first step, with compilation: {self.clock.seconds():.1f} s")
         # Throughput excludes this step, because most of its time is compilation.
-        self.clock.restart_without(float(self.window[-1].tokens))
+        self.clock.restart_without(float(metrics.tokens))
         self.context.display.restart(self.step)
 
     def _report(self) -> None:
         self.context.checkpoints.check()
-        window = self._finite_window()
-        weights = np.asarray([metrics.tokens for metrics in window])
-        total = max(float(weights.sum()), 1.0)
-        mean = {
-            name: float(sum(getattr(entry, name) * entry.tokens for entry in window)) / total
-            for name in ("loss", "z_loss", "accuracy")
-        }
-        tokens_per_second = self.clock.tokens_per_second(float(weights.sum()))
+        metrics: dict[str, Any] = mean_metrics(window := self.window.take())
+        tokens_per_second = self.clock.tokens_per_second(metrics["tokens"])
         mfu = None if tokens_per_second is None else self._utilization(tokens_per_second)
-        logged = {
-            **mean,
-            "grad_norm": float(window[-1].grad_norm),
-            "learning_rate": float(window[-1].learning_rate),
-            "tokens": float(weights.sum()),
-            "tokens_per_second": tokens_per_second,
-            "mfu": mfu,
-        }
-        self._log(logged)
-        text = f"loss {mean['loss']:.4f}"
+        self.context.run_time.write(self.step)
+        self._log(
+            {
+                **metrics,
+                "tokens_per_second": tokens_per_second,
+                "mfu": mfu,
+                **self.context.run_time.metrics(),
+            }
+        )
+        text = f"loss {metrics['loss']:.4f}"
         text += f"  {tokens_per_second:,.0f} tokens/s" if tokens_per_second else ""
         text += f"  MFU {mfu:.1%}" if mfu else ""
+        text += f"  skipped {metrics['skipped_updates']:.0f}" if metrics["skipped_updates"] else ""
         self.context.display.report(self.step, text)
         # The last loss is that of the parameters before its update.
         if np.isfinite(window[-1].loss):
             self.context.checkpoints.confirm(self.step - 1)
         self.train_loss = float(window[-1].loss)
-        self.window = []
         self.clock.restart()
 
     def _log(self, metrics: Mapping[str, float | None]) -> None:
@@ -324,35 +361,26 @@ class _Run:
             device_count=len(self.devices),
         )
 
-    def _finite_window(self) -> list[StepMetrics]:
-        window = jax.device_get(self.window)
-        for offset, metrics in enumerate(window):
-            if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
-                step = self.step - len(window) + offset + 1
-                saved = self.context.checkpoints.complete_steps()
-                newest = (
-                    f"the newest checkpoint is step {saved[-1]}"
-                    if saved
-                    else "there is no checkpoint"
-                )
-                raise TrainingError(
-                    f"loss is {metrics.loss} and gradient norm {metrics.grad_norm} at step {step}; "
-                    f"{newest}. Try a lower optim.lr, a longer warmup, or clipping"
-                )
-        return window
+    def _newest_checkpoint(self) -> str:
+        try:
+            self.context.checkpoints.wait()
+        except CheckpointError as error:
+            return str(error)
+        saved = self.context.checkpoints.complete_steps()
+        return f"the newest checkpoint is step {saved[-1]}" if saved else "there is no checkpoint"
 
     def _evaluate(self, max_batches: int) -> Evaluation | None:
-        if self.context.heldout_loader is None:
+        loader = self.context.heldout_loader
+        if loader is None:
             return None
-        with self.clock.pause():
-            self.context.heldout_loader.rewind()
+        # The time of updates that still run is theirs.
+        jax.block_until_ready(self.state.step)
+        with self.clock.pause(), self.context.run_time.phase("evaluation"):
+            loader.rewind()
             heldout = evaluate_batches(
-                self.eval_step,
+                self._evaluate_batch,
                 self.state.params,
-                (
-                    CountedBatch(self._place(batch), num_bytes)
-                    for batch, num_bytes in self.context.heldout_loader.with_bytes()
-                ),
+                self._heldout_batches(loader),
                 metric=self.context.task.metric,
                 max_batches=max_batches,
             )
@@ -366,9 +394,25 @@ class _Run:
         )
         return heldout
 
+    def _heldout_batches(self, loader: Loader) -> Iterator[CountedBatch]:
+        for batch, num_bytes in loader.with_bytes():
+            if self._must_stop():
+                raise _StoppedError
+            self.context.watchdog.beat("evaluation")
+            yield CountedBatch(self._place(batch), num_bytes)
+
+    def _evaluate_batch(self, params: nnx.State, batch: Batch) -> LossOutput:
+        if self.has_evaluated:
+            return self.eval_step(params, batch)
+        self.has_evaluated = True
+        with self._compiling():
+            return jax.block_until_ready(self.eval_step(params, batch))
+
     def _save(self) -> None:
-        self._finite_window()
-        with self.clock.pause():
+        self.window.check()
+        jax.block_until_ready(self.state.step)
+        self.context.watchdog.beat(f"saving step {self.step}")
+        with self.clock.pause(), self.context.run_time.phase("saving"):
             self.context.checkpoints.save(
                 self.state,
                 loader_state=merge_states(
@@ -377,6 +421,7 @@ class _Run:
                 config=self.config,
                 tokenizer_fingerprint=self.context.tokenizer.fingerprint(),
             )
+        self.context.run_time.mark(self.step)
         self.saved_step = self.step
 
     def _sample(self) -> str:
@@ -387,7 +432,7 @@ class _Run:
         # Every process generates the same text, so that none waits for another.
         params = jax.device_put(params, self.context.mesh.local_devices[0])
         model = nnx.merge(self.context.graphdef, params)
-        new = stream_text(
+        pieces = stream_text(
             model,
             self.context.tokenizer,
             self.config.sample_prompt,
@@ -395,7 +440,15 @@ class _Run:
             sampling=Sampling(temperature=SAMPLE_TEMPERATURE),
             key=jax.random.key(self.config.seed),
         )
-        return self.config.sample_prompt + "".join(new)
+        with self.context.run_time.phase("evaluation"):
+            with self._compiling():
+                sample = self.config.sample_prompt + next(pieces, "")
+            for piece in pieces:
+                if self._must_stop():
+                    raise _StoppedError
+                self.context.watchdog.beat("the sample")
+                sample += piece
+        return sample
 
 
 def _stack(batches: list[Batch]) -> Batch:

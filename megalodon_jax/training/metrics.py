@@ -19,7 +19,7 @@ class RunLog:
     """Writes metrics to `metrics.jsonl`, TensorBoard and optionally wandb.
 
     Every call of `write` appends one line to `metrics.jsonl`. A resumed run appends too: if a step
-    appears twice, the later line is valid.
+    appears twice, the later line is valid. A last line that a kill has cut off is removed.
 
     Args:
       run_dir: the run's directory.
@@ -43,23 +43,29 @@ class RunLog:
 
         run_dir.mkdir(parents=True, exist_ok=True)
         self._wandb = _start_wandb(wandb_project, run_dir, config) if wandb_project else None
+        _complete_last_line(run_dir / "metrics.jsonl")
         self._lines = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        # TensorBoard drops older points from this step on; that of `first_step` is valid.
         self._board = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=first_step or None, write_to_disk=True
+            str(run_dir / "tensorboard"), purge_step=first_step + 1, write_to_disk=True
         )
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Records the metrics of a step; those that are None are skipped."""
         values = {name: float(value) for name, value in metrics.items() if value is not None}
-        # Strict JSON parsers reject NaN and infinity, so these are written as strings.
-        line = {
-            name: value if math.isfinite(value) else str(value) for name, value in values.items()
-        }
+        line = {name: _strict(value) for name, value in values.items()}
         print(json.dumps({"step": step, **line}), file=self._lines, flush=True)
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
+
+    def write_changes(self, step: int, changes: Mapping[str, tuple[Any, Any]]) -> None:
+        """Records settings that a resumed run has changed: their old and new values."""
+        line = {name: [_strict(value) for value in values] for name, values in changes.items()}
+        print(json.dumps({"step": step, "changed_settings": line}), file=self._lines, flush=True)
+        text = "; ".join(f"{name}: {old!r} to {new!r}" for name, (old, new) in changes.items())
+        self._board.add_text("changed_settings", text, step)
 
     def close(self) -> None:
         """Flushes and closes all outputs."""
@@ -67,6 +73,27 @@ class RunLog:
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _strict(value: Any) -> Any:
+    """NaN and infinity as text: strict JSON parsers reject them."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _complete_last_line(path: Path) -> None:
+    """Ends a last line that has no line break, or removes it if it is no JSON either."""
+    content = path.read_bytes() if path.exists() else b""
+    if not content or content.endswith(b"\n"):
+        return
+    start = content.rfind(b"\n") + 1
+    try:
+        json.loads(content[start:])
+    except ValueError:
+        with path.open("r+b") as file:
+            file.truncate(start)
+        return
+    with path.open("ab") as file:
+        file.write(b"\n")
 
 
 def _start_wandb(project: str, run_dir: Path, config: Mapping[str, Any]) -> Any:

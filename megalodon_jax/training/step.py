@@ -18,11 +18,12 @@ from megalodon_jax.parallel.mesh import resolve_mesh
 from megalodon_jax.parallel.sharding import batch_sharding
 from megalodon_jax.tasks import find_task
 from megalodon_jax.train_state import TrainState, state_shardings
-from megalodon_jax.typing import Array, Batch, Float32, PRNGKey
+from megalodon_jax.typing import Array, Batch, Float32, Int32, PRNGKey
+from megalodon_jax.update_guard import Verdict, judge, max_abs, record
 
 
 class StepMetrics(NamedTuple):
-    """Metrics of one update; float32 scalars.
+    """Metrics of one update; float32 scalars but for the guard's.
 
     Attributes:
       loss: mean cross-entropy in nats per weighted target.
@@ -31,6 +32,11 @@ class StepMetrics(NamedTuple):
       grad_norm: global norm of the gradient before clipping.
       learning_rate: rate of this update.
       tokens: sum of the target weights.
+      max_param: largest absolute value of the parameters after the update; NaN if one is NaN.
+      verdict: the guard's decision about this update.
+      skipped: number of skipped updates of the run so far.
+      skipped_in_row: number of them since the last update that was applied.
+      spiked: number of spikes of the run so far.
     """
 
     loss: Float32[Array, ""]
@@ -39,6 +45,11 @@ class StepMetrics(NamedTuple):
     grad_norm: Float32[Array, ""]
     learning_rate: Float32[Array, ""]
     tokens: Float32[Array, ""]
+    max_param: Float32[Array, ""]
+    verdict: Verdict
+    skipped: Int32[Array, ""]
+    skipped_in_row: Int32[Array, ""]
+    spiked: Int32[Array, ""]
 
 
 _GPU_OPTIONS = {
@@ -65,6 +76,9 @@ def make_train_step(
     so that accumulation equals one batch of A * B rows. The dropout key is folded from the seed,
     the step and the index of the batch, so that a resumed run equals an uninterrupted one.
 
+    An update that is not finite, and a spike if `on_spike` is "skip", leaves parameters and
+    optimizer state as they are; the step counts. The schedule counts applied updates.
+
     Args:
       graphdef: the model's static structure.
       config: the run.
@@ -88,15 +102,33 @@ def make_train_step(
         weight = jnp.maximum(sums.weight_sum, 1.0)
         gradient = jax.tree.map(lambda leaf: leaf / weight, gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        metrics = StepMetrics(
-            loss=sums.loss_sum / weight,
+        metrics = {
+            "loss": sums.loss_sum / weight,
+            "grad_norm": jnp.asarray(optax.tree.norm(gradient)),
+        }
+        # The optimizer's own count, which skipped updates do not advance.
+        learning_rate = schedule(state.step - state.guard.skipped)
+        verdict = judge(state.guard, config, learning_rate=learning_rate, **metrics)
+        # Selections are fused into the update; a `lax.cond` on a GPU waits for the host.
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(verdict.is_skipped, old, new),
+            (apply_updates(state.params, updates), opt_state),
+            (state.params, state.opt_state),
+        )
+        max_param = max_abs(params)
+        guard = record(state.guard, config, verdict, max_param=max_param, **metrics)
+        return TrainState(state.step + 1, params, opt_state, guard), StepMetrics(
+            **metrics,
             z_loss=sums.z_loss_sum / weight,
             accuracy=sums.correct_sum / weight,
-            grad_norm=jnp.asarray(optax.tree.norm(gradient)),
-            learning_rate=schedule(state.step),
+            learning_rate=learning_rate,
             tokens=sums.weight_sum,
+            max_param=max_param,
+            verdict=verdict,
+            skipped=guard.skipped,
+            skipped_in_row=guard.skipped_in_row,
+            spiked=guard.spiked,
         )
-        return TrainState(state.step + 1, apply_updates(state.params, updates), opt_state), metrics
 
     return jax.jit(
         step,

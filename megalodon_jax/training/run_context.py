@@ -1,0 +1,95 @@
+"""The fixed objects of a run, its log, and the settings that a resumed run has changed."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from megalodon_jax.checkpoints import RunCheckpoints
+from megalodon_jax.config import TrainConfig
+from megalodon_jax.data.loader import Loader
+from megalodon_jax.data.tokenizer import Tokenizer
+from megalodon_jax.parallel import distributed
+from megalodon_jax.tasks import Task
+from megalodon_jax.training.metrics import ProgressDisplay, RunLog
+from megalodon_jax.training.run_time import RunTime
+from megalodon_jax.training.signals import StopRequest
+from megalodon_jax.training.step_trace import StepTrace
+from megalodon_jax.training.watchdog import Watchdog
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """The fixed objects of a run.
+
+    Attributes:
+      config: the run's settings.
+      mesh: the run's devices.
+      rows: rows of the global batch that this process loads.
+      task: examples, loss and metric.
+      tokenizer: the run's tokenizer.
+      loader: endless training batches.
+      heldout_loader: a single held-out pass; None without held-out data.
+      graphdef: the model's static structure.
+      checkpoints: the run's checkpoints.
+      log: output of metrics; None except in process 0.
+      display: progress on the terminal.
+      run_time: seconds of every phase.
+      watchdog: ends a process that hangs.
+      trace: the profiler's trace of some steps.
+      stop: a request to stop.
+    """
+
+    config: TrainConfig
+    mesh: Mesh
+    rows: tuple[int, ...]
+    task: Task
+    tokenizer: Tokenizer
+    loader: Loader
+    heldout_loader: Loader | None
+    graphdef: nnx.GraphDef
+    checkpoints: RunCheckpoints
+    log: RunLog | None
+    display: ProgressDisplay
+    run_time: RunTime
+    watchdog: Watchdog
+    trace: StepTrace
+    stop: StopRequest
+
+
+@contextmanager
+def open_log(config: TrainConfig, *, first_step: int) -> Iterator[RunLog | None]:
+    """The run's log, with its resolved configuration beside it; None except in process 0."""
+    if not distributed.is_main():
+        yield None
+        return
+    resolved = dataclasses.asdict(config)
+    Path(config.run_dir, "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
+    log = RunLog(
+        Path(config.run_dir),
+        config=resolved,
+        first_step=first_step,
+        wandb_project=config.wandb_project,
+    )
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+def changed_settings(saved: TrainConfig, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings of the optimizer, its schedule and the guard that differ: old and new values."""
+    names = (
+        "steps", "seed", "z_loss", "max_skipped_updates", "on_spike", "spike_window",
+        "spike_threshold",
+    )  # fmt: skip
+    pairs = {name: (getattr(saved, name), getattr(config, name)) for name in names}
+    for entry in dataclasses.fields(config.optim):
+        values = (getattr(saved.optim, entry.name), getattr(config.optim, entry.name))
+        pairs[f"optim.{entry.name}"] = values
+    return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
