@@ -2,13 +2,16 @@
 
 import dataclasses
 import re
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from megalodon_jax.cli.help import field_docs
 from megalodon_jax.config import (
     DataConfig,
+    HeldoutSet,
     MeshConfig,
+    MixtureSource,
     ModelConfig,
     OptimConfig,
     ProcessesConfig,
@@ -39,6 +42,8 @@ TABLES: tuple[tuple[str, type], ...] = (
     ("model", ModelConfig),
     ("model", TransformerConfig),
     ("data", DataConfig),
+    ("data.sources", MixtureSource),
+    ("data.heldout_sets", HeldoutSet),
     ("optim", OptimConfig),
     ("mesh", MeshConfig),
     ("processes", ProcessesConfig),
@@ -88,7 +93,9 @@ def settings_tables() -> str:
     parts = []
     tables = {name for name, _ in TABLES}
     for name, config in TABLES:
-        title = f"`[{name}]`" if name else "The run (top level of the file)"
+        # A dotted name is an array of tables.
+        brackets = f"[[{name}]]" if "." in name else f"[{name}]"
+        title = f"`{brackets}`" if name else "The run (top level of the file)"
         if name == "model":
             title += f", kind `{config().kind}`"
         docs, lines = field_docs(config), []
@@ -97,7 +104,7 @@ def settings_tables() -> str:
                 cells = (
                     f"`{name}.{entry.name}`" if name else f"`{entry.name}`",
                     _type_text(plain_type(entry.type)) + _range_text(entry.type),
-                    f"`{_toml(entry.default)}`" if entry.default is not None else "",
+                    "" if entry.default in (None, MISSING) else f"`{_toml(entry.default)}`",
                     _escape(docs[entry.name]),
                 )
                 lines.append(f"| {' | '.join(cells)} |")

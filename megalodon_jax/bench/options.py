@@ -176,6 +176,35 @@ class BenchTpuEstimatesOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchLoaderOptions:
+    """Measures how many tokens a second the data loader reads, by worker processes.
+
+    Example: megalodon bench loader --files "books/*.txt" --tokenizer tokenizer.json --workers 0 4
+    """
+
+    files: tuple[str, ...]
+    """Paths, folders or globs of text; at least as many documents as workers."""
+    document_separator: str = ""
+    """Separator of documents in plain text files."""
+    text_field: str = "text"
+    """Field with the text in .jsonl and .parquet files."""
+    tokenizer: str = "bytes"
+    """`bytes`, or the path of a tokenizer file."""
+    workers: tuple[int, ...] = (0, 1, 2, 4)
+    """Numbers of worker processes to measure; 0: a thread of the main process."""
+    rows: int = 8
+    """Rows of the batch."""
+    length: int = 2048
+    """Tokens of a row."""
+    seconds: float = 10.0
+    """Time that is measured."""
+    warm_up: int = 64
+    """Batches of every worker before that."""
+    json: str = ""
+    """Also write the measurements to this file."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchCemaMemoryOptions:
     """Prints the peak memory of CEMA, forward and backward.
 

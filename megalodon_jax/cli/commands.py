@@ -7,7 +7,7 @@ import functools
 import importlib
 import operator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import tyro
 
@@ -81,7 +81,7 @@ class Evaluate(WithCompilationCache):
     checkpoint: str
     """The run_dir of a training run."""
     files: tuple[str, ...]
-    """Paths or globs of text: plain, .gz, .jsonl, .parquet."""
+    """Paths, folders or globs of text: plain, .jsonl (both also .gz, .zst), .parquet."""
     text_field: str = "text"
     """Field that holds the text in .jsonl and .parquet files."""
     document_separator: str = ""
@@ -248,6 +248,7 @@ BENCHMARKS: dict[str, type] = {
     "reference": bench.BenchReferenceOptions,
     "tpu_estimates": bench.BenchTpuEstimatesOptions,
     "cema_memory": bench.BenchCemaMemoryOptions,
+    "loader": bench.BenchLoaderOptions,
 }
 if TYPE_CHECKING:
     Benchmark = object
@@ -276,6 +277,50 @@ class Bench:
         return importlib.import_module(f"megalodon_jax.bench.{name}").run(self.benchmark)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """Trains a tokenizer on text; `data.tokenizer` reads the file.
+
+    Example: megalodon tokenizer train "books/*.txt" --vocab_size 32000 --output tokenizer.json
+    """
+
+    action: Annotated[Literal["train"], tyro.conf.Positional]
+    """What to do."""
+    files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILES")]
+    """Paths, folders or globs of text: plain, .jsonl (both also .gz, .zst), .parquet."""
+    vocab_size: int
+    """Number of ids, the boundary tokens <s> and </s> included."""
+    output: str = "tokenizer.json"
+    """New file: .json of `tokenizers`, or .model of `sentencepiece`."""
+    library: Literal["tokenizers", "sentencepiece"] = "tokenizers"
+    """Library that trains it."""
+    text_field: str = "text"
+    """Field that holds the text in .jsonl and .parquet files."""
+    document_separator: str = ""
+    """Splits a plain text file into documents; empty: a file is a document."""
+    max_bytes: int = 1 << 30
+    """Most bytes of text to read, a share of every document."""
+
+    def run(self) -> int:
+        """Says what was written."""
+        from megalodon_jax.data.train_tokenizer import train_tokenizer
+
+        size = train_tokenizer(
+            self.files,
+            self.output,
+            vocab_size=self.vocab_size,
+            library=self.library,
+            text_field=self.text_field,
+            document_separator=self.document_separator,
+            max_bytes=self.max_bytes,
+        )
+        print(
+            f"{self.output}: {size:,} ids; set data.tokenizer to this path and model.vocab_size to "
+            f"{size} or more"
+        )
+        return 0
+
+
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "evaluate": Evaluate,
@@ -283,5 +328,6 @@ COMMANDS: dict[str, type[Command]] = {
     "verify": Verify,
     "convert": Convert,
     "plan": Plan,
+    "tokenizer": Tokenizer,
     "bench": Bench,
 }

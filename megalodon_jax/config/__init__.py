@@ -5,7 +5,7 @@ fields can be overridden on the command line (`--optim.lr 3e-4`), and the resolv
 stored in every checkpoint. The docstring of a field is its `--help` text.
 """
 
-from megalodon_jax.config.data import DataConfig
+from megalodon_jax.config.data import DataConfig, HeldoutSet, MixtureSource, TextSource
 from megalodon_jax.config.kinds import (
     MODEL_CONFIGS,
     AnyModelConfig,
@@ -34,8 +34,10 @@ __all__ = [
     "AttentionImplementation",
     "DType",
     "DataConfig",
+    "HeldoutSet",
     "InitMode",
     "MeshConfig",
+    "MixtureSource",
     "ModelConfig",
     "ModelOperation",
     "MovingAverage",
@@ -43,6 +45,7 @@ __all__ = [
     "ProcessesConfig",
     "Remat",
     "ResidualConnection",
+    "TextSource",
     "TimeNorm",
     "TrainConfig",
     "TransformerConfig",

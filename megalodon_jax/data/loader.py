@@ -1,15 +1,23 @@
 """Batches of a configuration: endless for training, one exact pass for evaluation."""
 
+import functools
 import json
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
-from megalodon_jax.config import DataConfig
-from megalodon_jax.data.packing import CountedBatch
-from megalodon_jax.data.sources import Source, Split, open_source
+from megalodon_jax.config import DataConfig, MixtureSource, TextSource
+from megalodon_jax.data.checks import check_shards, require_tokens
+from megalodon_jax.data.data_shard import POSITION_KEYS, DataShard
+from megalodon_jax.data.documents import Slice
+from megalodon_jax.data.huggingface import StreamedSource
+from megalodon_jax.data.open_source import open_any_source, training_sources
+from megalodon_jax.data.packing import CountedBatch, Counts
+from megalodon_jax.data.reader import ReadOptions
+from megalodon_jax.data.sources import Source
+from megalodon_jax.data.splits import Split
 from megalodon_jax.data.tokenizer import Tokenizer
 from megalodon_jax.errors import DataError
 from megalodon_jax.typing import Batch
@@ -17,7 +25,19 @@ from megalodon_jax.typing import Batch
 if TYPE_CHECKING:
     import grain
 
-STATE_VERSION = 2
+    from megalodon_jax.data.packing import PackedRows
+
+STATE_VERSION = 3
+
+
+class OpenReader(Protocol):
+    """Opens a reader: one of the threads or processes that read a data shard."""
+
+    def __call__(
+        self, *, shard: int, num_shards: int, reader: int, num_readers: int, state: str | None
+    ) -> "grain.IterDataset[PackedRows]":
+        """The reader's batches after a position; None: from the first."""
+        ...
 
 
 class Loader(Iterator[Batch]):
@@ -29,40 +49,48 @@ class Loader(Iterator[Batch]):
 
     def __init__(
         self,
-        open_shard: "Callable[[int, int], grain.IterDataset[CountedBatch]]",
+        open_reader: OpenReader,
         settings: dict[str, Any],
         *,
         rows: Sequence[int],
+        source_names: Sequence[str],
         counts_bytes: bool,
         any_num_shards: bool,
     ):
-        self._open_shard = open_shard
+        self._open_reader = open_reader
         self._settings = settings
         self._rows = rows
+        self._source_names = tuple(source_names)
         self._counts_bytes = counts_bytes
         self._any_num_shards = any_num_shards
-        self._opened: dict[int, grain.DatasetIterator[CountedBatch]] = {}
+        self._opened: dict[int, DataShard] = {}
         # Closed at exit at the latest: grain's iterators print an error from `__del__` if they
         # outlive their modules.
         self._finalizer = weakref.finalize(self, _close_all, self._opened)
-        self._open(settings["num_shards"])
+        self._open(None)
 
-    def _open(self, num_shards: int) -> None:
+    def _open(self, positions: Mapping[str, Any] | None) -> None:
+        """Opens the data shards of this loader's rows at their positions."""
+        num_shards = self._settings["num_shards"]
         rows_per_shard = self._settings["batch_size"] // num_shards
         needed = sorted({row // rows_per_shard for row in self._rows})
         _close_all(self._opened)
         for index in needed:
-            self._opened[index] = iter(self._open_shard(index, num_shards))
+            self._opened[index] = DataShard(
+                functools.partial(self._open_reader, shard=index, num_shards=num_shards),
+                num_readers=self._settings["num_readers"],
+                num_sources=len(self._source_names),
+                position=None if positions is None else positions[str(index)],
+            )
         # Indices of the loader's rows in the concatenated rows of the opened shards.
         self._row_indices = [
             needed.index(row // rows_per_shard) * rows_per_shard + row % rows_per_shard
             for row in self._rows
         ]
         self._has_all_rows = len(self._row_indices) == len(needed) * rows_per_shard
-        self._initial_states = {index: shard.get_state() for index, shard in self._opened.items()}
 
     @property
-    def _shards(self) -> "dict[int, grain.DatasetIterator[CountedBatch]]":
+    def _shards(self) -> "dict[int, DataShard]":
         if not self._opened:
             raise ValueError("the loader is closed; make a new one with make_loader")
         return self._opened
@@ -75,16 +103,24 @@ class Loader(Iterator[Batch]):
 
         Raises:
           StopIteration: the single pass has ended (never with `repeat`).
-          DataError: a document cannot be read.
+          DataError: a document cannot be read, or every source has had all its epochs.
         """
         return self._next().batch
 
     def _next(self) -> CountedBatch:
-        shard_batches = [next(shard) for shard in self._shards.values()]
-        fields = zip(*(counted.batch for counted in shard_batches), strict=True)
+        try:
+            packed = [next(shard) for shard in self._shards.values()]
+        except StopIteration:
+            if not self._settings["repeat"]:
+                raise
+            raise DataError(
+                "all sources have been read as often as their `epochs` say; raise them, or lower "
+                "`steps`"
+            ) from None
+        fields = zip(*(shard.batch for shard in packed), strict=True)
         joined = (arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for arrays in fields)
         batch = Batch(*(a if self._has_all_rows else a[self._row_indices] for a in joined))  # type: ignore[arg-type]
-        return CountedBatch(batch, sum(counted.num_bytes for counted in shard_batches))
+        return CountedBatch(batch, sum(shard.num_bytes for shard in packed))
 
     def with_bytes(self) -> "Iterator[CountedBatch]":
         """The same batches, each with the number of text bytes that its weighted targets encode.
@@ -112,8 +148,26 @@ class Loader(Iterator[Batch]):
 
     def rewind(self) -> None:
         """Restarts at the first batch."""
-        for index, shard in self._shards.items():
-            shard.set_state(self._initial_states[index])
+        for shard in self._shards.values():
+            shard.rewind()
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the sources of a mixture, as `counts` numbers them; one "" without."""
+        return self._source_names
+
+    def counts(self) -> dict[str, list[list[int]]]:
+        """What the batches so far have had, by data shard and source, as JSON values.
+
+        Every entry is a `Counts`: tokens, documents, bad documents. `total_counts` adds up those of
+        all processes.
+        """
+        return {str(index): shard.counts.tolist() for index, shard in self._shards.items()}
+
+    @property
+    def bad_documents(self) -> int:
+        """Documents in this loader's data shards that were left out since the run's first step."""
+        return sum(counts.bad_documents for counts in total_counts([self.counts()]))
 
     def state_dict(self) -> dict[str, Any]:
         """The loader's state as JSON values: its settings and the position in each data shard.
@@ -121,55 +175,80 @@ class Loader(Iterator[Batch]):
         Only the data shards of this loader's rows are included; `merge_states` merges the states of
         all loaders of a run.
         """
-        positions = {str(index): shard.get_state() for index, shard in self._shards.items()}
+        positions = {str(index): shard.position() for index, shard in self._shards.items()}
         state = {"version": STATE_VERSION, "settings": self._settings, "shards": positions}
         return json.loads(json.dumps(state))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a saved state: the next batches are bitwise those that followed it.
 
-        The number of data shards is taken from the state unless the configuration sets it. This
-        loader may have other rows than the loaders that saved the state.
+        The numbers of data shards and of their readers are taken from the state, unless the
+        configuration sets the former. This loader may have other rows than the loaders that saved
+        the state.
 
         Raises:
-          DataError: the state was saved with other data or settings (the differing ones are named),
-            or a data shard is missing.
+          DataError: the state is malformed or was saved with other data or settings (the differing
+            ones are named), or a data shard is missing.
         """
         if state.get("version") != STATE_VERSION:
             raise DataError(
                 f"the loader state has version {state.get('version')!r}, this version reads "
                 f"{STATE_VERSION}; use the version of megalodon-flax that saved it"
             )
+        _check_keys("the loader state", state, {"version", "settings", "shards"})
         saved = state["settings"]
+        _check_keys("the settings of the loader state", saved, set(self._settings))
+        own = json.loads(json.dumps(self._settings))
         changes = [
-            f"{key} was {saved.get(key)!r} and is {value!r}"
-            for key, value in self._settings.items()
-            if saved.get(key) != value and not (key == "num_shards" and self._any_num_shards)
+            f"{key} was {saved[key]!r} and is {value!r}"
+            for key, value in own.items()
+            if saved[key] != value
+            and key != "num_readers"
+            and not (key == "num_shards" and self._any_num_shards)
         ]
         if changes:
             raise DataError(
                 f"cannot resume with changed data: {'; '.join(changes)}; restore the saved "
                 "settings, or start a new run from these weights with --init_from"
             )
-        if saved["num_shards"] != self._settings["num_shards"]:
-            self._settings = {**self._settings, "num_shards": saved["num_shards"]}
-            self._open(saved["num_shards"])
-        if missing := [str(index) for index in self._shards if str(index) not in state["shards"]]:
+        shards = state["shards"]
+        rows_per_shard = saved["batch_size"] // saved["num_shards"]
+        needed = {str(row // rows_per_shard) for row in self._rows}
+        if missing := sorted(needed - set(shards)):
             raise DataError(
                 f"the loader state lacks data shard {', '.join(missing)} of {saved['num_shards']}; "
                 "merge the states of all processes with merge_states"
             )
-        for index, shard in self._shards.items():
-            shard.set_state(state["shards"][str(index)])
+        for index in needed:
+            _check_keys(f"data shard {index} of the loader state", shards[index], POSITION_KEYS)
+        self._settings = dict(saved)
+        self._open(shards)
 
     def close(self) -> None:
         """Stops the read-ahead threads or processes; the loader cannot be used afterwards."""
         self._finalizer()
 
 
-def _close_all(opened: "dict[int, grain.DatasetIterator[CountedBatch]]") -> None:
+def _close_all(opened: dict[int, DataShard]) -> None:
     while opened:
         opened.popitem()[1].close()
+
+
+def _check_keys(where: str, table: Mapping[str, Any], expected: Collection[str]) -> None:
+    if unknown := sorted(set(table) - set(expected)):
+        raise DataError(f"{where} has unknown keys: {', '.join(unknown)}; it may be damaged")
+    if missing := sorted(set(expected) - set(table)):
+        raise DataError(f"{where} lacks {', '.join(missing)}; it may be damaged")
+
+
+def total_counts(counts: Sequence[Mapping[str, Sequence[Sequence[int]]]]) -> list[Counts]:
+    """The counts of every source in a run.
+
+    Args:
+      counts: `Loader.counts` of all processes, of which several may hold the same data shard.
+    """
+    shards = {index: entry for process in counts for index, entry in process.items()}
+    return [Counts(*row) for row in np.sum([*shards.values()], axis=0, dtype=np.int64).tolist()]
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -200,6 +279,7 @@ def make_loader(
     rows: Sequence[int] | None = None,
     default_shards: int = 1,
     repeat: bool,
+    name: str = "",
 ) -> Loader:
     """Makes the loader of one split.
 
@@ -208,6 +288,7 @@ def make_loader(
     the rows from s·batch_size/S on, so batches do not depend on which process loads which rows. The
     last row of an epoch is padded, so that an epoch has every target exactly once. `num_workers`
     processes help where tokenization is slow (bytes are faster without: 6 to 30 MB/s on one core).
+    With `config.sources`, rows of all sources are mixed by their weights.
 
     Without `repeat` it is a single pass in a fixed random order, so that the first batches are
     representative; padding rows complete the last batch. Every loader packs all rows and returns
@@ -220,6 +301,7 @@ def make_loader(
       rows: rows of the global batch that this loader returns, ascending; None: all.
       default_shards: number of data shards if `config.num_shards` is 0.
       repeat: endless and shuffled, or a single pass.
+      name: which of the held-out sets, see `heldout_names`.
 
     Raises:
       DataError: the data is empty or unreadable, there are fewer documents than shards, or the
@@ -232,64 +314,97 @@ def make_loader(
             "rows of data.batch_size"
         )
     num_shards = (config.num_shards or default_shards) if repeat else 1
-    source = open_source(config, split)
+    entries = training_sources(config) if split == "train" else ()
+    names = [getattr(entry, "name", "") for entry in entries] or [name]
+    sources = [open_any_source(config, split, name=entry) for entry in names]
     if repeat:
-        _check_shards(len(source), config, num_shards)
-    _require_tokens(source, tokenizer, split)
+        for source in sources:
+            check_shards(source, config, num_shards)
+    for source in sources:
+        require_tokens(source, tokenizer, split, on_bad_document=config.on_bad_document)
     settings = {
-        "split": split, "repeat": repeat, "documents": source.fingerprint(),
-        "num_documents": len(source), "tokenizer": tokenizer.fingerprint(),
-        "seq_len": config.seq_len, "batch_size": config.batch_size, "packing": config.packing,
-        "shuffle_seed": config.shuffle_seed, "num_workers": config.num_workers,
+        "split": split, "repeat": repeat, **_data_settings(sources, entries),
+        "tokenizer": tokenizer.fingerprint(), "seq_len": config.seq_len,
+        "batch_size": config.batch_size, "packing": config.packing,
+        "shuffle_seed": config.shuffle_seed,
+        "num_readers": max(1, config.num_workers) if repeat else 1,
         "num_shards": num_shards,
     }  # fmt: skip
     return Loader(
-        _shard_opener(source, tokenizer, config, repeat=repeat),
+        _reader_opener(sources, entries, tokenizer, config, repeat=repeat),
         settings,
         rows=rows,
+        source_names=names,
         counts_bytes=not repeat,
         any_num_shards=repeat and config.num_shards == 0,
     )
 
 
-def _shard_opener(
-    source: Source, tokenizer: Tokenizer, config: DataConfig, *, repeat: bool
-) -> "Callable[[int, int], grain.IterDataset[CountedBatch]]":
+def _data_settings(
+    sources: Sequence[Source | StreamedSource], entries: Sequence[TextSource]
+) -> dict[str, Any]:
+    """What a resumed run must have in common with the saved one."""
+    prints = [source.fingerprint() for source in sources]
+    sizes = [len(source) if isinstance(source, Source) else None for source in sources]
+    mixture = [entry for entry in entries if isinstance(entry, MixtureSource)]
+    if not mixture:
+        return {"documents": prints[0], "num_documents": sizes[0]}
+    return {
+        "documents": prints,
+        "num_documents": sizes,
+        "sources": [entry.name for entry in mixture],
+        "weights": [entry.weight for entry in mixture],
+        "epochs": [entry.epochs for entry in mixture],
+    }
+
+
+def _reader_opener(
+    sources: Sequence[Source | StreamedSource],
+    entries: Sequence[TextSource],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    *,
+    repeat: bool,
+) -> OpenReader:
     # A local import: this package imports without grain.
     from megalodon_jax.data import pipeline
 
-    def open_shard(shard: int, num_shards: int) -> "grain.IterDataset[CountedBatch]":
-        if not repeat:
-            return pipeline.single_pass_batches(source, tokenizer, config)
-        return pipeline.training_batches(
-            source, tokenizer, config, shard=shard, num_shards=num_shards
+    mixture = [entry if isinstance(entry, MixtureSource) else None for entry in entries]
+    mixture = mixture or [None] * len(sources)
+    mixed = [
+        pipeline.MixedSource(
+            source,
+            weight=entry.weight if entry else 1.0,
+            epochs=1 if not repeat else entry.epochs if entry else 0,
+        )
+        for source, entry in zip(sources, mixture, strict=True)
+    ]
+    options = ReadOptions(
+        tokenizer=tokenizer,
+        seq_len=config.seq_len,
+        packing=config.packing,
+        count_bytes=not repeat,
+        on_bad_document=config.on_bad_document,
+    )
+
+    def open_reader(
+        *, shard: int, num_shards: int, reader: int, num_readers: int, state: str | None
+    ) -> "grain.IterDataset[PackedRows]":
+        num_rows = config.batch_size // num_shards
+        batches = pipeline.BatchDataset(
+            mixed,
+            options,
+            num_rows=num_rows,
+            window=max(1, pipeline.WINDOW_TOKENS // config.seq_len) if repeat else 1,
+            document_seed=config.shuffle_seed if repeat else pipeline.SINGLE_PASS_SEED,
+            row_seed=config.shuffle_seed,
+            part=Slice(shard + num_shards * reader, num_shards * num_readers),
+            state=state,
+        )
+        return pipeline.prefetched(
+            batches,
+            tokens_per_batch=num_rows * config.seq_len,
+            in_process=repeat and config.num_workers > 0,
         )
 
-    return open_shard
-
-
-def _check_shards(num_documents: int, config: DataConfig, num_shards: int) -> None:
-    if config.batch_size % num_shards:
-        raise DataError(
-            f"data.batch_size {config.batch_size} does not divide by {num_shards} data shards; set "
-            "data.num_shards to one of its divisors"
-        )
-    num_readers = num_shards * max(1, config.num_workers)
-    if num_documents < num_readers:
-        raise DataError(
-            f"{num_documents} documents are too few for {num_shards} data shards with "
-            f"{config.num_workers} workers each; lower data.num_shards or data.num_workers, or set "
-            "data.document_separator"
-        )
-    if config.num_workers < 0:
-        raise DataError(f"data.num_workers is {config.num_workers}; must not be negative")
-    if not 0 <= config.shuffle_seed < 2**32:
-        raise DataError(f"data.shuffle_seed is {config.shuffle_seed}; must be in [0, 2^32)")
-
-
-def _require_tokens(source: Source, tokenizer: Tokenizer, split: Split) -> None:
-    if not any(len(tokenizer.encode(document.text)) for document in source):
-        raise DataError(
-            f"the {len(source)} documents of split {split!r} have no token; check the files and "
-            "data.text_field"
-        )
+    return open_reader

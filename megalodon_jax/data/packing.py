@@ -10,34 +10,57 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int64
 
-from megalodon_jax.data.sources import Document
-from megalodon_jax.data.tokenizer import Tokenizer
 from megalodon_jax.typing import Batch
 
 
-class TokenDocument(NamedTuple):
-    """A tokenized document.
+class TokenPiece(NamedTuple):
+    """Consecutive tokens of a document.
 
     Attributes:
-      stream: bos, tokens, eos.
-      num_bytes: text bytes that each target `stream[1:]` encodes; 0 if not counted.
-      epoch: number of the pass over the data, from 0.
+      stream: the token before the first target, then the targets.
+      num_bytes: text bytes that each target encodes; None if not counted.
+      starts_document: whether the first target is the document's first.
     """
 
-    stream: Int32[np.ndarray, " n"]
-    num_bytes: Int32[np.ndarray, " n-1"]
-    epoch: int
+    stream: Int[np.ndarray, " n"]
+    num_bytes: Int[np.ndarray, " n-1"] | None
+    starts_document: bool
+
+
+class Counts(NamedTuple):
+    """What the rows of one source have had.
+
+    Attributes:
+      tokens: targets.
+      documents: documents that start in the rows.
+      bad_documents: documents that were left out, or end early, because they cannot be read.
+    """
+
+    tokens: int
+    documents: int
+    bad_documents: int
 
 
 class Row(NamedTuple):
-    """One row of a batch (see `Batch`), and the text bytes that its targets encode."""
+    """One row of a batch (see `Batch`), in the smallest types that hold it.
 
-    tokens: Int32[np.ndarray, " L"]
-    targets: Int32[np.ndarray, " L"]
-    segment_ids: Int32[np.ndarray, " L"]
+    Attributes:
+      tokens: inputs.
+      targets: targets.
+      segment_ids: number of the segment, from 1; 0: padding.
+      num_bytes: text bytes that the targets encode; 0 if not counted.
+      source: number of the source that it is from.
+      counts: tokens and documents of the row.
+    """
+
+    tokens: Int[np.ndarray, " L"]
+    targets: Int[np.ndarray, " L"]
+    segment_ids: Int[np.ndarray, " L"]
     num_bytes: int
+    source: int
+    counts: Counts
 
 
 class CountedBatch(NamedTuple):
@@ -50,32 +73,20 @@ class CountedBatch(NamedTuple):
     num_bytes: int
 
 
-def tokenize_document(
-    document: Document, tokenizer: Tokenizer, *, epoch: int, count_bytes: bool
-) -> TokenDocument | None:
-    """Tokenizes a document and adds bos and eos; None if it has no token.
-
-    eos encodes no text, except for text that the tokenizer skipped after the last token.
-    """
-    if count_bytes:
-        ids, num_bytes, num_tail_bytes = tokenizer.encode_counted(document.text)
-    else:
-        ids, num_tail_bytes = tokenizer.encode(document.text), 0
-        num_bytes = np.zeros_like(ids)
-    if len(ids) == 0:
-        return None
-    stream = np.empty(len(ids) + 2, np.int32)
-    stream[0], stream[1:-1], stream[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
-    return TokenDocument(stream, np.append(num_bytes, np.int32(num_tail_bytes)), epoch)
-
-
 class RowBuilder:
-    """A row that is filled from the left; the rest is padding."""
+    """A row that is filled from the left; the rest is padding.
 
-    def __init__(self, seq_len: int):
-        self._tokens, self._targets, self._segment_ids = np.zeros((3, seq_len), np.int32)
+    Args:
+      seq_len: tokens of the row.
+      dtype: type of the token ids.
+    """
+
+    def __init__(self, seq_len: int, dtype: np.dtype):
+        self._tokens, self._targets = np.zeros((2, seq_len), dtype)
+        self._segment_ids = np.zeros(seq_len, np.min_scalar_type(seq_len))
         self._num_filled = 0
         self._num_segments = 0
+        self._num_documents = 0
         self._num_bytes = 0
 
     @property
@@ -83,38 +94,66 @@ class RowBuilder:
         """Whether no more tokens fit."""
         return self._num_filled == len(self._tokens)
 
-    def add(self, document: TokenDocument, offset: int) -> int:
-        """Adds inputs of the document from `offset` on until the row is full.
+    def add(self, piece: TokenPiece, offset: int, *, continues: bool) -> int:
+        """Adds inputs of a piece from `offset` on until the row is full.
+
+        Args:
+          piece: the tokens.
+          offset: first input to add.
+          continues: the piece goes on with the segment that was added last.
 
         Returns:
           The offset of the first input that was not added.
         """
-        stop = min(offset + len(self._tokens) - self._num_filled, len(document.stream) - 1)
+        stop = min(offset + len(self._tokens) - self._num_filled, len(piece.stream) - 1)
         columns = slice(self._num_filled, self._num_filled + stop - offset)
-        self._num_segments += 1
-        self._tokens[columns] = document.stream[offset:stop]
-        self._targets[columns] = document.stream[offset + 1 : stop + 1]
+        self._num_segments += not continues
+        self._num_documents += piece.starts_document and offset == 0
+        self._tokens[columns] = piece.stream[offset:stop]
+        self._targets[columns] = piece.stream[offset + 1 : stop + 1]
         self._segment_ids[columns] = self._num_segments
-        self._num_bytes += int(document.num_bytes[offset:stop].sum())
+        if piece.num_bytes is not None:
+            self._num_bytes += int(piece.num_bytes[offset:stop].sum())
         self._num_filled = columns.stop
         return stop
 
-    def build(self) -> Row:
+    def build(self, *, source: int, bad_documents: int) -> Row:
         """The row with what has been added so far."""
-        return Row(self._tokens, self._targets, self._segment_ids, self._num_bytes)
+        counts = Counts(self._num_filled, self._num_documents, bad_documents)
+        return Row(self._tokens, self._targets, self._segment_ids, self._num_bytes, source, counts)
 
 
-def collate(rows: Sequence[Row], *, num_rows: int) -> CountedBatch:
+class PackedRows(NamedTuple):
+    """Rows of a batch that one reader has packed.
+
+    Attributes:
+      batch: the arrays.
+      num_bytes: text bytes that its weighted targets encode; 0 if not counted.
+      counts: tokens, documents and bad documents by source.
+      state: the reader's position after it, as JSON text.
+    """
+
+    batch: Batch
+    num_bytes: int
+    counts: Int64[np.ndarray, "S 3"]
+    state: str
+
+
+def collate(rows: Sequence[Row], *, num_rows: int, num_sources: int, state: str) -> PackedRows:
     """Stacks rows into a batch.
 
     Args:
       rows: at most `num_rows` rows.
       num_rows: rows of the batch; missing ones are padding.
+      num_sources: number of sources S.
+      state: the reader's position after the last row.
     """
     shape = (num_rows, len(rows[0].tokens))
     tokens, targets, segment_ids = np.zeros((3, *shape), np.int32)
+    counts = np.zeros((num_sources, 3), np.int64)
     for index, row in enumerate(rows):
         tokens[index], targets[index], segment_ids[index] = row[:3]
+        counts[row.source] += row.counts
     weights = (segment_ids > 0).astype(np.float32)
     batch = Batch(tokens, targets, segment_ids, weights)  # type: ignore[arg-type]
-    return CountedBatch(batch, sum(row.num_bytes for row in rows))
+    return PackedRows(batch, sum(row.num_bytes for row in rows), counts, state)

@@ -1,248 +1,228 @@
 """The grain pipeline from documents to batches; imported by `loader.py` on first use."""
 
 import functools
-from typing import Any, Literal, cast
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from absl import flags
 
-from megalodon_jax.config import DataConfig
-from megalodon_jax.data.packing import (
-    CountedBatch,
-    Row,
-    RowBuilder,
-    TokenDocument,
-    collate,
-    tokenize_document,
-)
-from megalodon_jax.data.sources import Document, Source
-from megalodon_jax.data.tokenizer import Tokenizer
-from megalodon_jax.typing import Batch
+from megalodon_jax.data.documents import Slice, open_documents
+from megalodon_jax.data.huggingface import StreamedSource
+from megalodon_jax.data.packing import PackedRows, Row, collate
+from megalodon_jax.data.reader import ReadOptions, RowReader
+from megalodon_jax.data.sources import Source
+from megalodon_jax.data.worker_exit import exit_with_parent
 
 # Rows are shuffled within windows of this many tokens, so that consecutive batches do not all come
-# from one long document. A window takes 12 bytes per token.
+# from one long document. A window takes 6 bytes per token, 12 with ids above 65,535.
 WINDOW_TOKENS = 1 << 20
-# Reading a window yields no batches, so this many tokens of the previous one are prefetched.
+# Reading a window yields no batches, so this many tokens of the previous one are prefetched: 16
+# bytes each.
 PREFETCHED_TOKENS = 1 << 20
 MAX_PREFETCHED_BATCHES = 256
 SINGLE_PASS_SEED = 0
-READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
-def training_batches(
-    source: Source,
-    tokenizer: Tokenizer,
-    config: DataConfig,
-    *,
-    shard: int,
-    num_shards: int,
-) -> grain.IterDataset[CountedBatch]:
-    """The endless batches of one data shard, reshuffled every epoch."""
-    documents = (
-        grain.MapDataset.source(cast(Any, source))
-        .shuffle(seed=config.shuffle_seed)
-        .repeat()
-        .map_with_index(_Tokenize(tokenizer, len(source), count_bytes=False))
-    )[shard::num_shards]
-    num_rows = config.batch_size // num_shards
-    rows = PackedRows(
-        documents.to_iter_dataset(READ_OPTIONS),
-        seq_len=config.seq_len,
-        packing=config.packing,
-        window=max(1, WINDOW_TOKENS // config.seq_len),
-        seed=config.shuffle_seed,
-    )
-    batches = rows.batch(num_rows, batch_fn=functools.partial(collate, num_rows=num_rows))
-    if config.num_workers > 0:
-        # grain's workers read absl flags, which raise an error until they are parsed.
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()
-        workers = grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=4)
-        return batches.mp_prefetch(workers).map(_copy_from_shared_memory)
-    num_prefetched = PREFETCHED_TOKENS // (num_rows * config.seq_len)
-    return grain.experimental.ThreadPrefetchIterDataset(
-        batches, prefetch_buffer_size=min(MAX_PREFETCHED_BATCHES, max(2, num_prefetched))
-    )
+class MixedSource(NamedTuple):
+    """One source of a mixture.
 
-
-def single_pass_batches(
-    source: Source, tokenizer: Tokenizer, config: DataConfig
-) -> grain.IterDataset[CountedBatch]:
-    """A single pass in a fixed random order, as global batches.
-
-    The order depends neither on the number of processes nor on the run's settings, so all processes
-    get the same number of batches and the first batches are representative.
+    Attributes:
+      source: its documents.
+      weight: share of the tokens.
+      epochs: number of passes; 0: without end.
     """
-    documents = (
-        grain.MapDataset.source(cast(Any, source))
-        .shuffle(seed=SINGLE_PASS_SEED)
-        .map_with_index(_Tokenize(tokenizer, len(source), count_bytes=True))
-    )
-    rows = PackedRows(
-        documents.to_iter_dataset(READ_OPTIONS),
-        seq_len=config.seq_len,
-        packing=config.packing,
-        window=1,
-        seed=config.shuffle_seed,
-    )
-    batches = rows.batch(
-        config.batch_size, batch_fn=functools.partial(collate, num_rows=config.batch_size)
-    )
-    return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
+
+    source: Source | StreamedSource
+    weight: float
+    epochs: int
 
 
-def _copy_from_shared_memory(counted: CountedBatch) -> CountedBatch:
-    # A batch that outlives its worker keeps shared memory open, which Python reports as leaked.
-    return counted._replace(batch=Batch(*(np.array(array) for array in counted.batch)))  # type: ignore[arg-type]
+class BatchDataset(grain.IterDataset[PackedRows]):
+    """Batches of rows from a mixture of sources, shuffled within windows of rows.
 
+    Rows have tokens of one source. The next row is read from the source that has the fewest tokens
+    for its weight. With one source, a window has rows of one epoch.
 
-class _Tokenize(grain.transforms.MapWithIndex):
-    def __init__(self, tokenizer: Tokenizer, num_documents: int, *, count_bytes: bool):
-        self._tokenizer = tokenizer
-        self._num_documents = num_documents
-        self._count_bytes = count_bytes
-
-    def map_with_index(self, index: int, element: Document) -> TokenDocument | None:
-        epoch = index // self._num_documents
-        return tokenize_document(
-            element, self._tokenizer, epoch=epoch, count_bytes=self._count_bytes
-        )
-
-
-class PackedRows(grain.IterDataset[Row]):
-    """Rows of packed documents, shuffled within windows of rows; a window has rows of one epoch.
-
-    grain's `ConcatThenSplitIterDataset` (0.2.18) has a state that does not survive JSON (tuples
-    come back as lists and are read as a remainder), and it packs across epochs.
+    Args:
+      sources: the mixture.
+      options: how documents are read.
+      num_rows: rows of a batch.
+      window: rows of a window.
+      document_seed: seed of the order of documents.
+      row_seed: seed of the order of rows within windows.
+      part: the documents that this reader gets.
+      state: where to start, from `PackedRows.state`; None: at the first batch.
     """
 
     def __init__(
         self,
-        parent: grain.IterDataset[TokenDocument],
+        sources: Sequence[MixedSource],
+        options: ReadOptions,
         *,
-        seq_len: int,
-        packing: Literal["pack", "pad"],
+        num_rows: int,
         window: int,
-        seed: int,
+        document_seed: int,
+        row_seed: int,
+        part: Slice,
+        state: str | None,
     ):
-        super().__init__(parent)
-        self._seq_len = seq_len
-        self._packing: Literal["pack", "pad"] = packing
-        self._window = window
-        self._seed = seed
-
-    def __iter__(self) -> "_PackedRowIterator":
-        packer = _Packer(
-            cast(grain.DatasetIterator[TokenDocument], iter(self._parent)),
-            self._seq_len,
-            self._packing,
+        super().__init__()
+        self._make = functools.partial(
+            _BatchIterator,
+            sources,
+            options,
+            num_rows=num_rows,
+            window=window,
+            document_seed=document_seed,
+            row_seed=row_seed,
+            part=part,
         )
-        return _PackedRowIterator(packer, self._window, self._seed)
+        self._state = state
+
+    def __iter__(self) -> "_BatchIterator":
+        iterator = self._make()
+        if self._state is not None:
+            iterator.set_state({"state": self._state})
+        return iterator
 
 
-class _Packer:
-    """Reads documents and cuts them into rows; its position is the next unread token."""
+class _BatchIterator(grain.DatasetIterator[PackedRows]):
+    """Yields batches; its state is the start of the window and the rows yielded of it."""
 
     def __init__(
         self,
-        documents: grain.DatasetIterator[TokenDocument],
-        seq_len: int,
-        packing: Literal["pack", "pad"],
+        sources: Sequence[MixedSource],
+        options: ReadOptions,
+        *,
+        num_rows: int,
+        window: int,
+        document_seed: int,
+        row_seed: int,
+        part: Slice,
     ):
-        self.documents = documents
-        self._seq_len = seq_len
-        self._packing = packing
-        self._document: TokenDocument | None = None
-        self._before_document = documents.get_state()
-        self._offset = 0
-
-    def position(self) -> dict[str, Any]:
-        if self._document is None:
-            return {"documents": self.documents.get_state(), "offset": 0}
-        return {"documents": self._before_document, "offset": self._offset}
-
-    def move_to(self, position: dict[str, Any]) -> None:
-        self.documents.set_state(position["documents"])
-        self._document = None
-        if position["offset"] and self._read() is not None:
-            self._offset = position["offset"]
-
-    def _read(self) -> TokenDocument | None:
-        if self._document is None:
-            self._before_document = self.documents.get_state()
-            self._document = next(self.documents, None)
-            self._offset = 0
-        return self._document
-
-    def next_epoch(self) -> int | None:
-        """The epoch of the next row; None at the end of the data."""
-        document = self._read()
-        return None if document is None else document.epoch
-
-    def next_row(self, epoch: int) -> Row:
-        """The next row, padded at the end of the epoch.
-
-        With packing `pad` a row holds tokens of one document only.
-        """
-        row = RowBuilder(self._seq_len)
-        while (
-            not row.is_full and (document := self._read()) is not None and document.epoch == epoch
-        ):
-            self._offset = row.add(document, self._offset)
-            if self._offset == len(document.stream) - 1:
-                self._document = None
-            if self._packing == "pad":
-                break
-        return row.build()
-
-
-class _PackedRowIterator(grain.DatasetIterator[Row]):
-    """Yields rows window by window; its state is the window's start and the rows yielded of it."""
-
-    def __init__(self, packer: _Packer, window: int, seed: int):
-        super().__init__(packer.documents)
-        self._packer = packer
+        super().__init__()
+        self._mixture = _Mixture(sources, options, seed=document_seed, part=part)
+        self._num_sources = len(sources)
+        self._num_rows = num_rows
         self._window = window
-        self._seed = seed
+        self._seed = row_seed
         self._window_index = 0
-        self._window_start = packer.position()
+        self._window_start = self._mixture.position()
         self._rows: list[Row] = []
         self._num_yielded = 0
 
-    def __next__(self) -> Row:
+    def __next__(self) -> PackedRows:
+        rows: list[Row] = []
+        while len(rows) < self._num_rows and (row := self._next_row()) is not None:
+            rows.append(row)
+        if not rows:
+            raise StopIteration
+        return collate(
+            rows,
+            num_rows=self._num_rows,
+            num_sources=self._num_sources,
+            state=self.get_state()["state"],
+        )
+
+    def _next_row(self) -> Row | None:
         if self._num_yielded == len(self._rows):
             if self._rows:
                 self._window_index += 1
-            self._window_start = self._packer.position()
+            self._window_start = self._mixture.position()
             self._num_yielded = 0
+            # Freed before the next window is read.
+            self._rows = []
             self._rows = self._read_window()
             if not self._rows:
-                raise StopIteration
+                return None
         row = self._rows[self._num_yielded]
         self._num_yielded += 1
         return row
 
     def _read_window(self) -> list[Row]:
-        epoch = self._packer.next_epoch()
-        if epoch is None:
-            return []
-        rows: list[Row] = []
-        while len(rows) < self._window and self._packer.next_epoch() == epoch:
-            rows.append(self._packer.next_row(epoch))
+        rows = self._mixture.read_rows(self._window)
         order = np.random.default_rng((self._seed, self._window_index)).permutation(len(rows))
         return [rows[index] for index in order]
 
     def get_state(self) -> dict[str, Any]:
-        return {
+        state = {
             "window_start": self._window_start,
             "window_index": self._window_index,
             "num_yielded": self._num_yielded,
         }
+        return {"state": json.dumps(state)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._window_start = state["window_start"]
-        self._window_index = state["window_index"]
-        self._num_yielded = state["num_yielded"]
-        self._packer.move_to(self._window_start)
+        values = json.loads(state["state"])
+        self._window_start = values["window_start"]
+        self._window_index = values["window_index"]
+        self._num_yielded = values["num_yielded"]
+        self._mixture.move_to(self._window_start)
+        self._rows = []
         self._rows = self._read_window() if self._num_yielded else []
+
+
+class _Mixture:
+    """The rows of several sources, as many tokens of each as its weight says."""
+
+    def __init__(
+        self, sources: Sequence[MixedSource], options: ReadOptions, *, seed: int, part: Slice
+    ):
+        self._weights = [entry.weight for entry in sources]
+        self._readers = [
+            RowReader(
+                open_documents(entry.source, seed=seed, epochs=entry.epochs, part=part),
+                options,
+                source=number,
+            )
+            for number, entry in enumerate(sources)
+        ]
+        self._num_tokens = [0] * len(sources)
+
+    def position(self) -> dict[str, Any]:
+        readers = [reader.position() for reader in self._readers]
+        return {"sources": readers, "tokens": list(self._num_tokens)}
+
+    def move_to(self, position: dict[str, Any]) -> None:
+        self._num_tokens = list(position["tokens"])
+        for reader, saved in zip(self._readers, position["sources"], strict=True):
+            reader.move_to(saved)
+
+    def read_rows(self, count: int) -> list[Row]:
+        """At most `count` rows; fewer at the end of the data, or of the epoch of an only source."""
+        rows: list[Row] = []
+        first_epoch = self._readers[0].next_epoch() if len(self._readers) == 1 else None
+        while len(rows) < count:
+            number = self._next_source()
+            epoch = None if number is None else self._readers[number].next_epoch()
+            if number is None or epoch is None or first_epoch not in (None, epoch):
+                break
+            rows.append(self._readers[number].next_row(epoch))
+            self._num_tokens[number] += rows[-1].counts.tokens
+        return rows
+
+    def _next_source(self) -> int | None:
+        """The source with the fewest tokens for its weight, of those that have not ended."""
+        going_on = [n for n, reader in enumerate(self._readers) if reader.next_epoch() is not None]
+        return min(
+            going_on, key=lambda n: (self._num_tokens[n] / self._weights[n], n), default=None
+        )
+
+
+def prefetched(
+    batches: BatchDataset, *, tokens_per_batch: int, in_process: bool
+) -> grain.IterDataset[PackedRows]:
+    """Reads batches ahead in a thread, or in a process of its own."""
+    fitting = PREFETCHED_TOKENS // tokens_per_batch
+    if not in_process:
+        return grain.experimental.ThreadPrefetchIterDataset(
+            batches, prefetch_buffer_size=min(MAX_PREFETCHED_BATCHES, max(1, fitting))
+        )
+    # grain's workers read absl flags, which raise an error until they are parsed.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    options = grain.MultiprocessingOptions(1, per_worker_buffer_size=min(64, max(1, fitting)))
+    return batches.mp_prefetch(options, worker_init_fn=exit_with_parent)

@@ -1,9 +1,6 @@
 """Document sources: the Python standard library, files, or a prepared TFDS data set.
 
-A source is a sequence of documents in a fixed order with access by index. Training and held-out
-documents never overlap. Without held-out files (or a TFDS split), a document is held out if the
-hash of its name is below `heldout_fraction`. If that leaves a split without documents (for example
-with a single file), the last `heldout_fraction` of every document's characters is held out instead.
+A source is a sequence of documents in a fixed order with access by index.
 """
 
 import hashlib
@@ -14,16 +11,15 @@ import tokenize
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
-from jaxtyping import Int64
 
-from megalodon_jax.config import DataConfig
-from megalodon_jax.data.text_files import TextFile, find_files, naming, open_files, text_of_field
+from megalodon_jax.config import TextSource
+from megalodon_jax.data.contents import Content, MemoryContent, read_all, with_data_error
+from megalodon_jax.data.pieces import decode_utf8
+from megalodon_jax.data.text_files import Blocks, TextFile, naming, text_of_field
 from megalodon_jax.errors import DataError
-
-Split = Literal["train", "heldout"]
 
 
 class Document(NamedTuple):
@@ -45,12 +41,37 @@ class Source(ABC):
         """The name of document `index`, without reading its text."""
 
     @abstractmethod
-    def text(self, index: int) -> str:
-        """The text of document `index`."""
+    def open(self, index: int) -> Content:
+        """The UTF-8 bytes of document `index`.
+
+        Raises:
+          DataError: it cannot be read or is malformed; `where` tells which it is.
+        """
 
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash of the documents' names and sizes."""
+
+    def names(self) -> Iterator[str]:
+        """The names of all documents."""
+        return (self.name(index) for index in range(len(self)))
+
+    def where(self, index: int) -> str:
+        """The place of document `index`, for messages."""
+        return self.name(index)
+
+    def blocks(self) -> Blocks | None:
+        """Documents that are decoded together; None: any order is as fast."""
+        return None
+
+    def text(self, index: int) -> str:
+        """The text of document `index`.
+
+        Raises:
+          DataError: it cannot be read, is malformed or not UTF-8; the message names it.
+        """
+        with naming(lambda: self.where(index)):
+            return decode_utf8(read_all(self.open(index)))
 
     def __getitem__(self, index: SupportsIndex) -> Document:
         position = range(len(self))[index]
@@ -60,38 +81,7 @@ class Source(ABC):
         return (self[index] for index in range(len(self)))
 
 
-def open_source(config: DataConfig, split: Split) -> Source:
-    """Opens one split of the configured data.
-
-    Raises:
-      DataError: a file is missing or malformed, a TFDS data set is not prepared, or the split has
-        no document.
-    """
-    if split not in ("train", "heldout"):
-        raise DataError(f"split is {split!r}; use 'train' or 'heldout'")
-    if config.source == "tfds":
-        source: Source = _TfdsSource(config, split)
-    elif config.source == "files" and config.heldout_files:
-        source = _open_separate_files(config, split)
-    else:
-        whole = _StdlibSource() if config.source == "python_stdlib" else _open_files(config)
-        _require_documents(whole, config, split)
-        source = _select_split(whole, config.heldout_fraction, split)
-    _require_documents(source, config, split)
-    return source
-
-
-def _require_documents(source: Source, config: DataConfig, split: Split) -> None:
-    if len(source) == 0:
-        named = {
-            "files": config.heldout_files if split == "heldout" else (),
-            "tfds": config.tfds_name,
-        }
-        where = named.get(config.source) or config.files or config.source
-        raise DataError(f"no document for split {split!r}: {where} is empty; name files with text")
-
-
-class _StdlibSource(Source):
+class StdlibSource(Source):
     """The .py files of the running Python's standard library.
 
     Installed packages, tests (they differ between distributions) and generated build settings are
@@ -120,29 +110,27 @@ class _StdlibSource(Source):
     def name(self, index: int) -> str:
         return self._names[index]
 
-    def text(self, index: int) -> str:
+    def open(self, index: int) -> Content:
         path = self._root / self._names[index]
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}") from error
+        content = with_data_error(path, path.read_bytes)
         try:
             encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
         except SyntaxError:
             encoding = "utf-8"
         with io.TextIOWrapper(io.BytesIO(content), encoding=encoding, errors="ignore") as reader:
-            return reader.read()
+            return MemoryContent(reader.read().encode("utf-8"))
 
     def fingerprint(self) -> str:
-        return _digest(*self._sizes.items())
+        return digest_of(*self._sizes.items())
 
 
-class _FileSource(Source):
+class FileSource(Source):
     """The documents of several files, in the order of the files."""
 
     def __init__(self, files: Sequence[TextFile]):
         self._files = files
         self._stops = np.cumsum([len(file) for file in files])
+        self._last_read: TextFile | None = None
 
     def __len__(self) -> int:
         return int(self._stops[-1])
@@ -156,21 +144,47 @@ class _FileSource(Source):
         file, position = self._locate(index)
         return file.document_name(position)
 
-    def text(self, index: int) -> str:
+    def names(self) -> Iterator[str]:
+        return (file.document_name(i) for file in self._files for i in range(len(file)))
+
+    def open(self, index: int) -> Content:
         file, position = self._locate(index)
-        return file.text(position)
+        if self._last_read is not None and self._last_read is not file:
+            # One decoded block at a time.
+            self._last_read.release()
+        self._last_read = file
+        return file.open(position)
+
+    def where(self, index: int) -> str:
+        file, position = self._locate(index)
+        return file.where(position)
+
+    def blocks(self) -> Blocks | None:
+        found = [file.blocks() for file in self._files]
+        if not any(found):
+            return None
+        stops, groups = [], []
+        start = group = 0
+        for file, blocks in zip(self._files, found, strict=True):
+            if len(file):
+                one = Blocks(np.asarray([len(file)]), np.zeros(1, np.int64))
+                file_stops, file_groups = blocks or one
+                stops.append(start + file_stops)
+                groups.append(group + file_groups)
+                start, group = start + len(file), group + int(file_groups[-1]) + 1
+        return Blocks(np.concatenate(stops), np.concatenate(groups))
 
     def fingerprint(self) -> str:
-        return _digest(*((file.name, file.num_bytes, len(file)) for file in self._files))
+        return digest_of(*((file.name, file.num_bytes, len(file)) for file in self._files))
 
 
-class _TfdsSource(Source):
+class TfdsSource(Source):
     """A split of a TFDS data set that was prepared as array_record files."""
 
-    def __init__(self, config: DataConfig, split: Split):
+    def __init__(self, config: TextSource, split: str):
         import tensorflow_datasets as tfds
 
-        self._split = config.tfds_split if split == "train" else config.tfds_heldout_split
+        self._split = split
         self._dataset_name = config.tfds_name
         self._field = config.text_field
         directory = config.tfds_dir or None
@@ -193,102 +207,13 @@ class _TfdsSource(Source):
     def name(self, index: int) -> str:
         return f"{self._dataset_name}/{self._split}#{index}"
 
-    def text(self, index: int) -> str:
-        with naming(lambda: self.name(index)):
-            return text_of_field(self._examples[index], self._field)
+    def open(self, index: int) -> Content:
+        return MemoryContent(text_of_field(self._examples[index], self._field).encode("utf-8"))
 
     def fingerprint(self) -> str:
-        return _digest(self._dataset_name, self._split, len(self))
+        return digest_of(self._dataset_name, self._split, len(self))
 
 
-class _Selection(Source):
-    """A subset of another source's documents."""
-
-    def __init__(self, whole: Source, indices: Int64[np.ndarray, " n"]):
-        self._whole = whole
-        self._indices = indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def name(self, index: int) -> str:
-        return self._whole.name(int(self._indices[index]))
-
-    def text(self, index: int) -> str:
-        return self._whole.text(int(self._indices[index]))
-
-    def fingerprint(self) -> str:
-        return _digest(self._whole.fingerprint(), self._indices.tolist())
-
-
-class _TextSlice(Source):
-    """The last `fraction` of every document's characters (held out), or the rest (training)."""
-
-    def __init__(self, whole: Source, fraction: float, split: Split):
-        self._whole = whole
-        self._fraction = fraction
-        self._split = split
-
-    def __len__(self) -> int:
-        return len(self._whole)
-
-    def name(self, index: int) -> str:
-        return f"{self._whole.name(index)} ({'start' if self._split == 'train' else 'end'})"
-
-    def text(self, index: int) -> str:
-        text = self._whole.text(index)
-        num_heldout = min(max(1, round(len(text) * self._fraction)), max(0, len(text) - 1))
-        cut = len(text) - num_heldout
-        return text[:cut] if self._split == "train" else text[cut:]
-
-    def fingerprint(self) -> str:
-        return _digest(self._whole.fingerprint(), self._fraction, self._split)
-
-
-def _open_files(config: DataConfig) -> Source:
-    return _file_source(find_files(config.files), config)
-
-
-def _open_separate_files(config: DataConfig, split: Split) -> Source:
-    heldout = find_files(config.heldout_files)
-    if split == "heldout":
-        return _file_source(heldout, config)
-    # A glob of training files may match the held-out files too.
-    training = [path for path in find_files(config.files) if path not in set(heldout)]
-    if not training:
-        raise DataError(
-            f"every file of data.files {config.files} is in data.heldout_files too; name other "
-            "training files"
-        )
-    return _file_source(training, config)
-
-
-def _file_source(paths: Sequence[Path], config: DataConfig) -> Source:
-    return _FileSource(
-        open_files(paths, text_field=config.text_field, separator=config.document_separator)
-    )
-
-
-def _select_split(whole: Source, fraction: float, split: Split) -> Source:
-    if fraction == 0.0:
-        if split == "heldout":
-            raise DataError(
-                "nothing is held out: data.heldout_fraction is 0; raise it, or name "
-                "data.heldout_files"
-            )
-        return whole
-    hashes = np.asarray([_unit_hash(whole.name(index)) for index in range(len(whole))])
-    heldout = hashes < fraction
-    if heldout.all() or not heldout.any():
-        return _TextSlice(whole, fraction, split)
-    return _Selection(whole, np.flatnonzero(heldout == (split == "heldout")))
-
-
-def _unit_hash(name: str) -> float:
-    # Python's built-in hash differs between processes.
-    digest = hashlib.blake2b(name.encode("utf-8", errors="surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2.0**64
-
-
-def _digest(*values: Any) -> str:
+def digest_of(*values: Any) -> str:
+    """A hash of values that have the same text on every machine."""
     return hashlib.sha256(repr(values).encode("utf-8", errors="surrogateescape")).hexdigest()[:16]

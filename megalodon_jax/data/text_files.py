@@ -1,31 +1,50 @@
-"""Documents in files: plain text, .gz, .jsonl and .parquet, read one document at a time.
+"""Documents in files: plain text, .jsonl, .parquet and .array_record, compressed or not.
 
-Opening a file finds the documents' byte ranges; texts are read on access. Memory: 16 bytes per
-document, the decompressed bytes of a .gz file with several documents, and the text column of a
-.parquet file (once per process, not decoded). These buffers are not pickled.
+Opening a file finds where its documents are; their bytes are read on access, long ones in pieces.
+Memory: 16 bytes per document, and the decompressed bytes of a .gz or .zst file with several
+documents (once per process; these are not pickled).
 """
 
 import contextlib
 import functools
-import glob
-import gzip
 import json
-import mmap
-import os
 import threading
-import zlib
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
+from megalodon_jax.data.compression import is_compressed
+from megalodon_jax.data.contents import (
+    CompressedContent,
+    Content,
+    FileContent,
+    MemoryContent,
+    read_all,
+    with_data_error,
+)
+from megalodon_jax.data.pieces import decode_utf8
 from megalodon_jax.errors import DataError
 
 # One lock for all files: only the first access to a file's content is contended.
 _LOAD_LOCK = threading.Lock()
+_SCAN_BYTES = 1 << 22
+
+
+class Blocks(NamedTuple):
+    """Documents that are decoded together.
+
+    Attributes:
+      stops: the document after the last one of each block.
+      groups: number of each block's group, ascending; the blocks of a group are read in order.
+    """
+
+    stops: Int64[np.ndarray, " n"]
+    groups: Int64[np.ndarray, " n"]
 
 
 class TextFile(ABC):
@@ -39,53 +58,66 @@ class TextFile(ABC):
     def __init__(self, path: Path, name: str):
         self.path = path
         self.name = name
-        self.num_bytes = _with_data_error(path, lambda: path.stat().st_size)
+        self.num_bytes = with_data_error(path, lambda: path.stat().st_size)
 
     @abstractmethod
     def __len__(self) -> int:
         """Number of documents."""
 
     @abstractmethod
-    def text(self, index: int) -> str:
-        """The text of one document; empty for a null.
+    def open(self, index: int) -> Content:
+        """The bytes of one document; none for a null.
 
         Raises:
-          DataError: the file cannot be read, is not UTF-8, or the document is malformed.
+          DataError: the file cannot be read, or the document is malformed.
         """
+
+    def where(self, index: int) -> str:
+        """The document's place, for messages."""
+        return f"{self.path}, document {index}"
 
     def document_name(self, index: int) -> str:
         """The document's name, the same on every machine and in every run."""
         return f"{self.name}#{index}"
 
+    def blocks(self) -> Blocks | None:
+        """The blocks of a file that is decoded in blocks; None: any order is as fast."""
+        return None
 
-class _WholeFile(TextFile):
+    def release(self) -> None:  # noqa: B027
+        """Frees the memory of what was decoded last."""
+
+
+class WholeFile(TextFile):
     """A plain text file that is one document."""
 
     def __len__(self) -> int:
         return int(self.num_bytes > 0)
 
-    def text(self, index: int) -> str:
-        with naming(lambda: str(self.path)):
-            return decode_utf8(_read_bytes(self.path))
+    def open(self, index: int) -> Content:
+        if is_compressed(self.path):
+            return CompressedContent(self.path)
+        return FileContent(self.path, 0, self.num_bytes)
+
+    def where(self, index: int) -> str:
+        return str(self.path)
 
     def document_name(self, index: int) -> str:
         return self.name
 
 
-class _SpanFile(TextFile):
-    """A file whose documents are ranges of bytes."""
+class SpanFile(TextFile):
+    """A file whose documents are ranges of bytes between separators; blank ones are skipped."""
 
-    def __init__(
-        self, path: Path, name: str, find_spans: Callable[[bytes | mmap.mmap], np.ndarray]
-    ):
+    def __init__(self, path: Path, name: str, separator: bytes):
         super().__init__(path, name)
         self._decompressed: bytes | None = None
-        if _is_gzip(path):
-            self._spans = find_spans(self._gzip_content())
-        elif self.num_bytes == 0:
-            self._spans = np.zeros((0, 2), np.int64)
+        if is_compressed(path):
+            content = self._decompress()
+            self._spans = _find_spans(lambda start: content[start : start + _SCAN_BYTES], separator)
         else:
-            self._spans = _with_data_error(path, lambda: _scan_mapped(path, find_spans))
+            with with_data_error(path, lambda: path.open("rb", buffering=0)) as file:
+                self._spans = _find_spans(functools.partial(_read_from, path, file), separator)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_decompressed": None}
@@ -93,133 +125,43 @@ class _SpanFile(TextFile):
     def __len__(self) -> int:
         return len(self._spans)
 
-    def _gzip_content(self) -> bytes:
+    def _decompress(self) -> bytes:
         with _LOAD_LOCK:
             if self._decompressed is None:
-                self._decompressed = _read_bytes(self.path)
+                self._decompressed = read_all(CompressedContent(self.path))
             return self._decompressed
 
-    def _span(self, start: int, stop: int) -> bytes:
-        if _is_gzip(self.path):
-            return self._gzip_content()[start:stop]
-        return _with_data_error(self.path, lambda: _read_range(self.path, start, stop))
+    def _open_range(self, start: int, stop: int) -> Content:
+        if is_compressed(self.path):
+            return MemoryContent(self._decompress()[start:stop])
+        return FileContent(self.path, start, stop)
 
-    def text(self, index: int) -> str:
-        with naming(lambda: f"{self.path}, document {index}"):
-            return decode_utf8(self._span(*self._spans[index].tolist()))
+    def open(self, index: int) -> Content:
+        return self._open_range(*self._spans[index].tolist())
 
 
-class _JsonLinesFile(_SpanFile):
+class JsonLinesFile(SpanFile):
     """A file with one JSON object per line; blank lines are skipped."""
 
     def __init__(self, path: Path, name: str, field: str):
-        super().__init__(path, name, functools.partial(_find_spans, separator=b"\n"))
+        super().__init__(path, name, b"\n")
         self._field = field
 
-    def text(self, index: int) -> str:
-        line = self._span(*self._spans[index].tolist())
-        # Lines are counted only for an error message, because that reads the file up to here.
-        with naming(lambda: f"{self.path}:{self._line_number(index)}"):
-            try:
-                return text_of_field(json.loads(decode_utf8(line)), self._field)
-            except json.JSONDecodeError as error:
-                raise DataError(f"not a line of JSON: {error}") from error
-
-    def _line_number(self, index: int) -> int:
-        return self._span(0, int(self._spans[index, 0])).count(b"\n") + 1
-
-
-class _ParquetFile(TextFile):
-    """A file with one document per row."""
-
-    def __init__(self, path: Path, name: str, field: str):
-        import pyarrow.parquet
-
-        super().__init__(path, name)
-        self._field = field
-        self._column: Any = None
+    def open(self, index: int) -> Content:
+        line = read_all(super().open(index))
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                self._num_rows = file.metadata.num_rows
-                schema = file.schema_arrow
-        except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"cannot read {path} as parquet: {error}") from error
-        if field not in schema.names:
-            raise DataError(f"{path}: {_missing_field(field, schema.names)}")
-        kind = schema.field(field).type
-        if kind not in (pyarrow.string(), pyarrow.large_string()):
-            raise DataError(f"{path}: field {field!r} is of type {kind}; the text must be a string")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_column": None}
-
-    def __len__(self) -> int:
-        return self._num_rows
-
-    def text(self, index: int) -> str:
-        import pyarrow
-        import pyarrow.parquet
-
-        with _LOAD_LOCK:
-            if self._column is None:
-                try:
-                    table = pyarrow.parquet.read_table(self.path, columns=[self._field])
-                except (OSError, pyarrow.ArrowException) as error:
-                    raise DataError(f"cannot read {self.path} as parquet: {error}") from error
-                self._column = table.column(self._field)
-        try:
-            return self._column[index].as_py() or ""
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.path}, row {index}: not UTF-8: {error}") from error
-
-
-def find_files(patterns: Sequence[str]) -> list[Path]:
-    """The files that paths and globs match (`~` and `**` allowed), sorted, without duplicates.
-
-    Raises:
-      DataError: a pattern matches nothing, or names a directory.
-    """
-    found: set[Path] = set()
-    for pattern in patterns:
-        expanded = os.path.expanduser(pattern)
-        if os.path.isdir(expanded):
-            raise DataError(
-                f"{pattern!r} is a directory; name files in it, such as {pattern}/*.txt"
+            return MemoryContent(
+                text_of_field(json.loads(decode_utf8(line)), self._field).encode("utf-8")
             )
-        # An existing path is taken literally, even with glob characters.
-        exact = os.path.exists(expanded)
-        matches = [expanded] if exact else glob.glob(expanded, recursive=True)
-        files = [Path(os.path.abspath(match)) for match in matches if not os.path.isdir(match)]
-        if not files:
-            raise DataError(f"no file matches {pattern!r} (looked in {os.getcwd()})")
-        found.update(files)
-    return sorted(found)
+        except json.JSONDecodeError as error:
+            raise DataError(f"not a line of JSON: {error}") from error
 
-
-def open_files(paths: Sequence[Path], *, text_field: str, separator: str) -> list[TextFile]:
-    """Opens files by suffix: .jsonl, .parquet, else plain text; .gz is decompressed.
-
-    A plain file is one document, or several separated by `separator`; blank ones are skipped.
-
-    Raises:
-      DataError: a file cannot be read, or lacks `text_field`.
-    """
-    root = os.path.commonpath([path.parent for path in paths])
-    return [
-        _open_file(path, Path(os.path.relpath(path, root)), text_field, separator) for path in paths
-    ]
-
-
-def _open_file(path: Path, name: Path, text_field: str, separator: str) -> TextFile:
-    suffix = Path(path.stem).suffix if _is_gzip(path) else path.suffix
-    if suffix == ".jsonl":
-        return _JsonLinesFile(path, name.as_posix(), text_field)
-    if suffix == ".parquet" and not _is_gzip(path):
-        return _ParquetFile(path, name.as_posix(), text_field)
-    if separator:
-        split = functools.partial(_find_spans, separator=separator.encode("utf-8"))
-        return _SpanFile(path, name.as_posix(), split)
-    return _WholeFile(path, name.as_posix())
+    def where(self, index: int) -> str:
+        # Lines are counted only for an error message, because that reads the file up to here.
+        before = self._open_range(0, int(self._spans[index, 0]))
+        starts = range(0, before.num_bytes(), _SCAN_BYTES)
+        lines = sum(before.read(start, _SCAN_BYTES).count(b"\n") for start in starts)
+        return f"{self.path}:{lines + 1}"
 
 
 @contextlib.contextmanager
@@ -229,21 +171,6 @@ def naming(where: Callable[[], str]) -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(f"{where()}: {error}") from error
-
-
-def decode_utf8(content: bytes) -> str:
-    """Decodes text.
-
-    Raises:
-      DataError: it is not UTF-8; the message names the first bad byte.
-    """
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"not UTF-8 text (byte {error.start} is 0x{content[error.start]:02x}); "
-            "convert the file or leave it out"
-        ) from error
 
 
 def text_of_field(entry: Any, field: str) -> str:
@@ -258,7 +185,7 @@ def text_of_field(entry: Any, field: str) -> str:
     if not isinstance(entry, dict):
         raise DataError(f"expected an object with a field {field!r}, got {entry!r:.80}")
     if field not in entry:
-        raise DataError(_missing_field(field, list(entry)))
+        raise DataError(missing_field(field, list(entry)))
     value = entry[field]
     if isinstance(value, bytes):
         return decode_utf8(value)
@@ -267,58 +194,47 @@ def text_of_field(entry: Any, field: str) -> str:
     return (value or "").encode("utf-8", errors="replace").decode("utf-8")
 
 
-def _missing_field(field: str, fields: Sequence[str]) -> str:
-    """The message for a missing field."""
+def missing_field(field: str, fields: Sequence[str]) -> str:
+    """The message for a missing field, with the fields that there are."""
     return f"no field {field!r}; there are: {', '.join(fields)} (set data.text_field)"
 
 
-def _is_gzip(path: Path) -> bool:
-    return path.suffix == ".gz"
+def _read_from(path: Path, file: IO[bytes], start: int) -> bytes:
+    return with_data_error(path, lambda: file.read(_SCAN_BYTES))
 
 
-def _read_bytes(path: Path) -> bytes:
-    content = _with_data_error(path, path.read_bytes)
-    if not _is_gzip(path):
-        return content
-    try:
-        return gzip.decompress(content)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"cannot decompress {path}: {error}") from error
+def _find_spans(read: Callable[[int], bytes], separator: bytes) -> Int64[np.ndarray, "n 2"]:
+    """Ranges of bytes between separators that are not blank.
+
+    Args:
+      read: the next bytes of the file, called with the number of those before.
+      separator: the separator.
+    """
+    spans = array("q")
+    start = position = 0  # of the document, and of the buffer
+    is_blank, rest = True, b""
+    while chunk := read(position + len(rest)):
+        buffer = rest + chunk
+        first = 0
+        while (stop := buffer.find(separator, first)) >= 0:
+            is_blank = is_blank and _is_blank(buffer, first, stop)
+            if not is_blank:
+                spans.extend((start, position + stop))
+            first = stop + len(separator)
+            start, is_blank = position + first, True
+        # A separator may go on in the next chunk.
+        end = max(first, len(buffer) - len(separator) + 1)
+        is_blank = is_blank and _is_blank(buffer, first, end)
+        position, rest = position + end, buffer[end:]
+    if not (is_blank and _is_blank(rest, 0, len(rest))):
+        spans.extend((start, position + len(rest)))
+    return (
+        np.frombuffer(spans, np.int64).reshape(-1, 2).copy()
+        if spans
+        else np.zeros((0, 2), np.int64)
+    )
 
 
-def _with_data_error[T](path: Path, read: Callable[[], T]) -> T:
-    try:
-        return read()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _read_range(path: Path, start: int, stop: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(start)
-        return file.read(stop - start)
-
-
-def _scan_mapped(
-    path: Path, find_spans: Callable[[bytes | mmap.mmap], np.ndarray]
-) -> Int64[np.ndarray, "n 2"]:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return find_spans(content)
-
-
-def _find_spans(content: bytes | mmap.mmap, separator: bytes) -> Int64[np.ndarray, "n 2"]:
-    spans = [span for span in _split(content, separator) if not _is_blank(content, *span)]
-    return np.asarray(spans, dtype=np.int64).reshape(-1, 2)
-
-
-def _split(content: bytes | mmap.mmap, separator: bytes) -> Iterator[tuple[int, int]]:
-    start = 0
-    while (stop := content.find(separator, start)) >= 0:
-        yield start, stop
-        start = stop + len(separator)
-    yield start, len(content)
-
-
-def _is_blank(content: bytes | mmap.mmap, start: int, stop: int) -> bool:
+def _is_blank(content: bytes, start: int, stop: int) -> bool:
     # The first bytes decide for most documents, without a copy of the whole.
     return not content[start : min(stop, start + 64)].strip() and not content[start:stop].strip()

@@ -8,19 +8,22 @@ import base64
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Int, Int32, Int64
 
+from megalodon_jax.data.pieces import TextCut, find_checked_cut
 from megalodon_jax.errors import DataError
 from megalodon_jax.file_limits import MAX_TOKENIZER_BYTES, FileLimitError, read_bytes
 
 BYTE_VALUES = 256
 # The largest `model.vocab_size`.
 MAX_VOCAB_SIZE = 100_000_000
+# What sentencepiece and its relatives write for a space.
+WORD_START = "\u2581"
 
 
 class CountedTokens(NamedTuple):
@@ -64,6 +67,14 @@ class Tokenizer(Protocol):
         """The same ids, with the number of text bytes that each one encodes."""
         ...
 
+    def find_cut(self, text: str) -> TextCut | None:
+        """The last place in a text that goes on after its end at which it can be cut.
+
+        Encoding both sides gives the ids of the whole, whatever follows. None: no such place is
+        known.
+        """
+        ...
+
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> str:
         """Text of ids; boundary tokens are skipped, invalid UTF-8 becomes U+FFFD."""
         ...
@@ -86,6 +97,9 @@ class ByteTokenizer:
     def encode_counted(self, text: str) -> CountedTokens:
         ids = self.encode(text)
         return CountedTokens(ids, np.ones_like(ids), 0)
+
+    def find_cut(self, text: str) -> TextCut | None:
+        return TextCut(len(text), len(text)) if text else None
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> str:
         checked = _checked_ids(ids, self.vocab_size)
@@ -123,12 +137,14 @@ class JsonTokenizer:
         _check_charsmaps(self._json, self._path)
         with _naming_library_errors(f"{self._path} is not a tokenizer of `tokenizers`"):
             self._tokenizer = RustTokenizer.from_buffer(self._json)
-            ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+            vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self.vocab_size = max(ids, default=0) + 1
+        self.vocab_size = max(vocabulary.values(), default=0) + 1
         _check_vocab_size(self.vocab_size, self._path)
+        self._drops_space = _drops_space(self.encode)
+        self._separators = _word_separators(vocabulary)
 
     def __getstate__(self) -> dict[str, Any]:
         # The library's pickling loses `encode_special_tokens`.
@@ -157,6 +173,26 @@ class JsonTokenizer:
         with _naming_library_errors(f"tokenizer {self._path} cannot encode a text"):
             return self._tokenizer.encode(text, add_special_tokens=False)
 
+    def find_cut(self, text: str) -> TextCut | None:
+        if self._drops_space is None:
+            return None
+        with _naming_library_errors(f"tokenizer {self._path} cannot encode a text"):
+            return find_checked_cut(
+                text, drops_space=self._drops_space, encode=self.encode, is_border=self._is_border
+            )
+
+    def _is_border(self, text: str, position: int) -> bool:
+        normalizer, pre_tokenizer = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        before, whole = text[:position], text
+        if normalizer is not None:
+            before, whole = (normalizer.normalize_str(part) for part in (before, whole))
+        if not whole.startswith(before):
+            return False
+        if pre_tokenizer is None:
+            return whole[len(before)] in self._separators
+        spans = (span for _, span in pre_tokenizer.pre_tokenize_str(whole))
+        return not any(start < len(before) < stop for start, stop in spans)
+
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> str:
         text_ids = _without_boundary_tokens(_checked_ids(ids, self.vocab_size), self)
         return self._tokenizer.decode(text_ids.tolist(), skip_special_tokens=True)
@@ -183,6 +219,10 @@ class SentencePieceTokenizer:
         ids = (int(self._processor.bos_id()), int(self._processor.eos_id()))
         bos, eos = (token if token >= 0 else None for token in ids)
         self.bos_id, self.eos_id = _complete_boundary_tokens(bos, eos, path)
+        self._drops_space = _drops_space(self.encode)
+        self._separators = _word_separators(
+            self._processor.id_to_piece(i) for i in range(self.vocab_size)
+        )
 
     def encode(self, text: str) -> Int32[np.ndarray, " n"]:
         return np.asarray(self._processor.encode(text), dtype=np.int32)
@@ -196,6 +236,21 @@ class SentencePieceTokenizer:
         ids = np.asarray([piece.id for piece in pieces], dtype=np.int32)
         ends = np.asarray([piece.end for piece in pieces], dtype=np.int64)
         return _count_by_ends(ids, ends, count_bytes(text))
+
+    def find_cut(self, text: str) -> TextCut | None:
+        if self._drops_space is None:
+            return None
+        return find_checked_cut(
+            text, drops_space=self._drops_space, encode=self.encode, is_border=self._is_border
+        )
+
+    def _is_border(self, text: str, position: int) -> bool:
+        # A line break becomes a space in the library's default normalization.
+        normalized = self._processor.normalize(f"x{text[position]}x")
+        before, separator, after = normalized.lstrip(WORD_START).partition(text[position])
+        if not separator:
+            before, separator, after = normalized.lstrip(WORD_START).partition(WORD_START)
+        return (before, after) == ("x", "x") and separator in self._separators
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> str:
         return self._processor.decode(
@@ -229,6 +284,22 @@ def load_tokenizer(spec: str) -> Tokenizer:
 def count_bytes(text: str) -> int:
     """UTF-8 bytes of a text."""
     return len(text.encode("utf-8"))
+
+
+def _drops_space(encode: Callable[[str], Int32[np.ndarray, " n"]]) -> bool | None:
+    """Whether a tokenizer puts a space before every text; None: texts cannot be joined at all."""
+    whole = encode("ab cd").tolist()
+    if whole == encode("ab").tolist() + encode(" cd").tolist():
+        return False
+    return True if whole == encode("ab").tolist() + encode("cd").tolist() else None
+
+
+def _word_separators(pieces: Iterable[str]) -> frozenset[str]:
+    """Characters that no token has after another character: tokens never cross into them."""
+    inside: set[str] = set()
+    for piece in pieces:
+        inside |= {c for c in (WORD_START, " ", "\n") if c in piece.lstrip(c)}
+    return frozenset((WORD_START, " ", "\n")) - inside
 
 
 def _read_bytes(path: Path) -> bytes:

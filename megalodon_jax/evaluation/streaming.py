@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from megalodon_jax.config import DataConfig
-from megalodon_jax.data.sources import open_source
+from megalodon_jax.data.open_source import open_source
 from megalodon_jax.data.tokenizer import Tokenizer
 from megalodon_jax.evaluation.summary import Evaluation, summarize
 from megalodon_jax.generate import init_cache

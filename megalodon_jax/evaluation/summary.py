@@ -1,7 +1,7 @@
 """The result of a held-out evaluation, computed from the sums of its batches."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -81,14 +81,56 @@ def evaluate_batches(
       metric: computes the result from the sums of all batches and the bytes of their text.
       max_batches: maximum number of batches; None: all.
     """
-    sums: list[LossOutput] = []
-    num_bytes = 0
-    for batch, batch_bytes in batches:
-        # One batch runs and one waits: a caller that ends `batches` early waits for two at most.
-        if len(sums) >= 2:
-            jax.block_until_ready(sums[-2])
-        sums.append(eval_step(params, batch))
-        num_bytes += batch_bytes
-        if max_batches is not None and len(sums) >= max_batches:
-            break
-    return metric(sums, num_bytes)
+    return evaluate_sets(
+        eval_step, params, {"": batches}, metric=metric, max_batches=max_batches
+    ).all_sets
+
+
+class HeldoutEvaluation(NamedTuple):
+    """The evaluation of several held-out sets.
+
+    Attributes:
+      all_sets: over the batches of all sets.
+      by_set: of every set by its name; empty if there is only one without a name.
+    """
+
+    all_sets: Evaluation
+    by_set: dict[str, Evaluation]
+
+
+def evaluate_sets(
+    eval_step: EvalStep,
+    params: nnx.State,
+    sets: "Mapping[str, Iterable[CountedBatch]]",
+    *,
+    metric: Metric = summarize,
+    max_batches: int | None = None,
+) -> HeldoutEvaluation:
+    """Evaluates a model on the first batches of several held-out sets.
+
+    Args:
+      eval_step: from `make_eval_step`.
+      params: the model's parameters.
+      sets: by name, batches from `Loader.with_bytes`.
+      metric: computes the result from the sums of batches and the bytes of their text.
+      max_batches: maximum number of batches of a set; None: all.
+    """
+    all_sums: list[LossOutput] = []
+    all_bytes = 0
+    by_set = {}
+    for name, batches in sets.items():
+        sums: list[LossOutput] = []
+        num_bytes = 0
+        for batch, batch_bytes in batches:
+            # One batch runs and one waits: a caller that ends `batches` early waits for two.
+            if len(sums) >= 2:
+                jax.block_until_ready(sums[-2])
+            sums.append(eval_step(params, batch))
+            num_bytes += batch_bytes
+            if max_batches is not None and len(sums) >= max_batches:
+                break
+        if name:
+            by_set[name] = metric(sums, num_bytes)
+        all_sums += sums
+        all_bytes += num_bytes
+    return HeldoutEvaluation(metric(all_sums, all_bytes), by_set)

@@ -20,20 +20,21 @@ class LanguageModeling:
 
     def open_loaders(
         self, config: TrainConfig, tokenizer: "Tokenizer", *, rows: Sequence[int], num_shards: int
-    ) -> "tuple[Loader, Loader | None]":
-        """Packed rows of text; no held-out loader if the configuration holds nothing out."""
+    ) -> "tuple[Loader, dict[str, Loader]]":
+        """Packed rows of text, and those of the held-out sets, of which there may be none."""
         # Here, so that training steps and benchmarks run without the data libraries.
         from megalodon_jax.data.loader import make_loader
+        from megalodon_jax.data.open_source import heldout_names
 
         check_vocabulary(tokenizer, config)
         data, rows = config.data, tuple(rows)
         training = make_loader(
             data, tokenizer, "train", rows=rows, default_shards=num_shards, repeat=True
         )
-        heldout = data.tfds_heldout_split if data.source == "tfds" else data.heldout_files
-        if not heldout and data.heldout_fraction == 0.0:
-            return training, None
-        return training, make_loader(data, tokenizer, "heldout", rows=rows, repeat=False)
+        return training, {
+            name: make_loader(data, tokenizer, "heldout", rows=rows, repeat=False, name=name)
+            for name in heldout_names(data)
+        }
 
     def loss(
         self,

@@ -20,8 +20,10 @@ class Task(Protocol):
 
     def open_loaders(
         self, config: TrainConfig, tokenizer: "Tokenizer", *, rows: Sequence[int], num_shards: int
-    ) -> "tuple[Loader, Loader | None]":
-        """Examples: the loader of training, without end, and that of one held-out pass, if any.
+    ) -> "tuple[Loader, dict[str, Loader]]":
+        """Examples: the loader of training, without end, and held-out passes by name.
+
+        A held-out set that is the only one may have the name "".
 
         Args:
           config: the run.

@@ -21,11 +21,11 @@ from megalodon_jax.checkpoints import RunCheckpoints, load_params, restore_for_r
 from megalodon_jax.compilation_cache import persistent_compilation_cache
 from megalodon_jax.config import TrainConfig
 from megalodon_jax.config.run import step_range
-from megalodon_jax.data.loader import Loader, merge_states
+from megalodon_jax.data.loader import Loader, merge_states, total_counts
 from megalodon_jax.data.packing import CountedBatch
 from megalodon_jax.data.tokenizer import load_tokenizer
-from megalodon_jax.errors import CheckpointError, ConfigError
-from megalodon_jax.evaluation.summary import Evaluation, evaluate_batches
+from megalodon_jax.errors import CheckpointError, ConfigError, DataError
+from megalodon_jax.evaluation.summary import Evaluation, evaluate_sets
 from megalodon_jax.flops import model_flops_per_token, model_flops_utilization
 from megalodon_jax.generate import Sampling, stream_text
 from megalodon_jax.loss import LossOutput
@@ -95,7 +95,7 @@ def train(config: TrainConfig) -> TrainResult:
         rows = distributed.rows_of_process(mesh, config.data.batch_size)
         tokenizer = load_tokenizer(config.data.tokenizer)
         task = find_task(config.task)
-        loader, heldout_loader = task.open_loaders(
+        loader, heldout_loaders = task.open_loaders(
             config,
             tokenizer,
             rows=rows,
@@ -123,7 +123,7 @@ def train(config: TrainConfig) -> TrainResult:
             task=task,
             tokenizer=tokenizer,
             loader=loader,
-            heldout_loader=heldout_loader,
+            heldout_loaders=heldout_loaders,
             graphdef=graphdef,
             checkpoints=checkpoints,
             log=stack.enter_context(open_log(config, first_step=first_step)),
@@ -239,7 +239,8 @@ class _Run:
             watchdog.beat(f"step {number}")
         started = time.monotonic()
         newest = self.in_flight[-1] if self.in_flight else None
-        batch = _stack([next(batches) for _ in range(self.config.optim.accumulate_steps)])
+        accumulate_steps = self.config.optim.accumulate_steps
+        batch = _stack([self._next_batch(batches) for _ in range(accumulate_steps)])
         # While the device still computes, the loader keeps nothing waiting.
         loss: Any = None if newest is None else newest.loss
         if loss is None or loss.is_ready():
@@ -267,6 +268,20 @@ class _Run:
     def _compiling(self) -> Iterator[None]:
         with self.context.watchdog.exempt(), self.context.run_time.phase("compilation"):
             yield
+
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
+        try:
+            return next(batches)
+        except DataError as error:
+            # The other processes are in the middle of a step: saving together is not possible.
+            if jax.process_count() > 1:
+                raise
+            if self.saved_step != self.step:
+                self._save()
+                self.context.checkpoints.wait()
+            raise DataError(
+                f"{error}; step {self.step} is saved in {self.config.run_dir}"
+            ) from error
 
     def _must_stop(self) -> bool:
         own = self.context.stop.signal
@@ -335,6 +350,7 @@ class _Run:
                 "tokens_per_second": tokens_per_second,
                 "mfu": mfu,
                 **self.context.run_time.metrics(),
+                **self._data_counts(),
             }
         )
         text = f"loss {metrics['loss']:.4f}"
@@ -342,11 +358,24 @@ class _Run:
         text += f"  MFU {mfu:.1%}" if mfu else ""
         text += f"  skipped {metrics['skipped_updates']:.0f}" if metrics["skipped_updates"] else ""
         self.context.display.report(self.step, text)
-        # The last loss is that of the parameters before its update.
-        if np.isfinite(window[-1].loss):
-            self.context.checkpoints.confirm(self.step - 1)
+        # The last finite loss is that of the parameters before its update.
+        if (confirmed := self.window.finite_loss_step) is not None:
+            self.context.checkpoints.confirm(confirmed)
         self.train_loss = float(window[-1].loss)
         self.clock.restart()
+
+    def _data_counts(self) -> dict[str, float]:
+        """Bad documents, and tokens and documents by source, since the run's first step."""
+        names, data = self.context.loader.source_names, self.config.data
+        if data.on_bad_document == "stop" and not data.sources:
+            return {}
+        counts = total_counts(distributed.all_gather_json(self.context.loader.counts()))
+        found: dict[str, float] = {"bad_documents": sum(entry.bad_documents for entry in counts)}
+        if data.sources:
+            for name, entry in zip(names, counts, strict=True):
+                found[f"source_tokens/{name}"] = entry.tokens
+                found[f"source_documents/{name}"] = entry.documents
+        return found
 
     def _log(self, metrics: Mapping[str, float | None]) -> None:
         if self.context.log is not None:
@@ -370,31 +399,38 @@ class _Run:
         return f"the newest checkpoint is step {saved[-1]}" if saved else "there is no checkpoint"
 
     def _evaluate(self, max_batches: int) -> Evaluation | None:
-        loader = self.context.heldout_loader
-        if loader is None:
+        if not (loaders := self.context.heldout_loaders):
             return None
         # The time of updates that still run is theirs.
         jax.block_until_ready(self.state.step)
         with self.clock.pause(), self.context.run_time.phase("evaluation"):
-            loader.rewind()
-            heldout = evaluate_batches(
+            heldout, by_set = evaluate_sets(
                 self._evaluate_batch,
                 self.state.params,
-                self._heldout_batches(loader),
+                {name: self._heldout_batches(loader) for name, loader in loaders.items()},
                 metric=self.context.task.metric,
                 max_batches=max_batches,
             )
         if np.isfinite(heldout.loss):
             self.context.checkpoints.report_heldout(self.step, heldout.loss)
             self.context.checkpoints.confirm(self.step)
-        self._log({"heldout_loss": heldout.loss, "heldout_bits_per_byte": heldout.bits_per_byte})
+        logged = {"heldout_loss": heldout.loss, "heldout_bits_per_byte": heldout.bits_per_byte}
+        for name, evaluation in by_set.items():
+            logged[f"heldout_loss/{name}"] = evaluation.loss
+            logged[f"heldout_bits_per_byte/{name}"] = evaluation.bits_per_byte
+        self._log(logged)
+        text = "".join(
+            f"  {name} {evaluation.bits_per_byte:.4f}" for name, evaluation in by_set.items()
+        )
         self.context.display.message(
             f"step {self.step}/{self.config.steps}  held-out bits per byte "
-            f"{heldout.bits_per_byte:.4f}  loss {heldout.loss:.4f}"
+            f"{heldout.bits_per_byte:.4f}  loss {heldout.loss:.4f}{text}"
         )
         return heldout
 
     def _heldout_batches(self, loader: Loader) -> Iterator[CountedBatch]:
+        """A held-out pass from its start, on the devices."""
+        loader.rewind()
         for batch, num_bytes in loader.with_bytes():
             if self._must_stop():
                 raise _StoppedError

@@ -34,7 +34,7 @@ class RunContext:
       task: examples, loss and metric.
       tokenizer: the run's tokenizer.
       loader: endless training batches.
-      heldout_loader: a single held-out pass; None without held-out data.
+      heldout_loaders: single held-out passes by name; none without held-out data.
       graphdef: the model's static structure.
       checkpoints: the run's checkpoints.
       log: output of metrics; None except in process 0.
@@ -51,7 +51,7 @@ class RunContext:
     task: Task
     tokenizer: Tokenizer
     loader: Loader
-    heldout_loader: Loader | None
+    heldout_loaders: dict[str, Loader]
     graphdef: nnx.GraphDef
     checkpoints: RunCheckpoints
     log: RunLog | None

@@ -9,6 +9,7 @@ import pytest
 
 from megalodon_jax.config import DataConfig
 from megalodon_jax.data import CountedTokens
+from megalodon_jax.data.pieces import TextCut
 
 
 class NumberTokenizer:
@@ -24,6 +25,9 @@ class NumberTokenizer:
     def encode_counted(self, text: str) -> CountedTokens:
         ids = self.encode(text)
         return CountedTokens(ids, np.asarray([len(str(i)) + 1 for i in ids], dtype=np.int32), 0)
+
+    def find_cut(self, text: str) -> TextCut | None:
+        return TextCut(cut, cut) if (cut := text.rfind(" ")) > 0 else None
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return " ".join(str(i) for i in ids if i)

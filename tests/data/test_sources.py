@@ -219,7 +219,7 @@ def test_bad_parquet_fields_are_named(tmp_path):
 def test_missing_files_and_directories(tmp_path):
     with pytest.raises(DataError, match=r"no file matches '.*none/\*\.txt'"):
         open_source(_files(tmp_path / "none/*.txt"), "train")
-    with pytest.raises(DataError, match=r"is a directory; name files in it, such as .*\*\.txt"):
+    with pytest.raises(DataError, match=r"no file in folder .* ends in \.txt, .*such as .*\*\.py"):
         open_source(_files(tmp_path), "train")
     (tmp_path / "a.txt").write_text("x")
     source = open_source(_files(tmp_path / "a.txt"), "train")

@@ -1,54 +1,17 @@
 """Tokenizers: round trips, boundary tokens, and the text bytes that tokens encode."""
 
-import io
 import json
 import pickle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from megalodon_jax.data import Tokenizer, count_bytes, load_tokenizer
 from megalodon_jax.errors import DataError
+from tests.data.tokenizer_files import save_json_tokenizer, save_sentencepiece
 
-CORPUS = [
-    "hello world, how are you? é日本語 café",
-    "the quick brown fox jumps over the lazy dog",
-] * 20
 TEXTS = ["", "a", "hello  world\n", "naïve café 日本語 🙂🙂 x", "<s> plain text </s> <|endoftext|>"]
-
-
-def _save_json_tokenizer(path: Path, special: list[str]) -> Path:
-    from tokenizers import Tokenizer as RustTokenizer
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    tokenizer = RustTokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.enable_truncation(4)
-    tokenizer.enable_padding(length=9)
-    tokenizer.save(str(path))
-    return path
-
-
-def _save_sentencepiece(path: Path, **settings: Any) -> Path:
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=330, byte_fallback=True,
-        hard_vocab_limit=False, minloglevel=2, model_type="bpe", **settings,
-    )  # fmt: skip
-    path.write_bytes(model.getvalue())
-    return path
 
 
 @pytest.fixture(params=["bytes", "json", "sentencepiece"])
@@ -57,9 +20,9 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> Tokenizer:
         return load_tokenizer("bytes")
     if request.param == "json":
         return load_tokenizer(
-            str(_save_json_tokenizer(tmp_path / "tokenizer.json", ["<|endoftext|>"]))
+            str(save_json_tokenizer(tmp_path / "tokenizer.json", ["<|endoftext|>"]))
         )
-    return load_tokenizer(str(_save_sentencepiece(tmp_path / "text.model")))
+    return load_tokenizer(str(save_sentencepiece(tmp_path / "text.model")))
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -87,7 +50,7 @@ def test_counted_bytes_add_up_to_the_text(tokenizer: Tokenizer, text: str):
 
 def test_a_token_counts_the_bytes_of_its_text(tmp_path: Path):
     tokenizer = load_tokenizer(
-        str(_save_json_tokenizer(tmp_path / "tokenizer.json", ["<|endoftext|>"]))
+        str(save_json_tokenizer(tmp_path / "tokenizer.json", ["<|endoftext|>"]))
     )
     text = "hello café world"
     ids, num_bytes, _ = tokenizer.encode_counted(text)
@@ -112,7 +75,7 @@ def test_bytes_are_the_utf8_bytes():
 
 
 def test_boundary_tokens_come_from_tokenizer_config_json(tmp_path: Path):
-    path = _save_json_tokenizer(tmp_path / "tokenizer.json", ["<s>", "</s>", "<x>"])
+    path = save_json_tokenizer(tmp_path / "tokenizer.json", ["<s>", "</s>", "<x>"])
     plain = load_tokenizer(str(path))
     assert (plain.bos_id, plain.eos_id) == (0, 1)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<x>"}}))
@@ -122,18 +85,18 @@ def test_boundary_tokens_come_from_tokenizer_config_json(tmp_path: Path):
 
 
 def test_one_boundary_token_serves_as_both(tmp_path: Path):
-    tokenizer = load_tokenizer(str(_save_json_tokenizer(tmp_path / "t.json", ["<|endoftext|>"])))
+    tokenizer = load_tokenizer(str(save_json_tokenizer(tmp_path / "t.json", ["<|endoftext|>"])))
     assert tokenizer.bos_id == tokenizer.eos_id == 0
-    model = _save_sentencepiece(tmp_path / "t.model", bos_id=-1)
+    model = save_sentencepiece(tmp_path / "t.model", bos_id=-1)
     tokenizer = load_tokenizer(str(model))
     assert tokenizer.bos_id == tokenizer.eos_id >= 0
 
 
 def test_a_file_without_boundary_tokens_is_rejected(tmp_path: Path):
     with pytest.raises(DataError, match=r"t\.json defines no boundary token"):
-        load_tokenizer(str(_save_json_tokenizer(tmp_path / "t.json", [])))
+        load_tokenizer(str(save_json_tokenizer(tmp_path / "t.json", [])))
     with pytest.raises(DataError, match=r"t\.model defines no boundary token"):
-        load_tokenizer(str(_save_sentencepiece(tmp_path / "t.model", bos_id=-1, eos_id=-1)))
+        load_tokenizer(str(save_sentencepiece(tmp_path / "t.model", bos_id=-1, eos_id=-1)))
 
 
 @pytest.mark.parametrize(

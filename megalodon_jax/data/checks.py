@@ -1,0 +1,67 @@
+"""Checks of a split before its loader starts."""
+
+from megalodon_jax.config import DataConfig
+from megalodon_jax.data.huggingface import StreamedSource
+from megalodon_jax.data.pieces import read_piece
+from megalodon_jax.data.reader import BadDocuments, with_way_out
+from megalodon_jax.data.sources import Source
+from megalodon_jax.data.splits import Split
+from megalodon_jax.data.text_files import naming
+from megalodon_jax.data.tokenizer import Tokenizer
+from megalodon_jax.errors import DataError
+
+
+def check_shards(source: Source | StreamedSource, config: DataConfig, num_shards: int) -> None:
+    """Raises `DataError` if rows or documents do not divide among shards and workers."""
+    if config.batch_size % num_shards:
+        raise DataError(
+            f"data.batch_size {config.batch_size} does not divide by {num_shards} data shards; set "
+            "data.num_shards to one of its divisors"
+        )
+    num_readers = num_shards * max(1, config.num_workers)
+    if isinstance(source, Source) and len(source) < num_readers:
+        raise DataError(
+            f"{len(source)} documents are too few for {num_shards} data shards with "
+            f"{config.num_workers} workers each; lower data.num_shards or data.num_workers, or set "
+            "data.document_separator"
+        )
+    if config.num_workers < 0:
+        raise DataError(f"data.num_workers is {config.num_workers}; must not be negative")
+    if not 0 <= config.shuffle_seed < 2**32:
+        raise DataError(f"data.shuffle_seed is {config.shuffle_seed}; must be in [0, 2^32)")
+
+
+def require_tokens(
+    source: Source | StreamedSource,
+    tokenizer: Tokenizer,
+    split: Split,
+    *,
+    on_bad_document: BadDocuments,
+) -> None:
+    """Raises `DataError` if no document has a token; reads up to the first one that has."""
+    if isinstance(source, StreamedSource):
+        return
+    for index in range(len(source)):
+        try:
+            if _has_token(source, index, tokenizer):
+                return
+        except DataError as error:
+            if on_bad_document == "stop":
+                raise with_way_out(error) from error
+    raise DataError(
+        f"the {len(source)} documents of split {split!r} have no token; check the files and "
+        "data.text_field"
+    )
+
+
+def _has_token(source: Source, index: int, tokenizer: Tokenizer) -> bool:
+    with naming(lambda: source.where(index)):
+        content = source.open(index)
+        start = 0
+        while True:
+            piece = read_piece(content, start, tokenizer)
+            if len(tokenizer.encode(piece.text)):
+                return True
+            if piece.is_last:
+                return False
+            start = piece.stop
