@@ -51,6 +51,11 @@ class TorchFileError(ConvertError):
     """A file that is not a torch checkpoint, or holds more than arrays and plain values."""
 
 
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks."""
+    return " ".join(str(error).split())
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` with the known name closest to `name`; empty if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

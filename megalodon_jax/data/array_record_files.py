@@ -51,7 +51,7 @@ class ArrayRecordFile(TextFile):
             return MemoryContent(record)
         try:
             entry = json.loads(record)
-        except ValueError:
+        except (ValueError, RecursionError):
             return MemoryContent(record)
         return MemoryContent(text_of_field(entry, self._field).encode("utf-8"))
 

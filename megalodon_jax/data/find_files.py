@@ -16,6 +16,7 @@ from megalodon_jax.data.contents import FileContent
 from megalodon_jax.data.parquet_files import ParquetFile
 from megalodon_jax.data.text_files import JsonLinesFile, SpanFile, TextFile, WholeFile
 from megalodon_jax.errors import DataError
+from megalodon_jax.file_limits import FileLimitError, check_regular
 
 # Files that are read in a folder; .gz and .zst may follow those of plain text and .jsonl.
 PLAIN_SUFFIXES = (".txt", ".text", ".md", ".rst")
@@ -92,6 +93,10 @@ def open_files(paths: Sequence[Path], *, text_field: str, separator: str) -> lis
 
 
 def _open_file(path: Path, name: Path, text_field: str, separator: str) -> TextFile:
+    try:
+        check_regular(path)
+    except (FileLimitError, OSError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
     suffix = inner_suffix(path)
     if suffix == ".jsonl":
         return JsonLinesFile(path, name.as_posix(), text_field)

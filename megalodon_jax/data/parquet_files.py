@@ -9,7 +9,7 @@ import numpy as np
 
 from megalodon_jax.data.contents import Content, MemoryContent
 from megalodon_jax.data.text_files import Blocks, TextFile, missing_field
-from megalodon_jax.errors import DataError
+from megalodon_jax.errors import DataError, one_line
 
 # Text bytes of a block. A smaller row group is one block.
 BLOCK_BYTES = 1 << 24
@@ -36,7 +36,7 @@ class ParquetFile(TextFile):
                     raise DataError(f"{path}: {missing_field(field, schema.names)}")
                 self._blocks = _find_blocks(file, field)
         except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"cannot read {path} as parquet: {error}") from error
+            raise DataError(f"cannot read {path} as parquet: {one_line(error)}") from error
         kind = schema.field(field).type
         if kind not in (pyarrow.string(), pyarrow.large_string()):
             raise DataError(f"{path}: field {field!r} is of type {kind}; the text must be a string")
@@ -65,7 +65,7 @@ class ParquetFile(TextFile):
             try:
                 text = self._read_block(block)[index - start].as_py()
             except (OSError, pyarrow.ArrowException) as error:
-                raise DataError(f"cannot read as parquet: {error}") from error
+                raise DataError(f"cannot read as parquet: {one_line(error)}") from error
             except UnicodeDecodeError as error:
                 raise DataError(f"not UTF-8: {error}") from error
         return MemoryContent((text or "").encode("utf-8"))

@@ -148,13 +148,13 @@ class JsonLinesFile(SpanFile):
         self._field = field
 
     def open(self, index: int) -> Content:
-        line = read_all(super().open(index))
+        line = decode_utf8(read_all(super().open(index)))
         try:
-            return MemoryContent(
-                text_of_field(json.loads(decode_utf8(line)), self._field).encode("utf-8")
-            )
-        except json.JSONDecodeError as error:
+            entry = json.loads(line)
+        # Numbers of more than 4,300 digits and deep nesting have errors of their own.
+        except (ValueError, RecursionError) as error:
             raise DataError(f"not a line of JSON: {error}") from error
+        return MemoryContent(text_of_field(entry, self._field).encode("utf-8"))
 
     def where(self, index: int) -> str:
         # Lines are counted only for an error message, because that reads the file up to here.
