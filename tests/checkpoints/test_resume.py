@@ -50,13 +50,14 @@ def test_a_run_keeps_the_newest_the_best_and_every_nth(config, monkeypatch):
     # The held-out loss rises after step 3: its checkpoint is the best.
     from megalodon_jax.training import loop
 
-    evaluate = loop.evaluate_batches
+    evaluate = loop.evaluate_sets
     losses = iter((2.0, 2.1, 2.2, 2.3))
 
     def evaluate_worse(*arguments, **settings):
-        return evaluate(*arguments, **settings)._replace(loss=next(losses))
+        found = evaluate(*arguments, **settings)
+        return found._replace(all_sets=found.all_sets._replace(loss=next(losses)))
 
-    monkeypatch.setattr(loop, "evaluate_batches", evaluate_worse)
+    monkeypatch.setattr(loop, "evaluate_sets", evaluate_worse)
     config = dataclasses.replace(
         config, steps=12, eval_every=3, keep_checkpoints=1, keep_every=9, sample_tokens=0
     )

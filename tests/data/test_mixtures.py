@@ -191,15 +191,18 @@ def test_files_imply_the_source():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"files": "a.txt"}, r"'a\.txt' is not a list of texts"),
-        ({"heldout_files": ""}, "'' is not a list of texts"),
-        ({"sources": {"name": "a"}}, r"must be an array of tables \[\[data\.sources\]\]"),
+        ({"files": "a.txt"}, r"data\.files is 'a\.txt'; use a list of texts"),
+        ({"heldout_files": ""}, r"data\.heldout_files is ''; use a list of texts"),
+        ({"sources": {"name": "a"}}, r"use a list of tables, \[\[data\.sources\]\]"),
         ({"sources": [{"name": "a", "wieght": 1}]}, "unknown key 'wieght'.*mean 'weight'"),
         ({"sources": [{"files": ["a"]}]}, "name"),
-        ({"sources": [{"name": "a"}, {"name": "a"}]}, "the name 'a' occurs twice"),
+        (
+            {"sources": [{"name": "a"}, {"name": "a"}]},
+            r"two tables of \[\[data\.sources\]\] have the same name",
+        ),
         ({"sources": [{"name": "a/b"}]}, "the name 'a/b' .* other characters"),
         ({"sources": [{"name": "a", "weight": 0.0}]}, "weight is 0.0; must be positive"),
-        ({"sources": [{"name": "a", "weight": float("nan")}]}, "weight is nan; must be positive"),
+        ({"sources": [{"name": "a", "weight": float("nan")}]}, "weight is nan; must be finite"),
         ({"sources": [{"name": "a", "epochs": -1}]}, "epochs is -1; must not be negative"),
         ({"sources": [{"name": "a"}], "files": ["x"]}, "both a source of its own and"),
         ({"sources": [{"name": "a", "source": "files"}]}, "files is empty; name at least one path"),

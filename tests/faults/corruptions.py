@@ -35,7 +35,7 @@ def make_run(config: TrainConfig) -> None:
     _, state = init_state(config)
     with RunCheckpoints(config.run_dir, keep=2) as checkpoints:
         for step in STEPS:
-            moved = jax.tree.map(lambda leaf, by=step: leaf + by, (state.params, state.opt_state))
+            moved = jax.tree.map(lambda leaf, by=step: leaf + by, state[1:])
             checkpoints.save(
                 TrainState(jnp.asarray(step, jnp.int32), *moved),
                 loader_state={"version": 1, "position": step},

@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 from megalodon_jax.config import ModelConfig
-from megalodon_jax.model import Megalodon, ModelOutput
+from megalodon_jax.language_model import ModelOutput
+from megalodon_jax.model import Megalodon
 
 SMALL = ModelConfig(
     num_layers=2, model_dim=32, z_dim=16, value_dim=32, num_heads=2, ffn_hidden_dim=40,

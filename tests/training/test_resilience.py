@@ -174,7 +174,11 @@ def test_profiled_steps_are_in_a_trace(finished):
 @pytest.mark.parametrize("text", ["10", "3:3", "0:4", "a:b", "5:2", "1:2:3"])
 def test_a_wrong_range_of_steps_is_rejected(text):
     with pytest.raises(ConfigError, match="profile_steps is"):
-        step_range(text)
+        TrainConfig(profile_steps=text)
+
+
+def test_a_range_of_steps_is_read():
+    assert (step_range(""), step_range("10:13")) == (None, (10, 13))
 
 
 def test_the_cache_directory_and_who_chooses_it(tmp_path, monkeypatch):
