@@ -165,8 +165,12 @@ class _DocumentsOfPass(NamedTuple):
 def vjp_with_named_residuals(function: Callable[..., Array], *operands: Array) -> tuple[Array, Any]:
     """`jax.vjp` under the name by which remat saves attention; operands stay without a name."""
     out, pull_back = jax.vjp(function, *operands)
-    names = [
-        leaf if any(leaf is operand for operand in operands) else name_residuals(leaf, RESIDUALS)
+    # The output under its own name too: what follows in the layer needs it in the backward pass.
+    named_out = name_residuals(out, RESIDUALS)
+    leaves = [
+        leaf
+        if any(leaf is operand for operand in operands)
+        else (named_out if leaf is out else name_residuals(leaf, RESIDUALS))
         for leaf in jax.tree.leaves(pull_back)
     ]
-    return out, jax.tree.unflatten(jax.tree.structure(pull_back), names)
+    return named_out, jax.tree.unflatten(jax.tree.structure(pull_back), leaves)
