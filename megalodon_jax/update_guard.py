@@ -96,9 +96,9 @@ def judge(
 ) -> Verdict:
     """Decides about an update before it is applied.
 
-    With m = max |first moment|, p = max |parameter|, beta1, eps, lr and the weight decay of AdamW:
+    With m and p the largest absolute first moment and parameter, and AdamW's settings:
 
-        |new parameter| <= p + lr (m / ((1 - beta1) eps) + weight_decay p)
+        abs(new parameter) <= p + lr (m / ((1 - beta1) eps) + weight_decay p)
 
     bounds every intermediate result too. A finite gradient norm makes the second moment finite, so
     that a bound inside the range of the parameters' dtype proves that the new parameters are

@@ -9,7 +9,6 @@ import tyro
 
 from megalodon_jax.cli.help import described
 from megalodon_jax.config import (
-    MODEL_CONFIGS,
     DataConfig,
     MeshConfig,
     OptimConfig,
@@ -18,6 +17,7 @@ from megalodon_jax.config import (
     load_config,
     model_preset,
 )
+from megalodon_jax.config.kinds import MODEL_CONFIGS
 from megalodon_jax.errors import ConfigError
 from megalodon_jax.presets import PresetKind, config_names, find_config, preset_names
 

@@ -7,7 +7,6 @@ stored in every checkpoint. The docstring of a field is its `--help` text.
 
 from megalodon_jax.config.data import DataConfig, HeldoutSet, MixtureSource, TextSource
 from megalodon_jax.config.kinds import (
-    MODEL_CONFIGS,
     AnyModelConfig,
     model_config_class,
     model_preset,
@@ -29,7 +28,6 @@ from megalodon_jax.config.run import TrainConfig
 from megalodon_jax.config.transformer import AttentionImplementation, TransformerConfig
 
 __all__ = [
-    "MODEL_CONFIGS",
     "AnyModelConfig",
     "AttentionImplementation",
     "DType",

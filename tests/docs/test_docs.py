@@ -58,7 +58,18 @@ def with_python() -> list[Path]:
     return [page for page in PAGES if PYTHON.search(page.read_text())]
 
 
-@pytest.mark.parametrize("page", with_python(), ids=page_id)
+# Pages whose code compiles for more than ten seconds.
+LONG_PAGES = {"modules.md", "operations.md", "streaming.md"}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow if page.name in LONG_PAGES else ())
+        for page in with_python()
+    ],
+    ids=page_id,
+)
 def test_python_blocks_run_in_order(page: Path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope: dict = {"__name__": "page"}
@@ -132,7 +143,7 @@ def test_api_pages_have_every_public_name(package: str):
 _DATA = tuple(
     f"megalodon_jax.config.{name}"
     for name in (
-        "DType", "InitMode", "Remat", "ModelOp", "AnyModelConfig", "MODEL_CONFIGS", "Attention",
+        "DType", "InitMode", "Remat", "ModelOp", "AnyModelConfig", "Attention",
     )
 )  # fmt: skip
 

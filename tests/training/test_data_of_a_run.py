@@ -24,6 +24,7 @@ def _with_data(config: TrainConfig, **settings: object) -> TrainConfig:
     return dataclasses.replace(config, data=data, sample_tokens=0)
 
 
+@pytest.mark.slow
 def test_sets_and_sources_have_metrics_of_their_own(config: TrainConfig, tmp_path: Path):
     for name in ("a", "b", "c", "d"):
         (tmp_path / f"{name}.txt").write_text(f"text of {name} " * 300)
@@ -51,6 +52,7 @@ def test_sets_and_sources_have_metrics_of_their_own(config: TrainConfig, tmp_pat
     assert sum(resumed) == sum(_logged(config, "tokens")) == 8 * 64
 
 
+@pytest.mark.slow
 def test_a_bad_document_stops_a_run_after_a_save(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

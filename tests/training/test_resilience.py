@@ -242,6 +242,7 @@ loop.make_train_step = make_hanging
 """
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_ends_the_process(config, compilation_cache_dir):
     with started_run(config, compilation_cache_dir, "--watchdog_seconds", "2", changes=HANG) as run:
         code, _ = run.end()
