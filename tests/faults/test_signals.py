@@ -58,6 +58,7 @@ def has_reported(config):
     return lambda: metrics.exists() and metrics.stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_sigterm_in_the_final_evaluation(config, compilation_cache_dir):
     """The run is not finished, all of its steps are saved, and a resume only evaluates."""
     with started_run(config, compilation_cache_dir, *EVALUATE_ALL, changes=SLOW_EVALUATION) as run:

@@ -116,6 +116,7 @@ def test_the_cache_has_only_the_states_of_the_model(ablated):
     assert states("all, no average") == (False, False, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["all, ema", "all, no average"])
 def test_generation_equals_greedy_decoding_from_whole_sequences(jitted, ablated, name: str):
     model = ablated(name)

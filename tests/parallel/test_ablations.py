@@ -79,6 +79,7 @@ def on_mesh(model: Megalodon, mesh: Mesh) -> Megalodon:
     return nnx.merge(graphdef, jax.device_put(params, shardings_of(params, mesh)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["all, ema", "layer norm"])
 def test_features_of_packed_rows_equal_those_of_one_device(name: str):
     model = Megalodon(dataclasses.replace(MODEL, **VARIANTS[name]), rngs=nnx.Rngs(0))
@@ -93,6 +94,7 @@ def test_features_of_packed_rows_equal_those_of_one_device(name: str):
     assert relative_error(found[is_token], expected[is_token]) <= 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["all, ema", "all, no average"])
 def test_a_sharded_cache_equals_an_unsharded_one(name: str):
     model = Megalodon(dataclasses.replace(MODEL, **VARIANTS[name]), rngs=nnx.Rngs(0))

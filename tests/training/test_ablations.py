@@ -17,6 +17,7 @@ from megalodon_jax.typing import Batch
 from tests.ablations import VARIANTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_loss_falls(name: str, session_config):
     config = dataclasses.replace(

@@ -155,6 +155,7 @@ def test_changed_data_names_the_way_out(finished):
 
 
 # As an error the warning of jaxlib's type ends the process.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
 def test_profiled_steps_are_in_a_trace(finished):
     train(dataclasses.replace(finished, steps=9, resume=True, profile_steps="8:9"))
