@@ -22,7 +22,7 @@ _SAFE_FRACTION = 0.25
 
 
 class GuardState(NamedTuple):
-    """What the guard remembers between updates.
+    """The state of the guard between updates.
 
     Attributes:
       losses: the last W = `spike_window` finite losses, a ring buffer.

@@ -41,7 +41,7 @@ class PendingSave:
     def _run(self) -> None:
         try:
             self._finish()
-        # Whatever Orbax raises is the error of this save.
+        # Any error of Orbax is the error of this save.
         except Exception as error:
             self.error = error
             report_failure(f"checkpoint of step {self.step} was not written: {reason(error)}")

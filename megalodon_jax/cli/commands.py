@@ -285,7 +285,7 @@ class Tokenizer:
     """
 
     action: Annotated[Literal["train"], tyro.conf.Positional]
-    """What to do."""
+    """The action to run."""
     files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILES")]
     """Paths, folders or globs of text: plain, .jsonl (both also .gz, .zst), .parquet."""
     vocab_size: int

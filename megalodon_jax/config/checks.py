@@ -98,7 +98,7 @@ def _listed(faults: list[str], limit: int = 30) -> str:
 
 
 def field_faults(config: Any, table: str) -> dict[str, str]:
-    """What is wrong with single fields of a dataclass, by name; nested tables check themselves."""
+    """The faults of single fields of a dataclass, by name; nested tables check themselves."""
     faults = {}
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)

@@ -157,7 +157,7 @@ class Loader(Iterator[Batch]):
         return self._source_names
 
     def counts(self) -> dict[str, list[list[int]]]:
-        """What the batches so far have had, by data shard and source, as JSON values.
+        """Counts of the batches so far, by data shard and source, as JSON values.
 
         Every entry is a `Counts`: tokens, documents, bad documents. `total_counts` adds up those of
         all processes.
@@ -343,7 +343,7 @@ def make_loader(
 def _data_settings(
     sources: Sequence[Source | StreamedSource], entries: Sequence[TextSource]
 ) -> dict[str, Any]:
-    """What a resumed run must have in common with the saved one."""
+    """The settings that a resumed run must share with the saved one."""
     prints = [source.fingerprint() for source in sources]
     sizes = [len(source) if isinstance(source, Source) else None for source in sources]
     mixture = [entry for entry in entries if isinstance(entry, MixtureSource)]

@@ -30,7 +30,7 @@ class TokenPiece(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What the rows of one source have had.
+    """Counts of the rows of one source.
 
     Attributes:
       tokens: targets.
