@@ -19,6 +19,34 @@ TINY_MODEL = ModelConfig(
     chunk_size=16, vocab_size=257, norm_num_groups=2,
 )  # fmt: skip
 
+# The tables of the same run in TOML, for processes of their own; the settings of the run go before.
+TINY_TABLES = """
+[model]
+num_layers = 1
+model_dim = 8
+z_dim = 4
+value_dim = 8
+num_heads = 1
+ffn_hidden_dim = 8
+cema_ndim = 2
+chunk_size = 16
+vocab_size = 257
+norm_num_groups = 2
+cema_implementation = "reference"
+timestep_norm_implementation = "reference"
+attention_implementation = "reference"
+[data]
+source = "files"
+files = ["{text_file}"]
+document_separator = "\\u0000"
+seq_len = 32
+batch_size = 2
+heldout_fraction = 0.2
+[optim]
+lr = {lr}
+warmup_steps = 2
+"""
+
 
 @pytest.fixture(scope="session")
 def compilation_cache_dir(tmp_path_factory) -> str:

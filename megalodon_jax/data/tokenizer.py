@@ -22,7 +22,7 @@ from megalodon_jax.file_limits import MAX_TOKENIZER_BYTES, FileLimitError, read_
 BYTE_VALUES = 256
 # The largest `model.vocab_size`.
 MAX_VOCAB_SIZE = 100_000_000
-# What sentencepiece and its relatives write for a space.
+# The character that sentencepiece and related tokenizers write for a space.
 WORD_START = "\u2581"
 
 

@@ -286,7 +286,7 @@ class MegaAttention(nnx.Module):
         return transform(0), transform(1)
 
     def _scale_and_offset(self) -> tuple[Float32[Array, "2 Z"], Float32[Array, "2 Z"]]:
-        """Of z for queries (row 0) and keys (row 1); chunk attention has no scale of its own."""
+        """Scale and offset of z for queries (row 0) and keys (row 1), with the scores' scale."""
         scale = 1.0 + self.gamma[...].astype(jnp.float32)
         offset = self.beta[...].astype(jnp.float32)
         if self.qk_norm:

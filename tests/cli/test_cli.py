@@ -18,47 +18,27 @@ from megalodon_jax.cli.run_config import to_config
 from megalodon_jax.config import MeshConfig, ModelConfig, TrainConfig, load_config
 from megalodon_jax.presets import config_names, configs_dir
 from megalodon_jax.version import __version__
+from tests.fixtures_runs import TINY_TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 
-TINY = """
+TINY = (
+    """
 steps = 6
 log_every = 1
 eval_every = 0
 final_eval_batches = 2
 sample_tokens = 4
 loss_chunk_size = 64
-[model]
-num_layers = 1
-model_dim = 8
-z_dim = 4
-value_dim = 8
-num_heads = 1
-ffn_hidden_dim = 8
-cema_ndim = 2
-chunk_size = 16
-vocab_size = 257
-norm_num_groups = 2
-cema_implementation = "reference"
-timestep_norm_implementation = "reference"
-attention_implementation = "reference"
-[data]
-source = "files"
-files = ["{text_file}"]
-document_separator = "\\u0000"
-seq_len = 32
-batch_size = 2
-heldout_fraction = 0.2
-[optim]
-lr = 5e-2
-warmup_steps = 2
 """
+    + TINY_TABLES
+)
 
 
 @pytest.fixture
 def config_file(tmp_path, text_file) -> Path:
     path = tmp_path / "tiny.toml"
-    path.write_text(TINY.format(text_file=text_file))
+    path.write_text(TINY.format(text_file=text_file, lr=5e-2))
     return path
 
 

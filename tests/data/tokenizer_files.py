@@ -53,7 +53,7 @@ _PIECES = {
     "suffix": {"treat_whitespace_as_suffix": True},
 }
 TOKENIZER_KINDS = (*_KINDS, *_PIECES)
-# Of these no cut is known to be safe: a document is encoded whole.
+# These tokenizers have no cut that is known to be safe: a document is encoded whole.
 UNCUT_KINDS = ("strip", "suffix")
 
 

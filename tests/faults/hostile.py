@@ -1,4 +1,4 @@
-"""What a hostile file is, and what reading it may do: the runner in a process of its own.
+"""Hostile files, the limits of reading one, and the runner in a process of its own.
 
 `Runner` starts one process that reads file after file. It fails a file that executes code, crashes
 or hangs the interpreter, takes more memory than allowed, or ends in another error than this
@@ -72,7 +72,7 @@ def refused(kind: str, name: str, content: bytes | dict[str, bytes] | Special) -
 
 @dataclass(frozen=True)
 class Verdict:
-    """What reading one file did.
+    """The result of reading one file.
 
     Attributes:
       file: the file.

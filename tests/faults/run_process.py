@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megalodon_jax.config import TrainConfig
+from tests.fixtures_runs import TINY_TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0
@@ -26,7 +27,8 @@ pipeline.PREFETCHED_TOKENS = 1 << 10
 sys.exit(main(["train", *sys.argv[1:]]))
 """
 
-TOML = """
+TOML = (
+    """
 steps = {steps}
 log_every = 1
 eval_every = 0
@@ -34,31 +36,9 @@ checkpoint_every = 3
 final_eval_batches = 2
 sample_tokens = 0
 loss_chunk_size = 64
-[model]
-num_layers = 1
-model_dim = 8
-z_dim = 4
-value_dim = 8
-num_heads = 1
-ffn_hidden_dim = 8
-cema_ndim = 2
-chunk_size = 16
-vocab_size = 257
-norm_num_groups = 2
-cema_implementation = "reference"
-timestep_norm_implementation = "reference"
-attention_implementation = "reference"
-[data]
-source = "files"
-files = ["{text_file}"]
-document_separator = "\\u0000"
-seq_len = 32
-batch_size = 2
-heldout_fraction = 0.2
-[optim]
-lr = 1e-2
-warmup_steps = 2
 """
+    + TINY_TABLES
+)
 
 
 class RunProcess:
@@ -116,7 +96,7 @@ def started_run(
     """
     folder = Path(config.run_dir).parent
     toml, output = folder / "run.toml", folder / f"output_{time.monotonic_ns()}.txt"
-    toml.write_text(TOML.format(steps=steps, text_file=config.data.files[0]))
+    toml.write_text(TOML.format(steps=steps, text_file=config.data.files[0], lr=1e-2))
     variables = {
         **os.environ,
         "PYTHONPATH": str(ROOT),

@@ -23,6 +23,7 @@ from megalodon_jax.checkpoints.lock import RunLock
 from megalodon_jax.errors import CheckpointError, RunLockedError
 from megalodon_jax.train_state import TrainState, init_state
 from tests.faults import corruptions
+from tests.fixtures_runs import TINY_TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 # The long form: 400 corruptions, half of them flips of a bit.
@@ -103,7 +104,8 @@ def test_a_removed_run_directory_ends_the_run(config):
     assert not Path(config.run_dir).exists()
 
 
-CONFIG = """
+CONFIG = (
+    """
 run_dir = "{run_dir}"
 steps = {steps}
 log_every = 1
@@ -112,28 +114,9 @@ checkpoint_every = 3
 final_eval_batches = 1
 sample_tokens = 0
 loss_chunk_size = 64
-[model]
-num_layers = 1
-model_dim = 8
-z_dim = 4
-value_dim = 8
-num_heads = 1
-ffn_hidden_dim = 8
-cema_ndim = 2
-chunk_size = 16
-vocab_size = 257
-norm_num_groups = 2
-implementation = "reference"
-[data]
-source = "files"
-files = ["{text_file}"]
-document_separator = "\\u0000"
-seq_len = 32
-batch_size = 2
-[optim]
-lr = 1e-2
-warmup_steps = 2
 """
+    + TINY_TABLES
+)
 
 
 class Command:
@@ -142,7 +125,9 @@ class Command:
     def __init__(self, folder: Path, text_file: Path, *, steps: int) -> None:
         self.run_dir = folder / "run"
         self.path = folder / "config.toml"
-        self.path.write_text(CONFIG.format(run_dir=self.run_dir, text_file=text_file, steps=steps))
+        self.path.write_text(
+            CONFIG.format(run_dir=self.run_dir, text_file=text_file, steps=steps, lr=1e-2)
+        )
         self.started: list[subprocess.Popen[str]] = []
 
     def start(self, *options: str) -> subprocess.Popen[str]:

@@ -127,7 +127,7 @@ def test_a_signal_in_the_sample(number, config, compilation_cache_dir):
     assert code == 128 + number
     assert seconds < 2.0
     assert f"{number.name}: stopped in the sample; checkpoint of step 6 saved" in out
-    # What was complete is shown.
+    # The results of the completed evaluation are shown.
     assert "final held-out bits per byte" in out
 
 
