@@ -284,5 +284,6 @@ def _linear(
         init_mode=config.init_mode,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
+        reduce_dtype=config.reduce_dtype,
         rngs=rngs,
     )

@@ -133,6 +133,9 @@ class ModelConfig:
     """Dtype of matrix products and activations; norms, CEMA, softmax and logits are float32."""
     param_dtype: DType = "float32"
     """Dtype of the parameters; those of CEMA are float32."""
+    reduce_dtype: DType = "float32"
+    """Dtype in which devices sum their gradients of the blocks' matrices. "bfloat16" halves the
+    bytes of these collectives, and rounds the gradients. One device keeps float32."""
     remat: Remat = "none"
     """Rematerialization in the backward pass, in order of falling memory: "none" (only pointwise
     operations), "inputs" (also TimestepNorm, CEMA and the projections that attention needs), "dots"

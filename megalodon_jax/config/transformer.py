@@ -59,6 +59,9 @@ class TransformerConfig:
     """Dtype of matrix products and activations; norms, softmax and logits are float32."""
     param_dtype: DType = "float32"
     """Dtype of the parameters."""
+    reduce_dtype: DType = "float32"
+    """Dtype in which devices sum their gradients of the blocks' matrices. "bfloat16" halves the
+    bytes of these collectives, and rounds the gradients. One device keeps float32."""
     remat: Remat = "none"
     """Rematerialization in the backward pass, in order of falling memory: "none" (only pointwise
     operations), "inputs" (also norms and the projections that attention needs), "dots" (all but

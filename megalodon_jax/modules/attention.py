@@ -83,6 +83,7 @@ class MegaAttention(nnx.Module):
       dropout: dropped fractions; None: nothing is dropped.
       dtype: of products and activations; norm statistics, CEMA and softmax are float32.
       param_dtype: of the weights; CEMA's parameters are float32.
+      reduce_dtype: in which devices sum their gradients of the matrices.
       implementations: of the operations; None: the fastest known for the platform.
       rngs: source of initial values.
     """
@@ -108,6 +109,7 @@ class MegaAttention(nnx.Module):
         dropout: DropoutRates | None = None,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
+        reduce_dtype: DTypeLike = jnp.float32,
         implementations: Implementations | None = None,
         rngs: nnx.Rngs,
     ):
@@ -135,7 +137,9 @@ class MegaAttention(nnx.Module):
         self.rmsnorm = RMSNorm(
             D, eps=norm_eps, affine=norm_affine, implementation=implementations.rowwise, **dtypes
         )
-        options: Any = {"init_mode": init_mode, "rngs": rngs, **dtypes}
+        options: Any = {
+            "init_mode": init_mode, "reduce_dtype": reduce_dtype, "rngs": rngs, **dtypes
+        }  # fmt: skip
         self.wv = Linear(D, E, axes=("embed", "value"), **options)
         self.wz = Linear(D, Z, axes=("embed", "query"), **options)
         self.wr = Linear(D, E, axes=("embed", "value"), **options)
@@ -166,6 +170,7 @@ class MegaAttention(nnx.Module):
             dropout=DropoutRates.from_config(config),
             dtype=config.dtype,
             param_dtype=config.param_dtype,
+            reduce_dtype=config.reduce_dtype,
             implementations=Implementations.from_config(config),
             rngs=rngs,
         )

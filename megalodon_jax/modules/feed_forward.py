@@ -32,6 +32,7 @@ class FeedForward(nnx.Module):
       hidden_dropout: dropped fraction of the hidden activations.
       dtype: of products and activations; the result is float32.
       param_dtype: of the weights.
+      reduce_dtype: in which devices sum their gradients of the matrices.
       implementation: of LayerNorm and SiLU, see `pallas_kernels.rowwise`; None: the fastest known.
       rngs: source of initial values.
     """
@@ -50,6 +51,7 @@ class FeedForward(nnx.Module):
         hidden_dropout: float = 0.0,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
+        reduce_dtype: DTypeLike = jnp.float32,
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
@@ -64,7 +66,14 @@ class FeedForward(nnx.Module):
 
         def linear(rows: int, columns: int, axes: tuple[str, str]) -> Linear:
             return Linear(
-                rows, columns, use_bias=False, axes=axes, init_mode=init_mode, rngs=rngs, **dtypes
+                rows,
+                columns,
+                use_bias=False,
+                axes=axes,
+                init_mode=init_mode,
+                reduce_dtype=reduce_dtype,
+                rngs=rngs,
+                **dtypes,
             )
 
         self.fc1 = linear(features, hidden_features, ("embed", "ffn"))
@@ -93,6 +102,7 @@ class FeedForward(nnx.Module):
             hidden_dropout=config.hidden_dropout,
             dtype=config.dtype,
             param_dtype=config.param_dtype,
+            reduce_dtype=config.reduce_dtype,
             implementation=config.implementation_of("rowwise"),
             rngs=rngs,
         )
