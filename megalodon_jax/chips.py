@@ -28,6 +28,8 @@ class Chip:
       ring_length: a torus dimension of a multiple of this many chips is closed to a ring.
       network_bytes_per_second: one direction over the data center's network; None: not published.
       clock_hz: clock of its cores; None: not published.
+      step_efficiency: the time of a training step at the peak rates, nothing hidden, over the time
+        measured; None: never measured.
       devices_per_chip: how many devices JAX makes of it.
     """
 
@@ -40,6 +42,7 @@ class Chip:
     ring_length: int = 0
     network_bytes_per_second: float | None = None
     clock_hz: float | None = None
+    step_efficiency: float | None = None
     devices_per_chip: int = 1
 
     @property
@@ -75,7 +78,14 @@ def _tpu(
 
 
 def _gpu(
-    name: str, gigabytes: int, flops: float, memory: float, link: float, clock: float | None = None
+    name: str,
+    gigabytes: int,
+    flops: float,
+    memory: float,
+    link: float,
+    *,
+    clock: float | None = None,
+    efficiency: float | None = None,
 ) -> Chip:
     return Chip(
         name=name,
@@ -84,6 +94,7 @@ def _gpu(
         memory_bytes_per_second=memory,
         link_bytes_per_second=link,
         clock_hz=clock,
+        step_efficiency=efficiency,
     )
 
 
@@ -100,8 +111,8 @@ CHIPS: dict[str, Chip] = {
     ),
     # SXM modules with NVLink (900 GB/s both ways on Hopper, 600 on Ampere); PCIe cards count the
     # connector (128 and 64 GB/s both ways), for NVLink bridges are optional there.
-    "NVIDIA H200": _gpu("h200", 141, 989e12, 4800e9, 450e9, clock=1.98e9),
-    "NVIDIA H100 80GB HBM3": _gpu("h100", 80, 989e12, 3350e9, 450e9, clock=1.98e9),
+    "NVIDIA H200": _gpu("h200", 141, 989e12, 4800e9, 450e9, clock=1.98e9, efficiency=0.77),
+    "NVIDIA H100 80GB HBM3": _gpu("h100", 80, 989e12, 3350e9, 450e9, clock=1.98e9, efficiency=0.77),
     "NVIDIA H100 PCIe": _gpu("h100-pcie", 80, 756e12, 2000e9, 64e9),
     "NVIDIA A100-SXM4-80GB": _gpu("a100-80gb", 80, 312e12, 2039e9, 300e9),
     "NVIDIA A100-SXM4-40GB": _gpu("a100-40gb", 40, 312e12, 1555e9, 300e9),

@@ -184,7 +184,7 @@ _TRANSFORMER_LENGTH = 256
 
 def _single_device_config(options: BenchAgreementOptions, devices: int) -> TrainConfig:
     """The run on a single device: one row, and one chunk in each row, for every device."""
-    config = TrainCase(options.preset, devices, devices).config()
+    config = TrainCase(options.preset, devices, devices, reduce_dtype=options.reduce_dtype).config()
     if options.small:
         config = small(config)
     model = dataclasses.replace(config.model, num_layers=options.layers)
@@ -200,13 +200,13 @@ def _distances(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) ->
 
 _HEADER = (
     f"{'':16} gradients' distance from float32  (a single device's)\n"
-    f"{'mesh':6} {'documents':>9} {'median':>9} {'worst':>9} {'median':>9} {'worst':>9} "
+    f"{'mesh':10} {'documents':>9} {'median':>9} {'worst':>9} {'median':>9} {'worst':>9} "
     f"{'loss diff':>10}"
 )
 
 
 def _format(row: AgreementRow) -> str:
-    start = f"{row.mesh:6} {row.documents:9} "
+    start = f"{row.mesh:10} {row.documents:9} "
     if row.sharded is None:
         return f"{start}{row.reason}"
     text = " ".join(f"{number:9.2e}" for number in (*row.sharded, *row.single_device))

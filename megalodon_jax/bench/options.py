@@ -1,9 +1,10 @@
 """The options of the benchmarks; importing this module is cheap."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from megalodon_jax.config.model import Remat
+from megalodon_jax.config.mesh import MeshConfig
+from megalodon_jax.config.model import DType, Remat
 from megalodon_jax.presets import preset_names
 from pallas_kernels.common.dispatch import Implementation
 
@@ -16,8 +17,8 @@ else:
 BenchedOperation = Literal["cema", "timestep_norm", "chunk_attention", "rowwise"]
 BenchMode = Literal["plain", "packed", "carried"]
 DecayRange = Literal["initial", "long"]
-# Meshes of which one axis takes all devices.
-MeshName = Literal["data", "fsdp", "chunk", "model"]
+# Meshes of which one axis takes all devices, or all but pairs along a second axis.
+MeshName = Literal["data", "fsdp", "chunk", "model", "fsdp+chunk", "fsdp+model"]
 ScalingKind = Literal["weak", "strong"]
 EstimatedChip = Literal["v4", "v5e", "v5p", "v6e"]
 
@@ -69,12 +70,19 @@ class BenchTrainOptions:
     before it does not fit the device's memory."""
     documents: int = 0
     """Documents packed into a row; 0: no segment ids."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Devices of a step and how it is sharded over them; rows and tokens are those of all."""
+    reduce_dtype: DType = "float32"
+    """Dtype in which devices sum gradients (`model.reduce_dtype`)."""
     scan_layers: bool = False
     """Run the blocks in one loop, which compiles sooner."""
     steps: int = 10
     """Steps that are timed."""
     profile: bool = False
     """Show the GPU time by kind of kernel."""
+    plan: bool = False
+    """Show memory, collectives and time that `megalodon plan` reads in the program beside those
+    measured."""
     small: bool = False
     """A model for a CPU."""
     json: str = ""
@@ -98,8 +106,11 @@ class BenchScalingOptions:
     """Blocks of the model, fewer compile sooner; 0: the preset's."""
     remat: Remat = "none"
     """Rematerialization policy (`model.remat`)."""
+    reduce_dtype: DType = "float32"
+    """Dtype in which devices sum gradients (`model.reduce_dtype`)."""
     mesh: tuple[MeshName, ...] = ("data", "fsdp", "chunk", "model")
-    """Meshes to measure: copies of the weights (data), FSDP, context or tensor parallelism."""
+    """Meshes to measure: copies of the weights (data), FSDP, context or tensor parallelism, or FSDP
+    over pairs of devices with one of the last two."""
     scaling: tuple[ScalingKind, ...] = ("weak", "strong")
     """As much work for every device (weak), or as much in all (strong)."""
     steps: int = 10
@@ -121,8 +132,11 @@ class BenchAgreementOptions:
     """Model size."""
     layers: int = 2
     """Blocks of the model."""
+    reduce_dtype: DType = "float32"
+    """Dtype in which devices sum gradients (`model.reduce_dtype`)."""
     mesh: tuple[MeshName, ...] = ("data", "fsdp", "chunk", "model")
-    """Meshes to compare: copies of the weights (data), FSDP, context or tensor parallelism."""
+    """Meshes to compare: copies of the weights (data), FSDP, context or tensor parallelism, or FSDP
+    over pairs of devices with one of the last two."""
     documents: tuple[int, ...] = (0, 3)
     """Documents packed into a row; 0: no segment ids."""
     steps: int = 5

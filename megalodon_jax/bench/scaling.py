@@ -4,19 +4,22 @@
 
 One device takes (rows, length). n devices take n times as much (weak scaling: n times the rows, or
 n times the length where the sequence is sharded), or the same (strong scaling). Efficiency is the
-tokens per second over n times those of a single device. The step is that of `megalodon bench
-train`. All steps are compiled in parallel, then measured one after another.
+tokens per second over n times those of a single device. GPUs of one kind differ by 1 % and more, so
+each of them is measured alone, and their mean counts. The step is that of `megalodon bench train`.
+All steps are compiled in parallel, then measured one after another.
 """
 
 import dataclasses
 import json
 import os
+import statistics
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from megalodon_jax.bench.options import BenchScalingOptions, MeshName, ScalingKind
 from megalodon_jax.bench.train import (
@@ -30,13 +33,9 @@ from megalodon_jax.bench.train import (
 )
 from megalodon_jax.config import MeshConfig, TrainConfig
 from megalodon_jax.errors import ConfigError
+from megalodon_jax.parallel.mesh import make_mesh
 
-_AXIS_OF: dict[MeshName, str] = {
-    "data": "replica",
-    "fsdp": "data",
-    "chunk": "chunk",
-    "model": "model",
-}
+_AXIS_OF = {"data": "replica", "fsdp": "data", "chunk": "chunk", "model": "model"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +68,28 @@ class ScalingRow:
 
 
 def mesh_along(name: MeshName, devices: int) -> MeshConfig:
-    """The mesh of which one axis takes all devices."""
-    return MeshConfig(**{_AXIS_OF[name]: devices})
+    """The mesh of which one axis takes all devices, or all but pairs along a second axis.
+
+    Raises:
+      ConfigError: an odd number of devices has no pairs.
+    """
+    first, *second = (_AXIS_OF[axis] for axis in name.split("+"))
+    if second and devices % 2:
+        raise ConfigError(f"mesh {name} needs an even number of devices, there are {devices}")
+    return MeshConfig(**{first: devices // (2 if second else 1), **dict.fromkeys(second, 2)})
 
 
 def scaling_cases(
     options: BenchScalingOptions, devices: int
 ) -> Iterator[tuple[ScalingRow, TrainConfig]]:
     """The table's rows without numbers, and their runs; the single device comes first."""
-    base = TrainCase(options.preset, options.rows, options.length, options.remat).config()
+    base = TrainCase(
+        options.preset,
+        options.rows,
+        options.length,
+        options.remat,
+        reduce_dtype=options.reduce_dtype,
+    ).config()
     if options.small:
         base = small(base)
     if options.layers:
@@ -88,12 +100,14 @@ def scaling_cases(
     yield ScalingRow("one", "one", 1, rows, length), base
     for mesh in options.mesh:
         for scaling in options.scaling:
-            factor = devices if scaling == "weak" else 1
-            size = (rows, length * factor) if mesh == "chunk" else (rows * factor, length)
+            config = mesh_along(mesh, devices)
+            size = rows, length
+            if scaling == "weak":
+                size = rows * devices // config.chunk, length * config.chunk
             data = dataclasses.replace(base.data, batch_size=size[0], seq_len=size[1])
             yield (
                 ScalingRow(mesh, scaling, devices, *size),
-                dataclasses.replace(base, data=data, mesh=mesh_along(mesh, devices)),
+                dataclasses.replace(base, data=data, mesh=config),
             )
 
 
@@ -110,7 +124,7 @@ class PendingCompile(NamedTuple):
 
 
 def start_compile(
-    config: TrainConfig, pool: Executor, *, documents: int = 0
+    config: TrainConfig, pool: Executor, *, documents: int = 0, mesh: Mesh | None = None
 ) -> PendingCompile | str:
     """Traces a run's step here, and compiles it in the pool: tracing holds Python's lock.
 
@@ -118,12 +132,13 @@ def start_compile(
       config: the run.
       pool: threads that compile.
       documents: documents packed into a row; 0: no segment ids.
+      mesh: devices; None: those of `config.mesh`.
 
     Returns:
       The step, or the reason why the run does not fit its mesh.
     """
     try:
-        step = lower_step(config, documents=documents)
+        step = lower_step(config, documents=documents, mesh=mesh)
     except ConfigError as error:
         return str(error)
     return PendingCompile(step, pool.submit(step.compile))
@@ -135,6 +150,12 @@ def count_devices(benchmark: str) -> int:
     if devices < 2:
         raise ConfigError(f"{benchmark} compares several devices with one; this host has only one")
     return devices
+
+
+def _devices_to_compare() -> list[jax.Device]:
+    """Devices that are measured alone: every GPU, because clocks differ, or one TPU or CPU."""
+    devices = jax.devices()
+    return devices if devices[0].platform == "gpu" else devices[:1]
 
 
 def compiler_pool() -> ThreadPoolExecutor:
@@ -190,20 +211,29 @@ def run(options: BenchScalingOptions) -> int:
     cases = list(scaling_cases(options, devices))
     print(f"{devices} x {kind}, jax {jax.__version__}; compiling {len(cases)} steps", flush=True)
     # Nothing is measured before the last compilation: XLA times matrix products on the devices.
+    (one, base), *others = cases
     with compiler_pool() as pool:
-        pending = [start_compile(config, pool) for _, config in cases]
+        alone = [
+            start_compile(base, pool, mesh=make_mesh(base.mesh, [device]))
+            for device in _devices_to_compare()
+        ]
+        pending = [start_compile(config, pool) for _, config in others]
     print(_HEADER, flush=True)
     measured: list[ScalingRow] = []
     single_device = None
-    for (row, _), step in zip(cases, pending, strict=True):
+    steps = [(one, step) for step in alone]
+    steps += [(row, step) for (row, _), step in zip(others, pending, strict=True)]
+    for number, (row, step) in enumerate(steps, start=1):
         done = measure(row, step, single_device, options.steps)
-        single_device = done.tokens_per_second if single_device is None else single_device
+        if number == len(alone):
+            rates = [each.tokens_per_second for each in (*measured, done)]
+            single_device = statistics.mean(rate for rate in rates if rate)
         measured.append(done)
         print(_format(done), flush=True)
         if options.json:
             report = {"device": kind, "rows": [dataclasses.asdict(each) for each in measured]}
             Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
-        if single_device is None:
+        if done.tokens_per_second is None and number <= len(alone):
             raise ConfigError(
                 f"the run does not fit on a single device, the base of all rows: {done.reason}"
             )
@@ -211,13 +241,13 @@ def run(options: BenchScalingOptions) -> int:
 
 
 _HEADER = (
-    f"{'mesh':6} {'scaling':7} {'rows':>5} {'length':>8} {'tokens/s':>10} {'efficiency':>10} "
+    f"{'mesh':10} {'scaling':7} {'rows':>5} {'length':>8} {'tokens/s':>10} {'efficiency':>10} "
     f"{'peak GB':>8} {'collectives':>11}"
 )
 
 
 def _format(row: ScalingRow) -> str:
-    start = f"{row.mesh:6} {row.scaling:7} {row.rows:5} {row.length:8} "
+    start = f"{row.mesh:10} {row.scaling:7} {row.rows:5} {row.length:8} "
     if row.tokens_per_second is None or row.efficiency is None or row.peak_bytes is None:
         return f"{start}{row.reason}"
     share = "-" if row.collective_share is None else f"{row.collective_share:.1%}"

@@ -1,9 +1,10 @@
-r"""Speed and memory of whole training steps on this host's first device.
+r"""Speed and memory of whole training steps, on one device or over a mesh.
 
     megalodon bench train                                       # every case of the table
     megalodon bench train --preset mega200M --rows 8 --length 2048 --profile
     megalodon bench train --preset mega200M --length 2048 8192 32768 --tokens 32768 \
         --against transformer                                   # and the Transformer beside it
+    megalodon bench train --preset mega200M --rows 1 --length 1048576 --mesh.chunk 4 --plan
 
 The step is the training loop's own: forward, backward, clipping, AdamW, float32 weights, bfloat16
 compute, on random tokens. As in the loop, every step is dispatched before the previous one ends;
@@ -30,12 +31,21 @@ from megalodon_jax.bench.ceilings import measure_ceilings
 from megalodon_jax.bench.kernel_times import KernelTimes, kernel_times
 from megalodon_jax.bench.options import BenchTrainOptions
 from megalodon_jax.compiled.memory import read_memory
-from megalodon_jax.config import DataConfig, ModelConfig, Remat, TrainConfig, model_preset
+from megalodon_jax.config import (
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    Remat,
+    TrainConfig,
+    model_preset,
+)
+from megalodon_jax.config.model import DType
 from megalodon_jax.errors import ConfigError
 from megalodon_jax.flops import model_flops_per_token, model_flops_utilization
 from megalodon_jax.models import abstract_model
-from megalodon_jax.parallel.mesh import resolve_mesh
+from megalodon_jax.parallel.mesh import mesh_sizes, resolve_mesh
 from megalodon_jax.parallel.sharding import batch_sharding
+from megalodon_jax.plan.plan import Plan, read_plan
 from megalodon_jax.train_state import TrainState, abstract_state, init_state
 from megalodon_jax.training.step import make_train_step
 from megalodon_jax.typing import Batch
@@ -54,6 +64,8 @@ class TrainCase:
       remat: see `ModelConfig.remat`.
       documents: documents of equal length packed into a row; 0: no segment ids.
       scan_layers: see `ModelConfig.scan_layers`.
+      mesh: the devices.
+      reduce_dtype: see `ModelConfig.reduce_dtype`.
     """
 
     preset: str
@@ -62,19 +74,27 @@ class TrainCase:
     remat: Remat = "none"
     documents: int = 0
     scan_layers: bool = False
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    reduce_dtype: DType = "float32"
 
     def __str__(self) -> str:
         packed = f", {self.documents} documents a row" if self.documents else ""
         loop = ", scanned" if self.scan_layers else ""
-        return f"{self.preset} ({self.rows}, {self.length}) remat {self.remat}{packed}{loop}"
+        sizes = dataclasses.asdict(self.mesh).items()
+        mesh = "".join(f", {axis} {size}" for axis, size in sizes if size != 1)
+        return f"{self.preset} ({self.rows}, {self.length}) remat {self.remat}{packed}{loop}{mesh}"
 
     def config(self) -> TrainConfig:
         """The configuration of the run."""
         model = model_preset(
-            self.preset, dtype="bfloat16", remat=self.remat, scan_layers=self.scan_layers
+            self.preset,
+            dtype="bfloat16",
+            reduce_dtype=self.reduce_dtype,
+            remat=self.remat,
+            scan_layers=self.scan_layers,
         )
         data = DataConfig(batch_size=self.rows, seq_len=self.length)
-        return TrainConfig(model=model, data=data, loss_chunk_size=8192)
+        return TrainConfig(model=model, data=data, mesh=self.mesh, loss_chunk_size=8192)
 
 
 CASES = (
@@ -104,12 +124,16 @@ class StepTiming:
     """One measured step.
 
     Attributes:
-      tokens_per_second: rate of the median step.
+      tokens_per_second: rate of the median step, of all devices.
       flops_per_second: model FLOPs at that rate.
       peak_bytes: memory of one device by the compiler, weights and optimizer state included.
       argument_bytes: weights, optimizer state and batch on one device.
       compile_seconds: time to trace and compile.
       kernels: with `profile`, the time by kind of kernel.
+      devices: number of devices.
+      peak_in_use: the most memory that was in use on a device, by JAX's allocator; None if it does
+        not count, or if an earlier step of the process used more.
+      plan: with `plan`, what `megalodon plan` reads in the program.
     """
 
     tokens_per_second: float
@@ -118,6 +142,14 @@ class StepTiming:
     argument_bytes: int
     compile_seconds: float
     kernels: list[KernelTimes]
+    devices: int = 1
+    peak_in_use: int | None = None
+    plan: Plan | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of the median step; None without a plan, which knows the step's tokens."""
+        return None if self.plan is None else self.plan.tokens_per_step / self.tokens_per_second
 
 
 class LoweredStep(NamedTuple):
@@ -143,15 +175,16 @@ class LoweredStep(NamedTuple):
         return self.lowered.compile(), time.perf_counter() - started
 
 
-def lower_step(config: TrainConfig, *, documents: int = 0) -> LoweredStep:
+def lower_step(config: TrainConfig, *, documents: int = 0, mesh: Mesh | None = None) -> LoweredStep:
     """Traces a run's step over its mesh.
 
     Args:
       config: the run.
       documents: documents packed into a row; 0: no segment ids.
+      mesh: devices; None: those of `config.mesh`.
     """
     started = time.perf_counter()
-    data, mesh = config.data, resolve_mesh(config)
+    data, mesh = config.data, resolve_mesh(config, mesh)
     batch = random_batch(data.batch_size, data.seq_len, config.model.vocab_size, documents)
     sharding = batch_sharding(mesh, leading=1)
     shapes = jax.tree.map(
@@ -164,7 +197,12 @@ def lower_step(config: TrainConfig, *, documents: int = 0) -> LoweredStep:
 
 
 def time_step(
-    config: TrainConfig, *, documents: int = 0, steps: int = 10, profile: bool = False
+    config: TrainConfig,
+    *,
+    documents: int = 0,
+    steps: int = 10,
+    profile: bool = False,
+    plan: bool = False,
 ) -> StepTiming:
     """Compiles and times a step over the run's mesh.
 
@@ -173,9 +211,10 @@ def time_step(
       documents: documents packed into a row; 0: no segment ids.
       steps: steps that are timed.
       profile: also measure the GPU time by kind of kernel.
+      plan: also read what `megalodon plan` reads.
     """
     step = lower_step(config, documents=documents)
-    return time_compiled(step, *step.compile(), steps=steps, profile=profile)
+    return time_compiled(step, *step.compile(), steps=steps, profile=profile, plan=plan)
 
 
 def time_compiled(
@@ -185,9 +224,11 @@ def time_compiled(
     *,
     steps: int = 10,
     profile: bool = False,
+    plan: bool = False,
 ) -> StepTiming:
     """Times a compiled step, from fresh weights."""
     config, mesh = step.config, step.mesh
+    peak_before = _peak_in_use(mesh)
     batch = jax.device_put(step.batch, batch_sharding(mesh, leading=1))
     state = init_state(config, mesh)[1]
     ends: list[float] = []
@@ -204,6 +245,7 @@ def time_compiled(
     tokens_per_second = rows * length / statistics.median(seconds)
     memory = read_memory(compiled)
     assert memory is not None
+    peak = _peak_in_use(mesh)
     return StepTiming(
         tokens_per_second,
         tokens_per_second * model_flops_per_token(config.model, seq_len=length),
@@ -211,7 +253,16 @@ def time_compiled(
         memory.arguments,
         step.seconds + compile_seconds,
         kernel_times(_training_steps(compiled, state, batch)) if profile else [],
+        devices=mesh.size,
+        peak_in_use=peak if peak > peak_before else None,
+        plan=read_plan(config, mesh, compiled) if plan else None,
     )
+
+
+def _peak_in_use(mesh: Mesh) -> int:
+    """The most bytes in use on a device since the process began; 0 if nothing counts them."""
+    counts = [device.memory_stats() or {} for device in mesh.devices.flat]
+    return max(count.get("peak_bytes_in_use", 0) for count in counts)
 
 
 def random_batch(rows: int, length: int, vocab_size: int, documents: int) -> Batch:
@@ -277,7 +328,11 @@ def _measure(
         config = small(case.config()) if options.small else case.config()
         try:
             timing = time_step(
-                config, documents=case.documents, steps=options.steps, profile=options.profile
+                config,
+                documents=case.documents,
+                steps=options.steps,
+                profile=options.profile,
+                plan=options.plan,
             )
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -300,6 +355,8 @@ def _selected_cases(options: BenchTrainOptions) -> list[TrainCase]:
             options.remat[0],
             options.documents,
             options.scan_layers,
+            options.mesh,
+            options.reduce_dtype,
         )
         for length in options.length
     ]
@@ -328,21 +385,52 @@ def small(config: TrainConfig) -> TrainConfig:
             config.model, num_layers=2, model_dim=64, num_heads=2, ffn_hidden_dim=128,
             vocab_size=256,
         )  # fmt: skip
-    return dataclasses.replace(config, model=model, data=DataConfig(batch_size=2, seq_len=128))
+    sizes = mesh_sizes(config.mesh, len(jax.devices()))
+    data = DataConfig(batch_size=2 * sizes["replica"] * sizes["data"], seq_len=128 * sizes["chunk"])
+    return dataclasses.replace(config, model=model, data=data)
 
 
 def _format(case: TrainCase, timing: StepTiming, kind: str, best: float) -> str:
-    share = model_flops_utilization(timing.flops_per_second, 1.0, device_kind=kind, device_count=1)
+    devices = timing.devices
+    share = model_flops_utilization(
+        timing.flops_per_second, 1.0, device_kind=kind, device_count=devices
+    )
     mfu = "" if share is None else f"MFU {share:.1%} (data sheet), "
+    rate = f"{timing.tokens_per_second:,.0f} tokens/s"
+    if devices > 1:
+        rate += f", {timing.tokens_per_second / devices:,.0f} a device"
     line = (
-        f"{case}: {timing.tokens_per_second:,.0f} tokens/s, {mfu}"
-        f"{timing.flops_per_second / best:.1%} of this device's matmul, "
+        f"{case}: {rate}, {mfu}"
+        f"{timing.flops_per_second / devices / best:.1%} of a device's matmul, "
         f"peak {timing.peak_bytes / 1e9:.1f} GB (state {timing.argument_bytes / 1e9:.1f}), "
         f"compiled in {timing.compile_seconds:.0f} s"
     )
+    if timing.plan is not None:
+        line += "".join(f"\n  {row}" for row in compare_with_plan(timing, timing.plan))
     for row in timing.kernels:
         line += f"\n  {row.kind:16} {row.seconds * 1e3:9.2f} ms {row.launches:7.0f} launches"
     return line
+
+
+def compare_with_plan(timing: StepTiming, plan: Plan) -> list[str]:
+    """Lines with planned numbers beside those measured."""
+    assert plan.memory is not None
+    assert plan.roofline is not None
+    in_use = timing.peak_in_use
+    measured = "not measured" if in_use is None else f"{in_use / 1e9:.1f} GB in use"
+    sent = sum(total.sent_bytes for total in plan.collectives)
+    count = sum(total.count for total in plan.collectives)
+    seconds = sum(kernel.seconds for kernel in timing.kernels if kernel.kind == "collectives")
+    took = f", {seconds * 1e3:.1f} ms in them" if timing.kernels else ""
+    expected = plan.roofline.expected
+    estimate = "no estimate" if expected is None else f"estimated {expected * 1e3:,.1f} ms"
+    return [
+        f"planned peak {plan.memory.peak / 1e9:.1f} GB, {measured}",
+        f"planned {count} collectives that send {sent / 1e9:.2f} GB a device{took}",
+        f"planned step {plan.roofline.overlapped * 1e3:,.1f} to "
+        f"{plan.roofline.serial * 1e3:,.1f} ms at data sheet rates, {estimate}, "
+        f"measured {(timing.seconds or 0) * 1e3:,.1f} ms",
+    ]
 
 
 def use_all_memory() -> None:

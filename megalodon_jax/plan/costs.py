@@ -1,4 +1,4 @@
-"""FLOPs of the kernels in a compiled step: attention's by formula, the others' as they state."""
+"""FLOPs of the kernels in a compiled step: as they state, or by formula."""
 
 from megalodon_jax.compiled.hlo import Program
 from megalodon_jax.compiled.kernels import CompiledKernel, find_kernels
@@ -13,7 +13,7 @@ def find_step_kernels(
 
     Attention counts by formula, causal inside whole chunks or rows: its kernels skip masked tiles,
     but state the FLOPs of a full grid, or none. Mosaic GPU kernels of other operations state
-    nothing: 0.
+    nothing; they count the operations of the definition, at which memory traffic sets their time.
 
     Args:
       program: the compiled step.
@@ -26,6 +26,8 @@ def find_step_kernels(
     for kernel in find_kernels(program):
         if isinstance(model, ModelConfig) and kernel.operation == "chunk_attention":
             kernel = kernel._replace(flops=_attention_flops(kernel, model, tokens, tensor_shards))
+        elif not kernel.flops and kernel.name in _FLOPS_PER_ELEMENT:
+            kernel = kernel._replace(flops=_definition_flops(kernel, model, tokens, tensor_shards))
         elif not isinstance(model, ModelConfig) and kernel.operation == "attention":
             # Products per token and key: two forward, five backward, of them one for the scores.
             products = next((count for name, count in _PRODUCTS.items() if name in kernel.name), 0)
@@ -34,6 +36,39 @@ def find_step_kernels(
             kernel = kernel._replace(flops=round(flops))
         found.append(kernel)
     return found
+
+
+# FLOPs per token and channel; those of CEMA per state too. The recurrence takes a complex product
+# and sum for each state (8 + 2), an output the real part of a product and its sum (4). The backward
+# pass repeats the recurrence, runs its adjoint, and sums gradients of three complex coefficients.
+_FLOPS_PER_ELEMENT = {
+    "cema_summaries": 10,
+    "cema_outputs": 14,
+    "cema_gradients": 48,
+    "timestep_norm_moments": 3,
+    "timestep_norm_outputs": 8,
+    "timestep_norm_slopes": 8,
+    "timestep_norm_gradients": 20,
+    "rowwise_layer_norm_forward": 8,
+    "rowwise_layer_norm_backward": 18,
+    "rowwise_rms_norm_forward": 5,
+    "rowwise_rms_norm_backward": 12,
+    "rowwise_silu_forward": 5,
+    "rowwise_silu_backward": 9,
+    "rowwise_silu_gate_forward": 6,
+    "rowwise_silu_gate_backward": 12,
+}
+
+
+def _definition_flops(
+    kernel: CompiledKernel, model: AnyModelConfig, tokens: int, tensor_shards: int
+) -> int:
+    per_element = _FLOPS_PER_ELEMENT[kernel.name]
+    if kernel.operation == "rowwise":
+        return per_element * kernel.results[0].size
+    states = model.cema_ndim if isinstance(model, ModelConfig) else 1
+    elements = tokens * model.model_dim // tensor_shards
+    return per_element * elements * (states if kernel.operation == "cema" else 1)
 
 
 # Products with every key by the kernel's name; splash attention's backward pass has two kernels.

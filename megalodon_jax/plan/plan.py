@@ -178,6 +178,21 @@ def make_plan(
     return _complete(plan, config, machine, state, compiled)
 
 
+def read_plan(config: TrainConfig, mesh: Mesh, compiled: jax.stages.Compiled) -> Plan:
+    """The plan of a step that is compiled already, for the devices at hand or for others.
+
+    Args:
+      config: the run.
+      mesh: the devices.
+      compiled: the run's step.
+
+    Raises:
+      ConfigError: the chip has no data sheet.
+    """
+    machine, state = describe_machine(mesh), abstract_state(config, mesh)
+    return _complete(_empty_plan(config, machine, 0.0), config, machine, state, compiled)
+
+
 def _empty_plan(config: TrainConfig, machine: Machine, trace_seconds: float) -> Plan:
     """A plan without the numbers that come from the compiled program."""
     rows = (config.optim.accumulate_steps, config.data.batch_size, config.data.seq_len)

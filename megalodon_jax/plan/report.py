@@ -97,6 +97,12 @@ def _work_lines(plan: Plan) -> list[str]:
             f"  the compiler's own estimate of XLA's operations, without kernels and collectives: "
             f"{roofline.compiler:.3g}"
         )
+    if roofline.expected is not None:
+        rate = plan.tokens_per_step / roofline.expected
+        lines.append(
+            f"  expected, from steps measured on this chip, {roofline.expected:.3g}: "
+            f"{rate:,.0f} tokens/s"
+        )
     return [
         *lines,
         f"  longest {roofline.overlapped:.3g}, sum {roofline.serial:.3g}",

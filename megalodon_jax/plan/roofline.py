@@ -21,6 +21,8 @@ class Roofline:
       serial: their sum, nothing hidden.
       tokens_per_second: of all devices, overlapped.
       tokens_per_second_serial: of all devices, nothing hidden.
+      expected: `serial` at the share of these rates that training steps reached on the chip
+        (`Chip.step_efficiency`); None if none was measured.
       compiler: the TPU compiler's estimate of XLA's own operations, without kernels and
         collectives; None if there is none.
     """
@@ -31,6 +33,7 @@ class Roofline:
     network: float | None
     overlapped: float
     serial: float
+    expected: float | None
     tokens_per_second: float
     tokens_per_second_serial: float
     compiler: float | None
@@ -75,7 +78,7 @@ def make_roofline(
     compute = flops / machine.flops_per_second
     hbm = hbm_bytes / machine.memory_bytes_per_second
     times = [compute, hbm, *links.values(), network or 0.0]
-    clock = machine.chip.clock_hz
+    clock, efficiency = machine.chip.clock_hz, machine.chip.step_efficiency
     return Roofline(
         compute=compute,
         hbm=hbm,
@@ -83,6 +86,7 @@ def make_roofline(
         network=network,
         overlapped=max(times),
         serial=sum(times),
+        expected=None if efficiency is None else sum(times) / efficiency,
         tokens_per_second=tokens / max(times),
         tokens_per_second_serial=tokens / sum(times),
         compiler=cycles / clock if clock and cycles else None,

@@ -4,7 +4,10 @@ import json
 
 import pytest
 
+from megalodon_jax.bench.options import BenchScalingOptions
+from megalodon_jax.bench.scaling import scaling_cases
 from megalodon_jax.cli.main import main
+from megalodon_jax.errors import ConfigError
 
 
 @pytest.mark.slow
@@ -22,3 +25,24 @@ def test_two_meshes_of_eight_devices(tmp_path, capsys, smaller_model):
     assert model["tokens_per_second"] is None
     text = capsys.readouterr().out
     assert "model.num_heads 2 does not divide by mesh.model = 8" in text
+
+
+def test_pairs_of_devices_along_a_second_axis():
+    options = BenchScalingOptions(
+        rows=2,
+        length=16_384,
+        mesh=("fsdp+chunk", "fsdp+model", "chunk"),
+        scaling=("weak", "strong"),
+        reduce_dtype="bfloat16",
+    )
+    one, *others = scaling_cases(options, 4)
+    assert (one[0].rows, one[0].length, one[0].devices) == (2, 16_384, 1)
+    sizes = [(config.mesh.data, config.mesh.chunk, config.mesh.model) for _, config in others]
+    assert sizes == [(2, 2, 1)] * 2 + [(2, 1, 2)] * 2 + [(1, 4, 1)] * 2
+    work = [(row.rows, row.length) for row, _ in others]
+    # Weak scaling keeps the tokens of a device.
+    assert work[::2] == [(4, 32_768), (8, 16_384), (2, 65_536)]
+    assert work[1::2] == [(2, 16_384)] * 3
+    assert all(config.model.reduce_dtype == "bfloat16" for _, config in others)
+    with pytest.raises(ConfigError, match=r"fsdp\+chunk needs an even number of devices"):
+        list(scaling_cases(options, 3))

@@ -9,7 +9,9 @@ import pytest
 from megalodon_jax.bench import train
 from megalodon_jax.bench.kernel_times import kernel_times, kind_of
 from megalodon_jax.bench.train import CASES, StepTiming, TrainCase
+from megalodon_jax.chips import CHIPS
 from megalodon_jax.cli.main import main
+from megalodon_jax.plan.machine import Machine
 
 
 @pytest.mark.slow
@@ -95,3 +97,28 @@ def test_kinds_of_kernels(kernel, kind):
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU has kernels to show")
 def test_no_kernels_without_a_gpu():
     assert kernel_times(lambda: jax.numpy.zeros(3), calls=1) == []
+
+
+@pytest.mark.slow
+def test_a_step_over_a_mesh_beside_its_plan(tmp_path, capsys, monkeypatch, smaller_model):
+    monkeypatch.setitem(train.read_plan.__globals__, "describe_machine", describe_cpu_as_h200)
+    file = tmp_path / "steps.json"
+    arguments = ["--preset", "mega200M", "--mesh.data", "4", "--mesh.chunk", "2", "--steps", "1"]
+    arguments += ["--plan", "--small", "--json", str(file)]
+    assert main(["bench", "train", *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "mega200M (8, 2048) remat none, data 4, chunk 2: " in text
+    (step,) = json.loads(file.read_text())["steps"]
+    assert step["devices"] == 8
+    plan = step["plan"]
+    assert plan["batch"] == [1, 8, 256]
+    assert {total["axes"] for total in plan["collectives"]} >= {"data", "chunk"}
+    assert plan["memory"]["temporaries"] > 0
+    # A CPU does not count the memory in use.
+    assert step["peak_in_use"] is None
+    assert f"planned peak {plan['memory']['peak'] / 1e9:.1f} GB, not measured" in text
+    assert f"estimated {plan['roofline']['expected'] * 1e3:,.1f} ms, measured " in text
+
+
+def describe_cpu_as_h200(mesh):
+    return Machine(CHIPS["NVIDIA H200"], mesh)
