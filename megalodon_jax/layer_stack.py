@@ -10,7 +10,7 @@ from jax import numpy as jnp
 from megalodon_jax.config import AnyModelConfig, Remat
 from megalodon_jax.modules.linear import GATHERED, PRODUCT, PROJECTION, WEIGHT
 from megalodon_jax.modules.positions import PositionInfo
-from megalodon_jax.parallel.sharding import axis_size, constrain, has_multiple_devices
+from megalodon_jax.parallel.sharding import constrain, has_multiple_devices, weight_axes
 from megalodon_jax.typing import Array, Float, Float32, PRNGKey
 from pallas_kernels.common.residuals import Operation
 
@@ -103,7 +103,7 @@ def run_blocks(
 
 def _saved_names(config: AnyModelConfig) -> tuple[str, ...]:
     saved = SAVED_NAMES[config.remat]
-    if not config.scan_layers and config.remat == "none" and axis_size("data") == 1:
+    if not config.scan_layers and config.remat == "none" and not weight_axes():
         # Weights are cast once a step. A loop would copy the cast ones, FSDP keep them gathered.
         saved = (*saved, WEIGHT)
     return saved

@@ -52,7 +52,8 @@ class MeshConfig:
     data: AxisSize = 1
     """Size of the data axis: rows, weights and optimizer state are sharded over it (FSDP)."""
     chunk: AxisSize = 1
-    """Size of the chunk axis: sequences are sharded in whole chunks (context parallelism)."""
+    """Size of the chunk axis: sequences are sharded in whole chunks (context parallelism), weights
+    and optimizer state as over data."""
     model: AxisSize = 1
     """Size of the model axis: heads, features and vocabulary are sharded (tensor parallelism)."""
 

@@ -14,6 +14,7 @@ from megalodon_jax.parallel.sharding import (
     has_multiple_devices,
     partition_spec,
     shard_map_logical,
+    weight_axes,
 )
 from megalodon_jax.typing import Array, Float, Int32
 
@@ -42,8 +43,8 @@ class Embedding(nnx.Embed):
                 return jnp.take(table, tokens, axis=0)
             # The table is sharded over the vocabulary: look up local ids, then reduce-scatter over
             # channels.
-            if axis_size("data") > 1:
-                table = jax.lax.all_gather(table, "data", axis=1, tiled=True)
+            if axes := weight_axes():
+                table = jax.lax.all_gather(table, axes, axis=1, tiled=True)
             local = tokens - jax.lax.axis_index("model") * table.shape[0]
             is_local = (local >= 0) & (local < table.shape[0])
             x = jnp.take(table, jnp.where(is_local, local, 0), axis=0)

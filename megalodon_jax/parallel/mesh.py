@@ -2,7 +2,7 @@
 
 replica   full copies of the weights (data parallelism), across the slices of a multi-slice job
 data      rows of the batch; weights and optimizer state are sharded over it too (FSDP)
-chunk     the sequence (context parallelism), in whole attention chunks
+chunk     the sequence (context parallelism), in whole attention chunks; FSDP as over data
 model     heads, value and feed-forward features, channels, vocabulary (tensor parallelism)
 """
 
@@ -85,7 +85,12 @@ def check_fits(config: TrainConfig, sizes: dict[str, int]) -> None:
     sharded = [
         ("data.batch_size", data.batch_size, data_shards, "mesh.replica * mesh.data"),
         ("data.seq_len", data.seq_len, sequence_shards, "mesh.chunk"),
-        ("model.model_dim", model.model_dim, sizes["data"], "mesh.data"),
+        (
+            "model.model_dim",
+            model.model_dim,
+            sizes["data"] * sequence_shards,
+            "mesh.data * mesh.chunk",
+        ),
     ]
     names = ["model_dim", "num_heads", "ffn_hidden_dim", "vocab_size"]
     names += ["norm_num_groups"] if isinstance(model, ModelConfig) else ["kv_heads"]

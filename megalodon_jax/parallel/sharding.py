@@ -17,8 +17,9 @@ RULES: dict[str, tuple[str, ...]] = {
     # Activations.
     "batch": ("replica", "data"),
     "length": ("chunk",),
-    # Matrices: the axis of the residual stream, and the other axis (also that of the bias).
-    "embed": ("data",),
+    # Matrices: the axis of the residual stream, and the other axis (also that of the bias). FSDP
+    # takes the sequence's devices too: they need the same gathers, and hold 1 / size of the state.
+    "embed": ("data", "chunk"),
     "embed_out": ("model",),
     "query": ("model",),
     "value": ("model",),
@@ -78,6 +79,11 @@ def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
 def axis_size(axis: str) -> int:
     """Size of an axis of the current mesh; 1 without a mesh."""
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+
+
+def weight_axes() -> tuple[str, ...]:
+    """The mesh axes of more than one device over which FSDP shards the weights."""
+    return tuple(axis for axis in RULES["embed"] if axis_size(axis) > 1)
 
 
 def sequence_axis() -> str | None:

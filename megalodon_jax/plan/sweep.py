@@ -78,7 +78,7 @@ def find_meshes(config: TrainConfig, devices: Sequence[Any]) -> list[MeshConfig]
     for data, chunk, model in _factors(len(devices) // slices):
         sizes = {"replica": slices, "data": data, "chunk": chunk, "model": model}
         # Weights, two moments and the gradient in float32.
-        state = 16 * parameters / (data * model)
+        state = 16 * parameters / (data * chunk * model)
         if state > available:
             problem = f"weights, gradients and moments take {state:,.0f} bytes a device"
             continue

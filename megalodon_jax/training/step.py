@@ -57,7 +57,10 @@ _GPU_OPTIONS = {
     "xla_gpu_dot_merger_threshold_mb": 0,
     # Rounding only where the program casts: otherwise float32 gradients with two uses are stored.
     "xla_allow_excess_precision": False,
-    # On several devices, one all-gather for a block's weights and one reduce-scatter for gradients.
+    # On several devices, one all-gather for a block's weights and one reduce-scatter for gradients
+    # along each axis; states of sequence shards, along another one, must not wait for them.
+    "xla_gpu_enable_all_gather_combine_by_dim": True,
+    "xla_gpu_enable_reduce_scatter_combine_by_dim": True,
     "xla_gpu_all_gather_combine_threshold_bytes": 128 << 20,
     "xla_gpu_reduce_scatter_combine_threshold_bytes": 256 << 20,
 }

@@ -67,7 +67,7 @@ def all_gather_summaries(
     # float32 holds integers below 2^24 exactly; larger ones travel as two halves.
     halves = jnp.concatenate([numbers >> 12, numbers & 0xFFF], axis=1).astype(dtype)
     flat = [jax.lax.stop_gradient(halves), *(leaf.reshape(num_rows, -1) for leaf in leaves)]
-    gathered = jax.lax.all_gather(jnp.concatenate(flat, axis=1), axis)
+    gathered = _all_gather(jnp.concatenate(flat, axis=1), axis)
     gathered = name_residuals(gathered, "context_parallel")
     halves = gathered[..., :6].astype(jnp.int32)
     numbers = (halves[..., :3] << 12) | halves[..., 3:]
@@ -132,7 +132,7 @@ def exclusive_fold_vjp(
     (d_summaries,) = jax.vjp(fold, summaries)[1](d_incoming)
     leaves, structure = jax.tree.flatten(d_summaries)
     flat = jnp.concatenate([leaf.reshape(*leaf.shape[:2], -1) for leaf in leaves], axis=2)
-    own = jax.lax.psum_scatter(flat, axis, scatter_dimension=0)
+    own = _reduce_scatter(flat, axis)
     ends = list(itertools.accumulate(leaf[0, 0].size for leaf in leaves))
     pieces = jnp.split(own, ends[:-1], axis=1)
     own_leaves = [piece.reshape(leaf.shape[1:]) for piece, leaf in zip(pieces, leaves, strict=True)]
@@ -150,6 +150,27 @@ def tokens_before_shard(segment_ids: Int32[Array, "B L"], axis: str) -> Int32[Ar
         return before + documents.num_tokens[index]
 
     return exclusive_fold(documents, (), jnp.zeros(num_rows, jnp.int32), combine, axis)
+
+
+# XLA for GPUs combines gathers, and scatters, along the same dimension. The small ones here, for
+# which a device waits, must not wait for those of weights, along dimension 0 or 1. So they
+# run along dimension 2 of an array without dimensions of size 1, which XLA would drop.
+
+
+def _all_gather(x: Array, axis: str) -> Array:
+    """x of all devices, stacked along a new leading axis."""
+    flat = jnp.pad(x.reshape(-1), (0, -x.size % 4)).reshape(2, 2, -1)
+    gathered = jnp.moveaxis(jax.lax.all_gather(flat, axis, axis=2), 2, 0)
+    return gathered.reshape(gathered.shape[0], -1)[:, : x.size].reshape(-1, *x.shape)
+
+
+def _reduce_scatter(x: Array, axis: str) -> Array:
+    """The sum over devices of the element of x's leading axis that has this device's number."""
+    size = x[0].size
+    flat = jnp.pad(x.reshape(x.shape[0], -1), ((0, 0), (0, -size % 4)))
+    flat = jnp.moveaxis(flat.reshape(x.shape[0], 2, 2, -1), 0, 2)
+    own = jax.lax.psum_scatter(flat, axis, scatter_dimension=2)
+    return own.reshape(-1)[:size].reshape(x.shape[1:])
 
 
 def _select(where: Array, yes: Any, no: Any) -> Any:

@@ -41,7 +41,7 @@ def test_every_size_that_does_not_divide_is_named():
 
 def test_sharding_rules():
     assert partition_spec("layers", "embed", "value") == jax.sharding.PartitionSpec(
-        (), "data", "model"
+        (), ("data", "chunk"), "model"
     )
     with pytest.raises(ValueError, match="'value' and 'ffn' of one array both map to mesh axis"):
         partition_spec("value", "ffn")
