@@ -65,15 +65,29 @@ def test_context_parallelism_gathers_states_once_per_layer_and_direction(remat):
     # Per row and sequence shard: three integers as six half-words, and the state.
     cema_bytes = shards * ROWS * (6 + 2 * WIDTH * ORDER) * FLOAT
     norm_bytes = shards * ROWS * (6 + 2 * GROUPS) * FLOAT
-    expected = {cema_bytes: LAYERS, norm_bytes: LAYERS + 1}
-    assert total(found, "all-gather", ("chunk",)) == expected
-    assert total(found, "reduce-scatter", ("chunk",)) == expected
-    # The other collectives reduce parameter gradients, never activations (this is the smallest).
-    activations = ROWS * LENGTH // shards * min(WIDTH, CONFIG.model.z_dim) * FLOAT
+    states = {cema_bytes: LAYERS, norm_bytes: LAYERS + 1}
+    weights = weights_gathered()
+    assert not states.keys() & weights.keys()
+    assert total(found, "all-gather", ("chunk",)) == {**weights, **states}
+    scattered = total(found, "reduce-scatter", ("chunk",))
+    assert {size: count for size, count in scattered.items() if size in states} == states
+    assert scattered.keys() <= states.keys() | weights.keys()
+    # The other collectives reduce parameter gradients.
     others = [op for op in found if op.kind not in ("all-gather", "reduce-scatter")]
     assert {op.kind for op in others} == {"all-reduce"}
     assert sum(op.bytes * op.count for op in others) <= 1.1 * FLOAT * count_parameters()
-    assert activations not in {op.bytes for op in found}
+
+
+def weights_gathered() -> dict[int, int]:
+    """Gathers of weights under FSDP by their bytes: forward and backward, once outside blocks."""
+    model = CONFIG.model
+    counts = {WIDTH * model.vocab_size: 2}
+    for size in (
+        model.z_dim, model.value_dim, model.value_dim, model.value_dim, WIDTH,
+        model.ffn_hidden_dim, model.ffn_hidden_dim,
+    ):  # fmt: skip
+        counts[WIDTH * size] = counts.get(WIDTH * size, 0) + 2 * LAYERS
+    return {size * FLOAT: count for size, count in counts.items()}
 
 
 def count_parameters():

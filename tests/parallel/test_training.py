@@ -103,7 +103,8 @@ def test_equals_one_device(name, single_device):
     for path, leaf in jax.tree.leaves_with_path(sharded.state.params):
         if leaf.ndim - ("layers" in jax.tree_util.keystr(path)) == 2 and leaf.size >= 1024:
             fraction = leaf.addressable_shards[0].data.size / leaf.size
-            assert fraction == 1 / (sizes["data"] * sizes["model"]), jax.tree_util.keystr(path)
+            shards = sizes["data"] * sizes["chunk"] * sizes["model"]
+            assert fraction == 1 / shards, jax.tree_util.keystr(path)
 
 
 @pytest.mark.slow
