@@ -27,6 +27,10 @@ class IncompleteCheckpointError(CheckpointError):
     """A checkpoint has no manifest: its save was interrupted, or an older version wrote it."""
 
 
+class StoreUnreachableError(CheckpointError):
+    """An object store gives no answer or no permission; the checkpoint itself may be good."""
+
+
 class RunLockedError(MegalodonError, RuntimeError):
     """Another process owns the run directory; the message names it."""
 

@@ -5,8 +5,9 @@ of them: 10 allows ten times as much.
 """
 
 import os
-import stat
-from pathlib import Path
+
+from megalodon_jax.storage.files import kind_of, open_binary, size_of
+from megalodon_jax.storage.location import AnyPath
 
 LIMITS_VARIABLE = "MEGALODON_FILE_LIMITS"
 MAX_EXPANSION = 100
@@ -51,7 +52,7 @@ def check_size(num_bytes: int, limit: int, what: str = "the file") -> None:
         )
 
 
-def check_regular(path: str | Path) -> int:
+def check_regular(path: str | AnyPath) -> int:
     """The size of a regular file; devices and pipes, which may never end, are refused.
 
     Raises:
@@ -59,16 +60,16 @@ def check_regular(path: str | Path) -> int:
       OSError: it does not exist or cannot be examined.
     """
     try:
-        status = os.stat(path)
+        kind = kind_of(path)
     except ValueError as error:
         raise FileLimitError(f"not a path: {error}") from error
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
-        raise FileLimitError(f"it is {kind}; give a regular file")
-    return status.st_size
+    if kind != "file":
+        found = "a directory" if kind == "directory" else "a device, pipe or socket"
+        raise FileLimitError(f"it is {found}; give a regular file")
+    return size_of(path)
 
 
-def read_bytes(path: str | Path, *, max_bytes: int) -> bytes:
+def read_bytes(path: str | AnyPath, *, max_bytes: int) -> bytes:
     """The content of a regular file within the limit.
 
     Raises:
@@ -77,7 +78,7 @@ def read_bytes(path: str | Path, *, max_bytes: int) -> bytes:
     """
     check_size(check_regular(path), max_bytes)
     allowed = scaled(max_bytes)
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         # A file that grows is read to the limit only; files in /proc have size 0.
         content = file.read(allowed + 1)
     check_size(len(content), max_bytes)

@@ -16,6 +16,7 @@ LAYERS = [
         "megalodon_jax.chips",
         "megalodon_jax.presets",
         "megalodon_jax.file_limits",
+        "megalodon_jax.storage",
     ),
     ("megalodon_jax.config",),
     ("megalodon_jax.flops", "megalodon_jax.compilation_cache"),

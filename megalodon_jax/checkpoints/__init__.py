@@ -13,6 +13,7 @@ from megalodon_jax.checkpoints.load import (
 from megalodon_jax.checkpoints.manager import RunCheckpoints
 from megalodon_jax.checkpoints.manifest import Verification
 from megalodon_jax.checkpoints.reading import RestoredRun
+from megalodon_jax.checkpoints.tokenizer_files import load_run_tokenizer
 from megalodon_jax.checkpoints.verify import CheckpointReport, verify_run
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "load_latest_valid",
     "load_model",
     "load_params",
+    "load_run_tokenizer",
     "load_trained",
     "restore_for_resume",
     "save_model",

@@ -1,11 +1,11 @@
 """Compatibility of checkpoints: format numbers, and equality of model configurations."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from megalodon_jax.config import AnyModelConfig
 from megalodon_jax.errors import CheckpointError, MismatchError
+from megalodon_jax.storage.location import AnyPath
 
 # The format of a checkpoint, increased by every change that older code would misread. A version
 # reads its own format and the previous one. Manifests came later than format 1 and did not change
@@ -29,7 +29,7 @@ _COMPUTE_FIELDS = frozenset(
 )
 
 
-def check_format(found: Any, source: str | Path) -> None:
+def check_format(found: Any, source: str | AnyPath) -> None:
     """Raises `CheckpointError` if this version cannot read a checkpoint of format `found`."""
     if found not in READABLE_FORMATS:
         has = "no format number (older than format 1)" if found is None else f"format {found}"
@@ -40,7 +40,7 @@ def check_format(found: Any, source: str | Path) -> None:
         )
 
 
-def check_same_model(saved: AnyModelConfig, wanted: AnyModelConfig, source: str | Path) -> None:
+def check_same_model(saved: AnyModelConfig, wanted: AnyModelConfig, source: str | AnyPath) -> None:
     """Raises `MismatchError`, which names the fields, if two configurations differ in the model."""
     if saved.kind != wanted.kind:
         raise MismatchError(

@@ -1,16 +1,20 @@
 """The operations of a storage directory that checkpoints and locks need.
 
-There is no append and no rename, which an object store lacks: exclusive creation, atomic writes
-and versions have an equivalent there (conditions on an object's generation, whole objects).
+There is no append and no rename of a file, which an object store lacks: exclusive creation, atomic
+writes and versions have an equivalent there (`store_directory`).
 """
 
 import contextlib
-import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Hashable
+import time
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
+
+from megalodon_jax.checkpoints.checksums import compute, content_checksum
+from megalodon_jax.checkpoints.store_directory import GcsDirectory, S3Directory
+from megalodon_jax.storage.location import AnyPath, scheme_of
 
 _BLOCK_BYTES = 1 << 20
 
@@ -20,6 +24,10 @@ class LocalDirectory:
 
     Names are paths relative to the directory, with "/" between their parts.
     """
+
+    # A checkpoint gets its final name when it is committed.
+    commit_marker = None
+    recheck_seconds = 0.0
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
@@ -34,6 +42,10 @@ class LocalDirectory:
     def make(self) -> None:
         """Creates the directory and its parents."""
         self.path.mkdir(parents=True, exist_ok=True)
+
+    def exists(self) -> bool:
+        """Whether there is such a directory."""
+        return self.path.is_dir()
 
     def names(self) -> list[str]:
         """Names of the direct entries; empty if the directory does not exist."""
@@ -62,15 +74,21 @@ class LocalDirectory:
         """The content of a file."""
         return (self.path / name).read_bytes()
 
-    def checksum(self, name: str) -> str:
+    def checksums(self, name: str) -> tuple[str, ...]:
         """SHA-256 of a file's content as hexadecimal digits."""
-        digest = hashlib.sha256()
+        return (compute(self._blocks(name), "sha256"),)
+
+    def matches(self, name: str, checksums: Sequence[str]) -> bool:
+        """Whether a file has the checksums that were listed when it was written."""
+        return content_checksum(lambda: self._blocks(name), checksums)
+
+    def _blocks(self, name: str) -> Iterator[memoryview]:
+        """The content in blocks, each valid until the next one."""
         buffer = bytearray(_BLOCK_BYTES)
         view = memoryview(buffer)
         with open(self.path / name, "rb", buffering=0) as file:
             while count := file.readinto(buffer):
-                digest.update(view[:count])
-        return digest.hexdigest()
+                yield view[:count]
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file so that a reader sees the old or the new content, also after a crash."""
@@ -108,9 +126,12 @@ class LocalDirectory:
             return None
         return status.st_mtime_ns, status.st_ino
 
-    def modified(self, name: str) -> float:
-        """Time of the last `write` or `touch`, in seconds, by the clock of the storage."""
-        return os.stat(self.path / name).st_mtime
+    def age(self, name: str) -> float | None:
+        """Seconds since the last `write` or `touch`; None if there is no such file."""
+        try:
+            return time.time() - os.stat(self.path / name).st_mtime
+        except FileNotFoundError:
+            return None
 
     def remove(self, name: str) -> None:
         """Removes a file; does nothing if there is none."""
@@ -140,3 +161,20 @@ class LocalDirectory:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+Directory = LocalDirectory | GcsDirectory | S3Directory
+
+
+def open_directory(path: str | AnyPath) -> Directory:
+    """The directory of a path or URL; nothing is created.
+
+    Raises:
+      ConfigError: the URL's scheme is unknown, or its package is not installed.
+    """
+    match scheme_of(path):
+        case "gs":
+            return GcsDirectory(path)
+        case "s3":
+            return S3Directory(path)
+    return LocalDirectory(Path(path))

@@ -4,14 +4,15 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from megalodon_jax.storage.location import AnyPath
 
-def reader(directory: Path) -> ocp.CheckpointManager:
+
+def reader(directory: AnyPath) -> ocp.CheckpointManager:
     """An Orbax manager that reads in this process only.
 
     A process that fails to read does not leave the others waiting at a barrier.

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -12,13 +11,19 @@ from megalodon_jax.checkpoints.manager import RunCheckpoints
 from megalodon_jax.checkpoints.reading import RestoredRun
 from megalodon_jax.config import TrainConfig
 from megalodon_jax.data.tokenizer import Tokenizer, load_tokenizer
-from megalodon_jax.errors import CheckpointError, IncompleteCheckpointError, MismatchError
+from megalodon_jax.errors import (
+    CheckpointError,
+    IncompleteCheckpointError,
+    MismatchError,
+    StoreUnreachableError,
+)
 from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.parallel.distributed import is_main
+from megalodon_jax.storage.location import AnyPath
 
 
 class LoadedModel(NamedTuple):
-    """A trained model and its training configuration."""
+    """A trained model and its training configuration, with the run's own tokenizer file."""
 
     model: LanguageModel
     config: TrainConfig
@@ -31,26 +36,30 @@ class TrainedModel(NamedTuple):
     tokenizer: Tokenizer
 
 
-def save_model(model: LanguageModel, run_dir: str | Path, config: TrainConfig) -> None:
+def save_model(model: LanguageModel, run_dir: str | AnyPath, config: TrainConfig) -> None:
     """Saves a model as a run directory for generation, evaluation and `init_from`.
 
     Raises:
       CheckpointError: `run_dir` already has checkpoints, or the save failed.
       DataError: the tokenizer of `config` cannot be read.
     """
-    fingerprint = load_tokenizer(config.data.tokenizer).fingerprint()
+    tokenizer = load_tokenizer(config.data.tokenizer)
     with RunCheckpoints(run_dir) as checkpoints:
         if steps := checkpoints.steps():
             raise CheckpointError(
                 f"{run_dir} already has checkpoints (newest: step {steps[-1]}); give another "
                 "directory"
             )
-        params = nnx.state(model, nnx.Param)
-        checkpoints.save_params(params, config=config, tokenizer_fingerprint=fingerprint)
+        checkpoints.keep_tokenizer(tokenizer)
+        checkpoints.save_params(
+            nnx.state(model, nnx.Param),
+            config=config,
+            tokenizer_fingerprint=tokenizer.fingerprint(),
+        )
         checkpoints.wait()
 
 
-def load_params(run_dir: str | Path, config: TrainConfig, mesh: Mesh) -> nnx.State:
+def load_params(run_dir: str | AnyPath, config: TrainConfig, mesh: Mesh) -> nnx.State:
     """The newest parameters of another run, sharded over `mesh` for a run of `config`.
 
     Raises:
@@ -66,7 +75,7 @@ def load_params(run_dir: str | Path, config: TrainConfig, mesh: Mesh) -> nnx.Sta
 
 
 def load_model(
-    run_dir: str | Path, step: int | None = None, *, allow_unverified: bool = False
+    run_dir: str | AnyPath, step: int | None = None, *, allow_unverified: bool = False
 ) -> LoadedModel:
     """The model of a training run.
 
@@ -81,36 +90,64 @@ def load_model(
     with RunCheckpoints(run_dir, read_only=True, allow_unverified=allow_unverified) as checkpoints:
 
         def load(at: int) -> LoadedModel:
-            config, _ = checkpoints.read_run(at)
+            config, _ = checkpoints.config_with_own_tokenizer(at)
             return LoadedModel(checkpoints.restore_model(at, config.model), config)
 
         return load_latest_valid(checkpoints, load, step=step)
 
 
 def load_trained(
-    run_dir: str | Path, step: int | None = None, *, allow_unverified: bool = False
+    run_dir: str | AnyPath,
+    step: int | None = None,
+    *,
+    allow_unverified: bool = False,
+    tokenizer: str = "",
 ) -> TrainedModel:
-    """The model of a training run and its tokenizer; arguments as for `load_model`.
+    """The model of a training run and its tokenizer.
+
+    Args:
+      run_dir: the run's directory or URL.
+      step: step of the checkpoint; None: the newest readable one.
+      allow_unverified: also load a checkpoint without manifest, with a warning.
+      tokenizer: file to use instead of the run's own copy; another tokenizer than that of training
+        gives a warning.
 
     Raises:
       CheckpointError: the run has no readable checkpoint.
-      MismatchError: the tokenizer file has changed since training.
+      MismatchError: the tokenizer file has changed since training, or `tokenizer` has ids that the
+        model lacks.
       DataError: the tokenizer file cannot be read.
     """
     with RunCheckpoints(run_dir, read_only=True, allow_unverified=allow_unverified) as checkpoints:
 
         def load(at: int) -> TrainedModel:
-            config, fingerprint = checkpoints.read_run(at)
-            tokenizer = load_tokenizer(config.data.tokenizer)
-            if tokenizer.fingerprint() != fingerprint:
-                raise MismatchError(
-                    f"{run_dir} was trained with tokenizer {fingerprint}, but "
-                    f"{config.data.tokenizer!r} is now {tokenizer.fingerprint()}; restore the "
-                    "original file"
-                )
-            return TrainedModel(checkpoints.restore_model(at, config.model), tokenizer)
+            config, fingerprint = checkpoints.config_with_own_tokenizer(at)
+            loaded = load_tokenizer(tokenizer or config.data.tokenizer)
+            if loaded.fingerprint() != fingerprint:
+                _report_other_tokenizer(run_dir, config, fingerprint, loaded, override=tokenizer)
+            return TrainedModel(checkpoints.restore_model(at, config.model), loaded)
 
         return load_latest_valid(checkpoints, load, step=step)
+
+
+def _report_other_tokenizer(
+    run_dir: str | AnyPath, config: TrainConfig, trained: str, found: Tokenizer, *, override: str
+) -> None:
+    if not override:
+        raise MismatchError(
+            f"{run_dir} was trained with tokenizer {trained}, but {config.data.tokenizer!r} is now "
+            f"{found.fingerprint()}; restore the original file, or name one with --tokenizer"
+        )
+    if found.vocab_size > config.model.vocab_size:
+        raise MismatchError(
+            f"tokenizer {override!r} has {found.vocab_size:,} ids, the model in {run_dir} "
+            f"{config.model.vocab_size:,}; give the tokenizer of training"
+        )
+    print(
+        f"warning: tokenizer {override!r} is {found.fingerprint()}, but {run_dir} was trained with "
+        f"{trained}",
+        file=sys.stderr,
+    )
 
 
 def load_latest_valid[T](
@@ -126,6 +163,7 @@ def load_latest_valid[T](
 
     Raises:
       CheckpointError: no checkpoint can be read.
+      StoreUnreachableError: the store gives no answer, which says nothing about the checkpoints.
       MismatchError: the newest readable checkpoint is of another model or other data.
     """
     steps = checkpoints.steps()
@@ -144,7 +182,7 @@ def load_latest_valid[T](
     for at in reversed(steps):
         try:
             return load(at)
-        except MismatchError:
+        except (MismatchError, StoreUnreachableError):
             raise
         except CheckpointError as error:
             kind = "incomplete" if isinstance(error, IncompleteCheckpointError) else "damaged"

@@ -17,6 +17,7 @@ of the process that waits for it.
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import socket
@@ -27,8 +28,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from megalodon_jax.checkpoints.directory import LocalDirectory
+from megalodon_jax.checkpoints.directory import open_directory
 from megalodon_jax.errors import CheckpointError, RunLockedError
+from megalodon_jax.storage.location import AnyPath
 
 FOLDER = ".lock"
 HEARTBEAT_SECONDS = 10.0
@@ -86,7 +88,7 @@ class RunLock:
     no heartbeat for `stale_seconds`, for which the constructor waits.
 
     Args:
-      run_dir: the run's directory; created if it does not exist.
+      run_dir: the run's directory or URL; created if it does not exist.
       heartbeat_seconds: time between two heartbeats.
       stale_seconds: time without heartbeat after which another process may take over.
 
@@ -97,17 +99,18 @@ class RunLock:
 
     def __init__(
         self,
-        run_dir: str | Path,
+        run_dir: str | AnyPath,
         *,
         heartbeat_seconds: float = HEARTBEAT_SECONDS,
         stale_seconds: float = STALE_SECONDS,
     ) -> None:
         self.run_dir = run_dir
-        self._directory = LocalDirectory(run_dir).child(FOLDER)
+        self._directory = open_directory(run_dir).child(FOLDER)
         self._heartbeat_seconds = heartbeat_seconds
         self._stale_seconds = stale_seconds
         self._owner = LockOwner.current()
         self._told_failure = False
+        self._checked = -math.inf
         self._stop = threading.Event()
         try:
             self._directory.make()
@@ -124,8 +127,15 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def check(self) -> None:
-        """Raises `RunLockedError` if another process has taken the lock over."""
+    def check(self, *, within_seconds: float = 0.0) -> None:
+        """Raises `RunLockedError` if another process has taken the lock over.
+
+        Args:
+          within_seconds: do nothing if the last check was at most this long ago.
+        """
+        now = time.monotonic()
+        if now - self._checked < within_seconds:
+            return
         try:
             newest = self._newest()
             owner = self._read(newest)
@@ -143,6 +153,7 @@ class RunLock:
                 f"the lock of {self.run_dir} was removed, so that another process may have started "
                 "there; this process ends without writing"
             )
+        self._checked = now
 
     def release(self) -> None:
         """Gives the lock back; does nothing if it is released or another process owns it."""
@@ -177,9 +188,10 @@ class RunLock:
         if owner is not None and (owner.released or owner.is_gone()):
             return
         first = self._directory.version(name)
-        age = _age(self._directory, name)
+        age = self._directory.age(name)
         # On one machine both processes have the same clock.
-        if owner is not None and owner.is_local() and 0 <= age < self._stale_seconds:
+        is_local = owner is not None and owner.is_local()
+        if is_local and age is not None and 0 <= age < self._stale_seconds:
             raise self._refusal(owner, age)
         print(
             f"{self.run_dir} is locked by {_name(owner)}; waiting for its heartbeat, at most "
@@ -267,13 +279,6 @@ def _name(owner: LockOwner | None) -> str:
     if owner is None:
         return "a process that has not written its name"
     return f"pid {owner.pid} on host {owner.host} since {owner.since}"
-
-
-def _age(directory: LocalDirectory, name: str) -> float:
-    try:
-        return time.time() - directory.modified(name)
-    except FileNotFoundError:
-        return -1.0
 
 
 def _process_start(pid: int) -> str | None:

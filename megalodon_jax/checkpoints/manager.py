@@ -4,7 +4,9 @@
 dotted name), `loader` (the data loader's state, JSON) and `run` (step, resolved configuration,
 tokenizer fingerprint and format number, JSON). A directory gets its final name when it is complete;
 then its manifest is written (`manifest`), with which every restore compares the files. While
-checkpoints are open for writing, this process owns the run directory (`lock`).
+checkpoints are open for writing, this process owns the run directory (`lock`). In an object store a
+checkpoint is complete with its commit marker (`store_directory`): Orbax writes to gs:// itself; for
+s3:// it writes to a scratch directory, from which the files are uploaded.
 
 In a multi-process run all processes save and restore together in a shared directory. Each process
 writes and reads the shards of its own devices, and a checkpoint restores with any number of
@@ -16,8 +18,7 @@ import dataclasses
 import itertools
 import sys
 import threading
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,20 +27,26 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from megalodon_jax.checkpoints.compatibility import FORMAT
+from megalodon_jax.checkpoints.directory import open_directory
 from megalodon_jax.checkpoints.items import by_name, filter_orphaned_errors, reason
 from megalodon_jax.checkpoints.lock import STALE_SECONDS, RunLock
 from megalodon_jax.checkpoints.manifest import remove_checkpoint, write_manifest
 from megalodon_jax.checkpoints.pending_save import PendingSave, make_barrier
 from megalodon_jax.checkpoints.reading import CheckpointReader
 from megalodon_jax.checkpoints.retention import HeldoutLosses, steps_to_remove
+from megalodon_jax.checkpoints.store_directory import S3Directory
+from megalodon_jax.checkpoints.tokenizer_files import relative_path, write_tokenizer
+from megalodon_jax.checkpoints.upload import Upload
 from megalodon_jax.config import TrainConfig
-from megalodon_jax.errors import CheckpointError, RunLockedError
+from megalodon_jax.data.tokenizer import Tokenizer
+from megalodon_jax.errors import CheckpointError, ConfigError, RunLockedError
 from megalodon_jax.parallel.distributed import all_gather_json, all_processes_ok, is_main
 from megalodon_jax.parallel.failures import (
     barrier_outside_devices,
     exit_without_threads,
     failure_elsewhere,
 )
+from megalodon_jax.storage.location import AnyPath
 from megalodon_jax.train_state import TrainState
 
 _BARRIERS = itertools.count()
@@ -52,26 +59,29 @@ class RunCheckpoints(CheckpointReader):
     owns the run directory, unless `read_only`.
 
     Args:
-      run_dir: the run's directory.
+      run_dir: the run's directory or URL.
       keep: number of newest checkpoints to keep. Older ones are deleted when a later loss of a
         newer one is finite (`confirm`), not when it is saved.
       keep_every: keep every checkpoint whose step is a multiple of it; 0: none.
       read_only: write and delete nothing.
       allow_unverified: also restore checkpoints without manifest, with a warning.
+      before_manifest: called in process 0 before a checkpoint becomes complete.
 
     Raises:
       RunLockedError: another process owns the directory.
       CheckpointError: `read_only`, and the directory has no checkpoints; or it cannot be written.
+      ConfigError: several processes would write to s3://.
     """
 
     def __init__(
         self,
-        run_dir: str | Path,
+        run_dir: str | AnyPath,
         *,
         keep: int = 1,
         keep_every: int = 0,
         read_only: bool = False,
         allow_unverified: bool = False,
+        before_manifest: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(run_dir, allow_unverified=allow_unverified)
         self._keep, self._keep_every = keep, keep_every
@@ -79,19 +89,24 @@ class RunCheckpoints(CheckpointReader):
         self._removing: threading.Thread | None = None
         self._confirmed = -1
         self._failed = False
-        if read_only and not self.directory.is_dir():
-            raise CheckpointError(
-                f"{run_dir} has no checkpoints; give the run_dir of a training run"
-            )
-        self._lock, self._orbax = None, None
+        self._before_manifest = before_manifest
+        self._tokenizer_file: str | None = None
+        # Saved steps that no loss has confirmed yet; -1 stands for those of earlier starts.
+        self._unconfirmed = {-1}
+        self._lock, self._orbax, self._upload = None, None, None
         if read_only:
-            self._report_unfinished("ignoring")
+            self._open_read_only(run_dir)
             return
+        if isinstance(self._files, S3Directory) and jax.process_count() > 1:
+            raise ConfigError(
+                f"run_dir {run_dir} is on s3://, which only runs of one process can write; use "
+                "gs:// or a shared file system for several processes"
+            )
         # Before Orbax opens the directory, which removes saves in progress.
         self._lock = _lock_run(run_dir)
         try:
             self._files.make()
-            self._report_unfinished("removing")
+            self._remove_unfinished()
             self._heldout = HeldoutLosses(self._files)
             self._orbax = self._open()
             self._remove_filter = filter_orphaned_errors()
@@ -102,14 +117,37 @@ class RunCheckpoints(CheckpointReader):
             self._release()
             raise
 
-    def _report_unfinished(self, action: str) -> None:
+    def _open_read_only(self, run_dir: str | AnyPath) -> None:
+        try:
+            exists = self._files.exists()
+            unfinished = self._unfinished()
+        except OSError as error:
+            raise CheckpointError(f"cannot read {run_dir}: {reason(error)}") from error
+        if not exists:
+            raise CheckpointError(
+                f"{run_dir} has no checkpoints; give the run_dir of a training run"
+            )
+        self._report_unfinished("ignoring", unfinished)
+
+    def _report_unfinished(self, action: str, names: list[str]) -> None:
         if is_main():
-            for unfinished in sorted(self.directory.glob("*.orbax-checkpoint-tmp")):
-                print(f"{action} unfinished checkpoint {unfinished}", file=sys.stderr)
+            for name in names:
+                print(f"{action} unfinished checkpoint {self.directory / name}", file=sys.stderr)
+
+    def _remove_unfinished(self) -> None:
+        names = self._unfinished()
+        self._report_unfinished("removing", names)
+        if is_main():
+            for name in names:
+                self._files.remove_tree(name)
+        # Barrier: the other processes open the directory afterwards.
+        all_processes_ok(True)
 
     def _open(self) -> ocp.CheckpointManager:
+        if isinstance(self._files, S3Directory):
+            self._upload = Upload(self._files)
         return ocp.CheckpointManager(
-            self.directory,
+            self.directory if self._upload is None else self._upload.directory,
             options=ocp.CheckpointManagerOptions(
                 create=False,
                 cleanup_tmp_directories=True,
@@ -137,6 +175,16 @@ class RunCheckpoints(CheckpointReader):
     ) -> None:
         self.close()
 
+    def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Writes a tokenizer's files into the run; the checkpoints from now on refer to them.
+
+        Raises:
+          CheckpointError: they cannot be written.
+        """
+        self._tokenizer_file = relative_path(tokenizer)
+        if is_main():
+            write_tokenizer(open_directory(self.directory.parent), tokenizer)
+
     def save(
         self,
         state: TrainState,
@@ -156,7 +204,7 @@ class RunCheckpoints(CheckpointReader):
             opt_state=ocp.args.StandardSave(by_name(state.opt_state)),
             guard=ocp.args.StandardSave(by_name(state.guard)),
             loader=ocp.args.JsonSave(dict(loader_state)),
-            run=_run_item(int(state.step), config, tokenizer_fingerprint),
+            run=self._run_item(int(state.step), config, tokenizer_fingerprint),
         )
 
     def save_params(
@@ -170,7 +218,7 @@ class RunCheckpoints(CheckpointReader):
         self._save(
             0,
             params=ocp.args.StandardSave(by_name(params)),
-            run=_run_item(0, config, tokenizer_fingerprint),
+            run=self._run_item(0, config, tokenizer_fingerprint),
         )
 
     def check(self) -> None:
@@ -188,7 +236,7 @@ class RunCheckpoints(CheckpointReader):
         if (failure := failure_elsewhere()) is not None:
             self._failed = True
             raise CheckpointError(f"{failure}; {self._usable(None)}")
-        self._check_lock()
+        self.check_owner(within_seconds=self._files.recheck_seconds)
 
     def wait(self) -> None:
         """Waits for the last save to complete.
@@ -208,13 +256,28 @@ class RunCheckpoints(CheckpointReader):
         background. The newest `keep`, the best by held-out loss and those of `keep_every` stay.
         """
         self._confirmed = max(step, self._confirmed)
-        if is_main() and (self._removing is None or not self._removing.is_alive()):
-            self._start_removal()
+        is_idle = self._removing is None or not self._removing.is_alive()
+        if is_main() and is_idle and min(self._unconfirmed, default=step + 1) <= self._confirmed:
+            self._removing = threading.Thread(
+                target=self._remove_old, name="remove_checkpoints", daemon=True
+            )
+            self._removing.start()
 
-    def _start_removal(self) -> None:
+    def _remove_old(self) -> None:
+        """Removes what is confirmed and not kept; a checkpoint too many does not stop the run."""
+        self._unconfirmed -= {step for step in self._unconfirmed if step <= self._confirmed}
+        try:
+            for step in self._old_steps():
+                self._check_lock()
+                remove_checkpoint(self._files, step)
+        except (OSError, RunLockedError) as error:
+            # Tried again after the next save.
+            print(f"cannot remove from {self.directory}: {reason(error)}", file=sys.stderr)
+
+    def _old_steps(self) -> list[int]:
         steps = self.steps()
         complete = self.complete_steps()
-        old = steps_to_remove(
+        return steps_to_remove(
             steps,
             complete=complete,
             confirmed=self._confirmed,
@@ -222,11 +285,6 @@ class RunCheckpoints(CheckpointReader):
             keep_every=self._keep_every,
             best=self._heldout.best(complete),
         )
-        if old:
-            self._removing = threading.Thread(
-                target=self._remove, args=(old,), name="remove_checkpoints", daemon=True
-            )
-            self._removing.start()
 
     def report_heldout(self, step: int, loss: float) -> None:
         """Records the held-out loss of the parameters after `step` updates.
@@ -256,25 +314,24 @@ class RunCheckpoints(CheckpointReader):
             self._close_orbax()
             self._release()
 
-    def set_aside(self, step: int, *, prefix: str = "damaged") -> Path:
+    def set_aside(self, step: int, *, prefix: str = "damaged") -> AnyPath:
         """Renames a checkpoint to `<prefix>_<step>`, which frees the name of its step."""
-        source = self._path(step)
-        target = source.with_name(f"{prefix}_{step}")
-        count = 1
-        while target.exists():
-            count += 1
-            target = source.with_name(f"{prefix}_{step}_{count}")
+        names = self._files.names()
+        numbered = (f"{prefix}_{step}_{count}" for count in itertools.count(2))
+        target = next(
+            name for name in itertools.chain([f"{prefix}_{step}"], numbered) if name not in names
+        )
         # Barrier: all processes choose the target before one renames.
         all_processes_ok(True)
         if is_main():
             self._check_lock()
-            self._files.move(source.name, target.name)
+            self._files.move(str(step), target)
         all_processes_ok(True)
         self._writer().reload()
         self._verified.pop(step, None)
-        return target
+        return self.directory / target
 
-    def set_aside_after(self, step: int) -> list[Path]:
+    def set_aside_after(self, step: int) -> list[AnyPath]:
         """Renames all checkpoints of later steps to `later_<step>`, so that `step` is the newest.
 
         Returns:
@@ -292,39 +349,59 @@ class RunCheckpoints(CheckpointReader):
             raise self._save_error(step, error) from error
         self._pending = PendingSave(step, lambda: self._finish_save(step))
 
+    def _run_item(
+        self, step: int, config: TrainConfig, tokenizer_fingerprint: str
+    ) -> ocp.args.JsonSave:
+        item = {
+            "format": FORMAT,
+            "step": step,
+            "config": dataclasses.asdict(config),
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+        }
+        if self._tokenizer_file is not None:
+            item["tokenizer_file"] = self._tokenizer_file
+        return ocp.args.JsonSave(item)
+
     def _finish_save(self, step: int) -> None:
         self._writer().wait_until_finished()
+        if self._upload is not None:
+            self._upload.run(step, check_owner=self._check_lock)
         self._check_lock()
+        if self._before_manifest is not None and is_main():
+            self._before_manifest()
         write_manifest(
             self.files_of(step),
             step,
             process=jax.process_index(),
             num_processes=jax.process_count(),
+            uploaded_from=None if self._upload is None else self._upload.original(step),
         )
+        if self._upload is not None:
+            self._upload.discard(step)
+            self._writer().reload()
+        self._unconfirmed.add(step)
 
     def _finish_removal(self) -> None:
         """Removes what was confirmed while another removal ran."""
         if self._removing is not None:
             self._removing.join()
-            self._start_removal()
-            self._removing.join()
+            self._remove_old()
 
-    def _remove(self, steps: list[int]) -> None:
-        for step in steps:
-            try:
-                self._check_lock()
-                remove_checkpoint(self._files, step)
-            except (OSError, RunLockedError) as error:
-                # Tried again after the next save: a checkpoint too many does not stop the run.
-                print(f"cannot remove {self._path(step)}: {reason(error)}", file=sys.stderr)
+    def check_owner(self, *, within_seconds: float = 0.0) -> None:
+        """Raises `RunLockedError` if another process has taken the run directory over.
 
-    def _check_lock(self) -> None:
+        Args:
+          within_seconds: do nothing if the last check was at most this long ago.
+        """
         if self._lock is not None:
             try:
-                self._lock.check()
+                self._lock.check(within_seconds=within_seconds)
             except RunLockedError:
                 self._failed = True
                 raise
+
+    def _check_lock(self) -> None:
+        self.check_owner()
 
     def _writer(self) -> ocp.CheckpointManager:
         if self._orbax is None:
@@ -346,6 +423,8 @@ class RunCheckpoints(CheckpointReader):
             exit_without_threads(1)
 
     def _release(self) -> None:
+        if self._upload is not None:
+            self._upload.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -369,7 +448,7 @@ class RunCheckpoints(CheckpointReader):
         return f"still usable: step {', '.join(map(str, usable))}"
 
 
-def _lock_run(run_dir: str | Path) -> RunLock | None:
+def _lock_run(run_dir: str | AnyPath) -> RunLock | None:
     """The lock of a run, which process 0 holds for all processes; None in the others.
 
     Raises:
@@ -395,14 +474,3 @@ def _lock_run(run_dir: str | Path) -> RunLock | None:
 def _close_quietly(orbax: ocp.CheckpointManager) -> None:
     with contextlib.suppress(Exception):
         orbax.close()
-
-
-def _run_item(step: int, config: TrainConfig, tokenizer_fingerprint: str) -> ocp.args.JsonSave:
-    return ocp.args.JsonSave(
-        {
-            "format": FORMAT,
-            "step": step,
-            "config": dataclasses.asdict(config),
-            "tokenizer_fingerprint": tokenizer_fingerprint,
-        }
-    )

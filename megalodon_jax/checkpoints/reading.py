@@ -2,7 +2,8 @@
 
 import dataclasses
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from megalodon_jax.checkpoints.compatibility import GUARD_FORMAT, check_format, check_same_model
-from megalodon_jax.checkpoints.directory import LocalDirectory
+from megalodon_jax.checkpoints.directory import Directory, open_directory
 from megalodon_jax.checkpoints.items import (
     abstract_by_name,
     from_names,
@@ -22,12 +23,23 @@ from megalodon_jax.checkpoints.items import (
     suppress_orphaned_read_errors,
 )
 from megalodon_jax.checkpoints.manifest import Verification, has_all_parts, verify_checkpoint
+from megalodon_jax.checkpoints.store_directory import S3Directory
+from megalodon_jax.checkpoints.tokenizer_files import stored_tokenizer
 from megalodon_jax.config import AnyModelConfig, TrainConfig, config_from_dict
-from megalodon_jax.errors import CheckpointError, ConfigError, IncompleteCheckpointError
+from megalodon_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    IncompleteCheckpointError,
+    StoreUnreachableError,
+)
 from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel.distributed import all_processes_ok, is_main
+from megalodon_jax.storage.location import AnyPath, as_path
+from megalodon_jax.storage.scratch import scratch_directory
 from megalodon_jax.train_state import TrainState, abstract_state, resumed_state
+
+_TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
 
 
 class RestoredRun(NamedTuple):
@@ -44,11 +56,20 @@ class RestoredRun(NamedTuple):
     config: TrainConfig
 
 
+class _SavedRun(NamedTuple):
+    """The JSON item `run` of a checkpoint."""
+
+    config: TrainConfig
+    fingerprint: str
+    format: int
+    tokenizer_file: object
+
+
 class CheckpointReader:
     """The checkpoints of one run directory; every restore compares files with the manifest.
 
     Args:
-      run_dir: the run's directory.
+      run_dir: the run's directory or URL.
       allow_unverified: also restore checkpoints without manifest, with a warning.
 
     Attributes:
@@ -57,23 +78,42 @@ class CheckpointReader:
         and the time; None before.
     """
 
-    def __init__(self, run_dir: str | Path, *, allow_unverified: bool = False) -> None:
-        self.directory = (Path(run_dir) / "checkpoints").absolute()
+    def __init__(self, run_dir: str | AnyPath, *, allow_unverified: bool = False) -> None:
+        directory = as_path(run_dir) / "checkpoints"
+        self.directory = directory.absolute() if isinstance(directory, Path) else directory
         self.verification: Verification | None = None
-        self._files = LocalDirectory(self.directory)
+        self._files = open_directory(self.directory)
         self._allow_unverified = allow_unverified
         self._verified: dict[int, set[str]] = {}
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints on disk in ascending order, damaged ones included."""
+        """Steps of the committed checkpoints in ascending order, damaged ones included."""
         # Orbax's list knows only what this process has seen.
-        return sorted(int(name) for name in self._files.names() if name.isdigit())
+        steps = sorted(int(name) for name in self._files.names() if name.isdigit())
+        return [step for step in steps if self._is_committed(step)]
 
     def complete_steps(self) -> list[int]:
         """Steps of the checkpoints with a manifest, in ascending order; no content is compared."""
         return [step for step in self.steps() if has_all_parts(self.files_of(step).names())]
 
-    def files_of(self, step: int) -> LocalDirectory:
+    def _is_committed(self, step: int) -> bool:
+        marker = self._files.commit_marker
+        if marker is None:
+            return True
+        names = self.files_of(step).names()
+        # A run that was copied from a disk has no markers.
+        return marker in names or has_all_parts(names)
+
+    def _unfinished(self) -> list[str]:
+        """Names of saves that were interrupted before their commit."""
+        return [
+            name
+            for name in self._files.names()
+            if name.endswith(_TEMPORARY_SUFFIX)
+            or (name.isdigit() and not self._is_committed(int(name)))
+        ]
+
+    def files_of(self, step: int) -> Directory:
         """The directory of one checkpoint."""
         return self._files.child(str(step))
 
@@ -110,13 +150,28 @@ class CheckpointReader:
         Raises:
           CheckpointError: the checkpoint is damaged or has another format.
         """
-        return self._read_run(step)[:2]
+        run = self._read_run(step)
+        return run.config, run.fingerprint
 
-    def _read_run(self, step: int) -> tuple[TrainConfig, str, int]:
+    def config_with_own_tokenizer(self, step: int) -> tuple[TrainConfig, str]:
+        """Like `read_run`, with the tokenizer file inside the run if the checkpoint names one."""
+        run = self._read_run(step)
+        stored = stored_tokenizer(self.directory.parent, run.tokenizer_file)
+        if stored is None:
+            return run.config, run.fingerprint
+        data = dataclasses.replace(run.config.data, tokenizer=stored)
+        return dataclasses.replace(run.config, data=data), run.fingerprint
+
+    def _read_run(self, step: int) -> _SavedRun:
         run = self._restore(step, run=ocp.args.JsonRestore())["run"]
         check_format(run.get("format"), self._path(step))
         try:
-            return config_from_dict(run["config"]), run["tokenizer_fingerprint"], run["format"]
+            return _SavedRun(
+                config_from_dict(run["config"]),
+                run["tokenizer_fingerprint"],
+                run["format"],
+                run.get("tokenizer_file"),
+            )
         except (ConfigError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"checkpoint {self._path(step)} has no valid configuration: {error}"
@@ -134,7 +189,7 @@ class CheckpointReader:
           CheckpointError: the checkpoint is damaged.
           MismatchError: the checkpoint is of another model; the differing fields are named.
         """
-        saved, _, found = self._read_run(step)
+        saved, _, found, _ = self._read_run(step)
         check_same_model(saved.model, config.model, self._path(step))
         # The arrays as they were saved; the guard's window may have another length now.
         abstract = abstract_state(
@@ -229,17 +284,37 @@ class CheckpointReader:
 
     def _read(self, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> Mapping[str, Any]:
         try:
-            with suppress_orphaned_read_errors(), reader(self.directory) as orbax:
+            with (
+                suppress_orphaned_read_errors(),
+                self._readable(step, items) as directory,
+                reader(directory) as orbax,
+            ):
                 restored = orbax.restore(step, args=ocp.args.Composite(**items))
             missing = [name for name in items if restored[name] is None]
         # Orbax, TensorStore and JSON raise various types for truncated or missing files.
         except Exception as error:
-            raise CheckpointError(
-                f"checkpoint {self._path(step)} cannot be read: {reason(error)}"
-            ) from error
+            # In a store all objects have just been listed with their checksums.
+            is_store = self._files.commit_marker is not None
+            kind = StoreUnreachableError if is_store else CheckpointError
+            raise kind(f"checkpoint {self._path(step)} cannot be read: {reason(error)}") from error
         if missing:
             raise CheckpointError(f"checkpoint {self._path(step)} lacks {', '.join(missing)}")
         return restored  # type: ignore[return-value]
 
-    def _path(self, step: int) -> Path:
+    @contextmanager
+    def _readable(self, step: int, items: Collection[str]) -> Iterator[AnyPath]:
+        """A directory of checkpoints from which Orbax can read; on s3:// a copy of the items."""
+        if not isinstance(self._files, S3Directory):
+            yield self.directory
+            return
+        names = [
+            f"{step}/{name}"
+            for name in self.files_of(step).files()
+            if "/" not in name or name.split("/")[0] in items
+        ]
+        with scratch_directory() as copy:
+            self._files.download(copy, names)
+            yield copy
+
+    def _path(self, step: int) -> AnyPath:
         return self.directory / str(step)

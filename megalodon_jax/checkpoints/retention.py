@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Collection
 
-from megalodon_jax.checkpoints.directory import LocalDirectory
+from megalodon_jax.checkpoints.directory import Directory
 
 _FILE = "heldout.json"
 
@@ -45,7 +45,7 @@ def steps_to_remove(
 class HeldoutLosses:
     """Held-out losses by step, in a file beside the checkpoints, so that they survive a resume."""
 
-    def __init__(self, directory: LocalDirectory) -> None:
+    def __init__(self, directory: Directory) -> None:
         self._directory = directory
         self._losses: dict[int, float] = {}
         if _FILE not in directory.names():

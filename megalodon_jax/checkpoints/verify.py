@@ -1,11 +1,15 @@
 """Verification of all checkpoints of a run, without loading them."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 from megalodon_jax.checkpoints.manifest import verify_checkpoint
 from megalodon_jax.checkpoints.reading import CheckpointReader
-from megalodon_jax.errors import CheckpointError, IncompleteCheckpointError
+from megalodon_jax.errors import (
+    CheckpointError,
+    IncompleteCheckpointError,
+    StoreUnreachableError,
+)
+from megalodon_jax.storage.location import AnyPath
 
 
 class CheckpointReport(NamedTuple):
@@ -28,7 +32,7 @@ class CheckpointReport(NamedTuple):
         return "\n  ".join([*lines, *self.problems])
 
 
-def verify_run(run_dir: str | Path) -> list[CheckpointReport]:
+def verify_run(run_dir: str | AnyPath) -> list[CheckpointReport]:
     """Compares every checkpoint of a run with its manifest, in ascending order of steps.
 
     Writes nothing and takes no lock, so that a run may be verified while it trains.
@@ -50,6 +54,8 @@ def _report(reader: CheckpointReader, step: int) -> CheckpointReport:
         result = verify_checkpoint(reader.files_of(step), step)
     except IncompleteCheckpointError as error:
         return CheckpointReport(step, "incomplete", str(error))
+    except StoreUnreachableError:
+        raise
     except CheckpointError as error:
         return CheckpointReport(step, "damaged", str(error))
     return CheckpointReport(

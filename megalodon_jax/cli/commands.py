@@ -79,9 +79,9 @@ class Evaluate(WithCompilationCache):
     """
 
     checkpoint: str
-    """The run_dir of a training run."""
+    """The run_dir of a training run; a path, or a URL gs:// or s3://."""
     files: tuple[str, ...]
-    """Paths, folders or globs of text: plain, .jsonl (both also .gz, .zst), .parquet."""
+    """Paths, folders, globs or URLs of text: plain, .jsonl (both also .gz, .zst), .parquet."""
     text_field: str = "text"
     """Field that holds the text in .jsonl and .parquet files."""
     document_separator: str = ""
@@ -94,6 +94,8 @@ class Evaluate(WithCompilationCache):
     """Step of the checkpoint; the newest if not set."""
     allow_unverified: bool = False
     """Also load a checkpoint without manifest, which an older version wrote."""
+    tokenizer: str = ""
+    """Tokenizer file to use instead of the copy in the run."""
 
     def run(self) -> int:
         """Prints bits per byte and perplexity."""
@@ -101,7 +103,10 @@ class Evaluate(WithCompilationCache):
         from megalodon_jax.evaluation.streaming import evaluate_files
 
         model, tokenizer = load_trained(
-            self.checkpoint, self.step, allow_unverified=self.allow_unverified
+            self.checkpoint,
+            self.step,
+            allow_unverified=self.allow_unverified,
+            tokenizer=self.tokenizer,
         )
         result = evaluate_files(
             model,
@@ -128,7 +133,7 @@ class Generate(WithCompilationCache):
     """
 
     checkpoint: str
-    """The run_dir of a training run."""
+    """The run_dir of a training run; a path, or a URL gs:// or s3://."""
     prompt: str = ""
     """Start of the text."""
     max_tokens: int = 256
@@ -145,6 +150,8 @@ class Generate(WithCompilationCache):
     """Step of the checkpoint; the newest if not set."""
     allow_unverified: bool = False
     """Also load a checkpoint without manifest, which an older version wrote."""
+    tokenizer: str = ""
+    """Tokenizer file to use instead of the copy in the run."""
 
     def run(self) -> int:
         """Prints the prompt and its continuation."""
@@ -158,7 +165,10 @@ class Generate(WithCompilationCache):
         except ValueError as error:
             raise ConfigError(str(error)) from error
         model, tokenizer = load_trained(
-            self.checkpoint, self.step, allow_unverified=self.allow_unverified
+            self.checkpoint,
+            self.step,
+            allow_unverified=self.allow_unverified,
+            tokenizer=self.tokenizer,
         )
         print(self.prompt, end="", flush=True)
         for text in stream_text(
@@ -182,7 +192,7 @@ class Verify:
     """
 
     run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
-    """The run_dir of a training run."""
+    """The run_dir of a training run; a path, or a URL gs:// or s3://."""
 
     def run(self) -> int:
         """Prints the state of every checkpoint; the exit code is 1 unless all are good."""
@@ -202,9 +212,10 @@ class Convert:
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A released checkpoint, a .safetensors file or a run_dir."""
+    """A released checkpoint, a .safetensors file, or a run_dir (also a URL gs:// or s3://)."""
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
-    """Where to write: a .safetensors file or a new run_dir; nothing is overwritten."""
+    """Where to write: a .safetensors file or a new run_dir (also a URL); nothing is
+    overwritten."""
     config: str | None = None
     """TOML file or preset with the model's shape, if the source has no config."""
     allow_unverified: bool = False
@@ -287,7 +298,7 @@ class Tokenizer:
     action: Annotated[Literal["train"], tyro.conf.Positional]
     """The action to run."""
     files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILES")]
-    """Paths, folders or globs of text: plain, .jsonl (both also .gz, .zst), .parquet."""
+    """Paths, folders, globs or URLs of text: plain, .jsonl (both also .gz, .zst), .parquet."""
     vocab_size: int
     """Number of ids, the boundary tokens <s> and </s> included."""
     output: str = "tokenizer.json"

@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not debug:
         # Orbax reports a failed save with hundreds of lines of tracebacks before it raises.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        # Its last retry logs a traceback; the error itself is raised.
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     if arguments in ([], ["bench"]):
         # A name is missing: the help lists those that there are.
         _run(lambda: parse([*arguments, "--help"]).run(), debug=debug)

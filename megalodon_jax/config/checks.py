@@ -145,10 +145,10 @@ def _list_fault(setting: str, kind: Any, value: Any) -> str | None:
     if table is not None:
         wrong = next((entry for entry in value if not isinstance(entry, table)), None)
         return None if wrong is None else f"{setting} has the entry {shown(wrong)}; use a table"
+    # All lists of texts are paths of files.
+    path = Text(may_be_empty=False, location="any")
     for entry in value:
-        problem = (
-            Text(may_be_empty=False).problem(entry) if isinstance(entry, str) else "use a text"
-        )
+        problem = path.problem(entry) if isinstance(entry, str) else "use a text"
         if problem:
             return f"{setting} has the entry {shown(entry)}; {problem}"
     return None

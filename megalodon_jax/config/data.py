@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from megalodon_jax.config.checks import Rule, check
-from megalodon_jax.config.ranges import Content, Interval, Range, Rate, Seed, Size, Text
+from megalodon_jax.config.ranges import (
+    Content,
+    Interval,
+    Range,
+    Rate,
+    RequiredLocation,
+    Seed,
+    Size,
+    Text,
+)
 
 SourceKind = Literal["python_stdlib", "files", "tfds", "hf"]
 
@@ -18,8 +27,8 @@ class TextSource:
     """Text source: the Python standard library's code, files, a prepared TFDS data set, or a
     Hugging Face data set on disk; `auto`: the one whose settings are given, else the library."""
     files: tuple[str, ...] = ()
-    """Paths, folders or globs of files: plain text, .jsonl (also .gz, .zst), .parquet,
-    .array_record."""
+    """Paths, folders, globs or URLs (gs://, s3://, also with globs) of files: plain text, .jsonl
+    (also .gz, .zst), .parquet, .array_record (local only)."""
     text_field: Annotated[str, Text(may_be_empty=False)] = "text"
     """Field with the text in .jsonl, .parquet and JSON records, and in TFDS and Hugging Face
     examples."""
@@ -95,7 +104,7 @@ class DataConfig(TextSource):
     """Sources of a mixture, tables `[[data.sources]]` with a name, a weight and the settings of a
     source; they replace the source of this table."""
     heldout_files: tuple[str, ...] = ()
-    """Paths, folders or globs of held-out files; if empty, `heldout_fraction` applies."""
+    """Paths, folders, globs or URLs of held-out files; if empty, `heldout_fraction` applies."""
     heldout_sets: tuple[HeldoutSet, ...] = ()
     """Named held-out sets, tables `[[data.heldout_sets]]` with a name and the settings of a source;
     each has a loss of its own in the metrics."""
@@ -106,8 +115,9 @@ class DataConfig(TextSource):
     on_bad_document: Literal["stop", "skip"] = "stop"
     """A document that cannot be read: save and stop, or leave it out and count it in the
     metrics."""
-    tokenizer: Annotated[str, Text(may_be_empty=False)] = "bytes"
-    """`bytes`, or the path of a `tokenizer.json` (tokenizers) or `.model` (sentencepiece) file."""
+    tokenizer: RequiredLocation = "bytes"
+    """`bytes`, or the path or URL of a `tokenizer.json` (tokenizers) or `.model` (sentencepiece)
+    file. A run keeps a copy, which is used where this file no longer exists."""
     seq_len: Annotated[int, Range(low=2, high=2_000_000_000)] = 1024
     """Tokens per row."""
     batch_size: Size = 8

@@ -7,7 +7,9 @@ show them.
 import math
 import numbers
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from megalodon_jax.storage.location import is_store, location_problem
 
 # Whole numbers above it are limits against slips of the keyboard, not worth a line of help.
 _SANITY_LIMIT = 100_000
@@ -82,10 +84,12 @@ class Text:
       may_be_empty: whether "" is allowed.
       is_content: whether the text is content of documents: NUL is allowed, but it must be Unicode
         that UTF-8 can express.
+      location: the text is a local path, or a path or URL of a known object store; empty: neither.
     """
 
     may_be_empty: bool = True
     is_content: bool = False
+    location: Literal["", "local", "any"] = ""
 
     def problem(self, value: Any) -> str | None:
         """Text on what a value must be; None if it is allowed."""
@@ -94,7 +98,13 @@ class Text:
         if self.is_content:
             is_unicode = not any("\ud800" <= letter <= "\udfff" for letter in value)
             return None if is_unicode else "must be Unicode text without surrogates"
-        return "must not contain NUL" if "\0" in value else None
+        if "\0" in value:
+            return "must not contain NUL"
+        if self.location and (problem := location_problem(value)):
+            return problem
+        if self.location == "local" and is_store(value):
+            return "must be a local path"
+        return None
 
 
 # Limits far above what any machine holds: they catch slips of the keyboard before memory does.
@@ -116,6 +126,12 @@ Ratio = Annotated[float, Range(low=0.0, high=1.0)]
 """Fraction that may be 1."""
 Weight = Annotated[float, Range(low=0.0)]
 """Coefficient of a term, at least 0."""
+Location = Annotated[str, Text(location="any")]
+"""Local path, or URL of an object store; may be empty."""
+RequiredLocation = Annotated[str, Text(may_be_empty=False, location="any")]
+"""Local path, or URL of an object store."""
+LocalPath = Annotated[str, Text(location="local")]
+"""Local path; may be empty."""
 Content = Annotated[str, Text(is_content=True)]
 """Text that is tokenized or found in documents."""
 

@@ -13,10 +13,12 @@ from megalodon_jax.config.optimizer import OptimConfig
 from megalodon_jax.config.ranges import (
     Content,
     Interval,
+    LocalPath,
+    Location,
     Range,
+    RequiredLocation,
     Seed,
     Steps,
-    Text,
     Tokens,
     Weight,
 )
@@ -53,8 +55,9 @@ class TrainConfig:
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
     task: Literal["language"] = "language"
     """Task of the run: its examples, its loss and its metric."""
-    run_dir: Annotated[str, Text(may_be_empty=False)] = "runs/default"
-    """Directory of the run's checkpoints, logs and resolved configuration."""
+    run_dir: RequiredLocation = "runs/default"
+    """Directory of the run's checkpoints, logs and resolved configuration; a path, or a URL gs://
+    or s3://."""
     steps: Steps = 1000
     """Number of updates."""
     seed: Seed = 0
@@ -89,8 +92,9 @@ class TrainConfig:
     spike_threshold: Annotated[float, Range(low=0.0, open_low=True)] = 10.0
     """A spike is above the median by this number of deviations (1.4826 times the median absolute
     deviation, at least 1 % of the median)."""
-    init_from: str = ""
-    """Initialize the weights from this run_dir, trained or converted; empty: random weights."""
+    init_from: Location = ""
+    """Initialize the weights from this run_dir, trained or converted; a path, or a URL gs:// or
+    s3://; empty: random weights."""
     resume: bool = False
     """Resume from the newest checkpoint in `run_dir`."""
     resume_step: Annotated[int | None, Range(low=0, high=2_000_000_000)] = None
@@ -106,7 +110,7 @@ class TrainConfig:
     profile_steps: str = ""
     """Updates to trace with the profiler into `run_dir`/profile: "10:13" traces the updates 10, 11
     and 12; empty: none."""
-    compilation_cache: str = USER_CACHE
+    compilation_cache: LocalPath = USER_CACHE
     """Directory of compiled programs, which a restart reads; `user`: $XDG_CACHE_HOME/megalodon, by
     default in ~/.cache; empty: none."""
     watchdog_seconds: Weight = 300.0
@@ -120,6 +124,14 @@ class TrainConfig:
 def _is_step_range(text: str) -> bool:
     match = re.fullmatch(r"(\d{1,10}):(\d{1,10})", text)
     return match is not None and 1 <= int(match[1]) < int(match[2])
+
+
+def locations(config: TrainConfig) -> tuple[str, ...]:
+    """The paths and URLs that a run reads or writes; empty ones are left out."""
+    data = config.data
+    named = (config.run_dir, config.init_from, data.tokenizer, *data.files, *data.heldout_files)
+    tables = (path for table in (*data.sources, *data.heldout_sets) for path in table.files)
+    return tuple(path for path in (*named, *tables) if path)
 
 
 def step_range(text: str) -> tuple[int, int] | None:

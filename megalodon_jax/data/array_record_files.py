@@ -2,17 +2,18 @@
 
 import json
 import threading
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 from megalodon_jax.data.contents import Content, MemoryContent
 from megalodon_jax.data.text_files import TextFile, text_of_field
 from megalodon_jax.errors import DataError
+from megalodon_jax.storage.location import AnyPath, is_store
 
 ARRAY_RECORD_SUFFIXES = (".array_record", ".arrayrecord")
 
 
-def is_array_record(path: Path) -> bool:
+def is_array_record(path: PurePath) -> bool:
     """Whether the name is that of an ArrayRecord file or of one of several shards."""
     return path.suffix.partition("-")[0] in ARRAY_RECORD_SUFFIXES
 
@@ -23,7 +24,12 @@ class ArrayRecordFile(TextFile):
     A record that is a JSON object has its text in a field; any other record is the text itself.
     """
 
-    def __init__(self, path: Path, name: str, field: str):
+    def __init__(self, path: AnyPath, name: str, field: str):
+        if is_store(path):
+            raise DataError(
+                f"cannot read {path}: the ArrayRecord library reads files of disks only; copy the "
+                "file to a disk, or write .parquet"
+            )
         super().__init__(path, name)
         self._field = field
         self._lock = threading.Lock()

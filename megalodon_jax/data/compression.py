@@ -5,26 +5,28 @@ import io
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import PurePath
 from typing import IO, Any
 
 from megalodon_jax.errors import DataError
+from megalodon_jax.storage.files import open_binary
+from megalodon_jax.storage.location import AnyPath
 
 # Bytes that are decompressed at a time where the result is discarded.
 SKIP_BYTES = 1 << 20
 
 
-def is_compressed(path: Path) -> bool:
+def is_compressed(path: PurePath) -> bool:
     """Whether the suffix is that of a compressed file."""
     return path.suffix in _OPENERS
 
 
-def inner_suffix(path: Path) -> str:
+def inner_suffix(path: PurePath) -> str:
     """The suffix that says what a file holds: `.jsonl` for `a.jsonl` and `a.jsonl.gz`."""
-    return Path(path.stem).suffix if is_compressed(path) else path.suffix
+    return PurePath(path.stem).suffix if is_compressed(path) else path.suffix
 
 
-def open_decompressed(path: Path) -> IO[bytes]:
+def open_decompressed(path: AnyPath) -> IO[bytes]:
     """Opens a compressed file as a stream of its decompressed bytes.
 
     Raises:
@@ -35,7 +37,7 @@ def open_decompressed(path: Path) -> IO[bytes]:
 
 
 @contextmanager
-def decompression_errors(path: Path) -> Iterator[None]:
+def decompression_errors(path: AnyPath) -> Iterator[None]:
     """Turns the errors of reading a compressed file into a `DataError` with its name."""
     try:
         yield
@@ -52,13 +54,22 @@ def decompression_errors(path: Path) -> Iterator[None]:
         raise DataError(f"cannot decompress {path}: {error}") from error
 
 
-def _open_zstandard(path: Path) -> IO[bytes]:
+def _open_gzip(path: AnyPath) -> IO[bytes]:
+    file = open_binary(path)
+    stream = gzip.GzipFile(fileobj=file, mode="rb")
+    # Closed with the stream.
+    stream.myfileobj = file  # type: ignore[assignment]
+    return stream  # type: ignore[return-value]
+
+
+def _open_zstandard(path: AnyPath) -> IO[bytes]:
     try:
         from compression import zstd  # pyright: ignore
-
-        return zstd.open(path, "rb")
     except ImportError:
         pass
+    else:
+        # The stream closes a file that it opened itself only.
+        return io.BufferedReader(_ClosingStream(zstd.open, open_binary(path)), SKIP_BYTES)
     try:
         import zstandard
     except ImportError as error:
@@ -74,9 +85,9 @@ class _ZstandardStream(io.RawIOBase):
     # A block of 4 bytes can stand for 128 KB: at most 128 MB at a time.
     _INPUT_BYTES = 1 << 12
 
-    def __init__(self, path: Path, library: Any):
+    def __init__(self, path: AnyPath, library: Any):
         super().__init__()
-        self._file = path.open("rb")
+        self._file = open_binary(path)
         self._library = library
         self._frame: Any = None
         self._output = memoryview(b"")
@@ -105,8 +116,28 @@ class _ZstandardStream(io.RawIOBase):
         super().close()
 
 
-_OPENERS: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open,
+class _ClosingStream(io.RawIOBase):
+    """A decompressed stream that closes the compressed file too."""
+
+    def __init__(self, open_stream: Callable[[IO[bytes]], Any], file: IO[bytes]):
+        super().__init__()
+        self._file = file
+        self._stream = open_stream(file)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._stream.readinto(buffer)
+
+    def close(self) -> None:
+        self._stream.close()
+        self._file.close()
+        super().close()
+
+
+_OPENERS: dict[str, Callable[[AnyPath], Any]] = {
+    ".gz": _open_gzip,
     ".zst": _open_zstandard,
 }
 COMPRESSED_SUFFIXES = tuple(_OPENERS)

@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from pathlib import Path
 from typing import IO
 
 from megalodon_jax.data.compression import SKIP_BYTES, decompression_errors, open_decompressed
 from megalodon_jax.errors import DataError
+from megalodon_jax.storage.files import read_range
+from megalodon_jax.storage.location import AnyPath
 
 
 class Content(ABC):
@@ -41,7 +42,7 @@ class MemoryContent(Content):
 class FileContent(Content):
     """A range of bytes of a file."""
 
-    def __init__(self, path: Path, start: int, stop: int):
+    def __init__(self, path: AnyPath, start: int, stop: int):
         self._path = path
         self._start = start
         self._stop = stop
@@ -53,7 +54,9 @@ class FileContent(Content):
         size = min(size, self.num_bytes() - start)
         if size <= 0:
             return b""
-        content = _read_range(self._path, self._start + start, size)
+        content = with_data_error(
+            self._path, lambda: read_range(self._path, self._start + start, size)
+        )
         if len(content) < size:
             raise DataError(f"{self._path} has become shorter while it was read")
         return content
@@ -62,7 +65,7 @@ class FileContent(Content):
 class CompressedContent(Content):
     """The decompressed bytes of a whole file; reading backward decompresses it anew."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: AnyPath):
         self._path = path
         self._stream: IO[bytes] | None = None
         self._position = 0
@@ -126,23 +129,9 @@ def read_all(content: Content) -> bytes:
     return b"".join(parts)
 
 
-def with_data_error[T](path: Path, read: Callable[[], T]) -> T:
+def with_data_error[T](path: AnyPath, read: Callable[[], T]) -> T:
     """The result of `read`; its `OSError` becomes a `DataError` that names the file."""
     try:
         return read()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _read_range(path: Path, start: int, size: int) -> bytes:
-    def read() -> bytes:
-        with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            parts = []
-            remaining = size
-            while remaining > 0 and (part := file.read(remaining)):
-                parts.append(part)
-                remaining -= len(part)
-            return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    return with_data_error(path, read)

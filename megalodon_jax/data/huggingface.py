@@ -10,6 +10,8 @@ from megalodon_jax.data.sources import Source, digest_of
 from megalodon_jax.data.splits import Split, is_held_out
 from megalodon_jax.data.text_files import text_of_field
 from megalodon_jax.errors import DataError
+from megalodon_jax.storage.files import size_of
+from megalodon_jax.storage.location import AnyPath, is_store
 
 
 def open_saved(entry: TextSource) -> Source:
@@ -19,6 +21,10 @@ def open_saved(entry: TextSource) -> Source:
       DataError: there is no such folder or split, or `datasets` is not installed.
     """
     datasets = _import_datasets(entry)
+    if is_store(entry.hf_path):
+        raise DataError(
+            f"data.hf_path is {entry.hf_path!r}; data sets of save_to_disk are read from disks only"
+        )
     path = str(Path(entry.hf_path).expanduser())
     try:
         loaded = datasets.load_from_disk(path)
@@ -63,9 +69,10 @@ class StreamedSource:
     There is no access by index and no shuffling but that of packed rows.
     """
 
-    def __init__(self, entry: TextSource, files: Sequence[Path]):
+    def __init__(self, entry: TextSource, files: Sequence[AnyPath]):
         self._entry = entry
         self._files = [str(path) for path in files]
+        self._sizes = [(path.name, size_of(path)) for path in files]
         self._fraction = 0.0
         self._split: Split = "train"
 
@@ -86,8 +93,7 @@ class StreamedSource:
 
     def fingerprint(self) -> str:
         """A hash of the files' names and sizes."""
-        sizes = [(Path(name).name, Path(name).stat().st_size) for name in self._files]
-        return digest_of(self._entry.hf_path, self._entry.hf_split, sizes, self._fraction)
+        return digest_of(self._entry.hf_path, self._entry.hf_split, self._sizes, self._fraction)
 
     def open_stream(self) -> Any:
         """The library's `IterableDataset`, at its start.

@@ -1,7 +1,6 @@
 """The sources that a configuration names: those of training, and the held-out sets."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from megalodon_jax.config import DataConfig, TextSource
 from megalodon_jax.data.find_files import find_files, open_files
@@ -9,6 +8,7 @@ from megalodon_jax.data.huggingface import StreamedSource, open_saved
 from megalodon_jax.data.sources import FileSource, Source, StdlibSource, TfdsSource
 from megalodon_jax.data.splits import Split, select_split
 from megalodon_jax.errors import DataError
+from megalodon_jax.storage.location import AnyPath
 
 
 def heldout_names(config: DataConfig) -> tuple[str, ...]:
@@ -96,7 +96,7 @@ def _open_split(config: DataConfig, entry: TextSource, split: Split) -> Source |
     return select_split(whole, config.heldout_fraction, split)
 
 
-def _without_heldout_files(config: DataConfig, entry: TextSource) -> list[Path]:
+def _without_heldout_files(config: DataConfig, entry: TextSource) -> list[AnyPath]:
     heldout = {
         path
         for separate in _separate_sets(config)
@@ -113,7 +113,7 @@ def _without_heldout_files(config: DataConfig, entry: TextSource) -> list[Path]:
     return training
 
 
-def _open_whole(entry: TextSource, files: Sequence[Path]) -> Source | StreamedSource:
+def _open_whole(entry: TextSource, files: Sequence[AnyPath]) -> Source | StreamedSource:
     match entry.kind:
         case "python_stdlib":
             return StdlibSource()

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,8 @@ import numpy as np
 from megalodon_jax.data.contents import Content, MemoryContent
 from megalodon_jax.data.text_files import Blocks, TextFile, missing_field
 from megalodon_jax.errors import DataError, one_line
+from megalodon_jax.storage.files import errors_of, file_system_of
+from megalodon_jax.storage.location import AnyPath
 
 # Text bytes of a block. A smaller row group is one block.
 BLOCK_BYTES = 1 << 24
@@ -22,7 +23,7 @@ class ParquetFile(TextFile):
     decoded in order, so reading backward in a long row group decodes it from its start.
     """
 
-    def __init__(self, path: Path, name: str, field: str):
+    def __init__(self, path: AnyPath, name: str, field: str):
         import pyarrow.parquet
 
         super().__init__(path, name)
@@ -30,7 +31,11 @@ class ParquetFile(TextFile):
         self._lock = threading.Lock()
         self._reader: _BlockReader | None = None
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
+            source, file_system = file_system_of(path)
+            with (
+                errors_of(path),
+                pyarrow.parquet.ParquetFile(source, filesystem=file_system) as file,
+            ):
                 schema = file.schema_arrow
                 if field not in schema.names:
                     raise DataError(f"{path}: {missing_field(field, schema.names)}")
@@ -63,7 +68,8 @@ class ParquetFile(TextFile):
         start = int(stops[block - 1]) if block else 0
         with self._lock:
             try:
-                text = self._read_block(block)[index - start].as_py()
+                with errors_of(self.path):
+                    text = self._read_block(block)[index - start].as_py()
             except (OSError, pyarrow.ArrowException) as error:
                 raise DataError(f"cannot read as parquet: {one_line(error)}") from error
             except UnicodeDecodeError as error:
@@ -90,7 +96,7 @@ class ParquetFile(TextFile):
 class _BlockReader:
     """The blocks of one row group, forward."""
 
-    def __init__(self, path: Path, field: str, row_group: int, num_rows: int):
+    def __init__(self, path: AnyPath, field: str, row_group: int, num_rows: int):
         self.row_group = row_group
         self._number = -1
         self._column: Any = None
@@ -108,10 +114,13 @@ class _BlockReader:
         return self._column
 
 
-def _iterate(path: Path, field: str, row_group: int, num_rows: int) -> Iterator[Any]:
+def _iterate(path: AnyPath, field: str, row_group: int, num_rows: int) -> Iterator[Any]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+    source, file_system = file_system_of(path)
+    with pyarrow.parquet.ParquetFile(
+        source, filesystem=file_system, buffer_size=1 << 20, pre_buffer=False
+    ) as file:
         batches = file.iter_batches(
             batch_size=num_rows, row_groups=[row_group], columns=[field], use_threads=False
         )

@@ -12,7 +12,6 @@ import threading
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -29,6 +28,8 @@ from megalodon_jax.data.contents import (
 )
 from megalodon_jax.data.pieces import decode_utf8
 from megalodon_jax.errors import DataError
+from megalodon_jax.storage.files import open_binary, size_of
+from megalodon_jax.storage.location import AnyPath
 
 # One lock for all files: only the first access to a file's content is contended.
 _LOAD_LOCK = threading.Lock()
@@ -55,10 +56,10 @@ class TextFile(ABC):
       name: the file's name in document names, the same on every machine.
     """
 
-    def __init__(self, path: Path, name: str):
+    def __init__(self, path: AnyPath, name: str):
         self.path = path
         self.name = name
-        self.num_bytes = with_data_error(path, lambda: path.stat().st_size)
+        self.num_bytes = with_data_error(path, lambda: size_of(path))
 
     @abstractmethod
     def __len__(self) -> int:
@@ -109,14 +110,14 @@ class WholeFile(TextFile):
 class SpanFile(TextFile):
     """A file whose documents are ranges of bytes between separators; blank ones are skipped."""
 
-    def __init__(self, path: Path, name: str, separator: bytes):
+    def __init__(self, path: AnyPath, name: str, separator: bytes):
         super().__init__(path, name)
         self._decompressed: bytes | None = None
         if is_compressed(path):
             content = self._decompress()
             self._spans = _find_spans(lambda start: content[start : start + _SCAN_BYTES], separator)
         else:
-            with with_data_error(path, lambda: path.open("rb", buffering=0)) as file:
+            with with_data_error(path, lambda: open_binary(path, buffering=0)) as file:
                 self._spans = _find_spans(functools.partial(_read_from, path, file), separator)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -143,7 +144,7 @@ class SpanFile(TextFile):
 class JsonLinesFile(SpanFile):
     """A file with one JSON object per line; blank lines are skipped."""
 
-    def __init__(self, path: Path, name: str, field: str):
+    def __init__(self, path: AnyPath, name: str, field: str):
         super().__init__(path, name, b"\n")
         self._field = field
 
@@ -199,7 +200,7 @@ def missing_field(field: str, fields: Sequence[str]) -> str:
     return f"no field {field!r}; there are: {', '.join(fields)} (set data.text_field)"
 
 
-def _read_from(path: Path, file: IO[bytes], start: int) -> bytes:
+def _read_from(path: AnyPath, file: IO[bytes], start: int) -> bytes:
     return with_data_error(path, lambda: file.read(_SCAN_BYTES))
 
 

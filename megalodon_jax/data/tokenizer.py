@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,10 +17,15 @@ from jaxtyping import Int, Int32, Int64
 from megalodon_jax.data.pieces import TextCut, find_checked_cut
 from megalodon_jax.errors import DataError
 from megalodon_jax.file_limits import MAX_TOKENIZER_BYTES, FileLimitError, read_bytes
+from megalodon_jax.storage.files import exists
+from megalodon_jax.storage.location import AnyPath, as_path
 
 BYTE_VALUES = 256
 # The largest `model.vocab_size`.
 MAX_VOCAB_SIZE = 100_000_000
+# Names under which a run keeps a tokenizer's file.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_CONFIG_FILE = "tokenizer_config.json"
 # The character that sentencepiece and related tokenizers write for a space.
 WORD_START = "\u2581"
 
@@ -83,6 +87,10 @@ class Tokenizer(Protocol):
         """A text that changes if the meaning of the ids changes."""
         ...
 
+    def files(self) -> dict[str, bytes]:
+        """The contents of the files that define it, by name; none for `bytes`."""
+        ...
+
 
 class ByteTokenizer:
     """UTF-8 bytes as ids 0 to 255, and 256 as both boundary tokens."""
@@ -109,6 +117,9 @@ class ByteTokenizer:
     def fingerprint(self) -> str:
         return "bytes"
 
+    def files(self) -> dict[str, bytes]:
+        return {}
+
 
 class JsonTokenizer:
     """A `tokenizer.json` file of the `tokenizers` library.
@@ -122,11 +133,13 @@ class JsonTokenizer:
     _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "[CLS]")
     _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]", "[SEP]")
 
-    def __init__(self, path: Path):
+    def __init__(self, path: AnyPath):
         self._path = path
         self._json = _read_bytes(path)
         self._load()
-        names = _configured_boundary_tokens(path.with_name("tokenizer_config.json"))
+        config_path = path.with_name(_CONFIG_FILE)
+        self._config = _read_bytes(config_path) if exists(config_path) else None
+        names = _boundary_tokens(self._config, config_path)
         bos = self._find_boundary_token(names.get("bos_token"), self._BOS_NAMES)
         eos = self._find_boundary_token(names.get("eos_token"), self._EOS_NAMES)
         self.bos_id, self.eos_id = _complete_boundary_tokens(bos, eos, path)
@@ -200,11 +213,15 @@ class JsonTokenizer:
     def fingerprint(self) -> str:
         return _file_fingerprint("tokenizers", self._json, self.bos_id, self.eos_id)
 
+    def files(self) -> dict[str, bytes]:
+        config = {} if self._config is None else {_CONFIG_FILE: self._config}
+        return {TOKENIZER_FILES[0]: self._json, **config}
+
 
 class SentencePieceTokenizer:
     """A `.model` file of the `sentencepiece` library, with the boundary tokens that it defines."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: AnyPath):
         from sentencepiece import SentencePieceProcessor
 
         self._proto = _read_bytes(path)
@@ -260,19 +277,24 @@ class SentencePieceTokenizer:
     def fingerprint(self) -> str:
         return _file_fingerprint("sentencepiece", self._proto, self.bos_id, self.eos_id)
 
+    def files(self) -> dict[str, bytes]:
+        return {TOKENIZER_FILES[1]: self._proto}
+
 
 def load_tokenizer(spec: str) -> Tokenizer:
     """The tokenizer that `DataConfig.tokenizer` names.
 
     Args:
-      spec: `"bytes"`, or the path of a `.json` (`tokenizers`) or `.model` (`sentencepiece`) file.
+      spec: `"bytes"`, or the path or URL of a `.json` (`tokenizers`) or `.model` (`sentencepiece`)
+        file.
 
     Raises:
+      ConfigError: the URL's scheme is unknown, or its package is not installed.
       DataError: the file is missing, of another kind, or defines no boundary token.
     """
     if spec == "bytes":
         return ByteTokenizer()
-    path = Path(spec).expanduser()
+    path = as_path(spec).expanduser()
     kinds = {".json": JsonTokenizer, ".model": SentencePieceTokenizer}
     if path.suffix not in kinds:
         raise DataError(
@@ -302,13 +324,13 @@ def _word_separators(pieces: Iterable[str]) -> frozenset[str]:
     return frozenset((WORD_START, " ", "\n")) - inside
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: AnyPath) -> bytes:
     try:
         content = read_bytes(path, max_bytes=MAX_TOKENIZER_BYTES)
     except FileLimitError as error:
         raise DataError(f"cannot read tokenizer {path}: {error}") from error
     except OSError as error:
-        raise DataError(f"cannot read tokenizer {path}: {error.strerror}") from error
+        raise DataError(f"cannot read tokenizer {path}: {error.strerror or error}") from error
     if not content:
         raise DataError(f"tokenizer {path} is empty")
     return content
@@ -329,7 +351,7 @@ def _naming_library_errors(what: str) -> Iterator[None]:
         raise DataError(f"{what}: {' '.join(str(error).split()):.400}") from error
 
 
-def _check_charsmaps(content: bytes, path: Path) -> None:
+def _check_charsmaps(content: bytes, path: AnyPath) -> None:
     """Checks the sizes in normalization tables: the library allocates what a table declares."""
     if b"precompiled_charsmap" not in content:
         return
@@ -356,7 +378,7 @@ def _values_of_key(tree: Any, key: str) -> list[Any]:
     return ([tree[key]] if key in tree else []) + below
 
 
-def _check_vocab_size(vocab_size: int, path: Path) -> None:
+def _check_vocab_size(vocab_size: int, path: AnyPath) -> None:
     if not 0 < vocab_size <= MAX_VOCAB_SIZE:
         raise DataError(
             f"tokenizer {path} has token ids up to {vocab_size - 1:,}; at most "
@@ -364,14 +386,14 @@ def _check_vocab_size(vocab_size: int, path: Path) -> None:
         )
 
 
-def _configured_boundary_tokens(path: Path) -> dict[str, str]:
-    if not path.is_file():
+def _boundary_tokens(content: bytes | None, path: AnyPath) -> dict[str, str]:
+    """The boundary tokens in a `tokenizer_config.json`; none without the file."""
+    if content is None:
         return {}
     try:
-        content = read_bytes(path, max_bytes=MAX_TOKENIZER_BYTES)
         table = json.loads(content.decode("utf-8"))
         tokens = {key: table.get(key) for key in ("bos_token", "eos_token")}
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"cannot read the boundary tokens in {path}: {error}") from error
     # An added token is stored as an object, an ordinary one as its text.
     texts = {
@@ -384,7 +406,7 @@ def _configured_boundary_tokens(path: Path) -> dict[str, str]:
     return {key: text for key, text in texts.items() if text is not None}
 
 
-def _complete_boundary_tokens(bos: int | None, eos: int | None, path: Path) -> tuple[int, int]:
+def _complete_boundary_tokens(bos: int | None, eos: int | None, path: AnyPath) -> tuple[int, int]:
     defined = [token for token in (bos, eos) if token is not None]
     if not defined:
         raise DataError(

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from megalodon_jax.checkpoints import load_model, save_model
+from megalodon_jax.checkpoints.directory import open_directory
 from megalodon_jax.config import (
     AnyModelConfig,
     ModelConfig,
@@ -30,13 +31,15 @@ from megalodon_jax.interop.released import (
 from megalodon_jax.interop.torch_file import read_torch_file
 from megalodon_jax.model import Megalodon
 from megalodon_jax.presets import preset_names
+from megalodon_jax.storage.files import exists
+from megalodon_jax.storage.location import AnyPath, as_path, is_store
 
 CONFIG_KEY = "megalodon_config"
 
 
 def convert(
-    source: str | Path,
-    target: str | Path,
+    source: str | AnyPath,
+    target: str | AnyPath,
     config: str | None = None,
     *,
     allow_unverified: bool = False,
@@ -46,9 +49,9 @@ def convert(
     Args:
       source: a released checkpoint directory (config.json and consolidated*.pth, model-parallel
         shards included), one released .pth file, a .safetensors file with released names, or a
-        run_dir of this project.
+        run_dir of this project, also a URL of an object store.
       target: a new .safetensors file (released names, configuration in the metadata), or a new
-        run_dir for `generate`, `evaluate` and `train`.
+        run_dir for `generate`, `evaluate` and `train`, also a URL.
       config: a TOML file or the name of a preset, for a source without a configuration.
       allow_unverified: also read a run's checkpoint without manifest, with a warning.
 
@@ -59,14 +62,16 @@ def convert(
       ConvertError: the source is of another kind or has no configuration, or the target exists.
       StateDictError: the weights do not match the configuration; the entries are named.
     """
-    source, target = Path(source), Path(target)
-    if target.exists():
+    source, target = as_path(source), as_path(target)
+    if exists(target):
         raise ConvertError(f"{target} exists and is not overwritten; give another target")
     run = TrainConfig() if config is None else _read_config(config)
     model, run = _read(
         source, run, has_config=config is not None, allow_unverified=allow_unverified
     )
     if target.suffix == ".safetensors":
+        _require_local(target)
+        target = Path(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         metadata = {CONFIG_KEY: json.dumps(dataclasses.asdict(run)), "format": "np"}
         save_file(to_state_dict(model), str(target), metadata=metadata)
@@ -147,20 +152,30 @@ def _megalodon(config: AnyModelConfig) -> ModelConfig:
     return config
 
 
+def _require_local(path: AnyPath) -> None:
+    if is_store(path):
+        raise ConvertError(
+            f"{path} is in an object store, where only run directories are read and written; use a "
+            "local path"
+        )
+
+
 def _read(
-    source: Path, run: TrainConfig, *, has_config: bool, allow_unverified: bool
+    source: AnyPath, run: TrainConfig, *, has_config: bool, allow_unverified: bool
 ) -> tuple[Megalodon, TrainConfig]:
+    if open_directory(source).child("checkpoints").exists():
+        model, saved = load_model(source, allow_unverified=allow_unverified)
+        _megalodon(saved.model)
+        assert isinstance(model, Megalodon)
+        return model, saved
+    _require_local(source)
+    source = Path(source)
     if source.suffix == ".safetensors":
         return read_safetensors(source, _megalodon(run.model) if has_config else None)
     if source.suffix in (".pth", ".pt"):
         if not has_config:
             raise ConvertError(f"{source} has no model configuration; give --config")
         return from_state_dict(_megalodon(run.model), read_torch_file(source)), run
-    if (source / "checkpoints").is_dir():
-        model, saved = load_model(source, allow_unverified=allow_unverified)
-        _megalodon(saved.model)
-        assert isinstance(model, Megalodon)
-        return model, saved
     if source.is_dir():
         shape, state_dict = read_released_checkpoint(source)
         return from_state_dict(shape, state_dict), dataclasses.replace(run, model=shape)

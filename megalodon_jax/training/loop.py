@@ -15,31 +15,31 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
-from megalodon_jax.checkpoints import RunCheckpoints, load_params, restore_for_resume
+from megalodon_jax.checkpoints import RunCheckpoints, load_run_tokenizer
 from megalodon_jax.compilation_cache import persistent_compilation_cache
 from megalodon_jax.config import TrainConfig
-from megalodon_jax.config.run import step_range
+from megalodon_jax.config.run import locations, step_range
 from megalodon_jax.data.loader import Loader, merge_states, total_counts
 from megalodon_jax.data.packing import CountedBatch
-from megalodon_jax.data.tokenizer import load_tokenizer
-from megalodon_jax.errors import CheckpointError, ConfigError, DataError
+from megalodon_jax.errors import CheckpointError, DataError
 from megalodon_jax.evaluation.summary import Evaluation, evaluate_sets
 from megalodon_jax.flops import model_flops_per_token, model_flops_utilization
 from megalodon_jax.generate import Sampling, stream_text
 from megalodon_jax.loss import LossOutput
-from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel import distributed
 from megalodon_jax.parallel.mesh import resolve_mesh
+from megalodon_jax.storage.location import require_installed
 from megalodon_jax.tasks import find_task
-from megalodon_jax.train_state import TrainState, fresh_guard, init_state
+from megalodon_jax.train_state import TrainState
 from megalodon_jax.training.clock import ThroughputClock
 from megalodon_jax.training.metrics import ProgressDisplay
 from megalodon_jax.training.report import ReportWindow, mean_metrics
 from megalodon_jax.training.run_context import RunContext, changed_settings, open_log
+from megalodon_jax.training.run_files import open_run_files
 from megalodon_jax.training.run_time import RunTime
 from megalodon_jax.training.signals import stop_on_signals
+from megalodon_jax.training.start import describe_saved, initial_state
 from megalodon_jax.training.step import StepMetrics, make_eval_step, make_train_step
 from megalodon_jax.training.step_trace import StepTrace
 from megalodon_jax.training.watchdog import Watchdog
@@ -78,8 +78,8 @@ def train(config: TrainConfig) -> TrainResult:
     of them after the same step; `run_dir` must be shared.
 
     Raises:
-      ConfigError: settings are inconsistent, or `run_dir` already has checkpoints and `resume` is
-        not set.
+      ConfigError: settings are inconsistent, `run_dir` already has checkpoints and `resume` is not
+        set, or the package for a URL's scheme is not installed.
       DataError: the data is empty or cannot be read.
       CheckpointError: a checkpoint cannot be written, or none can be read to resume from.
       RunLockedError: another process owns `run_dir`, or has taken it over.
@@ -87,13 +87,14 @@ def train(config: TrainConfig) -> TrainResult:
         were skipped, or a spike stops the run.
     """
     started = time.monotonic()
+    require_installed(locations(config))
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         distributed.initialize(config.processes)
         stack.enter_context(persistent_compilation_cache(config.compilation_cache))
         mesh = resolve_mesh(config)
         rows = distributed.rows_of_process(mesh, config.data.batch_size)
-        tokenizer = load_tokenizer(config.data.tokenizer)
+        tokenizer = load_run_tokenizer(config)
         task = find_task(config.task)
         loader, heldout_loaders = task.open_loaders(
             config,
@@ -102,18 +103,26 @@ def train(config: TrainConfig) -> TrainResult:
             num_shards=distributed.num_shards_of(mesh, config.data.batch_size),
         )
         stack.callback(loader.close)
-        watchdog = stack.enter_context(Watchdog(config.watchdog_seconds, config.run_dir))
+        files = stack.enter_context(open_run_files(config.run_dir))
+        watchdog = stack.enter_context(
+            Watchdog(config.watchdog_seconds, files.local, publish=files.copy)
+        )
         checkpoints = stack.enter_context(
             RunCheckpoints(
                 config.run_dir,
                 keep=config.keep_checkpoints,
                 keep_every=config.keep_every,
                 allow_unverified=config.allow_unverified,
+                before_manifest=files.copy,
             )
         )
-        stop.describe_saved = lambda: _describe_saved(checkpoints, config)
-        run_time = RunTime(config.run_dir if distributed.is_main() else None, started=started)
-        graphdef, state, saved = _initial_state(config, mesh, loader, checkpoints)
+        stop.describe_saved = lambda: describe_saved(checkpoints, config)
+        stack.enter_context(
+            files.copies(checkpoints.check_owner, continue_earlier=distributed.is_main())
+        )
+        run_time = RunTime(files.local if distributed.is_main() else None, started=started)
+        graphdef, state, saved = initial_state(config, mesh, loader, checkpoints)
+        checkpoints.keep_tokenizer(tokenizer)
         first_step = int(state.step)
         run_time.resume_at(first_step)
         context = RunContext(
@@ -126,7 +135,7 @@ def train(config: TrainConfig) -> TrainResult:
             heldout_loaders=heldout_loaders,
             graphdef=graphdef,
             checkpoints=checkpoints,
-            log=stack.enter_context(open_log(config, first_step=first_step)),
+            log=stack.enter_context(open_log(config, files.local, first_step=first_step)),
             display=stack.enter_context(
                 ProgressDisplay(
                     first_step=first_step, steps=config.steps, silent=not distributed.is_main()
@@ -134,7 +143,7 @@ def train(config: TrainConfig) -> TrainResult:
             ),
             run_time=run_time,
             watchdog=watchdog,
-            trace=stack.enter_context(StepTrace(step_range(config.profile_steps), config.run_dir)),
+            trace=stack.enter_context(StepTrace(step_range(config.profile_steps), files.local)),
             stop=stop,
         )
         run = _Run(context, state)
@@ -142,32 +151,6 @@ def train(config: TrainConfig) -> TrainResult:
             run.report_changes(saved)
         run.advance()
         return run.finish()
-
-
-def _describe_saved(checkpoints: RunCheckpoints, config: TrainConfig) -> str:
-    if not (steps := checkpoints.complete_steps()):
-        return "nothing saved"
-    return f"checkpoint of step {steps[-1]} saved in {config.run_dir}, resume with --resume"
-
-
-def _initial_state(
-    config: TrainConfig, mesh: Mesh, loader: Loader, checkpoints: RunCheckpoints
-) -> tuple[nnx.GraphDef, TrainState, TrainConfig | None]:
-    """The model's structure, the state, and of a resumed run its saved configuration."""
-    if not config.resume:
-        if steps := checkpoints.steps():
-            raise ConfigError(
-                f"{config.run_dir} already has checkpoints (newest: step {steps[-1]}), which are "
-                "not overwritten; resume with --resume, or choose another --run_dir"
-            )
-        graphdef, state = init_state(config, mesh)
-        if config.init_from:
-            params = load_params(config.init_from, config, mesh)
-            guard = fresh_guard(config, params, state.opt_state, mesh)
-            state = state._replace(params=params, guard=guard)
-        return graphdef, state, None
-    restored = restore_for_resume(checkpoints, config, mesh, load_data=loader.load_state_dict)
-    return abstract_model(config.model)[0], restored.state, restored.config
 
 
 class _StoppedError(Exception):

@@ -63,15 +63,18 @@ class RunContext:
 
 
 @contextmanager
-def open_log(config: TrainConfig, *, first_step: int) -> Iterator[RunLog | None]:
-    """The run's log, with its resolved configuration beside it; None except in process 0."""
+def open_log(config: TrainConfig, directory: Path, *, first_step: int) -> Iterator[RunLog | None]:
+    """The run's log in a local directory, with its resolved configuration beside it.
+
+    None except in process 0.
+    """
     if not distributed.is_main():
         yield None
         return
     resolved = dataclasses.asdict(config)
-    Path(config.run_dir, "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
     log = RunLog(
-        Path(config.run_dir),
+        directory,
         config=resolved,
         first_step=first_step,
         wandb_project=config.wandb_project,

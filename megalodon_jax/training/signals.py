@@ -16,6 +16,7 @@ from types import FrameType
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 # Launchers signal a process and its group: a copy of the first signal arrives just after it.
 _COPY_SECONDS = 0.3
+_ANSWER_SECONDS = 2.0
 _END = 0
 
 
@@ -83,10 +84,19 @@ def _read_signals(reader: int, request: StopRequest) -> None:
 
 
 def _exit_at_once(number: signal.Signals, request: StopRequest) -> None:
-    try:
-        saved = request.describe_saved()
-    except OSError as error:
-        saved = f"cannot read the run directory ({error})"
+    answers: list[str] = []
+
+    def ask() -> None:
+        try:
+            answers.append(request.describe_saved())
+        except OSError as error:
+            answers.append(f"cannot read the run directory ({error})")
+
+    # A storage that is away may not answer for minutes.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_ANSWER_SECONDS)
+    saved = answers[0] if answers else "the run directory gives no answer"
     # `os.write`: the main thread may hold the lock of `sys.stderr`.
     os.write(2, f"\nmegalodon: second {number.name}: stopped at once; {saved}\n".encode())
     if sys.stdout.isatty():

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ WATCHDOG_EXIT_CODE = 75
 STEPS_LIMIT = 20.0
 _MEDIAN_OF = 64
 _POLL_SECONDS = 5.0
+_PUBLISH_SECONDS = 10.0
 
 
 class Watchdog:
@@ -31,10 +32,14 @@ class Watchdog:
 
     Args:
       seconds: smallest limit; 0: no watchdog.
-      run_dir: directory of `stacks_<process>.txt`.
+      run_dir: local directory of `stacks_<process>.txt`.
+      publish: copies that directory to where it can be read later; None: it stays.
     """
 
-    def __init__(self, seconds: float, run_dir: str | Path) -> None:
+    def __init__(
+        self, seconds: float, run_dir: str | Path, *, publish: Callable[[], None] | None = None
+    ) -> None:
+        self._publish = publish
         self._least_seconds = seconds
         self._path = Path(run_dir) / f"stacks_{jax.process_index()}.txt"
         self._steps: deque[float] = deque(maxlen=_MEDIAN_OF)
@@ -113,4 +118,9 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
             print(f"megalodon: cannot write {self._path}: {error}", file=sys.__stderr__)
+        if self._publish is not None:
+            # What hangs may be the storage itself.
+            publishing = threading.Thread(target=self._publish, daemon=True)
+            publishing.start()
+            publishing.join(_PUBLISH_SECONDS)
         os._exit(WATCHDOG_EXIT_CODE)

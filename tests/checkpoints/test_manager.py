@@ -158,10 +158,10 @@ def test_a_takeover_during_a_save_prevents_its_commit(config, state, monkeypatch
     number = int(lock.names()[-1])
     checked = RunLock.check
 
-    def lose_while_writing(self):
+    def lose_while_writing(self, **settings):
         if threading.current_thread() is not threading.main_thread():
             lock.create(f"{number + 1:08d}", b"another owner")
-        checked(self)
+        checked(self, **settings)
 
     monkeypatch.setattr(RunLock, "check", lose_while_writing)
     with pytest.raises(RunLockedError, match="was taken over by"):

@@ -1,0 +1,1 @@
+"""Object storage: which kind of path a text is, and the files of both kinds."""
