@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from megalodon_jax.errors import DataError
 from megalodon_jax.storage.files import open_binary
-from megalodon_jax.storage.location import AnyPath
+from megalodon_jax.storage.location import AnyPath, is_store
 
 # Bytes that are decompressed at a time where the result is discarded.
 SKIP_BYTES = 1 << 20
@@ -55,6 +55,8 @@ def decompression_errors(path: AnyPath) -> Iterator[None]:
 
 
 def _open_gzip(path: AnyPath) -> IO[bytes]:
+    if not is_store(path):
+        return gzip.open(path)  # type: ignore[return-value]
     file = open_binary(path)
     stream = gzip.GzipFile(fileobj=file, mode="rb")
     # Closed with the stream.
@@ -69,7 +71,7 @@ def _open_zstandard(path: AnyPath) -> IO[bytes]:
         pass
     else:
         # The stream closes a file that it opened itself only.
-        return io.BufferedReader(_ClosingStream(zstd.open, open_binary(path)), SKIP_BYTES)
+        return io.BufferedReader(_ClosingStream(zstd.open, path), SKIP_BYTES)
     try:
         import zstandard
     except ImportError as error:
@@ -119,10 +121,10 @@ class _ZstandardStream(io.RawIOBase):
 class _ClosingStream(io.RawIOBase):
     """A decompressed stream that closes the compressed file too."""
 
-    def __init__(self, open_stream: Callable[[IO[bytes]], Any], file: IO[bytes]):
+    def __init__(self, open_stream: Callable[[IO[bytes]], Any], path: AnyPath):
         super().__init__()
-        self._file = file
-        self._stream = open_stream(file)
+        self._file = open_binary(path)
+        self._stream = open_stream(self._file)
 
     def readable(self) -> bool:
         return True

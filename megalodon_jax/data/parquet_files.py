@@ -1,5 +1,6 @@
 """Documents in .parquet files: blocks of rows are decoded one at a time."""
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -9,8 +10,8 @@ import numpy as np
 from megalodon_jax.data.contents import Content, MemoryContent
 from megalodon_jax.data.text_files import Blocks, TextFile, missing_field
 from megalodon_jax.errors import DataError, one_line
-from megalodon_jax.storage.files import errors_of, file_system_of
-from megalodon_jax.storage.location import AnyPath
+from megalodon_jax.storage.files import errors_of, open_binary
+from megalodon_jax.storage.location import AnyPath, is_store
 
 # Text bytes of a block. A smaller row group is one block.
 BLOCK_BYTES = 1 << 24
@@ -31,11 +32,7 @@ class ParquetFile(TextFile):
         self._lock = threading.Lock()
         self._reader: _BlockReader | None = None
         try:
-            source, file_system = file_system_of(path)
-            with (
-                errors_of(path),
-                pyarrow.parquet.ParquetFile(source, filesystem=file_system) as file,
-            ):
+            with errors_of(path), _opened(path) as file:
                 schema = file.schema_arrow
                 if field not in schema.names:
                     raise DataError(f"{path}: {missing_field(field, schema.names)}")
@@ -114,13 +111,17 @@ class _BlockReader:
         return self._column
 
 
-def _iterate(path: AnyPath, field: str, row_group: int, num_rows: int) -> Iterator[Any]:
+@contextlib.contextmanager
+def _opened(path: AnyPath, **settings: Any) -> Iterator[Any]:
     import pyarrow.parquet
 
-    source, file_system = file_system_of(path)
-    with pyarrow.parquet.ParquetFile(
-        source, filesystem=file_system, buffer_size=1 << 20, pre_buffer=False
-    ) as file:
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(open_binary(path)) if is_store(path) else path
+        yield stack.enter_context(pyarrow.parquet.ParquetFile(source, **settings))
+
+
+def _iterate(path: AnyPath, field: str, row_group: int, num_rows: int) -> Iterator[Any]:
+    with _opened(path, buffer_size=1 << 20, pre_buffer=False) as file:
         batches = file.iter_batches(
             batch_size=num_rows, row_groups=[row_group], columns=[field], use_threads=False
         )

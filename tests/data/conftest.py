@@ -35,6 +35,9 @@ class NumberTokenizer:
     def fingerprint(self) -> str:
         return "numbers"
 
+    def files(self) -> dict[str, bytes]:
+        return {}
+
 
 @pytest.fixture
 def numbers() -> NumberTokenizer:

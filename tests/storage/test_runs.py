@@ -1,13 +1,13 @@
 """Runs in a store."""
 
 import dataclasses
-import json
 
 from megalodon_jax.training.loop import train
 
 
 def test_smoke(store, stored):
     import time
+
     t = time.time()
     result = train(stored)
     print("train", time.time() - t, result)
@@ -17,6 +17,10 @@ def test_smoke(store, stored):
     print("resume", time.time() - t, result)
     print(store.read("run/metrics.jsonl").decode())
     from megalodon_jax.cli.main import main
-    for args in (["verify", stored.run_dir], ["generate", "--checkpoint", stored.run_dir, "--max_tokens", "3"]):
+
+    for args in (
+        ["verify", stored.run_dir],
+        ["generate", "--checkpoint", stored.run_dir, "--max_tokens", "3"],
+    ):
         t = time.time()
         print(main(args), time.time() - t)
