@@ -343,6 +343,7 @@ class RunCheckpoints(CheckpointReader):
     def _save(self, step: int, **items: ocp.args.CheckpointArgs) -> None:
         # Orbax would wait too, but then its error would name the wrong step.
         self.wait()
+        self.check_owner()
         try:
             self._writer().save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:

@@ -21,8 +21,11 @@ def scratch_directory() -> Iterator[Path]:
     """
     _remove_abandoned(Path(tempfile.gettempdir()))
     directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
-    with (directory / _OWNED).open("wb") as owned:
+    unlocked = directory / "unlocked"
+    with unlocked.open("wb") as owned:
         fcntl.flock(owned, fcntl.LOCK_EX)
+        # Nobody finds the file before it is locked.
+        unlocked.rename(directory / _OWNED)
         try:
             yield directory
         finally:

@@ -72,7 +72,7 @@ def serve_gs(port: int, refusal: Path) -> None:
 
 def serve_s3(port: int, refusal: Path) -> None:
     """moto's S3."""
-    from moto.server import DomainDispatcherApplication, create_backend_app
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import run_simple
 
     application = DomainDispatcherApplication(create_backend_app)

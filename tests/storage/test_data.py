@@ -179,7 +179,7 @@ def test_held_out_files_and_mixtures_lie_in_a_store(folder, url):
 def batches(config: DataConfig, count: int = 6) -> list[np.ndarray]:
     loader = make_loader(config, ByteTokenizer(), "train", repeat=True)
     try:
-        return [next(loader).tokens for _ in range(count)]
+        return [np.asarray(next(loader).tokens) for _ in range(count)]
     finally:
         loader.close()
 
