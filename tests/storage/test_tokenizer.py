@@ -23,13 +23,15 @@ from megalodon_jax.models import abstract_model
 from megalodon_jax.train_state import init_state
 from tests.data.tokenizer_files import save_json_tokenizer, save_sentencepiece
 
+BOTH = pytest.mark.parametrize("original", ["tokenizers", "sentencepiece"], indirect=True)
 
-@pytest.fixture(params=["tokenizers", "sentencepiece"])
+
+@pytest.fixture
 def original(request, tmp_path) -> Path:
     """A tokenizer file with a name of its own; that of `tokenizers` has a configuration."""
     folder = tmp_path / "original"
     folder.mkdir()
-    if request.param == "sentencepiece":
+    if getattr(request, "param", "") == "sentencepiece":
         return save_sentencepiece(folder / "words.model")
     # The order of the boundary tokens is known from this file only.
     config = {"bos_token": "<b>", "eos_token": "<a>"}
@@ -51,6 +53,7 @@ def save(config: TrainConfig) -> None:
     save_model(nnx.merge(graphdef, init_state(config)[1].params), config.run_dir, config)
 
 
+@BOTH
 def test_a_moved_run_needs_no_original(with_tokenizer, original, tmp_path):
     expected = load_tokenizer(str(original)).fingerprint()
     save(with_tokenizer)
@@ -67,6 +70,7 @@ def test_a_moved_run_needs_no_original(with_tokenizer, original, tmp_path):
     assert load_trained(tmp_path / "again").tokenizer.fingerprint() == expected
 
 
+@BOTH
 def test_a_changed_original_does_not_matter_but_a_changed_copy_does(with_tokenizer, original):
     content = original.read_bytes()
     save(with_tokenizer)
