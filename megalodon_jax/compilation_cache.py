@@ -1,5 +1,6 @@
 """The persistent cache of compiled programs: a restart reads them instead of compiling."""
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -8,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import filelock
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from megalodon_jax.config.run import USER_CACHE
+from megalodon_jax.config.run import COMPILATION_CACHE_GB, USER_CACHE
 from megalodon_jax.errors import ConfigError
 
 # JAX keeps programs of more than a second by default; a restart would compile all the others.
@@ -19,17 +21,22 @@ _KEEP_EVERYTHING = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
+_LOCK_SECONDS = 10.0
 
 
 @contextmanager
-def persistent_compilation_cache(setting: str) -> Iterator[None]:
+def persistent_compilation_cache(
+    setting: str, max_gb: float = COMPILATION_CACHE_GB
+) -> Iterator[None]:
     """Keeps every program that is compiled inside, and reads those that are there.
 
     A directory that JAX was given before (`JAX_COMPILATION_CACHE_DIR`) takes precedence over the
-    user's cache. JAX never deletes entries: the directory may be removed at any time.
+    user's cache, and is used as JAX is configured. The directory may be removed at any time.
 
     Args:
       setting: a directory; "user": `user_cache_dir()`; empty: no cache.
+      max_gb: largest size in 1e9 bytes; when a program is added, those that were not used for the
+        longest time are removed. 0: no limit.
 
     Raises:
       ConfigError: the named directory cannot be written.
@@ -38,7 +45,13 @@ def persistent_compilation_cache(setting: str) -> Iterator[None]:
     if directory is None:
         yield
         return
-    changed = {"jax_compilation_cache_dir": str(directory), **_KEEP_EVERYTHING}
+    changed = {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_compilation_cache_max_size": int(max_gb * 1e9) if max_gb else -1,
+        **_KEEP_EVERYTHING,
+    }
+    if max_gb:
+        _remove_unfinished(directory)
     before = {name: getattr(jax.config, name) for name in changed}
     try:
         _configure(changed)
@@ -81,6 +94,20 @@ def _directory(setting: str) -> Path | None:
         print(f"compiled programs are not kept: {error}", file=sys.stderr)
         return None
     return directory
+
+
+def _remove_unfinished(directory: Path) -> None:
+    """Removes programs that a killed process has written in part.
+
+    JAX does not replace an entry that exists: every restart would fail to read it and compile. With
+    a size limit the time of the last use is written after the program, under JAX's lock.
+    """
+    lock = filelock.FileLock(directory / ".lockfile", timeout=_LOCK_SECONDS)
+    # If it fails, the next start tries again.
+    with contextlib.suppress(OSError, filelock.Timeout), lock:
+        for program in directory.glob("*-cache"):
+            if not program.with_name(f"{program.name.removesuffix('-cache')}-atime").exists():
+                program.unlink()
 
 
 def _configure(values: dict[str, object]) -> None:

@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -152,7 +152,7 @@ def count_devices(benchmark: str) -> int:
     return devices
 
 
-def _devices_to_compare() -> list[jax.Device]:
+def _devices_to_compare() -> list[Any]:
     """Devices that are measured alone: every GPU, because clocks differ, or one TPU or CPU."""
     devices = jax.devices()
     return devices if devices[0].platform == "gpu" else devices[:1]

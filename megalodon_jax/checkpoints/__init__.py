@@ -7,6 +7,7 @@ from megalodon_jax.checkpoints.load import (
     load_model,
     load_params,
     load_trained,
+    resolve_auto_resume,
     restore_for_resume,
     save_model,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "load_params",
     "load_run_tokenizer",
     "load_trained",
+    "resolve_auto_resume",
     "restore_for_resume",
     "save_model",
     "verify_run",

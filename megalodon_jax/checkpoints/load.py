@@ -1,5 +1,6 @@
 """Loading of models and parameters from run directories, and saving of models."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from megalodon_jax.errors import (
     StoreUnreachableError,
 )
 from megalodon_jax.language_model import LanguageModel
-from megalodon_jax.parallel.distributed import is_main
+from megalodon_jax.parallel.distributed import all_gather_json, is_main
 from megalodon_jax.storage.location import AnyPath
 
 
@@ -192,6 +193,27 @@ def load_latest_valid[T](
     raise CheckpointError(
         f"no checkpoint in {checkpoints.directory} can be read; the errors above give the reasons"
     )
+
+
+def resolve_auto_resume(checkpoints: RunCheckpoints, config: TrainConfig) -> TrainConfig:
+    """The configuration with `resume` set if `auto_resume` is and there is a complete checkpoint.
+
+    Without one, checkpoints whose save was interrupted are renamed to `incomplete_<step>`, so that
+    the run can begin with its first step. A run whose checkpoints are damaged does not begin anew.
+    """
+    if not config.auto_resume:
+        return config
+    # The list of process 0: a shared file system may show others an older one.
+    steps, complete = all_gather_json([checkpoints.steps(), checkpoints.complete_steps()])[0]
+    if complete or (steps and config.allow_unverified):
+        return dataclasses.replace(config, resume=True)
+    for step in steps:
+        renamed = checkpoints.set_aside(step, prefix="incomplete")
+        if is_main():
+            print(f"the save of step {step} was interrupted; it is now {renamed}", file=sys.stderr)
+    if is_main():
+        print(f"no complete checkpoint in {config.run_dir}: beginning with the first step")
+    return config
 
 
 def restore_for_resume(

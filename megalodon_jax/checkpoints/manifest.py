@@ -85,6 +85,8 @@ def write_manifest(
 ) -> None:
     """Writes the part of one process: the files of its own devices; process 0 adds all others.
 
+    All of them are on the disk before it.
+
     Args:
       directory: directory of the checkpoint.
       step: step in its name.
@@ -123,6 +125,8 @@ def write_manifest(
             "files": entries,
         }
     ).encode()
+    # Before the manifest, which declares the checkpoint complete: then an older one is deleted.
+    directory.make_durable(names)
     directory.write(part_name(process, num_processes), body + b"\n" + _digest(body) + b"\n")
 
 

@@ -44,6 +44,9 @@ class StoreDirectory(ABC):
     def make(self) -> None:  # noqa: B027
         """Does nothing: a prefix exists with its first object."""
 
+    def make_durable(self, names: Collection[str]) -> None:  # noqa: B027
+        """Does nothing: a store answers when an object is durable."""
+
     def exists(self) -> bool:
         """Whether there is an object with this prefix."""
         return bool(self.names())

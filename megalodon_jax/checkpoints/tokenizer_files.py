@@ -65,7 +65,8 @@ def load_run_tokenizer(config: TrainConfig) -> Tokenizer:
       DataError: the file cannot be read.
     """
     spec = config.data.tokenizer
-    if spec != "bytes" and config.resume and not exists(as_path(spec).expanduser()):
+    resumes = config.resume or config.auto_resume
+    if spec != "bytes" and resumes and not exists(as_path(spec).expanduser()):
         names = open_directory(config.run_dir).child(FOLDER).names()
         for name in TOKENIZER_FILES:
             if name in names:

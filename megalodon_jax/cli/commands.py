@@ -14,7 +14,7 @@ import tyro
 from megalodon_jax.bench import options as bench
 from megalodon_jax.cli.help import described
 from megalodon_jax.cli.run_config import RunSettings, to_config
-from megalodon_jax.config.run import USER_CACHE
+from megalodon_jax.config.run import COMPILATION_CACHE_GB, USER_CACHE
 from megalodon_jax.errors import ConfigError
 from megalodon_jax.plan.options import PlanOptions
 
@@ -44,6 +44,8 @@ class WithCompilationCache:
     compilation_cache: str = USER_CACHE
     """Directory of compiled programs, which the next call reads; `user`: $XDG_CACHE_HOME/megalodon,
     by default in ~/.cache; empty: none."""
+    compilation_cache_gb: float = COMPILATION_CACHE_GB
+    """Largest size of that directory in GB; 0: no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,7 +111,7 @@ def _run_command(command: Command) -> int:
     # A local import: help and errors come without JAX.
     from megalodon_jax.compilation_cache import persistent_compilation_cache
 
-    with persistent_compilation_cache(command.compilation_cache):
+    with persistent_compilation_cache(command.compilation_cache, command.compilation_cache_gb):
         return command.run()
 
 

@@ -42,6 +42,7 @@ RULES = (
 
 # Value of `compilation_cache`: the cache directory of the user.
 USER_CACHE = "user"
+COMPILATION_CACHE_GB = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,10 @@ class TrainConfig:
     """Initialize the weights from this run_dir, trained or converted; a path, or a URL gs:// or
     s3://; empty: random weights."""
     resume: bool = False
-    """Resume from the newest checkpoint in `run_dir`."""
+    """Resume from the newest checkpoint in `run_dir`; an error if there is none."""
+    auto_resume: bool = False
+    """Resume if `run_dir` has a complete checkpoint, else begin with the first step: one command
+    starts a run and continues it."""
     resume_step: Annotated[int | None, Range(low=0, high=2_000_000_000)] = None
     """With `resume`: the step to resume from; later checkpoints are renamed to `later_<step>`."""
     allow_unverified: bool = False
@@ -113,6 +117,9 @@ class TrainConfig:
     compilation_cache: LocalPath = USER_CACHE
     """Directory of compiled programs, which a restart reads; `user`: $XDG_CACHE_HOME/megalodon, by
     default in ~/.cache; empty: none."""
+    compilation_cache_gb: Weight = COMPILATION_CACHE_GB
+    """Largest size of that directory in GB: beyond it the programs that have not been used for the
+    longest time are removed; 0: no limit."""
     watchdog_seconds: Weight = 300.0
     """End the process, with the stacks of all threads and exit code 75, if a step, an evaluation
     batch or a save takes longer than this and than 20 median steps; 0: never."""

@@ -52,7 +52,8 @@ class LivenessWatch:
             self._thread.join()
 
     def _watch(self) -> None:
-        client, index = jax_distributed.global_state.client, jax.process_index()
+        client: Any = jax_distributed.global_state.client
+        index = jax.process_index()
         signs: dict[str, tuple[str, float]] = {}
         count, last_tick = 0, time.monotonic()
         try:

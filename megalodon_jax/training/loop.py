@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from megalodon_jax.checkpoints import RunCheckpoints, load_run_tokenizer
+from megalodon_jax.checkpoints import RunCheckpoints, load_run_tokenizer, resolve_auto_resume
 from megalodon_jax.compilation_cache import persistent_compilation_cache
 from megalodon_jax.config import TrainConfig
 from megalodon_jax.config.run import locations, step_range
@@ -28,6 +28,7 @@ from megalodon_jax.flops import model_flops_per_token, model_flops_utilization
 from megalodon_jax.generate import Sampling, stream_text
 from megalodon_jax.loss import LossOutput
 from megalodon_jax.parallel import distributed
+from megalodon_jax.parallel.liveness import LivenessWatch
 from megalodon_jax.parallel.mesh import resolve_mesh
 from megalodon_jax.storage.location import require_installed
 from megalodon_jax.tasks import find_task
@@ -35,11 +36,17 @@ from megalodon_jax.train_state import TrainState
 from megalodon_jax.training.clock import ThroughputClock
 from megalodon_jax.training.metrics import ProgressDisplay
 from megalodon_jax.training.report import ReportWindow, mean_metrics
-from megalodon_jax.training.run_context import RunContext, changed_settings, open_log
+from megalodon_jax.training.run_context import (
+    RunContext,
+    changed_settings,
+    describe_saved,
+    name_checkpoint_of_failure,
+    open_log,
+)
 from megalodon_jax.training.run_files import open_run_files
 from megalodon_jax.training.run_time import RunTime
 from megalodon_jax.training.signals import stop_on_signals
-from megalodon_jax.training.start import describe_saved, initial_state
+from megalodon_jax.training.start import initial_state
 from megalodon_jax.training.step import StepMetrics, make_eval_step, make_train_step
 from megalodon_jax.training.step_trace import StepTrace
 from megalodon_jax.training.watchdog import Watchdog
@@ -91,7 +98,8 @@ def train(config: TrainConfig) -> TrainResult:
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         distributed.initialize(config.processes)
-        stack.enter_context(persistent_compilation_cache(config.compilation_cache))
+        cache = (config.compilation_cache, config.compilation_cache_gb)
+        stack.enter_context(persistent_compilation_cache(*cache))
         mesh = resolve_mesh(config)
         rows = distributed.rows_of_process(mesh, config.data.batch_size)
         tokenizer = load_run_tokenizer(config)
@@ -103,6 +111,7 @@ def train(config: TrainConfig) -> TrainResult:
             num_shards=distributed.num_shards_of(mesh, config.data.batch_size),
         )
         stack.callback(loader.close)
+        stack.enter_context(LivenessWatch())
         files = stack.enter_context(open_run_files(config.run_dir))
         watchdog = stack.enter_context(
             Watchdog(config.watchdog_seconds, files.local, publish=files.copy)
@@ -116,6 +125,8 @@ def train(config: TrainConfig) -> TrainResult:
                 before_manifest=files.copy,
             )
         )
+        stack.enter_context(name_checkpoint_of_failure(config, checkpoints))
+        config = resolve_auto_resume(checkpoints, config)
         stop.describe_saved = lambda: describe_saved(checkpoints, config)
         stack.enter_context(
             files.copies(checkpoints.check_owner, continue_earlier=distributed.is_main())
@@ -195,6 +206,7 @@ class _Run:
         """Trains until the last step or a signal, then saves."""
         config, run_time = self.config, self.context.run_time
         self.context.display.message(self._description())
+        self.context.checkpoints.check()  # before a compilation of minutes
         run_time.enter("steps")
         batches = iter(self.context.loader)
         while self.step < config.steps and not self._must_stop():
@@ -402,9 +414,7 @@ class _Run:
             logged[f"heldout_loss/{name}"] = evaluation.loss
             logged[f"heldout_bits_per_byte/{name}"] = evaluation.bits_per_byte
         self._log(logged)
-        text = "".join(
-            f"  {name} {evaluation.bits_per_byte:.4f}" for name, evaluation in by_set.items()
-        )
+        text = "".join(f"  {name} {each.bits_per_byte:.4f}" for name, each in by_set.items())
         self.context.display.message(
             f"step {self.step}/{self.config.steps}  held-out bits per byte "
             f"{heldout.bits_per_byte:.4f}  loss {heldout.loss:.4f}{text}"
@@ -431,6 +441,8 @@ class _Run:
         self.window.check()
         jax.block_until_ready(self.state.step)
         self.context.watchdog.beat(f"saving step {self.step}")
+        if self.context.log is not None:
+            self.context.log.make_durable()
         with self.clock.pause(), self.context.run_time.phase("saving"):
             self.context.checkpoints.save(
                 self.state,

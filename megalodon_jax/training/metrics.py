@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,6 +31,7 @@ class RunLog:
 
     Raises:
       ConfigError: `wandb_project` is set but wandb is not installed.
+      OSError: a file cannot be written; every method may raise it, with the file's name.
     """
 
     def __init__(
@@ -39,40 +42,68 @@ class RunLog:
         first_step: int = 0,
         wandb_project: str = "",
     ) -> None:
-        from tensorboardX import SummaryWriter
+        # A local import: it takes half a second, which help and errors do not need.
+        from megalodon_jax.training.tensorboard import EventFile
 
         run_dir.mkdir(parents=True, exist_ok=True)
         self._wandb = _start_wandb(wandb_project, run_dir, config) if wandb_project else None
         _complete_last_line(run_dir / "metrics.jsonl")
-        self._lines = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        # TensorBoard drops older points from this step on; that of `first_step` is valid.
-        self._board = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=first_step + 1, write_to_disk=True
-        )
+        self._path = run_dir / "metrics.jsonl"
+        self._lines = self._path.open("a", encoding="utf-8")
+        self._board_folder = run_dir / "tensorboard"
+        # The point of `first_step` is valid.
+        with _naming(self._board_folder):
+            self._board = EventFile(self._board_folder, purge_step=first_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Records the metrics of a step; those that are None are skipped."""
         values = {name: float(value) for name, value in metrics.items() if value is not None}
         line = {name: _strict(value) for name, value in values.items()}
-        print(json.dumps({"step": step, **line}), file=self._lines, flush=True)
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._write_line({"step": step, **line})
+        with _naming(self._board_folder):
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
     def write_changes(self, step: int, changes: Mapping[str, tuple[Any, Any]]) -> None:
         """Records settings that a resumed run has changed: their old and new values."""
         line = {name: [_strict(value) for value in values] for name, values in changes.items()}
-        print(json.dumps({"step": step, "changed_settings": line}), file=self._lines, flush=True)
+        self._write_line({"step": step, "changed_settings": line})
         text = "; ".join(f"{name}: {old!r} to {new!r}" for name, (old, new) in changes.items())
-        self._board.add_text("changed_settings", text, step)
+        with _naming(self._board_folder):
+            self._board.add_text("changed_settings", text, step)
+            self._board.flush()
+
+    def make_durable(self) -> None:
+        """Waits until the lines so far are on the disk, as those of a checkpoint must be."""
+        with _naming(self._path):
+            os.fsync(self._lines.fileno())
 
     def close(self) -> None:
         """Flushes and closes all outputs."""
-        self._lines.close()
-        self._board.close()
+        with _naming(self._path):
+            self._lines.close()
+        with _naming(self._board_folder):
+            self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _write_line(self, record: Mapping[str, Any]) -> None:
+        with _naming(self._path):
+            print(json.dumps(record), file=self._lines, flush=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Adds the name of a file to the errors of its open handle."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _strict(value: Any) -> Any:

@@ -14,6 +14,7 @@ from megalodon_jax.checkpoints import RunCheckpoints
 from megalodon_jax.config import TrainConfig
 from megalodon_jax.data.loader import Loader
 from megalodon_jax.data.tokenizer import Tokenizer
+from megalodon_jax.errors import CheckpointError, RunLockedError, TrainingError, one_line
 from megalodon_jax.parallel import distributed
 from megalodon_jax.tasks import Task
 from megalodon_jax.training.metrics import ProgressDisplay, RunLog
@@ -83,6 +84,35 @@ def open_log(config: TrainConfig, directory: Path, *, first_step: int) -> Iterat
         yield log
     finally:
         log.close()
+
+
+def describe_saved(checkpoints: RunCheckpoints, config: TrainConfig) -> str:
+    """Says which checkpoint is saved, and how to go on."""
+    if not (steps := checkpoints.complete_steps()):
+        return "nothing saved"
+    return f"checkpoint of step {steps[-1]} saved in {config.run_dir}, resume with --resume"
+
+
+@contextmanager
+def name_checkpoint_of_failure(config: TrainConfig, checkpoints: RunCheckpoints) -> Iterator[None]:
+    """Adds to an error of the file system what is saved.
+
+    Raises:
+      TrainingError: an `OSError` was raised inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        try:
+            checkpoints.wait()
+            saved = describe_saved(checkpoints, config)
+        except OSError:
+            saved = f"{config.run_dir} cannot be read"
+        except (CheckpointError, RunLockedError) as of_save:
+            saved = str(of_save)
+        raise TrainingError(
+            f"the run in {config.run_dir} cannot continue: {one_line(error)}; {saved}"
+        ) from error
 
 
 def changed_settings(saved: TrainConfig, config: TrainConfig) -> dict[str, tuple[Any, Any]]:

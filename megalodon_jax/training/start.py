@@ -11,13 +11,6 @@ from megalodon_jax.models import abstract_model
 from megalodon_jax.train_state import TrainState, fresh_guard, init_state
 
 
-def describe_saved(checkpoints: RunCheckpoints, config: TrainConfig) -> str:
-    """Which checkpoint is saved, for messages at the end of a run."""
-    if not (steps := checkpoints.complete_steps()):
-        return "nothing saved"
-    return f"checkpoint of step {steps[-1]} saved in {config.run_dir}, resume with --resume"
-
-
 def initial_state(
     config: TrainConfig, mesh: Mesh, loader: Loader, checkpoints: RunCheckpoints
 ) -> tuple[nnx.GraphDef, TrainState, TrainConfig | None]:

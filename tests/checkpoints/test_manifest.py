@@ -57,6 +57,32 @@ def test_checksums_are_sha256(tmp_path):
     assert directory.checksums("big") == (hashlib.sha256(content).hexdigest(),)
 
 
+def test_all_files_are_on_the_disk_before_the_manifest(tmp_path, monkeypatch):
+    synced: set[tuple[int, int]] = set()
+    fsync, replace = os.fsync, os.replace
+
+    def record(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        synced.add((status.st_dev, status.st_ino))
+        fsync(descriptor)
+
+    at_manifest: list[Path] = []
+
+    def check(source, target) -> None:
+        # Also the folders, without which the files have no names, up to that of all checkpoints.
+        paths = [tmp_path, tmp_path / "3", *(tmp_path / "3").rglob("*")]
+        at_manifest.extend(
+            path for path in paths if (path.stat().st_dev, path.stat().st_ino) not in synced
+        )
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "replace", check)
+    make_checkpoint(tmp_path, 3)
+    assert len(synced) > len(FILES)
+    assert at_manifest == []
+
+
 def test_every_process_lists_the_files_that_it_wrote(tmp_path):
     directory = make_checkpoint(tmp_path, 3, num_processes=2)
     second = directory.read(part_name(1, 2)).decode()

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,8 +95,33 @@ def started_run(
       environment: more environment variables.
     """
     folder = Path(config.run_dir).parent
-    toml, output = folder / "run.toml", folder / f"output_{time.monotonic_ns()}.txt"
+    toml = folder / "run.toml"
     toml.write_text(TOML.format(steps=steps, text_file=config.data.files[0], lr=1e-2))
+    command = [
+        "-c", _WORKER.format(changes=changes), str(toml), "--run_dir", config.run_dir, *options,
+    ]  # fmt: skip
+    with started_python(command, folder, cache, environment=environment) as run:
+        yield run
+
+
+@contextmanager
+def started_python(
+    arguments: Sequence[str],
+    folder: Path,
+    cache: str,
+    *,
+    environment: dict[str, str] | None = None,
+    prefix: Sequence[str] = (),
+) -> Iterator[RunProcess]:
+    """Starts Python with these arguments in a session of its own; kills it at the end if needed.
+
+    Args:
+      arguments: those of the interpreter.
+      folder: directory of the process's output.
+      cache: directory of compiled programs; empty: as the run's settings say.
+      environment: more environment variables.
+      prefix: a command that ends in the execution of its arguments.
+    """
     variables = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -108,16 +133,15 @@ def started_run(
     variables.pop("JAX_COMPILATION_CACHE_DIR", None)
     if cache:
         variables["JAX_COMPILATION_CACHE_DIR"] = cache
-    command = [
-        sys.executable, "-c", _WORKER.format(changes=changes), str(toml),
-        "--run_dir", config.run_dir, *options,
-    ]  # fmt: skip
+    output = folder / f"output_{time.monotonic_ns()}.txt"
     with (
         output.open("wb") as file,
         subprocess.Popen(
-            command, cwd=ROOT, env={**variables, **(environment or {})}, stdout=file, stderr=file
+            [*prefix, sys.executable, *arguments],
+            cwd=ROOT, env={**variables, **(environment or {})}, stdout=file, stderr=file,
+            start_new_session=True,
         ) as process,
-    ):
+    ):  # fmt: skip
         try:
             yield RunProcess(process, output)
         finally:

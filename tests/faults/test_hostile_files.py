@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from megalodon_jax.errors import DataError, TorchFileError
+from megalodon_jax.errors import DataError, TorchFileError, one_line
 from megalodon_jax.file_limits import LIMITS_VARIABLE, FileLimitError, check_size, read_bytes
 from megalodon_jax.interop.torch_file import read_torch_file
 from tests.faults import hostile_torch as torch
@@ -73,6 +73,10 @@ def test_the_runner_detects_what_it_must(tmp_path):
     assert accepted.is_fault
     assert Verdict(accepted.file, "ends in ValueError", "a message").is_fault
     assert Verdict(accepted.file, "refused", "two\nlines of text").is_fault
+
+
+def test_messages_of_libraries_are_printable():
+    assert one_line(OSError("line\nof \x1b[31m\0text")) == "line of \\x1b[31m\\x00text"
 
 
 def write(path, size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0):

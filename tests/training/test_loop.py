@@ -106,6 +106,39 @@ def test_resuming_needs_a_checkpoint(config):
         train(dataclasses.replace(config, resume=True))
 
 
+def test_auto_resume_begins_and_continues(trained_run, config, finished, capsys):
+    config = dataclasses.replace(config, auto_resume=True)
+    train(dataclasses.replace(config, steps=2))
+    assert "beginning with the first step" in capsys.readouterr().out
+    assert steps_of(config) == [2]
+    forget_after(finished, 3)
+    result = train(dataclasses.replace(finished, auto_resume=True))
+    assert "resumed at step 3" in capsys.readouterr().out
+    assert result.step == 6
+    assert_same_weights(trained_run, finished)
+
+
+def test_auto_resume_after_a_kill_in_the_first_save(trained_run, finished, capsys):
+    checkpoints = Path(finished.run_dir, "checkpoints")
+    for step in (3, 6):
+        next((checkpoints / str(step)).glob("manifest_*")).unlink()
+    train(dataclasses.replace(finished, auto_resume=True))
+    assert "the save of step 3 was interrupted" in capsys.readouterr().err
+    assert steps_of(finished) == [3, 6]
+    assert {path.name for path in checkpoints.glob("incomplete_*")} == {
+        "incomplete_3", "incomplete_6"
+    }  # fmt: skip
+    assert_same_weights(trained_run, finished)
+
+
+def test_auto_resume_does_not_begin_anew_if_checkpoints_are_damaged(finished):
+    for step in (3, 6):
+        shutil.rmtree(Path(finished.run_dir, "checkpoints", str(step), "opt_state"))
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read"):
+        train(dataclasses.replace(finished, auto_resume=True))
+    assert steps_of(finished) == [3, 6]
+
+
 def test_a_damaged_newest_checkpoint_is_renamed_and_saved_again(trained_run, finished, capsys):
     shutil.rmtree(Path(finished.run_dir, "checkpoints", "6", "opt_state"))
     train(dataclasses.replace(finished, resume=True))

@@ -201,6 +201,31 @@ def test_the_cache_directory_and_who_chooses_it(tmp_path, monkeypatch):
     assert user_cache_dir().is_relative_to(tmp_path / "cache" / "megalodon")
 
 
+def test_the_cache_has_a_limit_and_loses_half_written_programs(tmp_path):
+    def compile_number(number: int) -> None:
+        jax.jit(lambda x: x * number + 1).lower(jax.numpy.ones(3)).compile()
+
+    def programs() -> set[str]:
+        return {path.name for path in tmp_path.glob("*-cache")}
+
+    with persistent_compilation_cache(str(tmp_path)):
+        compile_number(2)
+    first = programs()
+    assert len(first) >= 1
+    size = sum((tmp_path / name).stat().st_size for name in first)
+    # A killed process leaves half of a program, without the time of its last use.
+    (tmp_path / "half-cache").write_bytes(b"half")
+    with persistent_compilation_cache(str(tmp_path), 1.5 * size / 1e9):
+        assert programs() == first
+        for number in range(3, 6):
+            compile_number(number)
+    assert programs()
+    assert not programs() & first
+    assert sum((tmp_path / name).stat().st_size for name in programs()) <= 1.5 * size
+    with persistent_compilation_cache(str(tmp_path), 0.0):
+        assert jax.config.jax_compilation_cache_max_size == -1
+
+
 COUNT_MISSES = """
 import atexit, collections, jax
 events = collections.Counter()
