@@ -222,11 +222,13 @@ class MegaAttention(nnx.Module):
             averaged, cema_state = self.cema(
                 u, segment_ids=segment_ids, initial_state=None if cache is None else cache.cema
             )
+        value_input = SharedInput(u, self.wv)
+        averaged = value_input.finish_before(averaged, name=PROJECTION)
         m = dropout(self.rmsnorm(averaged), self.dropout.hidden, hidden_key)
         m = SharedInput(m, self.wz, self.wr, self.wh1)
         query, key = self._queries_and_keys(m, positions.rotation)
         attended, keys_and_values = self._attend(
-            (query, key, self._values(u)),
+            (query, key, self._values(value_input)),
             positions,
             None if cache is None else cache.keys_and_values,
             attention_key,
@@ -256,7 +258,7 @@ class MegaAttention(nnx.Module):
             segment_ids=segment_ids,
         )
 
-    def _values(self, u: Float[Array, "B L D"]) -> Float[Array, "B L H Dv"]:
+    def _values(self, u: SharedInput) -> Float[Array, "B L H Dv"]:
         values = silu(
             self.wv.product(u, name=PROJECTION),
             self.wv.offset,
@@ -264,7 +266,7 @@ class MegaAttention(nnx.Module):
             dtype=self.dtype,
             implementation=self.implementations.rowwise,
         )
-        return values.reshape(*u.shape[:2], self.num_heads, self.value_head_dim)
+        return values.reshape(*values.shape[:2], self.num_heads, self.value_head_dim)
 
     def _gate(
         self, m: SharedInput, attended: Float[Array, "B L H Dv"], key: PRNGKey | None

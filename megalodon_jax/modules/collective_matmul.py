@@ -16,8 +16,9 @@ A shard goes from its owner directly to each of the n - 1 others: no exchange wa
 terms from other devices are rounded once (to `dtype`) and added in float32.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -88,13 +89,13 @@ def _column_forward(
 ):
     del reduce_dtype
     x_cast = x.astype(dtype)
-    received = _over_mesh(_receive_shards, (_FEATURES,), (_FEATURES,) * (axis_size(_AXIS) - 1))
-    shards = (x_cast, *checkpoint_name(received(x_cast), GATHERED))
+    receive = _over_mesh(_receive_shards, (_FEATURES,), (_FEATURES,) * (axis_size(_AXIS) - 1))
+    shards = (x_cast, *checkpoint_name(receive(x_cast), GATHERED))
     cast = tuple(cast_and_gather(kernel, dtype, a) for kernel, a in zip(kernels, axes, strict=True))
 
     def multiply(shards: tuple[Array, ...], kernels: tuple[Array, ...]) -> tuple[Array, ...]:
         def product(kernel: Array) -> Array:
-            return sum_terms(
+            return _accumulate(
                 contract(shard, channel_block(kernel, -shift, axis=0), _FORWARD, dtype)
                 for shift, shard in enumerate(shards)
             )
@@ -192,7 +193,7 @@ def _row_backward(
 
     def differentiate(h: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
         shards = (dy, *_receive_shards(dy))
-        dh = sum_terms(
+        dh = _accumulate(
             contract(shard, channel_block(kernel, -shift, axis=1), _BACKWARD, dtype)
             for shift, shard in enumerate(shards)
         )
@@ -282,9 +283,15 @@ def _sum_dtype(reduce_dtype: DTypeLike) -> DTypeLike:
     return reduce_dtype if shared else jnp.float32
 
 
-def sum_terms(terms: Any) -> Array:
+def sum_terms(terms: Iterable[Array]) -> Array:
     """Sum from the left, without the zero of `sum`."""
-    total, *others = terms
-    for term in others:
-        total = total + term
-    return total
+    return reduce(operator.add, terms)
+
+
+def _accumulate(terms: Iterable[Array]) -> Array:
+    """Sum of products with shards; the first shard is the device's own.
+
+    Without the barriers the compiler may compute the products in another order, so that the first
+    one begins when the last shard has arrived.
+    """
+    return reduce(lambda total, term: jax.lax.optimization_barrier(total) + term, terms)

@@ -37,7 +37,6 @@ class Embedding(nnx.Embed):
 
     def __call__(self, inputs: Int32[Array, "B L"]) -> Float[Array, "B L D"]:
         """Embeddings of token ids in `dtype`; NaN for an id outside the table."""
-
         look_up = self._look_up_channels if axis_size("model") > 1 else self._look_up
         x = shard_map_logical(
             look_up,

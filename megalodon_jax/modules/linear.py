@@ -2,6 +2,7 @@
 
 from typing import Self
 
+import jax
 from flax import nnx
 from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -122,6 +123,22 @@ class SharedInput:
             self._products = column_parallel_matmul(
                 x, kernels, first.dtype, axes, first.reduce_dtype
             )
+
+    def finish_before(self, y: Array, *, name: str) -> Array:
+        """y; under tensor parallelism the exchange and the products end before y is read.
+
+        The exchange then runs beside the operations that compute y, and not beside the next
+        exchange, which would wait for it.
+
+        Args:
+          y: computed from the same input.
+          name: checkpoint name of the products.
+        """
+        if self._products is None:
+            return y
+        products = checkpoint_name(self._products, name)
+        y, self._products = jax.lax.optimization_barrier((y, products))
+        return y
 
     def product(self, linear: Linear) -> Float[Array, "... out"]:
         """X W of one of the layers, in its `dtype`."""
