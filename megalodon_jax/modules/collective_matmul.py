@@ -28,10 +28,9 @@ from jax.typing import DTypeLike
 
 from megalodon_jax.modules.matmul import (
     GATHERED,
+    WEIGHT,
     LogicalAxes,
-    cast_and_gather,
     contract,
-    gathered_axis,
 )
 from megalodon_jax.parallel.sharding import RULES, axis_size, partition_spec, shard_map_logical
 from megalodon_jax.typing import Array, Float
@@ -91,20 +90,20 @@ def _column_forward(
     x_cast = x.astype(dtype)
     receive = _over_mesh(_receive_shards, (_FEATURES,), (_FEATURES,) * (axis_size(_AXIS) - 1))
     shards = (x_cast, *checkpoint_name(receive(x_cast), GATHERED))
-    cast = tuple(cast_and_gather(kernel, dtype, a) for kernel, a in zip(kernels, axes, strict=True))
+    cast = checkpoint_name(tuple(kernel.astype(dtype) for kernel in kernels), WEIGHT)
 
     def multiply(shards: tuple[Array, ...], kernels: tuple[Array, ...]) -> tuple[Array, ...]:
-        def product(kernel: Array) -> Array:
-            return _accumulate(
-                contract(shard, channel_block(kernel, -shift, axis=0), _FORWARD, dtype)
-                for shift, shard in enumerate(shards)
-            )
+        kernels = tuple(map(_gather, kernels, axes))
 
-        return tuple(product(kernel) for kernel in kernels)
+        def multiply_shard(shift: int, shard: Array) -> tuple[Array, ...]:
+            blocks = (channel_block(kernel, -shift, axis=0) for kernel in kernels)
+            return tuple(contract(shard, block, _FORWARD, dtype) for block in blocks)
+
+        return _accumulate(shards, multiply_shard)
 
     products = _over_mesh(
         multiply,
-        ((_FEATURES,) * len(shards), tuple(map(_kernel_axes, axes))),
+        ((_FEATURES,) * len(shards), axes),
         tuple(("batch", "length", a[1]) for a in axes),
     )(shards, cast)
     # Empty arrays carry the operands' own dtypes to the backward pass.
@@ -123,6 +122,8 @@ def _column_backward(
     outputs = tuple(("batch", "length", a[1]) for a in axes)
 
     def differentiate(shards, kernels, dys):
+        kernels = tuple(map(_gather, kernels, axes))
+
         def dx_term(shift: int) -> Array:
             return sum_terms(
                 contract(dy, channel_block(kernel, shift, axis=0), _BACKWARD, dtype)
@@ -137,7 +138,7 @@ def _column_backward(
 
     dx, dkernels = _over_mesh(
         differentiate,
-        ((_FEATURES,) * len(shards), tuple(map(_kernel_axes, axes)), outputs),
+        ((_FEATURES,) * len(shards), axes, outputs),
         (_FEATURES, axes),
     )(shards, kernels, dys)
     dkernels = tuple(d.astype(like.dtype) for d, like in zip(dkernels, like_kernels, strict=True))
@@ -171,16 +172,18 @@ def _row_forward(
     h: Array, kernel: Array, dtype: DTypeLike, axes: LogicalAxes, reduce_dtype: DTypeLike
 ):
     del reduce_dtype
-    h_cast, cast = h.astype(dtype), cast_and_gather(kernel, dtype, axes)
+    h_cast, cast = h.astype(dtype), checkpoint_name(kernel.astype(dtype), WEIGHT)
 
     def multiply(h: Array, kernel: Array) -> Array:
+        kernel = _gather(kernel, axes)
+
         def term(shift: int) -> Array:
             return contract(h, channel_block(kernel, shift, axis=1), _FORWARD, dtype)
 
         return _scatter_sum(term, dtype)
 
     hidden = ("batch", "length", axes[0])
-    y = _over_mesh(multiply, (hidden, _kernel_axes(axes)), _FEATURES)(h_cast, cast)
+    y = _over_mesh(multiply, (hidden, axes), _FEATURES)(h_cast, cast)
     dtypes = jax.tree.map(lambda a: jnp.zeros((0,), a.dtype), (h, kernel))
     return y, (h_cast, cast, dtypes)
 
@@ -192,18 +195,21 @@ def _row_backward(
     hidden = ("batch", "length", axes[0])
 
     def differentiate(h: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
+        kernel = _gather(kernel, axes)
         shards = (dy, *_receive_shards(dy))
-        dh = _accumulate(
-            contract(shard, channel_block(kernel, -shift, axis=1), _BACKWARD, dtype)
-            for shift, shard in enumerate(shards)
-        )
+
+        def multiply_shard(shift: int, shard: Array) -> tuple[Array]:
+            block = channel_block(kernel, -shift, axis=1)
+            return (contract(shard, block, _BACKWARD, dtype),)
+
+        (dh,) = _accumulate(shards, multiply_shard)
         # The transposed gradient: devices then sum contiguous rows.
         blocks = [contract(shard, h, _TOKENS, _sum_dtype(reduce_dtype)) for shard in shards]
         return dh, _reduce(_in_order(blocks))
 
-    dh, transposed = _over_mesh(
-        differentiate, (hidden, _kernel_axes(axes), _FEATURES), (hidden, axes[::-1])
-    )(h, kernel, dy)
+    dh, transposed = _over_mesh(differentiate, (hidden, axes, _FEATURES), (hidden, axes[::-1]))(
+        h, kernel, dy
+    )
     return dh.astype(like_h.dtype), transposed.T.astype(like_kernel.dtype)
 
 
@@ -214,8 +220,11 @@ _FEATURES = ("batch", "length", "channels")
 _FORWARD, _BACKWARD, _TOKENS = ((2,), (0,)), ((2,), (1,)), ((0, 1), (0, 1))
 
 
-def _kernel_axes(axes: LogicalAxes) -> LogicalAxes:
-    return gathered_axis(axes[0]), gathered_axis(axes[1])
+def _gather(kernel: Array, axes: LogicalAxes) -> Array:
+    """A kernel that FSDP shards along the axis of the residual stream, whole along that axis."""
+    if axis_size("data") == 1:
+        return kernel
+    return jax.lax.all_gather(kernel, "data", axis=axes.index("embed"), tiled=True)
 
 
 def _over_mesh(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
@@ -288,10 +297,16 @@ def sum_terms(terms: Iterable[Array]) -> Array:
     return reduce(operator.add, terms)
 
 
-def _accumulate(terms: Iterable[Array]) -> Array:
-    """Sum of products with shards; the first shard is the device's own.
+def _accumulate(
+    shards: Sequence[Array], products: Callable[[int, Array], tuple[Array, ...]]
+) -> tuple[Array, ...]:
+    """Sums over shards of `products(shift, shard)`; the first shard is the device's own.
 
-    Without the barriers the compiler may compute the products in another order, so that the first
-    one begins when the last shard has arrived.
+    All products with one shard are computed before the next shard is read. Without the barrier the
+    compiler reorders the sums, or delays products that could hide the exchange.
     """
-    return reduce(lambda total, term: jax.lax.optimization_barrier(total) + term, terms)
+    totals = products(0, shards[0])
+    for shift, shard in enumerate(shards[1:], start=1):
+        totals, shard = jax.lax.optimization_barrier((totals, shard))
+        totals = tuple(map(operator.add, totals, products(shift, shard)))
+    return totals

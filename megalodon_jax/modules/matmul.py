@@ -48,7 +48,8 @@ def mixed_matmul(
 def _forward(x: Array, kernel: Array, dtype: DTypeLike, axes: LogicalAxes, reduce_dtype: DTypeLike):
     del reduce_dtype
     x_cast = _constrain_features(x.astype(dtype), axes[0])
-    kernel_cast = cast_and_gather(kernel, dtype, axes)
+    kernel_cast = constrain(kernel.astype(dtype), *map(_gathered_axis, axes))
+    kernel_cast = checkpoint_name(kernel_cast, WEIGHT)
     # Empty arrays carry the operands' own dtypes to the backward pass.
     dtypes = jnp.zeros((0,), x.dtype), jnp.zeros((0,), kernel.dtype)
     y = contract(x_cast, kernel_cast, ((x.ndim - 1,), (0,)), dtype)
@@ -72,15 +73,7 @@ def _backward(
 mixed_matmul.defvjp(_forward, _backward)
 
 
-def cast_and_gather(
-    kernel: Float[Array, "in out"], dtype: DTypeLike, axes: LogicalAxes
-) -> Float[Array, "in out"]:
-    """The kernel in `dtype`, gathered along the axis of the residual stream (FSDP)."""
-    return checkpoint_name(constrain(kernel.astype(dtype), *map(gathered_axis, axes)), WEIGHT)
-
-
-def gathered_axis(axis: str | None) -> str | None:
-    """Logical axis of a gathered kernel: FSDP shards the axis of the residual stream."""
+def _gathered_axis(axis: str | None) -> str | None:
     return None if axis == "embed" else axis
 
 
@@ -90,7 +83,7 @@ def _reduced_axis(axis: str | None) -> str | None:
 
 
 def _constrain_features(x: Array, axis: str | None) -> Array:
-    return constrain(x, "batch", "length", gathered_axis(axis)) if x.ndim == 3 else x
+    return constrain(x, "batch", "length", _gathered_axis(axis)) if x.ndim == 3 else x
 
 
 def contract(

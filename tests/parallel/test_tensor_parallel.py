@@ -1,4 +1,4 @@
-"""Tensor parallelism: split products and norms against their definitions, models against one device."""
+"""Tensor parallelism: products and norms against their definitions, models against one device."""
 
 import dataclasses
 import math
@@ -33,6 +33,11 @@ MESHES = [
     MeshConfig(model=8),
 ]
 IDS = ["data2-model2", "replica2-model4", "data2-model4", "model8"]
+
+MODEL = ModelConfig(
+    num_layers=1, model_dim=16, z_dim=8, value_dim=16, num_heads=4, ffn_hidden_dim=24,
+    cema_ndim=2, chunk_size=8, vocab_size=32, norm_num_groups=4, swiglu=True, scan_layers=False,
+)  # fmt: skip
 
 
 def on_mesh(config: MeshConfig, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -120,30 +125,34 @@ def test_norms_of_sharded_channels(kind: Any, definition: Callable[..., Any], me
     with jax.enable_x64(True):
         expected, vjp = jax.vjp(definition, *map(jnp.asarray, operands))
         expected_gradients = vjp(jnp.asarray(dy))
-    graphdef, params = nnx.split(kind(D))
+    module = kind(D)
+    module.weight[...] = jnp.asarray(operands[2], jnp.float32)
+    if kind is LayerNorm:
+        module.bias[...] = jnp.asarray(operands[3], jnp.float32)
+    graphdef, params = nnx.split(module)
 
-    def normalize(x, added, scale, bias, offset):
+    def normalize(params, x, added, offset):
         module = nnx.merge(graphdef, params)
-        module.weight[...] = scale
-        if kind is RMSNorm:
-            return module(x)
-        module.bias[...] = bias
-        return module(x, added=added, offset=offset)
+        return module(x, added=added, offset=offset) if kind is LayerNorm else module(x)
 
-    def run(dy, *operands):
-        y, vjp = jax.vjp(normalize, *operands)
+    def run(dy, params, *rows):
+        y, vjp = jax.vjp(normalize, params, *rows)
         return y, vjp(dy)
 
-    y, gradients = on_mesh(mesh, run, *(np.float32(a) for a in (dy, *operands)))
+    rows = (np.float32(operands[i]) for i in (0, 1, 4))
+    y, (d_params, dx, d_added, d_offset) = on_mesh(mesh, run, np.float32(dy), params, *rows)
+    d_bias = d_params["bias"][...] if kind is LayerNorm else np.zeros(D)
+    gradients = (dx, d_added, d_params["weight"][...], d_bias, d_offset)
     assert relative_error(y, np.asarray(expected)) < 1e-5
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
         if np.any(wanted):
             assert relative_error(gradient, np.asarray(wanted)) < 1e-5
+        else:
+            assert not np.any(gradient)
 
 
 def test_embedding_of_a_sharded_vocabulary():
-    config = ModelConfig(model_dim=D, vocab_size=40, dtype="bfloat16", num_layers=1, z_dim=8,
-                         value_dim=16, num_heads=4, ffn_hidden_dim=16, norm_num_groups=4)  # fmt: skip
+    config = dataclasses.replace(MODEL, vocab_size=40, dtype="bfloat16")
     embed = Embedding.from_config(config, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(embed)
     tokens = np.array([[0, 9, 10, 39, 9], [31, 9, 40, -1, 20]], np.int32)
@@ -162,12 +171,6 @@ def test_embedding_of_a_sharded_vocabulary():
     expected = np.zeros((40, D))
     np.add.at(expected, tokens[known], np.float64(dy)[known])
     assert relative_error(gradient["embedding"][...], expected) < 1e-6
-
-
-MODEL = ModelConfig(
-    num_layers=1, model_dim=16, z_dim=8, value_dim=16, num_heads=4, ffn_hidden_dim=24,
-    cema_ndim=2, chunk_size=8, vocab_size=32, norm_num_groups=4, swiglu=True, scan_layers=False,
-)  # fmt: skip
 
 
 def loss_and_gradients(mesh_config: MeshConfig, remat: str) -> tuple[float, dict[str, np.ndarray]]:
@@ -199,7 +202,7 @@ def single_device() -> tuple[float, dict[str, np.ndarray]]:
 @pytest.mark.parametrize(
     ("mesh", "remat"),
     [
-        (MeshConfig(data=2, model=2), "none"),
+        pytest.param(MeshConfig(data=2, model=2), "none", marks=pytest.mark.slow),
         pytest.param(MeshConfig(chunk=2, model=2), "block", marks=pytest.mark.slow),
         pytest.param(MeshConfig(model=4), "dots", marks=pytest.mark.slow),
     ],
