@@ -8,19 +8,20 @@ from flax import nnx
 from jax import numpy as jnp
 
 from megalodon_jax.config import AnyModelConfig, Remat
-from megalodon_jax.modules.linear import GATHERED, PRODUCT, PROJECTION, WEIGHT
+from megalodon_jax.modules.matmul import GATHERED, PRODUCT, PROJECTION, STATISTICS, WEIGHT
 from megalodon_jax.modules.positions import PositionInfo
 from megalodon_jax.parallel.sharding import constrain, has_multiple_devices, weight_axes
 from megalodon_jax.typing import Array, Float, Float32, PRNGKey
 from pallas_kernels.common.residuals import Operation
 
 # Checkpoint names that the backward pass of a block reads besides the block's input; it recomputes
-# everything else. Gathered states of other devices are small, and never gathered twice.
+# everything else. Gathered states of other devices and sums over their channels are small, and
+# never exchanged twice.
 SAVED_NAMES: dict[Remat, tuple[str, ...]] = {
-    "none": (PROJECTION, PRODUCT, GATHERED, *get_args(Operation)),
-    "inputs": (PRODUCT, "chunk_attention", "context_parallel"),
-    "dots": (PROJECTION, PRODUCT, "context_parallel"),
-    "block": ("context_parallel",),
+    "none": (PROJECTION, PRODUCT, GATHERED, STATISTICS, *get_args(Operation)),
+    "inputs": (PRODUCT, STATISTICS, "chunk_attention", "context_parallel"),
+    "dots": (PROJECTION, PRODUCT, STATISTICS, "context_parallel"),
+    "block": (STATISTICS, "context_parallel"),
 }
 
 

@@ -59,17 +59,25 @@ def cross_entropy(
         return _local_sums(hidden, output_matrix, targets, weights, vocab_axis=None, **options)
     vocab_axis = "model" if axis_size("model") > 1 else None
 
-    def sum_shards(*arrays: Array) -> LossOutput:
-        sums = _local_sums(*arrays, vocab_axis=vocab_axis, **options)
+    def sum_shards(hidden: Array, *arrays: Array) -> LossOutput:
+        if vocab_axis is not None:
+            hidden = _gather_channels(hidden, vocab_axis)
+        sums = _local_sums(hidden, *arrays, vocab_axis=vocab_axis, **options)
         return jax.lax.psum(sums, ("replica", "data", "chunk"))
 
     tokens = partition_spec("batch", "length")
-    features = partition_spec("batch", "length", None)
+    features = partition_spec("batch", "length", None if vocab_axis is None else "channels")
     return shard_map_logical(
         sum_shards,
         in_specs=(features, partition_spec(None, "vocab"), tokens, tokens),
         out_specs=LossOutput(*[partition_spec()] * 4),
     )(hidden, output_matrix, targets, weights)
+
+
+def _gather_channels(hidden: Float[Array, "B L d"], axis: str) -> Float[Array, "B L D"]:
+    # Shards travel row-major: a gather along the channels would be transposed before and after it.
+    shards = jax.lax.all_gather(hidden, axis)
+    return jnp.moveaxis(shards, 0, 2).reshape(*hidden.shape[:2], -1)
 
 
 def _local_sums(

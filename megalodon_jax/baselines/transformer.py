@@ -20,7 +20,8 @@ from megalodon_jax.language_model import HiddenOutput, LanguageModel, make_outpu
 from megalodon_jax.layer_stack import run_blocks, stack_blocks
 from megalodon_jax.modules.activations import silu_gate
 from megalodon_jax.modules.embedding import Embedding, check_tokens
-from megalodon_jax.modules.linear import PRODUCT, PROJECTION, Linear
+from megalodon_jax.modules.linear import Linear, SharedInput
+from megalodon_jax.modules.matmul import PRODUCT, PROJECTION
 from megalodon_jax.modules.norms import RMSNorm
 from megalodon_jax.modules.positions import PositionInfo, after_last_token, document_positions
 from megalodon_jax.modules.rotary import rotate, rotation
@@ -58,7 +59,7 @@ class SelfAttention(nnx.Module):
         self, x: Float[Array, "B L D"], *, positions: PositionInfo, cache: KeyValueCache | None
     ) -> tuple[Float32[Array, "B L D"], KeyValueCache | None]:
         """The sub-layer's output in float32, before the residual is added."""
-        normed = self.norm(x)
+        normed = SharedInput(self.norm(x), self.wq, self.wk, self.wv)
 
         def heads(linear: Linear) -> Array:
             product = linear.product(normed, name=PROJECTION)
@@ -124,7 +125,7 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float32[Array, "B L D"]:
         """The sub-layer's output in float32, before the residual is added."""
-        normed = self.norm(x)
+        normed = SharedInput(self.norm(x), self.fc1, self.fc3)
         hidden = silu_gate(
             self.fc1.product(normed, name=PRODUCT),
             None,

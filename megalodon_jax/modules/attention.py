@@ -14,7 +14,8 @@ from megalodon_jax.config import InitMode, ModelConfig, MovingAverage, TimeNorm
 from megalodon_jax.modules.activations import silu, silu_gate
 from megalodon_jax.modules.cema import make_moving_average
 from megalodon_jax.modules.dropout import dropout, drops, dtype_before_dropout, split_key
-from megalodon_jax.modules.linear import PRODUCT, PROJECTION, Linear
+from megalodon_jax.modules.linear import Linear, SharedInput
+from megalodon_jax.modules.matmul import PRODUCT, PROJECTION
 from megalodon_jax.modules.norms import RMSNorm, rms_normalize
 from megalodon_jax.modules.options import DropoutRates, Implementations
 from megalodon_jax.modules.parameters import parameter
@@ -221,10 +222,13 @@ class MegaAttention(nnx.Module):
             averaged, cema_state = self.cema(
                 u, segment_ids=segment_ids, initial_state=None if cache is None else cache.cema
             )
+        value_input = SharedInput(u, self.wv)
+        averaged = value_input.finish_before(averaged, name=PROJECTION)
         m = dropout(self.rmsnorm(averaged), self.dropout.hidden, hidden_key)
+        m = SharedInput(m, self.wz, self.wr, self.wh1)
         query, key = self._queries_and_keys(m, positions.rotation)
         attended, keys_and_values = self._attend(
-            (query, key, self._values(u)),
+            (query, key, self._values(value_input)),
             positions,
             None if cache is None else cache.keys_and_values,
             attention_key,
@@ -254,7 +258,7 @@ class MegaAttention(nnx.Module):
             segment_ids=segment_ids,
         )
 
-    def _values(self, u: Float[Array, "B L D"]) -> Float[Array, "B L H Dv"]:
+    def _values(self, u: SharedInput) -> Float[Array, "B L H Dv"]:
         values = silu(
             self.wv.product(u, name=PROJECTION),
             self.wv.offset,
@@ -262,25 +266,24 @@ class MegaAttention(nnx.Module):
             dtype=self.dtype,
             implementation=self.implementations.rowwise,
         )
-        return values.reshape(*u.shape[:2], self.num_heads, self.value_head_dim)
+        return values.reshape(*values.shape[:2], self.num_heads, self.value_head_dim)
 
     def _gate(
-        self, m: Float[Array, "B L D"], attended: Float[Array, "B L H Dv"], key: PRNGKey | None
+        self, m: SharedInput, attended: Float[Array, "B L H Dv"], key: PRNGKey | None
     ) -> Float[Array, "B L E"]:
         return silu_gate(
             self.wr.product(m, name=PROJECTION),
             self.wr.offset,
-            attended.reshape(*m.shape[:2], -1),
+            attended.reshape(*attended.shape[:2], -1),
             features="value",
             dtype=dtype_before_dropout(self.dtype, self.dropout.hidden, key),
             implementation=self.implementations.rowwise,
         )
 
-    def _queries_and_keys(
-        self, m: Float[Array, "B L D"], by: Rotation | None
-    ) -> tuple[Array, Array]:
+    def _queries_and_keys(self, m: SharedInput, by: Rotation | None) -> tuple[Array, Array]:
         heads = (self.num_heads, self.head_dim)
-        z = self.wz(m, name=PROJECTION).reshape(*m.shape[:2], *heads)
+        z = self.wz(m, name=PROJECTION)
+        z = z.reshape(*z.shape[:2], *heads)
         z = rms_normalize(z, self.norm_eps) if self.qk_norm else jax.nn.silu(z)
         scale, offset = self._scale_and_offset()
 

@@ -8,6 +8,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 from megalodon_jax.config import AnyModelConfig
+from megalodon_jax.modules.collective_matmul import channel_block, send, sum_terms
 from megalodon_jax.modules.parameters import axis_names, embedding_initializer
 from megalodon_jax.parallel.sharding import (
     axis_size,
@@ -37,23 +38,7 @@ class Embedding(nnx.Embed):
 
     def __call__(self, inputs: Int32[Array, "B L"]) -> Float[Array, "B L D"]:
         """Embeddings of token ids in `dtype`; NaN for an id outside the table."""
-
-        def look_up(table: Array, tokens: Array) -> Array:
-            if not has_multiple_devices():
-                return jnp.take(table, tokens, axis=0)
-            # The table is sharded over the vocabulary: look up local ids, then reduce-scatter over
-            # channels.
-            if axes := weight_axes():
-                table = jax.lax.all_gather(table, axes, axis=1, tiled=True)
-            local = tokens - jax.lax.axis_index("model") * table.shape[0]
-            is_local = (local >= 0) & (local < table.shape[0])
-            x = jnp.take(table, jnp.where(is_local, local, 0), axis=0)
-            x = jnp.where(is_local[..., None], x, 0)
-            if axis_size("model") > 1:
-                x = jax.lax.psum_scatter(x, "model", scatter_dimension=2, tiled=True)
-            is_known = (tokens >= 0) & (tokens < self.num_embeddings)
-            return jnp.where(is_known[..., None], x, jnp.nan)
-
+        look_up = self._look_up_channels if axis_size("model") > 1 else self._look_up
         x = shard_map_logical(
             look_up,
             in_specs=(partition_spec("vocab", "embed"), partition_spec("batch", "length")),
@@ -61,6 +46,39 @@ class Embedding(nnx.Embed):
         )(self.embedding[...], inputs)
         # Cast after the lookup, so that embedding gradients accumulate in float32.
         return x.astype(self.dtype)
+
+    def _look_up(self, table: Array, tokens: Array) -> Array:
+        if not has_multiple_devices():
+            return jnp.take(table, tokens, axis=0)
+        if axes := weight_axes():
+            table = jax.lax.all_gather(table, axes, axis=1, tiled=True)
+        local = tokens - jax.lax.axis_index("model") * table.shape[0]
+        is_local = (local >= 0) & (local < table.shape[0])
+        x = jnp.take(table, jnp.where(is_local, local, 0), axis=0)
+        x = jnp.where(is_local[..., None], x, 0)
+        is_known = (tokens >= 0) & (tokens < self.num_embeddings)
+        return jnp.where(is_known[..., None], x, jnp.nan)
+
+    def _look_up_channels(self, table: Array, tokens: Array) -> Array:
+        """The lookup in a table that is sharded over the vocabulary, for this device's channels.
+
+        Each device looks up the ids it has for the channels of every device, and sends them.
+        """
+        if axes := weight_axes():
+            table = jax.lax.all_gather(table, axes, axis=1, tiled=True)
+        local = tokens - jax.lax.axis_index("model") * table.shape[0]
+        is_local = (local >= 0) & (local < table.shape[0])
+        local = jnp.where(is_local, local, table.shape[0])
+
+        def look_up(shift: int) -> Array:
+            channels = channel_block(table, shift, axis=1)
+            x = jnp.take(channels, local, axis=0, mode="fill", fill_value=0)
+            # One term of the sum over devices is not zero: the cast before it changes nothing.
+            return send(x.astype(self.dtype), shift)
+
+        x = sum_terms(look_up(shift) for shift in range(axis_size("model")))
+        is_known = (tokens >= 0) & (tokens < self.num_embeddings)
+        return jnp.where(is_known[..., None], x, jnp.nan)
 
 
 def check_tokens(tokens: Array | np.ndarray, vocab_size: int) -> None:

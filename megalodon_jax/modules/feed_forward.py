@@ -9,7 +9,8 @@ from jax.typing import DTypeLike
 from megalodon_jax.config import InitMode, ModelConfig
 from megalodon_jax.modules.activations import silu, silu_gate
 from megalodon_jax.modules.dropout import dropout, dtype_before_dropout, split_key
-from megalodon_jax.modules.linear import PRODUCT, Linear
+from megalodon_jax.modules.linear import Linear, SharedInput
+from megalodon_jax.modules.matmul import PRODUCT
 from megalodon_jax.modules.norms import LayerNorm
 from megalodon_jax.modules.parameters import parameter
 from megalodon_jax.typing import Array, Float, Float32, PRNGKey
@@ -118,6 +119,8 @@ class FeedForward(nnx.Module):
         """The output for y + added + offset, in float32, before the residual is added."""
         hidden_key, output_key = split_key(dropout_key, 2)
         normed = self.norm(y, added=added, offset=offset)
+        gates = () if self.fc3 is None else (self.fc3,)
+        normed = SharedInput(normed, self.fc1, *gates)
         product = self.fc1.product(normed, name=PRODUCT)
         options = {
             "features": "ffn",

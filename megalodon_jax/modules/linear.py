@@ -1,102 +1,23 @@
 """The linear layer of every block."""
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import jax
 from flax import nnx
 from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from megalodon_jax.config import InitMode, ModelConfig
+from megalodon_jax.modules.collective_matmul import (
+    column_parallel_matmul,
+    is_column_parallel,
+    is_row_parallel,
+    row_parallel_matmul,
+)
+from megalodon_jax.modules.matmul import PRODUCT, LogicalAxes, mixed_matmul
 from megalodon_jax.modules.parameters import kernel_initializer, parameter
-from megalodon_jax.parallel.sharding import axis_size, constrain, has_multiple_devices
 from megalodon_jax.typing import Array, Float, Float32
-from pallas_kernels.common.target import find_target
-
-# Checkpoint names for policies of `jax.checkpoint`: the projections that attention reads, every
-# other product, a weight cast to the compute dtype, activations gathered under tensor parallelism.
-PROJECTION, PRODUCT, WEIGHT, GATHERED = "projection", "product", "weight", "gathered"
-LogicalAxes = tuple[str | None, str | None]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def mixed_matmul(
-    x: Float[Array, "... in"],
-    kernel: Float[Array, "in out"],
-    dtype: DTypeLike,
-    axes: LogicalAxes = (None, None),
-    reduce_dtype: DTypeLike = jnp.float32,
-) -> Float[Array, "... out"]:
-    """x @ kernel in `dtype` with float32 accumulation.
-
-    dx has `dtype` too; the weight gradient keeps the weight's dtype and sharding.
-
-    Args:
-      x: (B, L, in) if there is a mesh.
-      kernel: weights.
-      dtype: of operands and result.
-      axes: logical names of the kernel's axes; a mesh gathers the axis of the residual stream.
-      reduce_dtype: in which devices sum their gradients of the weights; one device keeps float32.
-    """
-    return _forward(x, kernel, dtype, axes, reduce_dtype)[0]
-
-
-def _forward(x: Array, kernel: Array, dtype: DTypeLike, axes: LogicalAxes, reduce_dtype: DTypeLike):
-    del reduce_dtype
-    x_cast = _constrain_features(x.astype(dtype), axes[0])
-    if axes[0] == "embed" and axis_size("model") > 1:
-        x_cast = checkpoint_name(x_cast, GATHERED)
-    kernel_cast = constrain(kernel.astype(dtype), *map(_gathered_axis, axes))
-    kernel_cast = checkpoint_name(kernel_cast, WEIGHT)
-    # Empty arrays carry the operands' own dtypes to the backward pass.
-    dtypes = jnp.zeros((0,), x.dtype), jnp.zeros((0,), kernel.dtype)
-    y = _contract(x_cast, kernel_cast, ((x.ndim - 1,), (0,)), dtype)
-    return _constrain_features(y, _reduced_axis(axes[1])), (x_cast, kernel_cast, dtypes)
-
-
-def _backward(
-    dtype: DTypeLike, axes: LogicalAxes, reduce_dtype: DTypeLike, residuals: Any, dy: Array
-):
-    x, kernel, (like_x, like_kernel) = residuals
-    dy = _constrain_features(dy, axes[1])
-    leading = tuple(range(x.ndim - 1))
-    dx = _contract(dy, kernel, ((dy.ndim - 1,), (1,)), dtype)
-    dx = _constrain_features(dx, _reduced_axis(axes[0]))
-    # The partitioner sums the product over devices in the dtype that the product returns.
-    sum_dtype = reduce_dtype if has_multiple_devices() else jnp.float32
-    dkernel = constrain(_contract(x, dy, (leading, leading), sum_dtype), *axes)
-    return dx.astype(like_x.dtype), dkernel.astype(like_kernel.dtype)
-
-
-mixed_matmul.defvjp(_forward, _backward)
-
-
-def _gathered_axis(axis: str | None) -> str | None:
-    return None if axis == "embed" else axis
-
-
-def _reduced_axis(axis: str | None) -> str | None:
-    """Logical axis of a product's features: the residual stream is sharded by channels."""
-    return "channels" if axis == "embed" else axis
-
-
-def _constrain_features(x: Array, axis: str | None) -> Array:
-    return constrain(x, "batch", "length", _gathered_axis(axis)) if x.ndim == 3 else x
-
-
-def _contract(
-    a: Array, b: Array, axes: tuple[Sequence[int], Sequence[int]], dtype: DTypeLike
-) -> Array:
-    out = jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.dtype(dtype))
-    if out.ndim == 3 and has_multiple_devices() and find_target().platform == "gpu":
-        # With several devices XLA chooses other layouts, and transposes activations for the norms
-        # and heads: 6.4 of 594 ms of a step of mega1.3B on four H200s.
-        out = with_layout_constraint(out, Layout(tuple(range(out.ndim))))
-    return out
 
 
 class Linear(nnx.Module):
@@ -160,7 +81,7 @@ class Linear(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "... in"], *, name: str = PRODUCT
+        self, x: "Float[Array, '... in'] | SharedInput", *, name: str = PRODUCT
     ) -> Float32[Array, "... out"]:
         """Maps the last axis of x; `name` is the product's checkpoint name."""
         y = self.product(x, name=name).astype(jnp.float32)
@@ -168,13 +89,61 @@ class Linear(nnx.Module):
         return y if offset is None else y + offset
 
     def product(
-        self, x: Float[Array, "... in"], *, name: str | None = None
+        self, x: "Float[Array, '... in'] | SharedInput", *, name: str | None = None
     ) -> Float[Array, "... out"]:
         """X W in `dtype`, under a checkpoint name if there is one."""
-        y = mixed_matmul(x, self.kernel[...], self.dtype, self.axes, self.reduce_dtype)
+        y = (x if isinstance(x, SharedInput) else SharedInput(x, self)).product(self)
         return y if name is None else checkpoint_name(y, name)
 
     @property
     def offset(self) -> Float32[Array, " out"] | None:
         """b in float32."""
         return None if self.bias is None else self.bias[...].astype(jnp.float32)
+
+
+class SharedInput:
+    """The input of several linear layers; under tensor parallelism they share one exchange of it.
+
+    Args:
+      x: the input.
+      linears: the layers, with one `dtype` and one `reduce_dtype`.
+
+    Example:
+      n = SharedInput(n, fc1, fc3)
+      hidden = silu(fc1.product(n)) * fc3.product(n)
+    """
+
+    def __init__(self, x: Float[Array, "... in"], *linears: Linear):
+        self.x = x
+        self._linears = linears
+        self._products: tuple[Array, ...] | None = None
+        first, axes = linears[0], tuple(linear.axes for linear in linears)
+        if all(is_column_parallel(each, x.ndim) for each in axes):
+            kernels = tuple(linear.kernel[...] for linear in linears)
+            self._products = column_parallel_matmul(
+                x, kernels, first.dtype, axes, first.reduce_dtype
+            )
+
+    def finish_before(self, y: Array, *, name: str) -> Array:
+        """y; under tensor parallelism the exchange and the products end before y is read.
+
+        The exchange then runs beside the operations that compute y, and not beside the next
+        exchange, which would wait for it.
+
+        Args:
+          y: computed from the same input.
+          name: checkpoint name of the products.
+        """
+        if self._products is None:
+            return y
+        products = checkpoint_name(self._products, name)
+        y, self._products = jax.lax.optimization_barrier((y, products))
+        return y
+
+    def product(self, linear: Linear) -> Float[Array, "... out"]:
+        """X W of one of the layers, in its `dtype`."""
+        if self._products is not None:
+            index = next(i for i, each in enumerate(self._linears) if each is linear)
+            return self._products[index]
+        matmul = row_parallel_matmul if is_row_parallel(linear.axes, self.x.ndim) else mixed_matmul
+        return matmul(self.x, linear.kernel[...], linear.dtype, linear.axes, linear.reduce_dtype)

@@ -10,6 +10,12 @@ from jax.typing import DTypeLike
 
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.modules.parameters import parameter
+from megalodon_jax.modules.sharded_norms import (
+    LayerNormVectors,
+    NormOptions,
+    sharded_layer_norm,
+    sharded_rms_norm,
+)
 from megalodon_jax.parallel.sharding import axis_size, partition_spec, shard_map_logical
 from megalodon_jax.typing import Array, Float
 from pallas_kernels.common.dispatch import Implementation
@@ -69,6 +75,8 @@ class RMSNorm(nnx.Module):
         """Normalizes the last axis of x."""
 
         def normalize(x, scale) -> Array:
+            if _channels_are_sharded(x):
+                return sharded_rms_norm(NormOptions(self.eps, self.dtype, "model"), x, scale)
             return rms_norm(
                 x, scale, eps=self.eps, dtype=self.dtype, implementation=self.implementation
             )
@@ -131,6 +139,9 @@ class LayerNorm(nnx.Module):
         """Normalizes z = x + added + offset; the kernel forms the sum, so z is never stored."""
 
         def normalize(x, scale, bias, added, offset) -> Array:
+            if _channels_are_sharded(x):
+                options = NormOptions(self.eps, self.dtype, "model")
+                return sharded_layer_norm(options, x, added, LayerNormVectors(offset, scale, bias))
             return layer_norm(
                 x,
                 scale,
@@ -148,12 +159,16 @@ class LayerNorm(nnx.Module):
 
 def _map_rows(function: Callable[..., Array], x: Array, *operands: Array | None) -> Array:
     """`function(x, *operands)` on each device's own tokens; operands are like x or vectors."""
-    if x.ndim != 3 or axis_size("model") > 1:
-        # Features are sharded: the compiler reduces their sums over devices.
+    if x.ndim != 3:
         return function(x, *operands)
-    tokens, vector = partition_spec("batch", "length", None), partition_spec(None)
+    channels = "channels" if _channels_are_sharded(x) else None
+    tokens, vector = partition_spec("batch", "length", channels), partition_spec(channels)
     specs = [None if a is None else tokens if a.ndim == 3 else vector for a in operands]
     return shard_map_logical(function, in_specs=(tokens, *specs), out_specs=tokens)(x, *operands)
+
+
+def _channels_are_sharded(x: Array) -> bool:
+    return x.ndim == 3 and axis_size("model") > 1
 
 
 def _scale(weight: nnx.Param | None, x: Array) -> Float[Array, " D"] | None:
