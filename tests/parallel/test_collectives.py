@@ -125,10 +125,15 @@ def test_fsdp_gathers_weights_per_layer_and_no_activations(sizes):
     assert gathered[WIDTH * model.ffn_hidden_dim * FLOAT // model_shards] == 2 * 2 * LAYERS
     assert not [op for op in found if op.kind == "all-gather" and len(op.axes) > 1]
     if model_shards > 1:
-        # Tensor parallelism gathers activations: per block the inputs of three groups of products
-        # and the gradients of two outputs, and one of each at the embedding and the output.
-        activations = ROWS // sizes["data"] * LENGTH * WIDTH * FLOAT
-        assert total(found, "all-gather", ("model",)) == {activations: 5 * LAYERS + 2}
+        # Tensor parallelism sends a shard of activations ten times a block: the inputs of three
+        # groups of products, the terms of two outputs, and the gradients of these five; and once at
+        # the embedding in each direction.
+        tokens = ROWS // sizes["data"] * LENGTH
+        shard = tokens * WIDTH // model_shards * FLOAT
+        assert total(found, "collective-permute", ("model",)) == {shard: 10 * LAYERS + 2}
+        # The loss gathers features; LayerNorm two moments of every token and device.
+        expected = {tokens * WIDTH * FLOAT: 1, model_shards * tokens * 2 * FLOAT: LAYERS}
+        assert total(found, "all-gather", ("model",)) == expected
 
 
 @pytest.mark.parametrize(("devices", "count"), [(8, LAYERS - 1), (1, 0)])
