@@ -109,10 +109,12 @@ CHIPS: dict[str, Chip] = {
     "TPU7x": _tpu(
         "tpu7x", 192, 2307e12, 7380e9, 100e9, torus=3, network=100e9 / 8, clock=None, devices=2
     ),
+    # Efficiency: steps of 200M, 1.3B and 7B models on one and four devices
+    # (megalodon_jax/plan/README.md).
     # SXM modules with NVLink (900 GB/s both ways on Hopper, 600 on Ampere); PCIe cards count the
     # connector (128 and 64 GB/s both ways), for NVLink bridges are optional there.
     "NVIDIA H200": _gpu("h200", 141, 989e12, 4800e9, 450e9, clock=1.98e9, efficiency=0.77),
-    "NVIDIA H100 80GB HBM3": _gpu("h100", 80, 989e12, 3350e9, 450e9, clock=1.98e9, efficiency=0.77),
+    "NVIDIA H100 80GB HBM3": _gpu("h100", 80, 989e12, 3350e9, 450e9, clock=1.98e9, efficiency=0.82),
     "NVIDIA H100 PCIe": _gpu("h100-pcie", 80, 756e12, 2000e9, 64e9),
     "NVIDIA A100-SXM4-80GB": _gpu("a100-80gb", 80, 312e12, 2039e9, 300e9),
     "NVIDIA A100-SXM4-40GB": _gpu("a100-40gb", 40, 312e12, 1555e9, 300e9),

@@ -58,11 +58,12 @@ class Products(nnx.Module):
         self.values = Linear(D, E, axes=("embed", "value"), **options)
         self.gate = Linear(D, F, axes=("embed", "ffn"), **options)
         self.out = Linear(E, D, axes=("value", "embed"), use_bias=False, **options)
-        self.values.bias[...] = jnp.asarray(normal(5, E), jnp.float32)  # ty: ignore
+        assert self.values.bias is not None
+        self.values.bias[...] = jnp.asarray(normal(5, E), jnp.float32)
 
     def __call__(self, x: jax.Array, h: jax.Array) -> tuple[jax.Array, ...]:
-        x = SharedInput(x, self.values, self.gate)  # type: ignore
-        return self.values(x), self.gate(x), self.out(h)
+        shared: Any = SharedInput(x, self.values, self.gate)
+        return self.values(shared), self.gate(shared), self.out(h)
 
 
 @pytest.mark.parametrize(
