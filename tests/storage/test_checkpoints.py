@@ -54,6 +54,7 @@ def test_restore_is_bitwise_and_old_ones_go(stored, state):
     assert [report.state for report in verify_run(stored.run_dir)] == ["good", "good"]
 
 
+@pytest.mark.slow
 def test_a_damaged_one_is_set_aside_and_an_unfinished_one_removed(stored, store, state, capsys):
     with RunCheckpoints(stored.run_dir, keep=3) as checkpoints:
         for step in (1, 2, 3):

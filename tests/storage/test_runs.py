@@ -36,6 +36,7 @@ def losses(content: bytes) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+@pytest.mark.slow
 def test_a_run_in_a_store_equals_one_on_a_disk(in_store, store, trained_run, tmp_path, capsys):
     class StopAt3(loop.ProgressDisplay):
         def advance(self, step: int) -> None:
