@@ -19,7 +19,7 @@ from megalodon_jax.typing import Array, Float, Float32
 
 
 class NormOptions(NamedTuple):
-    """What a norm does not differentiate.
+    """Settings of a norm, which have no gradients.
 
     Attributes:
       eps: added to the variance or the mean square.

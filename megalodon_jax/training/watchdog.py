@@ -119,7 +119,7 @@ class Watchdog:
         except OSError as error:
             print(f"megalodon: cannot write {self._path}: {error}", file=sys.__stderr__)
         if self._publish is not None:
-            # What hangs may be the storage itself.
+            # The storage itself may hang.
             publishing = threading.Thread(target=self._publish, daemon=True)
             publishing.start()
             publishing.join(_PUBLISH_SECONDS)

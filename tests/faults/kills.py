@@ -62,7 +62,7 @@ class Planned(NamedTuple):
 
 @dataclass
 class Report:
-    """What was done and found.
+    """Number of kills, and faults that were found.
 
     Attributes:
       kills: number of kills at each point.

@@ -1,4 +1,4 @@
-"""What a run leaves behind: checkpoints, final state and metrics; processes and shared memory."""
+"""Results of a run: checkpoints, final state, metrics; processes and shared memory that remain."""
 
 import collections
 import contextlib

@@ -211,7 +211,7 @@ class Harness:
         return seconds, output, found
 
     def resume(self, run_dir: Path, case: Case) -> list[str]:
-        """What is wrong with the checkpoints that are there, and with the run that is resumed."""
+        """Faults of the checkpoints that are there, and of the run that is resumed."""
         found = []
         self.volume.repair()
         if case.fault == "removed" and complete_steps(run_dir):

@@ -32,7 +32,7 @@ def test_three_kills(tmp_path, text_file, compilation_cache_dir):
     assert report.faults == []
     assert set(report.kills) == {planned.point for planned in points}
     assert report.completed == 1
-    # What is compared is there.
+    # The compared files exist.
     assert set(metrics_of(harness.uninterrupted)) == set(range(1, 31))
     assert "heldout_loss" in metrics_of(harness.uninterrupted)[20]
 
