@@ -37,7 +37,7 @@ def test_schemes(text, scheme):
         ("http://host/run", "unknown scheme http:; use gs:// or s3://, or a local path"),
         ("hdfs://host/run", "unknown scheme hdfs:"),
         ("GS://bucket/run", "unknown scheme GS:"),
-        # What `pathlib` leaves of a URL.
+        # `pathlib` turns a URL into this path.
         ("gs:/bucket/run", "write gs://BUCKET/PATH"),
         ("s3:///run", "write s3://BUCKET/PATH"),
         ("gs://", "write gs://BUCKET/PATH"),
