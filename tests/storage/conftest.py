@@ -106,20 +106,36 @@ def running_server(scheme: str, folder: Path, port: int) -> Iterator[subprocess.
             process.kill()
 
 
-@pytest.fixture(scope="session", params=["gs", "s3"])
-def server(request, tmp_path_factory) -> Iterator[Store]:
-    """One server for all tests; without its packages they are skipped."""
-    scheme = request.param
+def started(scheme: str, folder: Path) -> Iterator[Store]:
+    """A server that runs until the session ends; without its packages the tests are skipped."""
     missing = [name for name in PACKAGES[scheme] if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"needs {', '.join(missing)} (installed by .[dev])")
-    folder, port = tmp_path_factory.mktemp(scheme), free_port()
+    port = free_port()
     with pytest.MonkeyPatch.context() as patch, running_server(scheme, folder, port) as process:
         for name, value in environment_of(scheme, port).items():
             patch.setenv(name, value)
         if scheme == "s3":
             run_file_system(f"s3://{BUCKET}").mkdir(BUCKET)
         yield Store(scheme, f"{scheme}://{BUCKET}", folder / "refuse", process)
+
+
+# fsspec keeps its clients, with the server's address, for the life of the process. A parametrized
+# session fixture would start a second server at another address when its parameter returns.
+@pytest.fixture(scope="session")
+def gs_server(tmp_path_factory) -> Iterator[Store]:
+    yield from started("gs", tmp_path_factory.mktemp("gs"))
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory) -> Iterator[Store]:
+    yield from started("s3", tmp_path_factory.mktemp("s3"))
+
+
+@pytest.fixture(params=["gs", "s3"])
+def server(request) -> Store:
+    """One server of each store for all tests."""
+    return request.getfixturevalue(f"{request.param}_server")
 
 
 _NUMBERS = itertools.count()
