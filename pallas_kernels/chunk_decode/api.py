@@ -1,0 +1,87 @@
+"""The public function of chunk decoding: check, choose an implementation, call it."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.chunk_attention.types import KeyValueCache
+from pallas_kernels.chunk_decode import reference, xla
+from pallas_kernels.chunk_decode.types import ChunkDecodeOutput
+from pallas_kernels.common.dispatch import Implementation, check_implementation
+
+# All called as f(q, k, v, cache, positions).
+IMPLEMENTATIONS: dict[str, Callable[..., ChunkDecodeOutput]] = {
+    "reference": reference.chunk_decode,
+    "xla": xla.chunk_decode,
+}
+
+
+def chunk_decode(
+    q: Float[Array, "B H Dk"],
+    k: Float[Array, "B H Dk"],
+    v: Float[Array, "B H Dv"],
+    cache: KeyValueCache,
+    positions: Int32[Array, " B"],
+    *,
+    implementation: Implementation | None = None,
+) -> ChunkDecodeOutput:
+    """One token of `chunk_attention` a row: o = Σ_j softmax_j(q·k[j]) v[j], j = 0..position mod C.
+
+    The token's own key and value go to slot position mod C first. The scores are not scaled (Ma et
+    al. 2024, section 3.3, as released: the scale is in q). The softmax is float32 (float64 for
+    float64 operands). Under `jax.jit` with a donated cache, or in the carry of `jax.lax.scan`, the
+    cache is updated in place.
+
+    Args:
+      q: queries after RoPE.
+      k: keys after RoPE.
+      v: values.
+      cache: key (S, H, C, Dk) and value (S, H, C, Dv), S >= B. Row i belongs to query i; rows from
+        B on are neither read nor changed. Slots after the token's may hold anything.
+      positions: each token's position in its document, at least 0.
+      implementation: "reference" (by definition), "xla" (any platform and dtype), or None for the
+        fastest known here.
+
+    Returns:
+      The outputs and the next cache.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit together, the implementation does not exist or cannot
+        run these operands on this device.
+    """
+    _check_operands(q, k, v, positions)
+    _check_cache(cache, k, v)
+    check_implementation("chunk decoding", implementation, IMPLEMENTATIONS)
+    return IMPLEMENTATIONS[implementation or "xla"](q, k, v, cache, positions)
+
+
+def _check_operands(q: Array, k: Array, v: Array, positions: Array) -> None:
+    if q.ndim != 3 or q.shape != k.shape or v.ndim != 3 or q.shape[:2] != v.shape[:2]:
+        raise ValueError(
+            f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; "
+            "expected (B, H, Dk), (B, H, Dk), (B, H, Dv)"
+        )
+    if q.dtype != k.dtype:
+        raise ValueError(f"q and k are {q.dtype} and {k.dtype}; cast them to one dtype")
+    if positions.shape != q.shape[:1] or not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(
+            f"positions is {positions.dtype}{positions.shape}; expected int32({q.shape[0]},): one "
+            "token a row"
+        )
+
+
+def _check_cache(cache: KeyValueCache, k: Array, v: Array) -> None:
+    rows, heads = k.shape[:2]
+    if cache.key.ndim != 4 or cache.key.shape[0] < rows or cache.key.shape[2] < 1:
+        raise ValueError(
+            f"cache.key has shape {cache.key.shape}; expected (S, {heads}, C, {k.shape[2]}) with "
+            f"S >= {rows} rows and C >= 1 slots"
+        )
+    for name, slots, new in (("key", cache.key, k), ("value", cache.value, v)):
+        expected = (cache.key.shape[0], heads, cache.key.shape[2], new.shape[2])
+        if slots.shape != expected or slots.dtype != new.dtype:
+            raise ValueError(
+                f"cache.{name} is {slots.dtype}{slots.shape}; expected {new.dtype}{expected}: the "
+                "heads, width and dtype of the new tokens, the rows and slots of cache.key"
+            )

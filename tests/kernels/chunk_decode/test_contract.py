@@ -1,0 +1,164 @@
+"""Contract of chunk decoding over all implementations, against attention in numpy float64."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.chunk_attention import KeyValueCache
+from pallas_kernels.chunk_decode import chunk_decode
+from pallas_kernels.chunk_decode.api import IMPLEMENTATIONS
+from pallas_kernels.common.target import find_target, interpreted
+
+
+@pytest.fixture(autouse=True)
+def runnable() -> Iterator[None]:
+    """Kernels run on a Hopper GPU, elsewhere in their interpreter."""
+    if find_target().is_hopper:
+        yield
+        return
+    with interpreted():
+        yield
+
+
+def make_inputs(rows, heads, slots, dk, dv, *, cache_rows=None, dtype=np.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    cache_rows = rows if cache_rows is None else cache_rows
+
+    def draw(*shape):
+        # float64 numbers that every narrower dtype under test holds exactly.
+        return rng.normal(size=shape).astype(dtype).astype(np.float64)
+
+    q, k, v = draw(rows, heads, dk), draw(rows, heads, dk), draw(rows, heads, dv)
+    return q, k, v, draw(cache_rows, heads, slots, dk), draw(cache_rows, heads, slots, dv)
+
+
+def attend(q, k, v, key, value, positions):
+    """The outputs and the caches after the token, in float64."""
+    key, value, outs = key.copy(), value.copy(), np.zeros_like(v)
+    for row, position in enumerate(positions):
+        slot = position % key.shape[2]
+        key[row, :, slot], value[row, :, slot] = k[row], v[row]
+        for head in range(q.shape[1]):
+            scores = key[row, head, : slot + 1] @ q[row, head]
+            weights = np.exp(scores - scores.max())
+            outs[row, head] = weights @ value[row, head, : slot + 1] / weights.sum()
+    return outs, key, value
+
+
+def run(inputs, positions, implementation, dtype):
+    q, k, v, key, value = (jnp.asarray(a, dtype) for a in inputs)
+    out, cache = jax.jit(
+        lambda *args: chunk_decode(*args, implementation=implementation), donate_argnums=3
+    )(q, k, v, KeyValueCache(key, value), jnp.asarray(positions, jnp.int32))
+    assert out.dtype == cache.key.dtype == cache.value.dtype == dtype
+    return tuple(np.asarray(a).astype(np.float64) for a in (out, *cache))
+
+
+def poison(key, value, positions):
+    """NaN in every slot that is not filled, and in the rows beyond those of the positions."""
+    for slots in (key, value):
+        slots[len(positions) :] = np.nan
+        for row, position in enumerate(positions):
+            slots[row, :, position % slots.shape[2] :] = np.nan
+
+
+# The Hopper kernels take bfloat16, and values of a multiple of 128 numbers.
+WIDE = [name for name in IMPLEMENTATIONS if name != "mosaic_gpu"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+@pytest.mark.parametrize(
+    ("heads", "slots", "dk", "dv", "cache_rows"),
+    [(1, 5, 4, 6, 4), (2, 48, 8, 5, 7), (3, 130, 3, 10, 4), (1, 300, 16, 8, 5)],
+)
+@pytest.mark.parametrize("implementation", WIDE)
+def test_equals_the_definition(implementation, heads, slots, dk, dv, cache_rows, dtype):
+    positions = np.array([0, slots - 1, slots, slots + 1])
+    inputs = make_inputs(4, heads, slots, dk, dv, cache_rows=cache_rows)
+    poison(*inputs[3:], positions)
+    with jax.enable_x64(True):
+        got = run(inputs, positions, implementation, dtype)
+    for value, expected in zip(got, attend(*inputs, positions), strict=True):
+        tolerance = 1e-13 if dtype == jnp.float64 else 2e-6
+        np.testing.assert_allclose(value, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("heads", "slots", "cache_rows"), [(1, 5, 4), (2, 48, 7), (3, 130, 4), (1, 300, 5)]
+)
+def test_bfloat16_has_the_error_of_its_roundings(implementation, heads, slots, cache_rows):
+    """Weights and outputs are rounded to bfloat16 once each."""
+    positions = np.array([0, slots - 1, slots, 3 * slots + slots // 2])
+    inputs = make_inputs(
+        4, heads, slots, 32, 256, cache_rows=cache_rows, dtype=jnp.bfloat16, seed=slots
+    )
+    poison(*inputs[3:], positions)
+    out, key, value = run(inputs, positions, implementation, jnp.bfloat16)
+    exact, *caches = attend(*inputs, positions)
+    np.testing.assert_array_equal(key, caches[0])
+    np.testing.assert_array_equal(value, caches[1])
+    assert np.linalg.norm(out - exact) <= 3e-3 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("scale", [0.0, 1e4])
+def test_extreme_scores(implementation, scale):
+    """Equal scores give the mean of the values; one far greater than the others its value."""
+    slots, positions = 130, np.array([129, 77])
+    q, k, v, key, value = make_inputs(2, 1, slots, 32, 128, dtype=jnp.bfloat16)
+    q = np.sign(q) * scale
+    key[:, :, 60] = np.sign(q)
+    out = run((q, k, v, key, value), positions, implementation, jnp.bfloat16)[0]
+    exact = attend(q, k, v, key, value, positions)[0]
+    assert np.linalg.norm(out - exact) <= 3e-3 * np.linalg.norm(exact)
+    if scale:
+        np.testing.assert_array_equal(out, value[:, :, 60])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_tokens_one_by_one_equal_the_definition_over_two_chunks(implementation):
+    """Rows at different positions in a scan, from an empty (NaN) cache."""
+    rows, heads, slots, dk, dv, steps = 2, 1, 5, 8, 128, 12
+    start = np.array([0, 3])
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        rng.normal(size=(steps, rows, heads, width)).astype(jnp.bfloat16).astype(np.float64)
+        for width in (dk, dk, dv)
+    )
+    key, value = (
+        np.full((rows, heads, slots, dk), np.nan),
+        np.full((rows, heads, slots, dv), np.nan),
+    )
+    key[1, :, :3], value[1, :, :3] = 0.5, -1.0
+
+    @jax.jit
+    def decode(q, k, v, cache, positions):
+        def step(carry, token):
+            cache, positions = carry
+            out, cache = chunk_decode(*token, cache, positions, implementation=implementation)
+            return (cache, positions + 1), out
+
+        return jax.lax.scan(step, (cache, positions), (q, k, v))[1]
+
+    args = [jnp.asarray(a, jnp.bfloat16) for a in (q, k, v, key, value)]
+    cache = KeyValueCache(*args[3:])
+    got = np.asarray(decode(*args[:3], cache, jnp.asarray(start, jnp.int32)), np.float64)
+    for step in range(steps):
+        exact, key, value = attend(q[step], k[step], v[step], key, value, start + step)
+        assert np.linalg.norm(got[step] - exact) <= 3e-3 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_row_does_not_depend_on_its_neighbours(implementation):
+    positions = np.array([47, 20, 3])
+    q, k, v, key, value = make_inputs(3, 2, 48, 16, 128, dtype=jnp.bfloat16)
+    plain = run((q, k, v, key, value), positions, implementation, jnp.bfloat16)[0]
+    for array in (q, k, v, key, value):
+        array[1] = np.nan
+    disturbed = run((q, k, v, key, value), positions, implementation, jnp.bfloat16)[0]
+    assert np.isnan(disturbed[1]).all()
+    np.testing.assert_array_equal(plain[[0, 2]], disturbed[[0, 2]])
