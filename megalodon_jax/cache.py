@@ -1,7 +1,7 @@
 """The streaming cache: its size is independent of the context length."""
 
 import dataclasses
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.parallel.sharding import partition_spec
-from megalodon_jax.typing import Array, Bool, Complex64, Int32
+from megalodon_jax.typing import Array, Bool, Float32, Int32
 from pallas_kernels.chunk_attention import KeyValueCache
 from pallas_kernels.timestep_norm import TimestepNormState
 
@@ -21,14 +21,15 @@ class LayerCache(NamedTuple):
     """The streaming state of one block; None where the model's configuration has no such state.
 
     Attributes:
-      keys_and_values: keys (after RoPE) and values of the current chunk, C slots.
+      keys_and_values: keys (after RoPE) and values of the current chunk, (B, H, C, width of a head).
       norm: TimestepNorm's running moments.
-      cema: CEMA's or EMA's complex state.
+      cema: CEMA's or EMA's state: N real parts, then N imaginary parts of every channel, see
+        `pallas_kernels.state_step.unpack_state`.
     """
 
     keys_and_values: KeyValueCache
     norm: TimestepNormState | None
-    cema: Complex64[Array, "B D N"] | None
+    cema: Float32[Array, "B 2N D"] | None
 
 
 @jax.tree_util.register_dataclass
@@ -42,13 +43,13 @@ class Cache:
     Attributes:
       position: tokens seen of each row's current document.
       segment: segment id of each row's current document, 0 before the first token.
-      layers: the blocks' states, stacked along a leading layer axis.
+      layers: the blocks' states, a leaf for each: a decoding step updates them in place.
       final_norm: running moments of the final TimestepNorm; None for another norm.
     """
 
     position: Int32[Array, " B"]
     segment: Int32[Array, " B"]
-    layers: LayerCache
+    layers: tuple[LayerCache, ...]
     final_norm: TimestepNormState | None
 
     def check_room(self, length: int) -> None:
@@ -69,32 +70,29 @@ class Cache:
         Keys and values are not replaced, because a row at position 0 reads none of them.
         """
 
-        def select_rows(axis: int):
-            def select(new: Array, old: Array) -> Array:
-                shape = [1] * old.ndim
-                shape[axis] = -1
-                return jnp.where(rows.reshape(shape), new, old)
+        def select(new: Array, old: Array) -> Array:
+            return jnp.where(rows.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
-            return select
+        def select_states(new: LayerCache, old: LayerCache) -> LayerCache:
+            norm, cema = jax.tree.map(select, (new.norm, new.cema), (old.norm, old.cema))
+            return old._replace(norm=norm, cema=cema)
 
+        layers = zip(initial.layers, self.layers, strict=True)
         return dataclasses.replace(
             self,
-            position=select_rows(0)(initial.position, self.position),
-            segment=select_rows(0)(initial.segment, self.segment),
-            layers=self.layers._replace(
-                norm=jax.tree.map(select_rows(1), initial.layers.norm, self.layers.norm),
-                cema=jax.tree.map(select_rows(1), initial.layers.cema, self.layers.cema),
-            ),
-            final_norm=jax.tree.map(select_rows(0), initial.final_norm, self.final_norm),
+            position=select(initial.position, self.position),
+            segment=select(initial.segment, self.segment),
+            layers=tuple(select_states(new, old) for new, old in layers),
+            final_norm=jax.tree.map(select, initial.final_norm, self.final_norm),
         )
 
 
-def cache_shardings(mesh: Mesh, config: ModelConfig | None = None) -> Cache:
+def cache_shardings(mesh: Mesh, config: ModelConfig) -> Cache:
     """The shardings of a cache: rows over `replica` and `data`, features over `model`.
 
     Args:
       mesh: the mesh.
-      config: of the model, for the states that it has; None: all states.
+      config: of the model, for its layers and the states that they have.
 
     Returns:
       A `Cache` with a `NamedSharding` in place of every array, for `jax.device_put` and `jax.jit`.
@@ -103,19 +101,11 @@ def cache_shardings(mesh: Mesh, config: ModelConfig | None = None) -> Cache:
     def sharding(*names: str | None) -> NamedSharding:
         return NamedSharding(mesh, partition_spec(*names))
 
-    config = ModelConfig() if config is None else config
-
-    def moments(*layers: str) -> TimestepNormState | None:
-        if config.time_norm != "timestep":
-            return None
-        groups = sharding(*layers, "batch", "norm_groups")
-        return TimestepNormState(sharding(*layers, "batch"), groups, groups)  # type: ignore[arg-type]
-
-    slots = sharding("layers", "batch", None, "heads", None)
-    states = sharding("layers", "batch", "channels", None)
-    layers = LayerCache(
-        KeyValueCache(slots, slots),  # type: ignore[arg-type]
-        moments("layers"),
-        None if config.moving_average == "none" else states,  # type: ignore[arg-type]
-    )
-    return Cache(sharding("batch"), sharding("batch"), layers, moments())  # type: ignore[arg-type]
+    groups, slots = sharding("batch", "norm_groups"), sharding("batch", "heads", None, None)
+    norm: Any = None
+    if config.time_norm == "timestep":
+        norm = TimestepNormState(sharding("batch"), groups, groups)  # type: ignore[arg-type]
+    cema: Any = None if config.moving_average == "none" else sharding("batch", None, "channels")
+    layer = LayerCache(KeyValueCache(slots, slots), norm, cema)  # type: ignore[arg-type]
+    layers = (layer,) * config.num_layers
+    return Cache(sharding("batch"), sharding("batch"), layers, norm)  # type: ignore[arg-type]

@@ -58,7 +58,7 @@ def run_blocks(
     x: Float[Array, "B L D"],
     positions: PositionInfo,
     *,
-    cache: Any = None,
+    cache: tuple[Any, ...] | None = None,
     dropout_key: PRNGKey | None = None,
 ) -> tuple[Float[Array, "B L D"], Any]:
     """Runs x through all blocks.
@@ -66,10 +66,11 @@ def run_blocks(
     Args:
       blocks: from `stack_blocks`; called as `block(x, positions=, cache=, dropout_key=)`, a block
         returns its output and its new streaming state.
-      config: how to run them: `remat`, `scan_layers`.
+      config: how to run them: `remat`, `scan_layers`. A decoding step (a cache and one token a row)
+        writes the blocks out: a loop would copy their states in and out.
       x: embeddings.
       positions: of the tokens.
-      cache: states of all blocks, stacked along a leading axis of layers.
+      cache: states of all blocks.
       dropout_key: turns dropout on.
 
     Returns:
@@ -88,10 +89,13 @@ def run_blocks(
         policy=jax.checkpoint_policies.save_only_these_names(*_saved_names(config)),
         prevent_cse=not config.scan_layers,
     )
-    stacked = _Layer(params, cache, keys)
-    if config.scan_layers:
-        return jax.lax.scan(run_block, x, stacked)
-    layers = unstack_layers(stacked, config.num_layers)
+    if config.scan_layers and (cache is None or x.shape[1] > 1):
+        stacked_cache = None if cache is None else jax.tree.map(_stack, *cache)
+        x, caches = jax.lax.scan(run_block, x, _Layer(params, stacked_cache, keys))
+        return x, None if cache is None else tuple(unstack_layers(caches, config.num_layers))
+    layers = unstack_layers(_Layer(params, None, keys), config.num_layers)
+    if cache is not None:
+        layers = [layer._replace(cache=each) for layer, each in zip(layers, cache, strict=True)]
     caches = []
     for number, layer in enumerate(layers, start=1):
         if has_multiple_devices() and number < len(layers):
@@ -99,7 +103,11 @@ def run_blocks(
             layers[number] = layers[number]._replace(params=next_params)
         x, layer_cache = run_block(x, layer)
         caches.append(layer_cache)
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+    return x, None if cache is None else tuple(caches)
+
+
+def _stack(*leaves: Array) -> Array:
+    return jnp.stack(leaves)
 
 
 def _saved_names(config: AnyModelConfig) -> tuple[str, ...]:

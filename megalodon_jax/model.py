@@ -9,7 +9,7 @@ from jax import numpy as jnp
 from megalodon_jax.cache import Cache, LayerCache
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.language_model import HiddenOutput, LanguageModel, make_output_layer
-from megalodon_jax.layer_stack import run_blocks, stack_blocks
+from megalodon_jax.layer_stack import run_blocks, stack_blocks, unstack_layers
 from megalodon_jax.modules.block import Block
 from megalodon_jax.modules.dropout import dropout, split_key
 from megalodon_jax.modules.embedding import Embedding, check_tokens
@@ -97,30 +97,30 @@ class Megalodon(LanguageModel):
         """The cache of `batch_size` rows before their first token; `max_length` changes nothing.
 
         Its size does not depend on how many tokens will follow: per row and block, C key and value
-        vectors in `config.dtype`, and float32 norm moments and complex64 CEMA states, where the
-        configuration has them.
+        vectors in `config.dtype`, and float32 norm moments and CEMA states, where the configuration
+        has them.
         """
         del max_length
         config = self.config
         dtype = jnp.dtype(config.dtype)
-        slots = (config.num_layers, batch_size, config.chunk_size, config.num_heads)
-        graphdef, layers = nnx.split(self.layers)
+        slots = (batch_size, config.num_heads, config.chunk_size)
+        states = (batch_size, 2 * config.cema_ndim, config.model_dim)
+        graphdef, params = nnx.split(self.layers)
 
-        def init_norm(layer: nnx.State):
-            return init_norm_state(nnx.merge(graphdef, layer).mega.timenorm, batch_size)
-
-        states = (config.num_layers, batch_size, config.model_dim, config.cema_ndim)
-        return Cache(
-            position=jnp.zeros(batch_size, jnp.int32),
-            segment=jnp.zeros(batch_size, jnp.int32),
-            layers=LayerCache(
+        def init_layer(layer: nnx.State) -> LayerCache:
+            return LayerCache(
                 KeyValueCache(
                     jnp.zeros((*slots, config.head_dim), dtype),
                     jnp.zeros((*slots, config.value_head_dim), dtype),
                 ),
-                jax.vmap(init_norm)(layers),
-                None if config.moving_average == "none" else jnp.zeros(states, jnp.complex64),
-            ),
+                init_norm_state(nnx.merge(graphdef, layer).mega.timenorm, batch_size),
+                None if config.moving_average == "none" else jnp.zeros(states, jnp.float32),
+            )
+
+        return Cache(
+            position=jnp.zeros(batch_size, jnp.int32),
+            segment=jnp.zeros(batch_size, jnp.int32),
+            layers=tuple(init_layer(layer) for layer in unstack_layers(params, config.num_layers)),
             final_norm=init_norm_state(self.final_norm, batch_size),
         )
 

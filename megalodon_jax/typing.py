@@ -7,7 +7,7 @@ G norm groups, F feed-forward hidden, V vocabulary.
 from typing import Literal, NamedTuple
 
 import jax
-from jaxtyping import Array, Bool, Complex64, Float, Float32, Int, Int32
+from jaxtyping import Array, Bool, Complex64, Float, Float32, Int, Int8, Int32
 
 PRNGKey = jax.Array
 
@@ -29,5 +29,5 @@ class Batch(NamedTuple):
 
 
 __all__ = [
-    "Array", "Batch", "Bool", "Complex64", "Float", "Float32", "Int", "Int32", "Literal", "PRNGKey",
+    "Array", "Batch", "Bool", "Complex64", "Float", "Float32", "Int", "Int8", "Int32", "Literal", "PRNGKey",
 ]  # fmt: skip

@@ -23,19 +23,19 @@ class TransformerCache:
     Attributes:
       position: tokens seen of each row's current document.
       segment: segment id of each row's current document, 0 before the first token.
-      layers: (layers, B, S, kv heads, head width) keys and values.
+      layers: keys and values of every block, (B, kv heads, S, head width).
       is_ring: whether old tokens may be overwritten.
     """
 
     position: Int32[Array, " B"]
     segment: Int32[Array, " B"]
-    layers: KeyValueCache
+    layers: tuple[KeyValueCache, ...]
     is_ring: bool = dataclasses.field(metadata={"static": True})
 
     @property
     def num_slots(self) -> int:
         """Slots S of every row."""
-        return self.layers.key.shape[2]
+        return self.layers[0].key.shape[2]
 
     def check_room(self, length: int) -> None:
         """Raises OverflowError if `length` more tokens do not fit.
@@ -66,6 +66,6 @@ class TransformerCache:
         added = num_slots - self.num_slots
 
         def grow(slots: Array) -> Array:
-            return jnp.pad(slots, ((0, 0), (0, 0), (0, added), (0, 0), (0, 0)))
+            return jnp.pad(slots, ((0, 0), (0, 0), (0, added), (0, 0)))
 
         return dataclasses.replace(self, layers=jax.tree.map(grow, self.layers))

@@ -39,7 +39,7 @@ def cached_attention(
       q: queries of the new tokens.
       k: keys of the new tokens; query head h reads key head h // (H / K).
       v: values of the new tokens.
-      cache: keys and values, (B, S, K, d). Without a window no document is longer than S tokens;
+      cache: keys and values, (B, K, S, d). Without a window no document is longer than S tokens;
         with one, S is at least `window`.
       positions: of the new tokens in their documents, as `modules.positions.document_positions`
         gives them: positions[:, 0] is the number of tokens that the cached document has had.
@@ -73,17 +73,17 @@ def _write(
     segment_ids: Int32[Array, "B L"] | None,
 ) -> KeyValueCache:
     """Writes the last S tokens of each row's last document in place."""
-    L, S = k.shape[1], cache.key.shape[1]
+    L, S = k.shape[1], cache.key.shape[2]
     last, last_position = (x[:, None] for x in last_token(positions, segment_ids))
     index = jnp.arange(L, dtype=jnp.int32)
     first = jnp.maximum(last - last_position, last - S + 1)
     # Other tokens write past the end, which drops them.
     slot = jnp.where((index >= first) & (index <= last), positions % S, S)
     # Mapped over rows: indexing with row numbers would make XLA gather the caches of all devices.
-    write = jax.vmap(lambda slots, slot, new: slots.at[slot].set(new, mode="drop"))
+    write = jax.vmap(lambda slots, slot, new: slots.at[:, slot].set(new, mode="drop"))
     return KeyValueCache(
-        write(cache.key, slot, k.astype(cache.key.dtype)),
-        write(cache.value, slot, v.astype(cache.value.dtype)),
+        write(cache.key, slot, k.astype(cache.key.dtype).swapaxes(1, 2)),
+        write(cache.value, slot, v.astype(cache.value.dtype).swapaxes(1, 2)),
     )
 
 
@@ -94,32 +94,21 @@ def _decode(
     is_token: Bool[Array, " B"],
     window: int | None,
 ) -> Float[Array, "B 1 H d"]:
-    """Attention of one token a row to the slots, its own among them.
-
-    The step is bound by reading the cache. A matrix product for every key head would make XLA
-    transpose the cache on GPUs and is slow on TPUs (by the compiler's estimate for v5e, 490 µs
-    where this form and reading take 80). One product for all of them, of queries that are 0 in the
-    channels of other key heads, reads the cache as it lies and multiplies K times as much.
-    """
-    B, S, K, d = cache.key.shape
+    """Attention of one token a row to the slots, its own among them: bound by reading the cache."""
     allowed = _visible_slots(cache, position[:, None], position[:, None], window)
     allowed = allowed[:, 0] & is_token[:, None]
     q = _group_heads(q, cache)[:, 0]
-    is_own = jnp.eye(K, dtype=bool)[:, None, :, None]
-    q = jnp.where(is_own, q[:, :, :, None], 0).reshape(B, -1, K * d)
     einsum = functools.partial(
         jnp.einsum,
         precision=matmul_precision(q.dtype),
         preferred_element_type=accumulation_dtype(q.dtype),
     )
-    scores = einsum("bhc,bsc->bhs", q, cache.key.reshape(B, S, K * d))
-    (weights,) = _softmax([(scores, allowed[:, None])])
-    # Slots that no query of the row sees may hold anything, and 0 times NaN is NaN. On TPUs the
-    # selection is part of the product; on GPUs XLA writes the selected values.
-    value = jnp.where(allowed[:, :, None], cache.value.reshape(B, S, K * d), 0)
-    out = einsum("bhs,bsc->bhc", weights.astype(value.dtype), value)
-    out = jnp.where(is_own, out.reshape(B, K, -1, K, d), 0).sum(axis=3)
-    return out.reshape(B, 1, -1, d)
+    scores = einsum("bkgd,bksd->bkgs", q, cache.key)
+    (weights,) = _softmax([(scores, allowed[:, None, None])])
+    # Slots that no query of the row sees may hold anything, and 0 times NaN is NaN.
+    value = jnp.where(allowed[:, None, :, None], cache.value, 0)
+    out = einsum("bkgs,bksd->bkgd", weights.astype(value.dtype), value)
+    return out.reshape(q.shape[0], 1, -1, q.shape[-1])
 
 
 def _attend_in_blocks(
@@ -135,7 +124,8 @@ def _attend_in_blocks(
     cached_position = positions[:, :1] - 1
     # A row's cached tokens are those that its first token sees without a window.
     holds = _visible_slots(cache, cached_position, cached_position, None)[:, 0]
-    cached_value = jnp.where(holds[:, :, None, None], cache.value, 0)
+    cached_key, cached_value = cache.swap_heads_and_slots()
+    cached_value = jnp.where(holds[:, :, None, None], cached_value, 0)
     k, v = (jnp.where(is_token[:, :, None, None], x, 0) for x in (k, v))
     index = jnp.arange(L, dtype=jnp.int32)
     # Negative or 0 for the row's first document, which the cached tokens precede.
@@ -152,14 +142,14 @@ def _attend_in_blocks(
         q = _group_heads(q, cache)
         to_cache, to_row = _softmax(
             [
-                (_scores(q, cache.key), in_cache[:, None, None]),
+                (_scores(q, cached_key), in_cache[:, None, None]),
                 (_scores(q, k), in_row[:, None, None]),
             ]
         )
         out = _weighted_sum(to_cache, cached_value) + _weighted_sum(to_row, v)
         return out.astype(v.dtype)
 
-    most = max(1, _MAX_SCORES // (B * H * (cache.key.shape[1] + L)))
+    most = max(1, _MAX_SCORES // (B * H * (cache.key.shape[2] + L)))
     blocks = -(-L // most)
     size = -(-L // blocks)
 
@@ -180,7 +170,7 @@ def _visible_slots(
     window: int | None,
 ) -> Bool[Array, "B Q S"]:
     """Slots that hold a token in the window of a query, if `newest` was written last."""
-    S = cache.key.shape[1]
+    S = cache.key.shape[2]
     slot = jnp.arange(S, dtype=jnp.int32)
     held = (newest - (newest - slot) % S)[:, None]
     visible = (held >= 0) & (held <= position[:, :, None])
@@ -189,7 +179,7 @@ def _visible_slots(
 
 def _group_heads(q: Float[Array, "B Q H d"], cache: KeyValueCache) -> Float[Array, "B Q K G d"]:
     """Scaled queries, those of one key head together."""
-    d, num_key_heads = q.shape[3], cache.key.shape[2]
+    d, num_key_heads = q.shape[3], cache.key.shape[1]
     q = q * jnp.asarray(1 / math.sqrt(d), q.dtype)
     return q.reshape(*q.shape[:2], num_key_heads, -1, d)
 
@@ -236,9 +226,9 @@ def _weighted_sum(
 def _check(q: Array, k: Array, v: Array, cache: KeyValueCache, window: int | None) -> None:
     B, L, H, d = q.shape
     for name, slots, new in (("key", cache.key, k), ("value", cache.value, v)):
-        if slots.ndim != 4 or slots.shape != (B, slots.shape[1], *new.shape[2:]):
+        if slots.ndim != 4 or slots.shape != (B, new.shape[2], slots.shape[2], new.shape[3]):
             raise ValueError(
-                f"cache.{name} has shape {slots.shape}; expected ({B}, S, {new.shape[2]}, "
+                f"cache.{name} has shape {slots.shape}; expected ({B}, {new.shape[2]}, S, "
                 f"{new.shape[3]}): the rows and key heads of the new tokens"
             )
     if k.shape != v.shape or k.shape[:2] != (B, L) or k.shape[3] != d or H % k.shape[2]:
@@ -246,7 +236,7 @@ def _check(q: Array, k: Array, v: Array, cache: KeyValueCache, window: int | Non
             f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; expected (B, L, H, d), "
             "(B, L, K, d), (B, L, K, d) with H a multiple of K"
         )
-    if window is not None and window > cache.key.shape[1]:
+    if window is not None and window > cache.key.shape[2]:
         raise ValueError(
-            f"a window of {window} tokens needs as many slots; the cache has {cache.key.shape[1]}"
+            f"a window of {window} tokens needs as many slots; the cache has {cache.key.shape[2]}"
         )

@@ -98,7 +98,7 @@ class SelfAttention(nnx.Module):
 
         tokens = partition_spec("batch", "length")
         features = partition_spec("batch", "length", "heads", None)
-        slots = partition_spec("batch", None, "heads", None)
+        slots = partition_spec("batch", "heads", None, None)
         cache_spec = None if cache is None else KeyValueCache(slots, slots)
         return shard_map_logical(
             attend,
@@ -253,10 +253,14 @@ class Transformer(LanguageModel):
 
     def _empty_cache(self, batch_size: int, num_slots: int, is_ring: bool) -> TransformerCache:
         config = self.config
-        shape = (config.num_layers, batch_size, num_slots, config.kv_heads, config.head_dim)
-        key, value = (jnp.zeros(shape, jnp.dtype(config.dtype)) for _ in range(2))
+        shape = (batch_size, config.kv_heads, num_slots, config.head_dim)
+
+        def init_layer() -> KeyValueCache:
+            return KeyValueCache(*(jnp.zeros(shape, jnp.dtype(config.dtype)) for _ in range(2)))
+
         position, segment = (jnp.zeros(batch_size, jnp.int32) for _ in range(2))
-        return TransformerCache(position, segment, KeyValueCache(key, value), is_ring)
+        layers = tuple(init_layer() for _ in range(config.num_layers))
+        return TransformerCache(position, segment, layers, is_ring)
 
 
 def _norm(config: TransformerConfig) -> RMSNorm:

@@ -208,7 +208,7 @@ class ChunkAttentionCase(OpCase):
         fixed: dict[str, Any] = {}
         if mode == "carried":
             cached = chunk_attention.KeyValueCache(*keys_and_values(self.chunk_size))
-            differentiable["cache"] = cached
+            differentiable["cache"] = cached.swap_heads_and_slots()
             positions = self.chunk_size // 2 + np.arange(self.length)
             fixed["positions"] = jnp.asarray(
                 np.broadcast_to(positions, (self.rows, self.length)), jnp.int32

@@ -35,6 +35,7 @@ from pallas_kernels.chunk_attention import (
     KeyValueCache,
     chunk_attention,
 )
+from pallas_kernels.state_step import pack_state, unpack_state
 
 
 class AttentionOutput(NamedTuple):
@@ -219,9 +220,8 @@ class MegaAttention(nnx.Module):
         )
         averaged, cema_state = u, None
         if self.cema is not None:
-            averaged, cema_state = self.cema(
-                u, segment_ids=segment_ids, initial_state=None if cache is None else cache.cema
-            )
+            state = None if cache is None or cache.cema is None else unpack_state(cache.cema)
+            averaged, cema_state = self.cema(u, segment_ids=segment_ids, initial_state=state)
         value_input = SharedInput(u, self.wv)
         averaged = value_input.finish_before(averaged, name=PROJECTION)
         m = dropout(self.rmsnorm(averaged), self.dropout.hidden, hidden_key)
@@ -236,7 +236,8 @@ class MegaAttention(nnx.Module):
         gated = dropout(self._gate(m, attended, gate_key), self.dropout.hidden, gate_key)
         product = checkpoint_name(self.wh1.product(m) + self.wh2.product(gated), PRODUCT)
         if cache is not None and keys_and_values is not None:
-            cache = LayerCache(keys_and_values, norm_state, cema_state)
+            packed = None if cema_state is None else pack_state(cema_state)
+            cache = LayerCache(keys_and_values, norm_state, packed)
         out = AttentionOutput(product, self.wh1.offset, cache)
         if not drops(self.dropout.output, output_key):
             return out
@@ -285,7 +286,7 @@ class MegaAttention(nnx.Module):
         z = self.wz(m, name=PROJECTION)
         z = z.reshape(*z.shape[:2], *heads)
         z = rms_normalize(z, self.norm_eps) if self.qk_norm else jax.nn.silu(z)
-        scale, offset = self._scale_and_offset()
+        scale, offset = self.scale_and_offset()
 
         def transform(i: int) -> Array:
             projected = z * scale[i].reshape(heads) + offset[i].reshape(heads)
@@ -293,7 +294,7 @@ class MegaAttention(nnx.Module):
 
         return transform(0), transform(1)
 
-    def _scale_and_offset(self) -> tuple[Float32[Array, "2 Z"], Float32[Array, "2 Z"]]:
+    def scale_and_offset(self) -> tuple[Float32[Array, "2 Z"], Float32[Array, "2 Z"]]:
         """Scale and offset of z for queries (row 0) and keys (row 1), with the scores' scale."""
         scale = 1.0 + self.gamma[...].astype(jnp.float32)
         offset = self.beta[...].astype(jnp.float32)
@@ -324,7 +325,7 @@ class MegaAttention(nnx.Module):
             )
 
         tokens = partition_spec("batch", "length")
-        slots = partition_spec("batch", None, "heads", None)
+        slots = partition_spec("batch", "heads", None, None)
         features = partition_spec("batch", "length", "heads", None)
         cache_spec = None if cache is None else KeyValueCache(slots, slots)
         return shard_map_logical(

@@ -70,10 +70,15 @@ class CEMA(nnx.Module):
         initial_state: Complex64[Array, "B D N"] | None = None,
     ) -> CemaOutput:
         """Averages x over time; see `pallas_kernels.cema.cema` for arguments and result."""
-        params = CemaParams(
+        implementation = self.implementation
+        return _average(x, self.params, segment_ids, initial_state, implementation=implementation)
+
+    @property
+    def params(self) -> CemaParams:
+        """The arrays that the operation takes."""
+        return CemaParams(
             self.alpha[...], self.delta[...], self.theta[...], self.gamma[...], self.omega[...]
         )
-        return _average(x, params, segment_ids, initial_state, implementation=self.implementation)
 
 
 class EMA(nnx.Module):
@@ -128,8 +133,14 @@ class EMA(nnx.Module):
         initial_state: Complex64[Array, "B D N"] | None = None,
     ) -> CemaOutput:
         """Averages x over time; see `pallas_kernels.cema.cema` for arguments and result."""
+        implementation = self.implementation
+        return _average(x, self.params, segment_ids, initial_state, implementation=implementation)
+
+    @property
+    def params(self) -> CemaParams:
+        """CEMA's arrays for this average."""
         weights = self.gamma[...] * self.beta[...]
-        params = CemaParams(
+        return CemaParams(
             self.alpha[...],
             self.delta[...],
             # sigmoid(-inf) is 0, with a finite gradient (0): the angle of q.
@@ -137,7 +148,6 @@ class EMA(nnx.Module):
             jnp.stack([weights, jnp.zeros_like(weights)], axis=-1),
             self.omega[...],
         )
-        return _average(x, params, segment_ids, initial_state, implementation=self.implementation)
 
 
 def make_moving_average(

@@ -144,7 +144,7 @@ def _check_rows(
 
 def _check_cache(cache: KeyValueCache, k: Array, v: Array, chunk_size: int) -> None:
     for name, slots, new in (("key", cache.key, k), ("value", cache.value, v)):
-        expected = (new.shape[0], chunk_size, *new.shape[2:])
+        expected = (new.shape[0], new.shape[2], chunk_size, new.shape[3])
         if slots.shape != expected or slots.dtype != new.dtype:
             raise ValueError(
                 f"cache.{name} is {slots.dtype}{slots.shape}; expected {new.dtype}{expected}: "

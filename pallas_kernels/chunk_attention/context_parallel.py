@@ -84,4 +84,4 @@ def previous_shard_cache(
         previous = jax.lax.ppermute(x[:, length - chunk_size :], axis, to_next_device)
         return jnp.where(is_filled, jnp.take_along_axis(previous, source, axis=1), 0)
 
-    return KeyValueCache(receive(k), receive(v))
+    return KeyValueCache(receive(k), receive(v)).swap_heads_and_slots()

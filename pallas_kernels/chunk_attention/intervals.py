@@ -40,13 +40,14 @@ def attend_intervals(
       chunk_size: tokens C in a chunk.
       positions: of tokens in their documents.
       segment_ids: documents of the row, 0 for padding.
-      cache: cached tokens of the current chunk.
+      cache: cached tokens of the current chunk, (B, H, C, d).
       key_offset: keys before the row's first token that `attend` wants; at least C with a cache.
       zero_padding: whether `attend` needs zeros at padding. It does if it multiplies weights of
         zero by padding, because 0 times NaN is NaN.
     """
     num_cached = jnp.zeros((q.shape[0], 1), jnp.int32)
     if cache is not None:
+        cache = cache.swap_heads_and_slots()
         num_cached = positions[:, :1] % chunk_size
     start = interval_starts(positions, segment_ids, chunk_size, key_offset, num_cached)
     is_token = None
@@ -63,6 +64,7 @@ def attend_intervals(
         out = _zero_unless(is_token, out)
     if cache is not None:
         cache = _next_cache(all_k, all_v, chunk_size, positions, segment_ids, cache)
+        cache = cache.swap_heads_and_slots()
     return ChunkAttentionOutput(out, cache)
 
 

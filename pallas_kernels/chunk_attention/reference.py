@@ -34,6 +34,7 @@ def chunk_attention(
     own = jnp.broadcast_to(jnp.eye(L, dtype=bool), (B, L, L))
     keys, values = k, v
     if cache is not None:
+        cache = cache.swap_heads_and_slots()
         is_filled = jnp.arange(chunk_size) < positions[:, :1] % chunk_size
         in_cache = _allowed_in_cache(positions, segment_ids, is_filled, chunk_size)
         allowed = jnp.concatenate([in_cache, allowed], axis=2)
@@ -44,6 +45,7 @@ def chunk_attention(
     out = _masked_softmax_attention(q, keys, values, allowed[:, None], own[:, None], dropout)
     if cache is not None:
         cache = _next_cache(k, v, chunk_size, positions, segment_ids, cache)
+        cache = cache.swap_heads_and_slots()
     return ChunkAttentionOutput(out, cache)
 
 

@@ -23,8 +23,12 @@ class KeyValueCache(NamedTuple):
       value: values.
     """
 
-    key: Float[Array, "B C H Dk"]
-    value: Float[Array, "B C H Dv"]
+    key: Float[Array, "B H C Dk"]
+    value: Float[Array, "B H C Dv"]
+
+    def swap_heads_and_slots(self) -> "KeyValueCache":
+        """(B, H, C, d) to (B, C, H, d), the order of tokens in a row, and back."""
+        return KeyValueCache(self.key.swapaxes(1, 2), self.value.swapaxes(1, 2))
 
 
 @jax.tree_util.register_dataclass

@@ -80,7 +80,7 @@ def _decode(
     # Padding writes past the end, which drops it. Mapped over rows: indexing with row numbers would
     # make XLA gather the caches of all devices.
     target = jnp.where(is_token, position, chunk_size)
-    write = jax.vmap(lambda slots, slot, new: slots.at[slot].set(new, mode="drop"))
+    write = jax.vmap(lambda slots, slot, new: slots.at[:, slot].set(new, mode="drop"))
     key, value = write(cache.key, target, k[:, 0]), write(cache.value, target, v[:, 0])
 
     slot = jnp.arange(chunk_size)
@@ -88,10 +88,10 @@ def _decode(
     own = (slot == position[:, None])[:, None]
     weights = _decode_weights(q, key, is_filled[:, None], own, dropout)
     out = jnp.einsum(
-        "bhc,bchd->bhd",
+        "bhc,bhcd->bhd",
         weights.astype(v.dtype),
         # Empty slots may hold anything, and 0 times NaN is NaN.
-        jnp.where(is_filled[:, :, None, None], value, 0),
+        jnp.where(is_filled[:, None, :, None], value, 0),
         precision=matmul_precision(v.dtype),
         preferred_element_type=accumulation_dtype(q.dtype),
     )
@@ -100,14 +100,14 @@ def _decode(
 
 def _decode_weights(
     q: Float[Array, "B 1 H Dk"],
-    key: Float[Array, "B C H Dk"],
+    key: Float[Array, "B H C Dk"],
     allowed: Array,
     own: Array,
     dropout: AttentionDropout | None,
 ) -> Float[Array, "B H C"]:
     wide = accumulation_dtype(q.dtype)
     scores = jnp.einsum(
-        "bhd,bchd->bhc",
+        "bhd,bhcd->bhc",
         q[:, 0],
         key,
         precision=matmul_precision(q.dtype),

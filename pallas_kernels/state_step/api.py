@@ -3,13 +3,13 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.common.dispatch import Implementation, check_implementation
 from pallas_kernels.state_step import reference, xla
 from pallas_kernels.state_step.types import CemaStepTables, StateStepOutput
 
-# All called as f(x, tables, state).
+# All called as f(x, tables, state, active).
 IMPLEMENTATIONS: dict[str, Callable[..., StateStepOutput]] = {
     "reference": reference.state_step,
     "xla": xla.state_step,
@@ -20,6 +20,7 @@ def state_step(
     x: Float[Array, "B D"],
     tables: CemaStepTables,
     state: Float[Array, "S 2N D"],
+    active: Bool[Array, " B"] | None = None,
     *,
     implementation: Implementation | None = None,
 ) -> StateStepOutput:
@@ -34,6 +35,7 @@ def state_step(
       tables: from `cema_step_tables`.
       state: S >= B rows of `pack_state`, of the tables' dtype. Row i belongs to token i; rows from
         B on are neither read nor changed.
+      active: rows whose state changes; the y of others has no meaning. None: all.
       implementation: "reference" (complex numbers, by definition), "xla" (any platform and dtype),
         or None for the fastest known here.
 
@@ -45,8 +47,10 @@ def state_step(
         run these operands on this device.
     """
     _check_operands(x, tables, state)
+    if active is not None and (active.shape != x.shape[:1] or active.dtype != jnp.bool_):
+        raise ValueError(f"active is {active.dtype}{active.shape}; needs bool({x.shape[0]},)")
     check_implementation("state_step", implementation, IMPLEMENTATIONS)
-    return IMPLEMENTATIONS[implementation or "xla"](x, tables, state)
+    return IMPLEMENTATIONS[implementation or "xla"](x, tables, state, active)
 
 
 def _check_operands(x: Array, tables: CemaStepTables, state: Array) -> None:

@@ -1,10 +1,17 @@
 """TimestepNorm: group normalization by the moments of all tokens so far."""
 
 from pallas_kernels.timestep_norm.api import timestep_norm
+from pallas_kernels.timestep_norm.step import timestep_norm_step
 from pallas_kernels.timestep_norm.types import (
     TimestepNormOutput,
     TimestepNormState,
     broadcast_to_rows,
 )
 
-__all__ = ["TimestepNormOutput", "TimestepNormState", "broadcast_to_rows", "timestep_norm"]
+__all__ = [
+    "TimestepNormOutput",
+    "TimestepNormState",
+    "broadcast_to_rows",
+    "timestep_norm",
+    "timestep_norm_step",
+]

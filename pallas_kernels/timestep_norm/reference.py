@@ -8,6 +8,7 @@ from pallas_kernels.timestep_norm.positions import document_starts
 from pallas_kernels.timestep_norm.types import (
     TimestepNormOutput,
     TimestepNormState,
+    merge_token,
     moments_dtype,
 )
 
@@ -34,7 +35,7 @@ def timestep_norm(
     def step(state, token):
         x, valid, reset = token
         state = _where(reset, prior, state)
-        state = _where(valid, _merge(state, x), state)
+        state = _where(valid, merge_token(state, x), state)
         y = (x - state.mean[..., None]) * jax.lax.rsqrt(state.var + eps)[..., None]
         return state, y
 
@@ -44,19 +45,6 @@ def timestep_norm(
     y = jnp.moveaxis(y, 0, 1).reshape(B, L, D) * scale + bias
     y = jnp.where((segment_ids != 0)[..., None], y, 0).astype(x.dtype)
     return TimestepNormOutput(y, final_state)
-
-
-def _merge(state: TimestepNormState, x: Float[Array, "B G F"]) -> TimestepNormState:
-    count = state.count + 1
-    share = (1 / count.astype(x.dtype))[:, None]
-    mean = x.mean(-1)
-    var = jnp.square(x - mean[..., None]).mean(-1)
-    shift = mean - state.mean
-    return TimestepNormState(
-        count,
-        state.mean + shift * share,
-        (1 - share) * (state.var + share * jnp.square(shift)) + share * var,
-    )
 
 
 def _where(condition: Array, new: TimestepNormState, old: TimestepNormState) -> TimestepNormState:

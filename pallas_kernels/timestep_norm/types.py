@@ -38,6 +38,20 @@ class TimestepNormOutput(NamedTuple):
     final_state: TimestepNormState
 
 
+def merge_token(state: TimestepNormState, x: Float[Array, "B G F"]) -> TimestepNormState:
+    """The moments with one more token of every row (Chan et al. 1979); x has their dtype."""
+    count = state.count + 1
+    share = (1 / count.astype(x.dtype))[:, None]
+    mean = x.mean(-1)
+    var = jnp.square(x - mean[..., None]).mean(-1)
+    shift = mean - state.mean
+    return TimestepNormState(
+        count,
+        state.mean + shift * share,
+        (1 - share) * (state.var + share * jnp.square(shift)) + share * var,
+    )
+
+
 def broadcast_to_rows(prior: TimestepNormState, num_rows: int) -> TimestepNormState:
     """The initial state of `num_rows` rows whose first documents start from the prior."""
     return TimestepNormState(

@@ -123,7 +123,7 @@ def test_a_decode_step_writes_the_donated_cache_in_place(make_device, most_copie
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    cache = KeyValueCache(array(B, S, K, d), array(B, S, K, d))
+    cache = KeyValueCache(array(B, K, S, d), array(B, K, S, d))
     operands = array(B, 1, num_heads, d), array(B, 1, K, d), array(B, 1, K, d)
     lowered = lower_for(
         make_device(),

@@ -17,7 +17,7 @@ run = jax.jit(cached_attention, static_argnames="window")
 
 def empty_cache(B, slots, *, K, d, **_):
     """Slots that were never written: NaN, which must not reach any output."""
-    return KeyValueCache(*(jnp.full((B, slots, K, d), jnp.nan) for _ in range(2)))
+    return KeyValueCache(*(jnp.full((B, K, slots, d), jnp.nan) for _ in range(2)))
 
 
 def attend_in_pieces(qkv, pieces, cache, *, segment_ids=None, window=None):
@@ -88,11 +88,12 @@ def test_padding_is_neither_seen_nor_cached():
     segment_ids = lay_out([(1, 5), (0, 6)], [(0, 11)])
     *qkv, _ = draw(3, 2, 11, **HEADS)
     poisoned = [np.where((segment_ids == 0)[..., None, None], np.nan, x) for x in qkv]
-    old = KeyValueCache(*(jnp.full((2, 16, 2, 8), float(i)) for i in (3, 4)))
+    old = KeyValueCache(*(jnp.full((2, 2, 16, 8), float(i)) for i in (3, 4)))
     out, cache = attend_in_pieces(poisoned, (11,), old, segment_ids=segment_ids)
     clean, _ = attend_in_pieces(qkv, (11,), old, segment_ids=segment_ids)
     np.testing.assert_array_equal(out, clean)
-    for new, before, tokens in zip(cache, old, qkv[1:], strict=True):
+    by_slot = (each.swap_heads_and_slots() for each in (cache, old))
+    for new, before, tokens in zip(*by_slot, qkv[1:], strict=True):
         np.testing.assert_array_equal(new[0, :5], tokens[0, :5])
         np.testing.assert_array_equal(new[0, 5:], before[0, 5:])
         np.testing.assert_array_equal(new[1], before[1])
@@ -104,7 +105,7 @@ def test_slots_after_a_piece_are_those_of_the_last_document():
     cache = empty_cache(1, 6, **HEADS)
     _, cache = attend_in_pieces(qkv, (25,), cache, segment_ids=segment_ids, window=6)
     # Positions 8 .. 13 of the second document, which begins at column 9.
-    for slots, tokens in zip(cache, qkv[1:], strict=True):
+    for slots, tokens in zip(cache.swap_heads_and_slots(), qkv[1:], strict=True):
         for position in range(8, 14):
             np.testing.assert_array_equal(slots[0, position % 6], tokens[0, 9 + position])
 
@@ -112,7 +113,8 @@ def test_slots_after_a_piece_are_those_of_the_last_document():
 def test_blocks_of_queries_change_nothing(monkeypatch):
     *qkv, _ = draw(5, 2, 23, **HEADS)
     segment_ids = lay_out([(1, 4), (2, 19)], [(1, 20), (0, 3)])
-    cache = KeyValueCache(*(jnp.asarray(x) for x in draw(6, 2, 30, **HEADS)[1:3]))
+    tokens = (jnp.asarray(x) for x in draw(6, 2, 30, **HEADS)[1:3])
+    cache = KeyValueCache(*tokens).swap_heads_and_slots()
     positions = document_positions((2, 23), segment_ids, jnp.asarray([7, 2]))
 
     def attend():

@@ -167,7 +167,8 @@ def test_cache_grows_or_refuses():
     assert longer.num_slots == 512
     # The larger cache holds the same tokens.
     after = [model(tokens[:, :1], cache=each).logits for each in (cache, longer)]
-    np.testing.assert_allclose(*after, atol=1e-6)
+    # The number of slots changes the order of the sums.
+    assert relative_error(*after) <= 2e-6
     windowed = make(VARIANTS["grouped, window, tied"])
     ring = windowed.init_cache(B)
     assert ring.is_ring

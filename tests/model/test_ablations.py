@@ -107,8 +107,8 @@ def test_every_switch_changes_the_output(jitted, ablated, tokens, segment_ids):
 def test_the_cache_has_only_the_states_of_the_model(ablated):
     def states(name: str) -> tuple[bool, bool, bool]:
         cache: Cache = ablated(name).init_cache(2)
-        layers = cache.layers
-        return layers.cema is not None, layers.norm is not None, cache.final_norm is not None
+        (layer, *_) = cache.layers
+        return layer.cema is not None, layer.norm is not None, cache.final_norm is not None
 
     assert states("default") == states("ema") == states("pre-norm") == (True, True, True)
     assert states("no average") == (False, True, True)

@@ -9,6 +9,7 @@ from jax import numpy as jnp
 from megalodon_jax.interop.released import to_state_dict
 from megalodon_jax.loss import cross_entropy
 from megalodon_jax.model import Megalodon
+from pallas_kernels.state_step import unpack_state
 from tests.golden_files import GoldenModel, golden_model, read_golden, relative_error
 
 MODELS = ["model_a_plain", "model_b_all_on", "model_c_short", "model_d_swiglu_L320"]
@@ -96,14 +97,15 @@ def test_stream(stream: str):
     whole, _ = call(jnp.asarray(arrays["tokens"], jnp.int32), None)
     assert relative_error(whole, arrays["full_logits"]) <= 2e-6
     for i in range(model.config.num_layers):
-        layer = jax.tree.map(lambda leaf, i=i: leaf[i], cache.layers)
+        layer = cache.layers[i]
+        key, value = layer.keys_and_values.swap_heads_and_slots()
         count = int(arrays[f"cache:layers.{i}.n"])
         for actual, released_name in (
-            (layer.keys_and_values.key[:, :count], "k"),
-            (layer.keys_and_values.value[:, :count], "v"),
+            (key[:, :count], "k"),
+            (value[:, :count], "v"),
             (layer.norm.mean, "norm_mean"),
             (layer.norm.var, "norm_var"),
-            (layer.cema, "hx"),
+            (unpack_state(layer.cema), "hx"),
         ):
             assert relative_error(actual, arrays[f"cache:layers.{i}.{released_name}"]) <= 2e-6, (
                 released_name

@@ -131,9 +131,9 @@ def test_packed_documents_equal_separate_ones(call, x):
 
 def test_streamed_pieces_equal_one_call(block, call, x):
     cache = LayerCache(
-        KeyValueCache(jnp.zeros((B, C, H, Z // H)), jnp.zeros((B, C, H, E // H))),
+        KeyValueCache(jnp.zeros((B, H, C, Z // H)), jnp.zeros((B, H, C, E // H))),
         block.mega.timenorm.init_state(B),
-        jnp.zeros((B, D, N), jnp.complex64),
+        jnp.zeros((B, 2 * N, D)),
     )
     outputs = []
     for start in range(0, L, 12):

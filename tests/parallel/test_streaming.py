@@ -38,7 +38,7 @@ def test_a_sharded_cache_equals_an_unsharded_one():
     mesh = make_mesh(MeshConfig(data=2, model=2), jax.devices()[:4])
     graphdef, params = nnx.split(model, nnx.Param)
     sharded = nnx.merge(graphdef, jax.device_put(params, shardings_of(params, mesh)))
-    shardings = cache_shardings(mesh)
+    shardings = cache_shardings(mesh, CONFIG)
     with jax.set_mesh(mesh):
         logits, cache = stream(sharded, tokens, jax.device_put(model.init_cache(4), shardings))
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
@@ -46,5 +46,5 @@ def test_a_sharded_cache_equals_an_unsharded_one():
     for actual, expected, sharding in leaves:
         np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
         assert actual.sharding.is_equivalent_to(sharding, actual.ndim)
-    keys = cache.layers.keys_and_values.key
+    keys = cache.layers[0].keys_and_values.key
     assert keys.addressable_shards[0].data.size == keys.size // 4

@@ -220,7 +220,7 @@ def feed(qkv, sizes, chunk_size, implementation, cache, positions, segment_ids, 
 
 def empty_cache(B, C, H=2, Dk=8, Dv=12, fill=0.0):
     return KeyValueCache(
-        jnp.full((B, C, H, Dk), fill, jnp.float32), jnp.full((B, C, H, Dv), fill, jnp.float32)
+        jnp.full((B, H, C, Dk), fill, jnp.float32), jnp.full((B, H, C, Dv), fill, jnp.float32)
     )
 
 
@@ -246,8 +246,9 @@ def test_streaming_equals_one_call(implementation):
     out, cache = feed(qkv, sizes, C, implementation, cache, positions, None)
     assert relative(out, whole) <= 1e-6
     filled = L % C
-    np.testing.assert_array_equal(cache.key[:, :filled], qkv[1][:, L - filled :])
-    np.testing.assert_array_equal(cache.value[:, :filled], qkv[2][:, L - filled :])
+    key, value = cache.swap_heads_and_slots()
+    np.testing.assert_array_equal(key[:, :filled], qkv[1][:, L - filled :])
+    np.testing.assert_array_equal(value[:, :filled], qkv[2][:, L - filled :])
     for a, b in zip(with_gradients(qkv), whole_grads):
         assert relative(a, b) <= 5e-6
 
@@ -265,8 +266,8 @@ def test_rows_at_different_positions(sizes, implementation, attend_token_by_toke
             for w in (8, 12)]  # fmt: skip
     cache = jax.tree.map(np.array, empty_cache(B, C))
     for row in range(B):
-        cache.key[row, : begin[row] % C] = cached[0][row]
-        cache.value[row, : begin[row] % C] = cached[1][row]
+        cache.key[row, :, : begin[row] % C] = cached[0][row].swapaxes(0, 1)
+        cache.value[row, :, : begin[row] % C] = cached[1][row].swapaxes(0, 1)
     at, outs, expected_rows = 0, [], []
     position, seen = begin.copy(), [list(map(list, zip(*(x[r] for x in cached))))
                                     for r in range(B)]  # fmt: skip
@@ -309,8 +310,9 @@ def test_rows_at_different_positions(sizes, implementation, attend_token_by_toke
             filled = position[row] % C
             assert filled == len(seen[row])
             if filled:
-                np.testing.assert_array_equal(cache.key[row, :filled], [s[0] for s in seen[row]])
-                np.testing.assert_array_equal(cache.value[row, :filled], [s[1] for s in seen[row]])
+                key, value = cache.swap_heads_and_slots()
+                np.testing.assert_array_equal(key[row, :filled], [s[0] for s in seen[row]])
+                np.testing.assert_array_equal(value[row, :filled], [s[1] for s in seen[row]])
             if not ids[row].any():
                 for new, old in zip(cache, before):
                     np.testing.assert_array_equal(new[row], old[row])
@@ -408,7 +410,7 @@ def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match=r"positions has shape \(5,\)"):
         chunk_attention(*qkv, chunk_size=4, positions=jnp.arange(5))
     positions = jnp.tile(jnp.arange(5), (2, 1))
-    with pytest.raises(ValueError, match=r"cache.key is float32\(2, 3, 2, 8\).*chunk_size slots"):
+    with pytest.raises(ValueError, match=r"cache.key is float32\(2, 2, 3, 8\).*chunk_size slots"):
         chunk_attention(*qkv, chunk_size=4, positions=positions, cache=empty_cache(2, 3))
     with pytest.raises(ValueError, match="have shapes"):
         chunk_attention(qkv[0], qkv[1][:, :4], qkv[2], chunk_size=4)

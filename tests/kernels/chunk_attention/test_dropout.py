@@ -117,8 +117,8 @@ def test_one_cached_token(mode):
     q, k, v = (x[:, position : position + 1] for x in draw(4, B))
     rng = np.random.default_rng(5)
     cache = KeyValueCache(
-        jnp.asarray(rng.normal(size=(B, C, 2, 8)), jnp.float32),
-        jnp.asarray(np.broadcast_to(np.eye(C, dtype=np.float32)[:, None], (B, C, 2, C))),
+        jnp.asarray(rng.normal(size=(B, 2, C, 8)), jnp.float32),
+        jnp.asarray(np.broadcast_to(np.eye(C, dtype=np.float32), (B, 2, C, C))),
     )
     options = {"chunk_size": C, "cache": cache, "positions": np.full((B, 1), position, np.int32)}
     weights = np.asarray(run(q, k, v, **options).out)[..., : position + 1]

@@ -130,6 +130,7 @@ def test_continues_a_cache():
     before = random_operands(2, chunk_size, 1, 64, 64, seed=1)
     filled = np.arange(chunk_size)[None, :, None, None] < num_cached
     cache = KeyValueCache(*(jnp.where(filled, before[name], jnp.nan) for name in ("k", "v")))
+    cache = cache.swap_heads_and_slots()
     positions = jnp.broadcast_to(jnp.arange(num_cached, num_cached + length), (2, length))
     call = jax.jit(chunk_attention, static_argnames=("chunk_size", "implementation"))
     got, want = (

@@ -131,7 +131,7 @@ def test_cache_and_rows_at_different_positions(L):
     arrays = draw(3, B, L)
     rng = np.random.default_rng(4)
     cache = KeyValueCache(
-        *(rng.normal(size=(B, C, 2, width)).astype(np.float32) for width in (8, 12))
+        *(rng.normal(size=(B, 2, C, width)).astype(np.float32) for width in (8, 12))
     )
     positions = np.array([[0], [5], [420 - 2]], np.int32) + np.arange(L, dtype=np.int32)
     ids = np.ones((B, L), np.int32)
@@ -142,7 +142,7 @@ def test_cache_and_rows_at_different_positions(L):
     want = exactly(arrays, cache=cache, **options)
     # Slots at or after the position are ignored whatever they hold.
     empty = np.arange(C) >= positions[:, :1] % C
-    filled = KeyValueCache(*(np.where(empty[..., None, None], np.nan, a) for a in cache))
+    filled = KeyValueCache(*(np.where(empty[:, None, :, None], np.nan, a) for a in cache))
     got = by_kernels(arrays, cache=filled, **options)
     assert_close(got, want)
     for a, b in zip(got[1], want[1], strict=True):

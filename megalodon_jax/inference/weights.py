@@ -1,0 +1,184 @@
+"""Weights prepared once for decoding: a tuple of layers, cast, joined, with CEMA's tables ready."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+from flax import nnx
+from jax import numpy as jnp
+
+from megalodon_jax.config import ModelConfig
+from megalodon_jax.layer_stack import unstack_layers
+from megalodon_jax.model import Megalodon
+from megalodon_jax.modules.block import Block
+from megalodon_jax.modules.feed_forward import FeedForward
+from megalodon_jax.modules.linear import Linear
+from megalodon_jax.modules.time_norm import TimeNormModule
+from megalodon_jax.parallel.sharding import axis_size
+from megalodon_jax.typing import Array, Float, Float32, Int8
+from pallas_kernels.state_step import CemaStepTables, cema_step_tables
+
+WeightFormat = Literal["model", "int8"]
+
+
+class Int8Matrix(NamedTuple):
+    """A matrix of 8-bit integers with a scale for every column: W ≈ values * scale."""
+
+    values: Int8[Array, "in out"]
+    scale: Float32[Array, " out"]
+
+
+class Projection(NamedTuple):
+    """x W + b of one or several linear layers side by side."""
+
+    kernel: Float[Array, "in out"] | Int8Matrix
+    bias: Float32[Array, " out"] | None
+
+
+class NormVectors(NamedTuple):
+    """The learned scale (1 added) and bias of a norm; None where it has none."""
+
+    scale: Float32[Array, " D"] | None
+    bias: Float32[Array, " D"] | None
+
+
+class DecodeLayer(NamedTuple):
+    """One block.
+
+    Attributes:
+      norm: TimestepNorm, LayerNorm or RMSNorm before attention.
+      average: tables of CEMA or EMA; None without a moving average.
+      rms_scale: of the RMSNorm behind it.
+      values: D to E.
+      mixed: D to Z, E, D (queries and keys, gate, linear path): one projection, or three under
+        tensor parallelism.
+      query_key_scale: of the normalized z for queries (row 0) and keys (row 1).
+      query_key_offset: the same for the offsets.
+      attention_output: E to D.
+      ffn_norm: LayerNorm before the feed-forward network.
+      ffn_input: D to F, or D to 2F with SwiGLU (two projections under tensor parallelism).
+      ffn_output: F to D.
+      ffn_scale: `alpha`; None without `rescale_nffn`.
+    """
+
+    norm: NormVectors
+    average: CemaStepTables | None
+    rms_scale: Float32[Array, " D"] | None
+    values: Projection
+    mixed: tuple[Projection, ...]
+    query_key_scale: Float32[Array, "2 Z"]
+    query_key_offset: Float32[Array, "2 Z"]
+    attention_output: Projection
+    ffn_norm: NormVectors
+    ffn_input: tuple[Projection, ...]
+    ffn_output: Projection
+    ffn_scale: Float32[Array, " D"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeWeights:
+    """The weights of a model for `inference.step.decode`.
+
+    Attributes:
+      embedding: token embeddings, in the model's dtype.
+      layers: the blocks.
+      final_norm: the norm after them.
+      output: from features to scores.
+      config: of the model.
+    """
+
+    embedding: Float[Array, "V D"]
+    layers: tuple[DecodeLayer, ...]
+    final_norm: NormVectors
+    output: Projection
+    config: ModelConfig = dataclasses.field(metadata={"static": True})
+
+
+def prepare(model: Megalodon, weights: WeightFormat = "model") -> DecodeWeights:
+    """The weights of a model, prepared for decoding; call it inside or outside `jit`.
+
+    Args:
+      model: the model.
+      weights: "model": matrices in `config.dtype`; "int8": matrices of blocks and output as 8-bit
+        integers with a float32 scale for every column, half the bytes of bfloat16. Norms, biases,
+        CEMA and the embedding are not quantized.
+
+    Raises:
+      ValueError: there is no such format.
+    """
+    if weights not in ("model", "int8"):
+        raise ValueError(f"weights is {weights!r}; use 'model' or 'int8'")
+    config = model.config
+    make = _Preparation(jnp.dtype(config.dtype), is_int8=weights == "int8")
+    graphdef, params = nnx.split(model.layers)
+    layers = (
+        make.layer(nnx.merge(graphdef, layer)) for layer in unstack_layers(params, config.num_layers)
+    )
+    return DecodeWeights(
+        embedding=model.embed.embedding[...].astype(config.dtype),
+        layers=tuple(layers),
+        final_norm=_norm_vectors(model.final_norm),
+        output=make.projection(model.output_matrix(), None),
+        config=config,
+    )
+
+
+def quantize(matrix: Float[Array, "in out"]) -> Int8Matrix:
+    """Rounds each column to 255 levels, symmetric about 0, up to its largest magnitude."""
+    wide = matrix.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide), axis=0) / 127
+    # A column of zeros has scale 0.
+    values = jnp.round(wide / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
+    return Int8Matrix(values, scale)
+
+
+class _Preparation(NamedTuple):
+    dtype: Any
+    is_int8: bool
+
+    def layer(self, block: Block) -> DecodeLayer:
+        mega, ffn = block.mega, block.nffn
+        scale, offset = mega.scale_and_offset()
+        return DecodeLayer(
+            norm=_norm_vectors(mega.timenorm),
+            average=None if mega.cema is None else cema_step_tables(mega.cema.params),
+            rms_scale=_one_plus(mega.rmsnorm.weight),
+            values=self.join(mega.wv)[0],
+            mixed=self.join(mega.wz, mega.wr, mega.wh1),
+            query_key_scale=scale,
+            query_key_offset=offset,
+            attention_output=self.join(mega.wh2)[0],
+            ffn_norm=_norm_vectors(ffn.norm),
+            ffn_input=self.join(*_ffn_inputs(ffn)),
+            ffn_output=self.join(ffn.fc2)[0],
+            ffn_scale=None if ffn.alpha is None else ffn.alpha[...].astype(jnp.float32),
+        )
+
+    def join(self, *linears: Linear) -> tuple[Projection, ...]:
+        """One projection of several layers, or one for each where columns are sharded."""
+        kernels = [linear.kernel[...] for linear in linears]
+        offsets = [linear.offset for linear in linears]
+        if axis_size("model") > 1:
+            return tuple(map(self.projection, kernels, offsets))
+        biases = [bias for bias in offsets if bias is not None]
+        bias = jnp.concatenate(biases) if biases else None
+        return (self.projection(jnp.concatenate(kernels, axis=1), bias),)
+
+    def projection(self, kernel: Array, bias: Array | None) -> Projection:
+        return Projection(quantize(kernel) if self.is_int8 else kernel.astype(self.dtype), bias)
+
+
+def _ffn_inputs(ffn: FeedForward) -> tuple[Linear, ...]:
+    return (ffn.fc1,) if ffn.fc3 is None else (ffn.fc1, ffn.fc3)
+
+
+def _norm_vectors(norm: TimeNormModule) -> NormVectors:
+    bias = getattr(norm, "bias", None)
+    return NormVectors(
+        _one_plus(norm.weight), None if bias is None else bias[...].astype(jnp.float32)
+    )
+
+
+def _one_plus(weight: nnx.Param | None) -> Float32[Array, " D"] | None:
+    return None if weight is None else 1.0 + weight[...].astype(jnp.float32)
