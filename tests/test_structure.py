@@ -28,6 +28,7 @@ LAYERS = [
     ("megalodon_jax.models", "megalodon_jax.optimizer", "megalodon_jax.update_guard"),
     ("megalodon_jax.train_state",),
     ("megalodon_jax.data",),
+    ("megalodon_jax.inference",),
     ("megalodon_jax.checkpoints", "megalodon_jax.generate"),
     ("megalodon_jax.evaluation",),
     ("megalodon_jax.tasks",),

@@ -1,0 +1,1 @@
+"""Inference: sampling of tokens per row, and text from token ids."""
