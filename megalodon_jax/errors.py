@@ -55,6 +55,18 @@ class TorchFileError(ConvertError):
     """A file that is not a torch checkpoint, or holds more than arrays and plain values."""
 
 
+class RequestError(MegalodonError, ValueError):
+    """A request of generation that cannot be run."""
+
+
+class EngineBusyError(MegalodonError, RuntimeError):
+    """An engine's queue is full."""
+
+
+class SessionError(MegalodonError, ValueError):
+    """A saved session that is damaged, or belongs to another model."""
+
+
 def one_line(error: BaseException) -> str:
     """The message of an error without line breaks; characters that do not print are escaped."""
     text = " ".join(str(error).split())

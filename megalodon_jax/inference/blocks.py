@@ -1,0 +1,195 @@
+"""Device programs of generation: rows enter slots, and blocks of decoding steps run over them."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from megalodon_jax.inference.decoders import AnyDecodeWeights, decode
+from megalodon_jax.inference.prefill import PrefillState
+from megalodon_jax.inference.rows import put_row
+from megalodon_jax.inference.sampling import Drawn, Features, Logprobs, SamplingState, draw, set_row
+from megalodon_jax.typing import Array, Bool, Float32, Int32
+
+MAX_STOP_IDS = 16
+"""Most stop ids of a request: they are compared on the device."""
+
+
+class SlotState(NamedTuple):
+    """The state of S slots on the device; a slot runs at most one request.
+
+    Attributes:
+      cache: the model's cache.
+      sampling: parameters and progress of the draws.
+      token: the last drawn token, which the next step feeds.
+      active: slots whose request goes on.
+      remaining: tokens that the request may still draw.
+      stop_ids: tokens that end it; -1 where there is none.
+    """
+
+    cache: Any
+    sampling: SamplingState
+    token: Int32[Array, " S"]
+    active: Bool[Array, " S"]
+    remaining: Int32[Array, " S"]
+    stop_ids: Int32[Array, "S 16"]
+
+
+class RowRequest(NamedTuple):
+    """What a request brings into its slot, besides its prefilled cache.
+
+    Attributes:
+      sampling: from `sampling_row`.
+      remaining: tokens that it may draw, at least 1.
+      stop_ids: padded with -1.
+    """
+
+    sampling: SamplingState
+    remaining: Int32[Array, ""]
+    stop_ids: Int32[Array, " 16"]
+
+
+class Emitted(NamedTuple):
+    """Tokens of some steps.
+
+    Attributes:
+      tokens: drawn tokens; -1 where the slot was not active.
+      logprobs: their log-probabilities.
+      valid: see `sampling.Drawn`.
+    """
+
+    tokens: Int32[Array, "n B"]
+    logprobs: Logprobs
+    valid: Bool[Array, "n B"]
+
+
+def padded_stop_ids(stop_ids: tuple[int, ...]) -> np.ndarray:
+    """An array of `MAX_STOP_IDS` ids, -1 where there is none.
+
+    Raises:
+      ValueError: there are more.
+    """
+    if len(stop_ids) > MAX_STOP_IDS:
+        raise ValueError(f"{len(stop_ids)} stop ids; use at most {MAX_STOP_IDS}")
+    return np.pad(np.asarray(stop_ids, np.int32), (0, MAX_STOP_IDS - len(stop_ids)), constant_values=-1)
+
+
+def empty_slots(cache: Any, sampling: SamplingState) -> SlotState:
+    """Slots without requests, for a cache of as many rows; call it inside `jit`."""
+    S = sampling.temperature.shape[0]
+    return SlotState(
+        cache,
+        sampling,
+        token=jnp.zeros(S, jnp.int32),
+        active=jnp.zeros(S, bool),
+        remaining=jnp.zeros(S, jnp.int32),
+        stop_ids=jnp.full((S, MAX_STOP_IDS), -1, jnp.int32),
+    )
+
+
+@partial(jax.jit, static_argnums=4, donate_argnums=0)
+def start_row(
+    slots: SlotState,
+    slot: Int32[Array, ""],
+    prefilled: PrefillState,
+    request: RowRequest,
+    features: Features,
+    logits_mask: Int32[Array, "1 W"] | None = None,
+) -> tuple[SlotState, Emitted]:
+    """Puts a prefilled row into a slot, and draws its first token.
+
+    Args:
+      slots: donated.
+      slot: index.
+      prefilled: one row; not donated, so that several requests can start from it.
+      request: the request.
+      features: must cover the request's.
+      logits_mask: allowed tokens of the first draw, see `sampling.draw`.
+
+    Returns:
+      The slots, and the first token (n = B = 1).
+    """
+    row = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], request.sampling)
+    drawn = draw(prefilled.logits, row, features, logits_mask=logits_mask)
+    ended = _ends(drawn.tokens, request.stop_ids[None], jnp.asarray(request.remaining)[None])
+    cache = put_row(slots.cache, slot, prefilled.cache)
+    sampling = put_row(slots.sampling, slot, drawn.state)
+    return SlotState(
+        cache,
+        sampling,
+        slots.token.at[slot].set(drawn.tokens[0]),
+        slots.active.at[slot].set(~ended[0]),
+        slots.remaining.at[slot].set(request.remaining - 1),
+        slots.stop_ids.at[slot].set(request.stop_ids),
+    ), jax.tree.map(lambda leaf: leaf[None], _emitted(drawn, jnp.ones(1, bool)))
+
+
+@partial(jax.jit, donate_argnums=0)
+def deactivate(slots: SlotState, keep: Bool[Array, " S"]) -> SlotState:
+    """Ends the requests of the slots where `keep` is false."""
+    return slots._replace(active=slots.active & keep)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4), donate_argnums=1)
+def decode_block(
+    weights: AnyDecodeWeights,
+    slots: SlotState,
+    rows: int,
+    length: int,
+    features: Features,
+    logits_mask: Int32[Array, "B W"] | None = None,
+) -> tuple[SlotState, Emitted]:
+    """Some decoding steps of the first slots.
+
+    Args:
+      weights: from `prepare_decoding`.
+      slots: donated; updated in place.
+      rows: slots that run, B.
+      length: steps, n.
+      features: must cover those of every active slot.
+      logits_mask: allowed tokens of the draw, for blocks of one step.
+
+    Returns:
+      The slots, and the drawn tokens.
+    """
+    first = _first_rows(slots._replace(cache=None), rows)
+
+    def step(carry: tuple[Any, SlotState], _) -> tuple[tuple[Any, SlotState], Emitted]:
+        cache, state = carry
+        logits, cache = decode(weights, cache, state.token, state.active)
+        drawn = draw(
+            logits, state.sampling, features, logits_mask=logits_mask, active=state.active
+        )
+        ended = _ends(drawn.tokens, state.stop_ids, state.remaining)
+        emitted = _emitted(drawn, state.active)
+        state = state._replace(
+            sampling=drawn.state,
+            token=jnp.where(state.active, drawn.tokens, state.token),
+            active=state.active & ~ended,
+            remaining=state.remaining - state.active,
+        )
+        return (cache, state), emitted
+
+    (cache, state), emitted = jax.lax.scan(step, (slots.cache, first), length=length)
+    rest = jax.tree.map(_set_first_rows, slots._replace(cache=None), state)
+    return rest._replace(cache=cache), emitted
+
+
+def _ends(
+    tokens: Int32[Array, " B"], stop_ids: Int32[Array, "B 16"], remaining: Int32[Array, " B"]
+) -> Bool[Array, " B"]:
+    return jnp.any(tokens[:, None] == stop_ids, axis=1) | (remaining <= 1)
+
+
+def _emitted(drawn: Drawn, active: Bool[Array, " B"]) -> Emitted:
+    return Emitted(jnp.where(active, drawn.tokens, -1), drawn.logprobs, drawn.valid)
+
+
+def _first_rows[T](tree: T, rows: int) -> T:
+    return jax.tree.map(lambda leaf: leaf[:rows], tree)
+
+
+def _set_first_rows(old: Array, new: Array) -> Array:
+    return new if new.shape == old.shape else old.at[: new.shape[0]].set(new)

@@ -1,0 +1,138 @@
+"""Prefill: a prompt through the model in pieces, with the operations of training."""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import numpy as jnp
+
+from megalodon_jax.language_model import LanguageModel
+from megalodon_jax.typing import Array, Float32, Int32
+
+# The longest piece, in pieces of the model's own length: chunks of 2,048 tokens give 16,384.
+_LONGEST = 8
+_SHORTEST_PADDED = 16
+
+
+class Piece(NamedTuple):
+    """A part of a prompt: `count` tokens from `start`, padded to `size`."""
+
+    start: int
+    count: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PieceSizes:
+    """Lengths that are compiled.
+
+    Attributes:
+      whole: of pieces without padding, the longest first.
+      padded: of the last piece, the shortest first.
+    """
+
+    whole: tuple[int, ...]
+    padded: tuple[int, ...]
+
+    @classmethod
+    def for_model(cls, model: LanguageModel) -> "PieceSizes":
+        """Eight and one chunks whole; padded to 16, 64, 256, ... tokens up to a chunk."""
+        longest = model.piece_length
+        padded, size = [], _SHORTEST_PADDED
+        while size < longest:
+            padded.append(size)
+            size *= 4
+        return cls((_LONGEST * longest, longest), (*padded, longest))
+
+    def split(self, length: int, start: int = 0) -> Iterator[Piece]:
+        """Pieces of a prompt of `length` tokens, of which `start` have been seen."""
+        for size in self.whole:
+            while length - start >= size:
+                yield Piece(start, size, size)
+                start += size
+        if start < length:
+            count = length - start
+            yield Piece(start, count, next(size for size in self.padded if size >= count))
+
+
+class PrefillState(NamedTuple):
+    """The state between two pieces: the cache, and the scores after the last token of each row."""
+
+    cache: Any
+    logits: Float32[Array, "B V"]
+
+
+@partial(jax.jit, static_argnums=(0, 2, 3))
+def empty_prefill_state(
+    graphdef: nnx.GraphDef, params: nnx.State, batch_size: int, max_length: int | None = None
+) -> PrefillState:
+    """The state before the first token. No two arrays share a buffer: it can be donated."""
+    model: LanguageModel = nnx.merge(graphdef, params)
+    logits = jnp.zeros((batch_size, model.config.num_outputs), jnp.float32)
+    return PrefillState(model.init_cache(batch_size, max_length=max_length), logits)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def prefill_whole(
+    graphdef: nnx.GraphDef, params: nnx.State, state: PrefillState, tokens: Int32[Array, "B L"]
+) -> PrefillState:
+    """A piece without padding: no segment ids, hence no masks per token."""
+    model: LanguageModel = nnx.merge(graphdef, params)
+    hidden, cache = model.hidden(tokens, cache=state.cache)
+    return PrefillState(cache, model.logits(hidden[:, -1]))
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def prefill_padded(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    state: PrefillState,
+    tokens: Int32[Array, "B L"],
+    counts: Int32[Array, " B"],
+) -> PrefillState:
+    """A piece whose rows have `counts` tokens, 0 to L; a row without tokens keeps its state."""
+    model: LanguageModel = nnx.merge(graphdef, params)
+    L = tokens.shape[1]
+    has_tokens = counts > 0
+    # The cache's document goes on; a new row's first document has the id 1.
+    segment = jnp.maximum(state.cache.segment, 1)[:, None]
+    segment_ids = jnp.where(jnp.arange(L) < counts[:, None], segment, 0)
+    cache = dataclasses.replace(
+        state.cache, segment=jnp.where(has_tokens, segment[:, 0], state.cache.segment)
+    )
+    hidden, cache = model.hidden(tokens, segment_ids=segment_ids, cache=cache)
+    last = jnp.maximum(counts - 1, 0)[:, None, None]
+    logits = model.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
+    return PrefillState(cache, jnp.where(has_tokens[:, None], logits, state.logits))
+
+
+def prefill_piece(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    state: PrefillState,
+    prompts: np.ndarray,
+    lengths: np.ndarray,
+    piece: Piece,
+) -> PrefillState:
+    """One piece of a batch of prompts.
+
+    Args:
+      graphdef: of the model.
+      params: of the model; matrices may be cast (`decoders.cast_matrices`).
+      state: before the piece; donated.
+      prompts: token ids (B, P), right-padded.
+      lengths: tokens of each prompt.
+      piece: from `PieceSizes.split` of the longest prompt.
+    """
+    counts = np.clip(lengths - piece.start, 0, piece.count)
+    tokens = prompts[:, piece.start : piece.start + piece.count]
+    if counts.min() == piece.size:
+        return prefill_whole(graphdef, params, state, tokens)
+    padding = piece.size - tokens.shape[1]
+    tokens = np.where(np.arange(tokens.shape[1]) < counts[:, None], tokens, 0)
+    tokens = np.pad(tokens, ((0, 0), (0, padding)))
+    return prefill_padded(graphdef, params, state, tokens, jnp.asarray(counts, jnp.int32))

@@ -1,0 +1,113 @@
+"""Cache of prompts' states at chunk borders, where keys and values are dead.
+
+Attention never crosses a chunk: the state after a whole number of chunks is that of the norms and
+of CEMA alone, 1.6 MB for mega200M whatever the length of the prompt.
+"""
+
+import collections
+import dataclasses
+import hashlib
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from megalodon_jax.cache import Cache
+
+
+class _Entry(NamedTuple):
+    cache: Cache
+    num_bytes: int
+
+
+class PrefixCache:
+    """The least recently used states of prompts' beginnings, up to a number of bytes.
+
+    Args:
+      max_bytes: of all states together, on the device.
+      chunk_size: tokens C of a chunk.
+    """
+
+    def __init__(self, max_bytes: int, chunk_size: int):
+        self.max_bytes, self.num_bytes = max_bytes, 0
+        self._chunk_size = chunk_size
+        self._entries: collections.OrderedDict[bytes, _Entry] = collections.OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def put(self, tokens: np.ndarray, cache: Cache) -> None:
+        """Keeps the state after `tokens` from a document's start, if they are whole chunks.
+
+        Args:
+          tokens: int32 (n,).
+          cache: one row; its arrays are kept, so its buffers must not be donated afterwards: pass
+            copies. Keys and values are not kept.
+        """
+        if not len(tokens) or len(tokens) % self._chunk_size:
+            return
+        key = _digests(tokens, self._chunk_size)[-1]
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return
+        kept = _copy(_without_slots(cache))
+        num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
+        if num_bytes > self.max_bytes:
+            return
+        self._entries[key] = _Entry(kept, num_bytes)
+        self.num_bytes += num_bytes
+        while self.num_bytes > self.max_bytes:
+            _, dropped = self._entries.popitem(last=False)
+            self.num_bytes -= dropped.num_bytes
+
+    def get(self, tokens: np.ndarray, empty: Cache) -> tuple[int, Cache]:
+        """The longest known beginning of a prompt, its last token excluded.
+
+        Args:
+          tokens: int32 (n,), from a document's start.
+          empty: one row before its first token.
+
+        Returns:
+          The number of tokens, a multiple of C, and the state after them (`empty` for 0).
+        """
+        # The scores of the next token need the prompt's last token.
+        digests = _digests(tokens[:-1], self._chunk_size)
+        for count in range(len(digests), 0, -1):
+            entry = self._entries.get(digests[count - 1])
+            if entry is not None:
+                self._entries.move_to_end(digests[count - 1])
+                return count * self._chunk_size, _with_slots_of(_copy(entry.cache), empty)
+        return 0, empty
+
+
+    def warm_up(self, cache: Cache) -> None:
+        """Compiles what `put` and `get` run."""
+        _copy(_without_slots(cache))
+
+
+def _digests(tokens: np.ndarray, chunk_size: int) -> list[bytes]:
+    """Digest of the tokens up to every chunk border."""
+    digests, hasher = [], hashlib.sha256()
+    for start in range(0, len(tokens) - chunk_size + 1, chunk_size):
+        hasher.update(np.ascontiguousarray(tokens[start : start + chunk_size], "<i4").tobytes())
+        digests.append(hasher.digest())
+    return digests
+
+
+def _without_slots(cache: Cache) -> Cache:
+    layers = tuple(layer._replace(keys_and_values=None) for layer in cache.layers)
+    return dataclasses.replace(cache, layers=layers)
+
+
+def _with_slots_of(cache: Cache, other: Cache) -> Cache:
+    layers = tuple(
+        layer._replace(keys_and_values=theirs.keys_and_values)
+        for layer, theirs in zip(cache.layers, other.layers, strict=True)
+    )
+    return dataclasses.replace(cache, layers=layers)
+
+
+@jax.jit
+def _copy(cache: Cache) -> Cache:
+    """New buffers: those of the argument may be donated to the next piece."""
+    return jax.tree.map(lambda leaf: leaf.copy(), cache)

@@ -1,0 +1,105 @@
+"""Decisions of an engine on the host: the queue, the rows that run, the length of a block."""
+
+import collections
+import dataclasses
+from collections.abc import Iterable
+
+from megalodon_jax.inference.sampling import MAX_LOGPROBS, Features
+
+BLOCK_LENGTHS = (1, 8, 32)
+"""Decoding steps of a block: the host reads tokens after a block, and rows enter before one."""
+
+FEATURE_SETS = (
+    Features(),
+    Features(random=True, top_k=True, top_p=True, min_p=True),
+    Features(
+        random=True,
+        top_k=True,
+        top_p=True,
+        min_p=True,
+        penalties=True,
+        bias=True,
+        logprobs=MAX_LOGPROBS,
+    ),
+)
+"""Compiled variants of a draw; a block takes the first one that covers all of its rows."""
+
+
+class FairQueue[T]:
+    """First in, first out for each client; clients take turns."""
+
+    def __init__(self) -> None:
+        self._by_client: collections.OrderedDict[str, collections.deque[T]] = (
+            collections.OrderedDict()
+        )
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_client.values()))
+
+    def put(self, client: str, item: T) -> None:
+        """Adds an item behind its client's others."""
+        self._by_client.setdefault(client, collections.deque()).append(item)
+
+    def get(self) -> T:
+        """Removes the next item; its client's turn comes again after the others'."""
+        client, items = next(iter(self._by_client.items()))
+        item = items.popleft()
+        del self._by_client[client]
+        if items:
+            self._by_client[client] = items
+        return item
+
+    def remove(self, item: T) -> bool:
+        """Removes an item; False if it is not in the queue."""
+        for client, items in self._by_client.items():
+            if item in items:
+                items.remove(item)
+                if not items:
+                    del self._by_client[client]
+                return True
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """Numbers of rows that are compiled: 2, 8, 32, ..., and all slots."""
+
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def up_to(cls, slots: int) -> "Buckets":
+        """Buckets of an engine with so many slots, at least 2.
+
+        One row runs as two: XLA makes products with one row into sums that round otherwise.
+        """
+        sizes, size = [], 2
+        while size < slots:
+            sizes.append(size)
+            size *= 4
+        return cls((*sizes, slots))
+
+    def of(self, rows: int) -> int:
+        """The smallest bucket for so many rows."""
+        return next(size for size in self.sizes if size >= rows)
+
+
+def block_length(most_remaining: int, *, is_waiting: bool, is_constrained: bool) -> int:
+    """Steps of the next block.
+
+    Args:
+      most_remaining: tokens that the longest running request may still draw.
+      is_waiting: whether a request waits for its prefill or a slot.
+      is_constrained: whether the host chooses the allowed tokens of a row.
+    """
+    if is_constrained:
+        return BLOCK_LENGTHS[0]
+    longest = BLOCK_LENGTHS[1] if is_waiting else BLOCK_LENGTHS[-1]
+    return max(n for n in BLOCK_LENGTHS if n <= min(longest, max(most_remaining, 1)))
+
+
+def covering(features: Iterable[Features]) -> Features:
+    """The first of `FEATURE_SETS` that covers all of them."""
+    needed = Features()
+    for each in features:
+        needed = needed.union(each)
+    return next(known for known in FEATURE_SETS if known.covers(needed))
