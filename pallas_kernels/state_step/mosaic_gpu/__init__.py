@@ -1,1 +1,1 @@
-"""A step of CEMA on NVIDIA Hopper."""
+"""A step of CEMA on NVIDIA Hopper GPUs (Pallas Mosaic GPU)."""
