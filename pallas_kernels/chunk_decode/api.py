@@ -44,8 +44,8 @@ def chunk_decode(
         B on are neither read nor changed. Slots after the token's may hold anything.
       positions: each token's position in its document, at least 0.
       implementation: "reference" (by definition), "xla" (any platform and dtype), "mosaic_gpu"
-        (kernels for NVIDIA Hopper; bfloat16, Dk a multiple of 64, Dv of 128, at least 64 slots), or
-        None for the fastest known here.
+        (kernels for NVIDIA Hopper; bfloat16, Dk a multiple of 64 up to 512, Dv of 128, at least
+        64 slots), or None for the fastest known here.
 
     Returns:
       The outputs and the next cache.

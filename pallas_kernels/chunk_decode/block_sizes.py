@@ -15,8 +15,10 @@ CPU_SLOTS = 128
 THREADS = 128
 # Slots whose scores a warpgroup computes at once, and key columns of one such step.
 SCORE_SLOTS, KEY_COLUMNS = 64, 32
-# Keys are a multiple of this: 128 bytes, what the caches transfer at once.
-KEY_MULTIPLE = 64
+# Widths of keys are a multiple of this, 128 bytes, and at most what registers can hold.
+KEY_MULTIPLE, MAX_KEY_WIDTH = 64, 512
+# Bytes of values that a block loads in one step, 128 for every thread.
+BYTES_PER_STEP = 128 * THREADS
 # Widest first: value columns of a block, and of a block of the kernel that combines splits.
 VALUE_TILES = (2048, 1024, 512, 256, 128)
 COMBINE_TILES = (256, 128)
@@ -66,8 +68,7 @@ def choose_tiling(num_heads: int, num_slots: int, value_width: int) -> DecodeTil
     return DecodeTiling(
         slots_per_block=slots,
         value_tile=value_tile,
-        # 128 bytes in flight from every thread, or 16 loads.
-        slots_per_step=min(16, 8 * 1024 // value_tile),
+        slots_per_step=min(SCORE_SLOTS, BYTES_PER_STEP // (2 * value_tile)),
         prefetch=True,
         combine_tile=next(tile for tile in COMBINE_TILES if value_width % tile == 0),
     )

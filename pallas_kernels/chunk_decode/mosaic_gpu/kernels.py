@@ -9,6 +9,7 @@ and the combination is Σ_i exp(m_i - M) a_i / Σ_i exp(m_i - M) l_i with M = ma
 Splits without a filled slot return at once: their results are undefined and never read.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -33,8 +34,6 @@ KEY_LAYOUT = plgpu.Layout.TILED(
 )
 SCORE_LAYOUT, COLUMN_LAYOUT = KEY_LAYOUT.reduce(1), KEY_LAYOUT.reduce(0)
 _KEYS_SHAPE = (SCORE_SLOTS, KEY_COLUMNS)
-# Key columns that are in registers at once.
-_COLUMNS_IN_FLIGHT = 256
 
 
 class DecodeOperands(NamedTuple):
@@ -110,9 +109,10 @@ class _DecodeKernelCall(NamedTuple):
         size = self.tiling.slots_per_block
         num_filled = jnp.minimum(self.slot + 1 - self.base, size)
         num_tiles = lax.div(num_filled + (SCORE_SLOTS - 1), SCORE_SLOTS)
+        own_scores = self.compute_own_score()
 
         def store_scores(tile, greatest):
-            scores = self.compute_scores(self.base + tile * SCORE_SLOTS)
+            scores = self.compute_scores(self.base + tile * SCORE_SLOTS, own_scores)
             self.weights_smem[pl.ds(tile * SCORE_SLOTS, SCORE_SLOTS)] = scores
             return jnp.maximum(greatest, scores)
 
@@ -136,34 +136,35 @@ class _DecodeKernelCall(NamedTuple):
             self.results.m[self.row, self.head, self.split] = m_i
             self.results.l[self.row, self.head, self.split] = l_i
 
-    def compute_scores(self, first: Any) -> Any:
+    def compute_scores(self, first: Any, own_scores: Any) -> Any:
         """Scores of SCORE_SLOTS slots; -inf where a slot is empty or the previous split's."""
-        operands, width = self.operands, self.operands.q.shape[2]
-        products = own_products = None
-        for start in range(0, width, _COLUMNS_IN_FLIGHT):
-            columns = [
-                pl.ds(column, KEY_COLUMNS)
-                for column in range(start, min(start + _COLUMNS_IN_FLIGHT, width), KEY_COLUMNS)
-            ]
-            slots = pl.ds(first, SCORE_SLOTS)
-            keys = [
-                plgpu.load(
-                    operands.key.at[self.row, self.head, slots, c],
-                    layout=KEY_LAYOUT,
-                    optimized=False,
-                )
-                for c in columns
-            ]
-            for key, c in zip(keys, columns, strict=True):
-                q, k = (_over_slots(self.load_key_columns(a, c)) for a in (operands.q, operands.k))
-                product, own = key.astype(jnp.float32) * q, k * q
-                products = product if products is None else products + product
-                own_products = own if own_products is None else own_products + own
-        # The token's key is not in the cache yet; all rows of its products are equal.
-        scores, own_scores = products.sum(axis=1), own_products.sum(axis=1)
+        slots = pl.ds(first, SCORE_SLOTS)
+
+        def load_keys(columns):
+            gmem = self.operands.key.at[self.row, self.head, slots, columns]
+            return plgpu.load(gmem, layout=KEY_LAYOUT, optimized=False).astype(jnp.float32)
+
+        scores = self.multiply_query(load_keys)
         index = plgpu.broadcasted_iota(jnp.int32, (SCORE_SLOTS,), 0, layout=SCORE_LAYOUT) + first
         scores = jnp.where(index == self.slot, own_scores, scores)
         return jnp.where((index >= self.first_slot) & (index <= self.slot), scores, -jnp.inf)
+
+    def compute_own_score(self) -> Any:
+        """The score of the token's key, which is not in the cache yet, for every slot."""
+        return self.multiply_query(
+            lambda columns: _over_slots(self.load_key_columns(self.operands.k, columns))
+        )
+
+    def multiply_query(self, load_keys: Callable[[Any], Any]) -> Any:
+        """Products of the query with keys that `load_keys` loads for some of their columns."""
+        products = None
+        for column in range(0, self.operands.q.shape[2], KEY_COLUMNS):
+            columns = pl.ds(column, KEY_COLUMNS)
+            q = _over_slots(self.load_key_columns(self.operands.q, columns))
+            product = load_keys(columns) * q
+            products = product if products is None else products + product
+        assert products is not None
+        return products.sum(axis=1)
 
     def load_key_columns(self, ref: Any, columns: Any) -> Any:
         """Some columns of the token's query or key, as float32."""

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.chunk_attention.types import KeyValueCache
 from pallas_kernels.chunk_decode.block_sizes import (
     KEY_MULTIPLE,
+    MAX_KEY_WIDTH,
     SCORE_SLOTS,
     THREADS,
     DecodeTiling,
@@ -27,6 +28,10 @@ def find_obstacle(q: Array, v: Array, cache: KeyValueCache) -> str | None:
         return (
             f"needs one row, queries of a multiple of {KEY_MULTIPLE} numbers and values of a "
             f"multiple of {THREADS}; q and v have shapes {q.shape} and {v.shape}"
+        )
+    if q.shape[2] > MAX_KEY_WIDTH:
+        return (
+            f"keeps queries of up to {MAX_KEY_WIDTH} numbers in registers, these have {q.shape[2]}"
         )
     if cache.key.shape[2] < SCORE_SLOTS:
         return f"needs at least {SCORE_SLOTS} slots, the cache has {cache.key.shape[2]}"

@@ -1,7 +1,5 @@
 """Contract of chunk decoding over all implementations, against attention in numpy float64."""
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,59 +9,9 @@ from pallas_kernels.chunk_attention import KeyValueCache
 from pallas_kernels.chunk_decode import chunk_decode
 from pallas_kernels.chunk_decode.api import IMPLEMENTATIONS
 from pallas_kernels.chunk_decode.block_sizes import SCORE_SLOTS
-from pallas_kernels.common.target import find_target, interpreted
+from tests.kernels.chunk_decode.definition import attend, make_inputs, poison, run
 
-
-@pytest.fixture(autouse=True)
-def runnable() -> Iterator[None]:
-    """Kernels run on a Hopper GPU, elsewhere in their interpreter."""
-    if find_target().is_hopper:
-        yield
-        return
-    with interpreted():
-        yield
-
-
-def make_inputs(rows, heads, slots, dk, dv, *, cache_rows=None, dtype=np.float32, seed=0):
-    rng = np.random.default_rng(seed)
-    cache_rows = rows if cache_rows is None else cache_rows
-
-    def draw(*shape):
-        # float64 numbers that every narrower dtype under test holds exactly.
-        return rng.normal(size=shape).astype(dtype).astype(np.float64)
-
-    q, k, v = draw(rows, heads, dk), draw(rows, heads, dk), draw(rows, heads, dv)
-    return q, k, v, draw(cache_rows, heads, slots, dk), draw(cache_rows, heads, slots, dv)
-
-
-def attend(q, k, v, key, value, positions):
-    """The outputs and the caches after the token, in float64."""
-    key, value, outs = key.copy(), value.copy(), np.zeros_like(v)
-    for row, position in enumerate(positions):
-        slot = position % key.shape[2]
-        key[row, :, slot], value[row, :, slot] = k[row], v[row]
-        for head in range(q.shape[1]):
-            scores = key[row, head, : slot + 1] @ q[row, head]
-            weights = np.exp(scores - scores.max())
-            outs[row, head] = weights @ value[row, head, : slot + 1] / weights.sum()
-    return outs, key, value
-
-
-def run(inputs, positions, implementation, dtype):
-    q, k, v, key, value = (jnp.asarray(a, dtype) for a in inputs)
-    out, cache = jax.jit(
-        lambda *args: chunk_decode(*args, implementation=implementation), donate_argnums=3
-    )(q, k, v, KeyValueCache(key, value), jnp.asarray(positions, jnp.int32))
-    assert out.dtype == cache.key.dtype == cache.value.dtype == dtype
-    return tuple(np.asarray(a).astype(np.float64) for a in (out, *cache))
-
-
-def poison(key, value, positions):
-    """NaN in every slot that is not filled, and in the rows beyond those of the positions."""
-    for slots in (key, value):
-        slots[len(positions) :] = np.nan
-        for row, position in enumerate(positions):
-            slots[row, :, position % slots.shape[2] :] = np.nan
+pytestmark = pytest.mark.usefixtures("runnable")
 
 
 # The Hopper kernels take bfloat16, keys of a multiple of 64 numbers, values of 128, and 64 slots.

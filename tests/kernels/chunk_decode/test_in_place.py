@@ -56,6 +56,15 @@ def test_cpu(cache_rows):
     )
 
 
+@pytest.mark.parametrize("cache_rows", [8, 9])
+def test_kernels_on_an_h200(cache_rows):
+    check_in_place(
+        *compile_decoding(
+            h200_device(), jnp.bfloat16, "mosaic_gpu", rows=8, cache_rows=cache_rows, layers=4
+        )
+    )
+
+
 def test_xla_on_an_h200():
     device = h200_device()
     check_in_place(*compile_decoding(device, jnp.bfloat16, "xla", rows=8, cache_rows=8, layers=2))
