@@ -247,10 +247,11 @@ def decode_kernel(
 
 
 class CombineOperands(NamedTuple):
-    """Operands of `combine_kernel`: references."""
+    """Operands of `combine_kernel`: references; `gate` may be None."""
 
     splits: SplitResults
     positions: Any
+    gate: Any
 
 
 def combine_kernel(
@@ -272,9 +273,18 @@ def combine_kernel(
     greatest = maxima[0]
     for m_i in maxima[1:]:
         greatest = jnp.maximum(greatest, m_i)
-    total = result = None
-    for split, (m_i, l_i, acc_i) in enumerate(zip(maxima, sums, accs, strict=True)):
-        weight = jnp.where(split <= last, jnp.exp(m_i - greatest), 0.0)
-        total = weight * l_i if total is None else total + weight * l_i
-        result = acc_i * weight if result is None else result + acc_i * weight
-    out[row, head, columns] = (result * (1.0 / total)).astype(out.dtype)
+    # The first split always has a filled slot.
+    weight = jnp.exp(maxima[0] - greatest)
+    total, result = weight * sums[0], accs[0] * weight
+    for split in range(1, len(used)):
+        weight = jnp.where(split <= last, jnp.exp(maxima[split] - greatest), 0.0)
+        total = total + weight * sums[split]
+        result = result + accs[split] * weight
+    result = result * (1.0 / total)
+    if operands.gate is not None:
+        gmem = operands.gate.at[row, head, columns]
+        gate = plgpu.load(gmem, layout=value_layout(tile)).astype(jnp.float32)
+        # One rsqrt instruction and a product; a float32 division takes ten instructions.
+        root = lax.rsqrt(1 + jnp.exp(-gate))
+        result = result * (gate * (root * root))
+    out[row, head, columns] = result.astype(out.dtype)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from pallas_kernels.chunk_decode.block_sizes import DecodeTiling
 from pallas_kernels.chunk_decode.mosaic_gpu.kernels import (
@@ -49,8 +49,7 @@ def launch_splits(
 
 
 def launch_combination(
-    splits: SplitResults,
-    positions: Int32[Array, " B"],
+    operands: CombineOperands,
     num_slots: int,
     dtype: Any,
     tiling: DecodeTiling,
@@ -60,14 +59,13 @@ def launch_combination(
     """Combines the splits' results into the outputs.
 
     Args:
-      splits: from `launch_splits`.
-      positions: of the tokens.
+      operands: arrays, the splits from `launch_splits`.
       num_slots: slots C of a chunk.
       dtype: of the result.
       tiling: as in `launch_splits`.
       interpret: from `interpret_params`.
     """
-    rows, heads, _, width = splits.acc.shape
+    rows, heads, _, width = operands.splits.acc.shape
 
     def kernel(operands: CombineOperands, out: Any, scratch: Any) -> None:
         del scratch
@@ -75,7 +73,7 @@ def launch_combination(
 
     return launch(
         kernel,
-        CombineOperands(splits, positions),
+        operands,
         jax.ShapeDtypeStruct((rows, heads, width), dtype),
         name="chunk_decode_combine",
         grid={"b": rows, "h": heads, "d": width // tiling.combine_tile},

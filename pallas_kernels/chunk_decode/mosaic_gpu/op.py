@@ -13,7 +13,7 @@ from pallas_kernels.chunk_decode.block_sizes import (
     DecodeTiling,
     choose_tiling,
 )
-from pallas_kernels.chunk_decode.mosaic_gpu.kernels import DecodeOperands
+from pallas_kernels.chunk_decode.mosaic_gpu.kernels import CombineOperands, DecodeOperands
 from pallas_kernels.chunk_decode.mosaic_gpu.launch import launch_combination, launch_splits
 from pallas_kernels.chunk_decode.types import ChunkDecodeOutput
 from pallas_kernels.common.mosaic_gpu import interpret_params
@@ -44,6 +44,7 @@ def chunk_decode(
     v: Float[Array, "B H Dv"],
     cache: KeyValueCache,
     positions: Int32[Array, " B"],
+    gate: Float[Array, "B H Dv"] | None = None,
     *,
     tiling: DecodeTiling | None = None,
 ) -> ChunkDecodeOutput:
@@ -55,6 +56,7 @@ def chunk_decode(
       v: values.
       cache: key and value.
       positions: of the tokens.
+      gate: of the outputs.
       tiling: how slots and value columns are divided into blocks; None: `choose_tiling`.
 
     Raises:
@@ -71,5 +73,6 @@ def chunk_decode(
     key_ref, value_ref = jax.new_ref(cache.key), jax.new_ref(cache.value)
     operands = DecodeOperands(q, k, v, positions, key_ref, value_ref)
     splits = launch_splits(operands, tiling, interpret=interpret)
-    out = launch_combination(splits, positions, num_slots, v.dtype, tiling, interpret=interpret)
+    combined = CombineOperands(splits, positions, gate)
+    out = launch_combination(combined, num_slots, v.dtype, tiling, interpret=interpret)
     return ChunkDecodeOutput(out, KeyValueCache(jax.freeze(key_ref), jax.freeze(value_ref)))

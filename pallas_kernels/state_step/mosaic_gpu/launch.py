@@ -113,6 +113,6 @@ def launch_step(
         StepOperands(x, tables, state_ref, None if active is None else active.astype(jnp.int32)),
         jax.ShapeDtypeStruct(x.shape, x.dtype),
         name="state_step",
-        grid=count_blocks(*x.shape, tiling),
+        grid=count_blocks(x.shape[0], x.shape[1], tiling),
         interpret=interpret,
     )

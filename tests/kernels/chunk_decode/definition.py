@@ -20,7 +20,7 @@ def make_inputs(rows, heads, slots, dk, dv, *, cache_rows=None, dtype=np.float32
     return q, k, v, draw(cache_rows, heads, slots, dk), draw(cache_rows, heads, slots, dv)
 
 
-def attend(q, k, v, key, value, positions):
+def attend(q, k, v, key, value, positions, gate=None):
     """The outputs and the caches after the token, in float64."""
     key, value, outs = key.copy(), value.copy(), np.zeros_like(v)
     for row, position in enumerate(positions):
@@ -30,14 +30,21 @@ def attend(q, k, v, key, value, positions):
             scores = key[row, head, : slot + 1] @ q[row, head]
             weights = np.exp(scores - scores.max())
             outs[row, head] = weights @ value[row, head, : slot + 1] / weights.sum()
+    if gate is not None:
+        outs = outs * gate / (1 + np.exp(-gate))
     return outs, key, value
 
 
-def run(inputs, positions, implementation, dtype):
+def run(inputs, positions, implementation, dtype, gate=None):
     q, k, v, key, value = (jnp.asarray(a, dtype) for a in inputs)
-    out, cache = jax.jit(
-        lambda *args: chunk_decode(*args, implementation=implementation), donate_argnums=3
-    )(q, k, v, KeyValueCache(key, value), jnp.asarray(positions, jnp.int32))
+    gate = None if gate is None else jnp.asarray(gate, dtype)
+    positions = jnp.asarray(positions, jnp.int32)
+
+    def decode(q, k, v, cache, positions, gate):
+        return chunk_decode(q, k, v, cache, positions, gate=gate, implementation=implementation)
+
+    cache = KeyValueCache(key, value)
+    out, cache = jax.jit(decode, donate_argnums=3)(q, k, v, cache, positions, gate)
     assert out.dtype == cache.key.dtype == cache.value.dtype == dtype
     return tuple(np.asarray(a).astype(np.float64) for a in (out, *cache))
 

@@ -56,6 +56,18 @@ def test_bfloat16_has_the_error_of_its_roundings(implementation, heads, slots, c
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gate(implementation):
+    positions, gates = np.array([69, 30]), np.array([-1e30, -3, -0.5, 0, 0.5, 3, 90, 200] * 16)
+    inputs = make_inputs(2, 1, 70, 64, 128, dtype=jnp.bfloat16)
+    gate = np.broadcast_to(gates, (2, 1, 128)).astype(jnp.bfloat16).astype(np.float64)
+    out = run(inputs, positions, implementation, jnp.bfloat16, gate)[0]
+    with np.errstate(over="ignore"):
+        exact = attend(*inputs, positions, gate)[0]
+    np.testing.assert_allclose(out, exact, rtol=1e-2, atol=1e-2)
+    assert np.linalg.norm(out - exact) <= 3e-3 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("scale", [0.0, 1e4])
 def test_extreme_scores(implementation, scale):
     """Equal scores give the mean of the values; one far greater than the others its value."""

@@ -30,7 +30,7 @@ def test_kernels_fit_into_registers(rows, heads, slots, dk, dv):
     positions = jax.ShapeDtypeStruct((rows,), jnp.int32)
     tiling = choose_tiling(rows * heads, slots, dv)
     compiled = compile_for(
-        h200_device(), partial(mosaic_gpu.chunk_decode, tiling=tiling), q, q, v, cache, positions
+        h200_device(), partial(mosaic_gpu.chunk_decode, tiling=tiling), q, q, v, cache, positions, v
     )
     usage = {kernel.name: kernel for kernel in ptxas_usage(compiled)}
     for kernel in usage.values():

@@ -6,7 +6,7 @@ import pytest
 
 from pallas_kernels.state_step import CemaStepTables, state_step
 from pallas_kernels.state_step.mosaic_gpu import op as mosaic_gpu
-from tests.kernels.in_place import compile_donating, copies_of, temporary_share
+from tests.kernels.in_place import copies_of, temporary_share
 from tests.topologies import compile_for, h200_device, ptxas_usage
 
 CHANNELS, ORDER = 1024, 16
@@ -42,7 +42,7 @@ def test_states_in_the_carry_of_a_scan_are_updated_in_place(rows, state_rows):
 
     x, tables, state = operands(rows, state_rows)
     states = [state] * 4
-    compiled = compile_donating(decode, x, tables, states, device=h200_device(), donate=2)
+    compiled = compile_for(h200_device(), decode, x, tables, states, donate_argnums=2)
     assert not copies_of(compiled, {state.shape})
     share = temporary_share(compiled, states)
     print(f"temporaries and outputs: {share:.2%} of the states")
