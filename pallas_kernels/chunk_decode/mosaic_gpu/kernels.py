@@ -227,7 +227,8 @@ class _DecodeKernelCall(NamedTuple):
         @pl.when(self.value_block == 0)
         def _():
             gmem = operands.k.at[self.row, self.head]
-            operands.key[self.row, self.head, slot] = plgpu.load(gmem, layout=COLUMN_LAYOUT)
+            k = plgpu.load(gmem, layout=COLUMN_LAYOUT, optimized=False)
+            operands.key[self.row, self.head, slot] = k
 
 
 def _over_slots(columns: Any) -> Any:
