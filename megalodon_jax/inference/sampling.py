@@ -139,13 +139,16 @@ def sampling_row(
     for name, ids in (("logit_bias", params.logit_bias), ("stop_ids", params.stop_ids)):
         if wrong := [token for token in ids if token >= num_tokens]:
             raise ValueError(f"{name} has token {wrong[0]}; use ids below {num_tokens}")
+    prompt_ids = np.asarray(prompt, np.int64)
+    if wrong := prompt_ids[(prompt_ids < 0) | (prompt_ids >= vocab_size)].tolist():
+        raise ValueError(f"prompt has token {wrong[0]}; use ids below {vocab_size}")
     seed = seed if params.seed is None else params.seed
     if seed is None and params.temperature > 0.0:
         raise ValueError(f"sampling at temperature {params.temperature} needs a seed; pass one")
     bias = np.zeros(vocab_size, np.float32)
     bias[list(params.logit_bias)] = list(params.logit_bias.values())
     in_prompt = np.zeros(vocab_size, bool)
-    in_prompt[np.asarray(prompt, np.int64)] = True
+    in_prompt[prompt_ids] = True
     upper, lower = divmod(seed or 0, 2**32)
     values: dict[str, Any] = {
         "temperature": np.float32(params.temperature),
