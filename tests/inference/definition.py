@@ -42,12 +42,3 @@ def probabilities(x: np.ndarray, params: SamplingParams) -> np.ndarray:
         x[order[outside]] = -np.inf
     x[softmax(x) < params.min_p * softmax(x).max()] = -np.inf
     return softmax(x)
-
-
-def distance_to_nucleus_border(x: np.ndarray, params: SamplingParams) -> float:
-    """How far the cumulative probability stays from p: float32 decides where it is not tiny."""
-    x = x.astype(np.float64) / params.temperature
-    order = np.argsort(-x, kind="stable")
-    if params.top_k:
-        x[order[params.top_k :]] = -np.inf
-    return float(np.abs(np.cumsum(softmax(x)[order]) - float(np.float32(params.top_p))).min())

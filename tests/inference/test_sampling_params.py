@@ -23,7 +23,7 @@ def test_parameters_out_of_range_are_rejected(wrong):
 
 
 def test_an_error_has_all_faults():
-    with pytest.raises(ValueError, match="top_p is 2.0.*min_p is -1.*stop has ''"):
+    with pytest.raises(ValueError, match=r"top_p is 2\.0.*min_p is -1.*stop has ''"):
         SamplingParams(top_p=2.0, min_p=-1, stop=("a", ""))
 
 
