@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, UInt32
 
-from megalodon_jax.inference.filters import top_k_mask, top_p_mask
+from megalodon_jax.inference.filters import filter_mask
 from megalodon_jax.inference.sampling_params import MAX_LOGPROBS, Features, SamplingParams
 from megalodon_jax.typing import Array, Bool, Float32, Int32
 
@@ -353,12 +353,13 @@ def _noisy(
     # Relative to the largest, so that a small temperature does not overflow.
     scaled = (x - jnp.where(jnp.isfinite(largest), largest, 0.0)) / temperature
     kept = None
-    if features.top_k:
-        kept = top_k_mask(x, rows.top_k)
-    if features.top_p:
-        weights = jnp.exp(scaled if kept is None else jnp.where(kept, scaled, -jnp.inf))
-        nucleus = top_p_mask(x, weights, rows.top_p)
-        kept = nucleus if kept is None else kept & nucleus
+    if features.top_k or features.top_p:
+        kept = filter_mask(
+            x,
+            k=rows.top_k if features.top_k else None,
+            p=rows.top_p if features.top_p else None,
+            weights=jnp.exp(scaled),
+        )
     if features.min_p:
         probable = (scaled >= jnp.log(rows.min_p)[:, None]) | (rows.min_p == 0.0)[:, None]
         kept = probable if kept is None else kept & probable

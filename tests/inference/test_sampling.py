@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megalodon_jax.inference.filters import ordered_keys, top_k_mask, top_p_mask
+from megalodon_jax.inference.filters import filter_mask, ordered_keys
 from megalodon_jax.inference.sampling import (
     Drawn,
     Features,
@@ -63,7 +63,7 @@ def test_top_k_keeps_the_first_k_of_a_stable_sort(vocab_size):
         # Steps of a half: most logits have ties.
         logits = random_logits(len(ks), vocab_size)
         logits = np.round(logits / step) * step if step else logits
-        kept = np.asarray(top_k_mask(jnp.asarray(logits), jnp.array(ks, jnp.int32)))
+        kept = np.asarray(filter_mask(jnp.asarray(logits), k=jnp.array(ks, jnp.int32)))
         for row, k, mask in zip(logits, ks, kept, strict=True):
             first = np.argsort(-row, kind="stable")[: k or vocab_size]
             assert np.flatnonzero(mask).tolist() == sorted(first.tolist())
@@ -76,7 +76,9 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(vocab_size):
         logits = random_logits(len(ps), vocab_size, seed=3)
         logits = np.round(logits / step) * step if step else logits
         weights = np.exp(logits - logits.max(-1, keepdims=True))
-        kept = np.asarray(top_p_mask(*map(jnp.asarray, (logits, weights, ps))))
+        kept = np.asarray(
+            filter_mask(jnp.asarray(logits), weights=jnp.asarray(weights), p=jnp.asarray(ps))
+        )
         for row, p, mask in zip(logits, ps, kept, strict=True):
             order = np.argsort(-row, kind="stable")
             count = int(mask.sum())
@@ -92,7 +94,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(vocab_size):
 
 
 def test_top_p_stops_exactly_where_p_is_reached():
-    kept = top_p_mask(jnp.zeros((3, 4)), jnp.ones((3, 4)), jnp.array([0.25, 0.5, 0.75]))
+    kept = filter_mask(jnp.zeros((3, 4)), weights=jnp.ones((3, 4)), p=jnp.array([0.25, 0.5, 0.75]))
     assert np.asarray(kept).sum(-1).tolist() == [1, 2, 3]
     assert np.asarray(kept)[1].tolist() == [True, True, False, False]
 
@@ -233,7 +235,7 @@ def test_a_rows_tokens_do_not_depend_on_slot_neighbours_and_batch_size(vocab_siz
     logits = random_logits(8, vocab_size)
     requests = [dataclasses.replace(params, seed=100 + i) for i, params in enumerate(MIXED)]
 
-    def tokens_of(slots: Sequence[int]) -> list[list[int]]:
+    def tokens_of(slots: Sequence[int]) -> list:
         state = state_of([requests[i] for i in slots], vocab_size, prompt=[3, 5])
         found = []
         for step in range(3):
