@@ -212,7 +212,9 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize(("vocab_size", "rows"), [(257, 1_001), (32_001, 9)])
+@pytest.mark.parametrize(
+    ("vocab_size", "rows"), [(257, 1_001), pytest.param(32_001, 9, marks=pytest.mark.slow)]
+)
 def test_rows_draw_the_same_tokens_with_features_that_they_do_not_use(vocab_size, rows):
     requests = [dataclasses.replace(MIXED[i % 8], seed=i) for i in range(rows)]
     row_arrays = [sampling_row(params, vocab_size=vocab_size) for params in requests]
@@ -230,7 +232,7 @@ def test_rows_draw_the_same_tokens_with_features_that_they_do_not_use(vocab_size
     np.testing.assert_array_equal(greedy[1::8], tokens[1::8])
 
 
-@pytest.mark.parametrize("vocab_size", [257, 32_001])
+@pytest.mark.parametrize("vocab_size", [257, pytest.param(32_001, marks=pytest.mark.slow)])
 def test_a_rows_tokens_do_not_depend_on_slot_neighbours_and_batch_size(vocab_size):
     logits = random_logits(8, vocab_size)
     requests = [dataclasses.replace(params, seed=100 + i) for i, params in enumerate(MIXED)]

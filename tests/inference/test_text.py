@@ -45,6 +45,7 @@ def save_decoder(directory: Path, kind: str) -> Path:
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = RustTokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
     if DECODERS[kind] is not None:
         tokenizer.decoder = DECODERS[kind]
     path = directory / f"{kind}.json"
@@ -93,8 +94,15 @@ def test_ids_that_no_text_encodes_to(tokenizer):
     check(tokenizer, [tokenizer.bos_id] * 5 + tokenizer.encode(" a b").tolist())
 
 
+def test_tokens_without_text_do_not_start_a_new_text(tokenizer):
+    words, every_id = tokenizer.encode("ab ab").tolist(), range(tokenizer.vocab_size)
+    skipped = [i for i in every_id if tokenizer.decode([*words, i]) == tokenizer.decode(words)]
+    for token in skipped:
+        check(tokenizer, [*words, *[token] * 9, *words, token, *words])
+
+
 def test_runs_of_bytes(tokenizer):
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(0)
     table = json.loads(tokenizer.files().get("tokenizer.json", b"{}")).get("model", {})
     byte_ids = [i for piece, i in table.get("vocab", {}).items() if piece.startswith("<0x")]
     if not byte_ids:
