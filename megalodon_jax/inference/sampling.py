@@ -291,11 +291,7 @@ def _draw_rows(
     logits_mask: Int32[Array, "B W"] | None,
 ) -> tuple[Int32[Array, " B"], Logprobs, Bool[Array, " B"]]:
     logits = jnp.asarray(logits, jnp.float32)
-    x, valid = _penalized(logits, rows, features, logits_mask)
-    if features.random:
-        scores = jnp.where((rows.temperature > 0.0)[:, None], _noisy(x, rows, features), x)
-    else:
-        scores = x
+    scores, valid = _scores(logits, rows, features, logits_mask)
     tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     if features.logprobs is None:
         B = tokens.shape[0]
@@ -304,6 +300,19 @@ def _draw_rows(
     else:
         logprobs = token_logprobs(logits, tokens, features.logprobs, num_tokens=rows.num_tokens)
     return tokens, logprobs, valid
+
+
+def _scores(
+    logits: Float32[Array, "B V"],
+    rows: SamplingState,
+    features: Features,
+    logits_mask: Int32[Array, "B W"] | None,
+) -> tuple[Float32[Array, "B V"], Bool[Array, " B"]]:
+    """Scores whose largest is the draw, with the same bits in every program; validity."""
+    x, valid = _penalized(logits, rows, features, logits_mask)
+    if features.random:
+        x = jnp.where((rows.temperature > 0.0)[:, None], _noisy(x, rows, features), x)
+    return x, valid
 
 
 def _penalized(
@@ -325,8 +334,8 @@ def _penalized(
         # Keskar et al. 2019 (CTRL), as Hugging Face and vLLM have it.
         seen = rows.in_prompt | (rows.counts > 0)
         repetition = jnp.where(seen, rows.repetition[:, None], 1.0)
-        x = jnp.where(x > 0.0, x / repetition, x * repetition)
-        x = x - rows.frequency[:, None] * rows.counts
+        x = _rounded(jnp.where(x > 0.0, x / repetition, x * repetition), rows)
+        x = x - _rounded(rows.frequency[:, None] * rows.counts, rows)
         x = x - jnp.where(rows.counts > 0, rows.presence[:, None], 0.0)
     # The difference of two infinite logits would be NaN.
     x = jnp.minimum(x, jnp.finfo(jnp.float32).max)
@@ -352,6 +361,7 @@ def _noisy(
     largest = jnp.max(x, axis=-1, keepdims=True)
     # Relative to the largest, so that a small temperature does not overflow.
     scaled = (x - jnp.where(jnp.isfinite(largest), largest, 0.0)) / temperature
+    scaled = _rounded(scaled, rows)
     kept = None
     if features.top_k or features.top_p:
         kept = filter_mask(
@@ -363,8 +373,20 @@ def _noisy(
     if features.min_p:
         probable = (scaled >= jnp.log(rows.min_p)[:, None]) | (rows.min_p == 0.0)[:, None]
         kept = probable if kept is None else kept & probable
-    noisy = scaled + _gumbel(rows, x.shape[-1])
+    noisy = scaled + _rounded(_gumbel(rows, x.shape[-1]), rows)
     return noisy if kept is None else jnp.where(kept, noisy, -jnp.inf)
+
+
+def _rounded(x: Float32[Array, "B V"], rows: SamplingState) -> Float32[Array, "B V"]:
+    """The same values, rounded to float32 in every program.
+
+    Compilers merge a product, also one by a reciprocal, with an addition that uses it and skip its
+    rounding, in one program and not in the next. The sign of a position is 0, which they do not
+    know.
+    """
+    zero = (rows.position >> 31)[:, None]
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) ^ zero
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _gumbel(rows: SamplingState, vocab_size: int) -> Float32[Array, "B V"]:

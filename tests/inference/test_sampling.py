@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from megalodon_jax.inference import sampling
 from megalodon_jax.inference.filters import filter_mask, ordered_keys
 from megalodon_jax.inference.sampling import (
     Drawn,
@@ -207,14 +208,32 @@ VARIANTS = [
     Features(random=True, top_p=True),
     Features(random=True, min_p=True, bias=True),
     Features(random=True, penalties=True, logprobs=0),
+    Features(random=True, top_k=True, penalties=True),
     Features(random=True, top_k=True, top_p=True, logprobs=5),
     ALL,
 ]
 
 
-@pytest.mark.parametrize(
-    ("vocab_size", "rows"), [(257, 1_001), pytest.param(32_001, 9, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("vocab_size", [257, pytest.param(32_001, marks=pytest.mark.slow)])
+def test_scores_have_the_same_bits_with_features_that_a_row_does_not_use(vocab_size):
+    # Tokens alone would hide a last bit that differs: it decides one draw of a million.
+    requests = [dataclasses.replace(params, seed=i) for i, params in enumerate(MIXED)]
+    state = state_of(requests, vocab_size, prompt=[3])
+    state = jitted_draw(random_logits(8, vocab_size, seed=1), state, ALL).state
+    logits = random_logits(8, vocab_size)
+    # The private function: scores are what must not differ, and `draw` returns their argmax only.
+    scores = jax.jit(
+        lambda state, features: sampling._scores(logits, state, features, None)[0], static_argnums=1
+    )
+    expected = np.asarray(scores(state, ALL))
+    for features in VARIANTS[:-1]:
+        covered = [features.covers(Features.of(params)) for params in requests]
+        variant = np.asarray(scores(state, features))
+        np.testing.assert_array_equal(variant[covered], expected[covered])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("vocab_size", "rows"), [(257, 1_001), (32_001, 9)])
 def test_rows_draw_the_same_tokens_with_features_that_they_do_not_use(vocab_size, rows):
     requests = [dataclasses.replace(MIXED[i % 8], seed=i) for i in range(rows)]
     row_arrays = [sampling_row(params, vocab_size=vocab_size) for params in requests]
@@ -298,6 +317,14 @@ def test_draws_in_a_scan_equal_single_draws():
         drawn = jitted_draw(logits[step], state, ALL)
         np.testing.assert_array_equal(tokens, drawn.tokens)
         state = drawn.state
+
+
+def test_a_vmapped_draw_equals_single_draws():
+    state = state_of(MIXED[2:6], 257, prompt=[9])
+    logits = random_logits(12, 257).reshape(3, 4, 257)
+    drawn = jax.jit(jax.vmap(lambda x: draw(x, state, ALL)))(logits)
+    for i in range(3):
+        np.testing.assert_array_equal(drawn.tokens[i], jitted_draw(logits[i], state, ALL).tokens)
 
 
 def test_log_probabilities_are_the_models():
