@@ -174,9 +174,18 @@ def empty_state(slots: int, *, vocab_size: int) -> SamplingState:
     return jax.tree.map(lambda x: jnp.tile(x, (slots, *[1] * np.ndim(x))), row)
 
 
+def set_row(
+    state: SamplingState, slot: int | Int32[Array, ""], row: SamplingState
+) -> SamplingState:
+    """Writes one row in place; the old state is donated.
+
+    Compiled once per shape, whatever the slot and the values.
+    """
+    return _set_row(state, jnp.asarray(slot, jnp.int32), row)
+
+
 @partial(jax.jit, donate_argnums=0)
-def set_row(state: SamplingState, slot: Int32[Array, ""], row: SamplingState) -> SamplingState:
-    """Writes one row in place: compiled once per shape, whatever the slot and the values."""
+def _set_row(state: SamplingState, slot: Int32[Array, ""], row: SamplingState) -> SamplingState:
     return jax.tree.map(lambda all_rows, new: all_rows.at[slot].set(new), state, row)
 
 

@@ -113,7 +113,7 @@ FILTERS = [
 ]
 
 
-@pytest.mark.parametrize("params", FILTERS, ids=str)
+@pytest.mark.parametrize("params", FILTERS, ids=range(len(FILTERS)))
 def test_draws_follow_the_filtered_probabilities(params):
     logits = np.array([1.0, 0.3, -0.5, 0.3, 2.0, -3.0, 0.9], np.float32)
     rows = 40_000
@@ -286,19 +286,19 @@ def test_nothing_compiles_when_values_change():
     def counted(logits, state, masks, active):
         return draw(logits, state, ALL, logits_mask=masks, active=active).state
 
-    @jax.jit
-    def counted_set(state, slot, row):
-        return set_row(state, slot, row)
-
     state = empty_state(4, vocab_size=vocab_size)
+    # The state's first call compiles; no later one does.
+    state = set_row(state, 0, sampling_row(MIXED[0], vocab_size=vocab_size, seed=0))
+    compiled = sampling._set_row._cache_size()
     masks = -np.ones((4, 2), np.int32)
     for i, params in enumerate(MIXED):
         row = sampling_row(params, vocab_size=vocab_size, seed=2**40 + i, prompt=[i] * i)
-        state = counted_set(state, i % 4, row)
+        slot = [i % 4, np.int64(i % 4), jnp.int32(i % 4)][i % 3]
+        state = set_row(state, slot, row)
         logits = random_logits(4, vocab_size, seed=i)
         state = counted(logits, state, masks + 2 * i, masks[:, 0] < i)
     assert counted._cache_size() == 1
-    assert counted_set._cache_size() == 1
+    assert sampling._set_row._cache_size() == compiled
 
 
 def test_draws_in_a_scan_equal_single_draws():

@@ -1,5 +1,8 @@
 """Checks of sampling parameters, and the features that they need."""
 
+import dataclasses
+import pickle
+
 import pytest
 
 from megalodon_jax.inference.sampling import Features, SamplingParams, sampling_row
@@ -60,3 +63,12 @@ def test_features_are_what_a_request_needs():
     assert both.covers(needed)
     assert not needed.covers(both)
     assert not Features(random=True).covers(Features(logprobs=0))
+
+
+def test_parameters_can_be_pickled_and_copied():
+    bias = {3: 1.5}
+    params = SamplingParams(logit_bias=bias, stop=("a",), seed=3)
+    bias[3] = 9.0
+    assert params.logit_bias == {3: 1.5}
+    assert pickle.loads(pickle.dumps(params)) == params
+    assert dataclasses.asdict(params)["logit_bias"] == {3: 1.5}
