@@ -10,7 +10,7 @@ from megalodon_jax.cache import Cache, LayerCache
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.inference.weights import DecodeLayer, DecodeWeights, Int8Matrix, Projection
 from megalodon_jax.modules.norms import rms_normalize
-from megalodon_jax.modules.rotary import Rotation, rotate, rotation
+from megalodon_jax.modules.rotary import rotation
 from megalodon_jax.parallel.sharding import constrain, partition_spec, shard_map_logical
 from megalodon_jax.typing import Array, Bool, Float, Float32, Int32
 from pallas_kernels.chunk_attention import KeyValueCache
@@ -51,9 +51,7 @@ def decode(
     where = _Rows(
         position,
         active,
-        None
-        if config.rope_base is None
-        else rotation(position[:, None] % config.chunk_size, config.head_dim, config.rope_base),
+        None if config.rope_base is None else _rotation(config, position),
     )
     x = jnp.take(weights.embedding, tokens, axis=0)
     if config.scale_emb:
@@ -86,12 +84,28 @@ def multiply(x: Float[Array, "B in"], projection: Projection) -> Float32[Array, 
     return product if bias is None else product + bias
 
 
+class _Rotation(NamedTuple):
+    """Factors of a feature and of the other one in its pair: one pass, without a transposition."""
+
+    own: Float32[Array, "B 1 Dk"]
+    other: Float32[Array, "B 1 Dk"]
+
+
 class _Rows(NamedTuple):
-    """The rows' positions, which of them change, and the rotary angles of their tokens."""
+    """The rows' positions, which of them change, and the rotary factors of their tokens."""
 
     position: Int32[Array, " B"]
     active: Bool[Array, " B"]
-    rotation: Rotation | None
+    rotation: _Rotation | None
+
+
+def _rotation(config: ModelConfig, position: Int32[Array, " B"]) -> _Rotation:
+    """As `modules.rotary.rotate`: (even cos - odd sin, even sin + odd cos) for every pair."""
+    cos, sin = rotation(position[:, None] % config.chunk_size, config.head_dim, config.rope_base)
+    return _Rotation(
+        jnp.stack([cos, cos], axis=-1).reshape(len(position), 1, -1),
+        jnp.stack([-sin, sin], axis=-1).reshape(len(position), 1, -1),
+    )
 
 
 def _block(
@@ -169,7 +183,7 @@ def _average(
 
 
 def _queries_and_keys(
-    config: ModelConfig, layer: DecodeLayer, z: Float32[Array, "B Z"], by: Rotation | None
+    config: ModelConfig, layer: DecodeLayer, z: Float32[Array, "B Z"], by: _Rotation | None
 ) -> list[Float32[Array, "B H Dk"]]:
     heads = (config.num_heads, config.head_dim)
     z = z.reshape(-1, *heads)
@@ -177,7 +191,10 @@ def _queries_and_keys(
 
     def transform(scale: Array, offset: Array) -> Array:
         projected = z * scale.reshape(heads) + offset.reshape(heads)
-        return projected if by is None else rotate(projected[:, None], by)[:, 0]
+        if by is None:
+            return projected
+        pairs = projected.reshape(*projected.shape[:-1], -1, 2)
+        return projected * by.own + pairs[..., ::-1].reshape(projected.shape) * by.other
 
     return list(map(transform, layer.query_key_scale, layer.query_key_offset))
 

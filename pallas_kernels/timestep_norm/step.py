@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.timestep_norm.types import (
     TimestepNormOutput,
     TimestepNormState,
-    merge_token,
+    merge_moments,
     moments_dtype,
 )
 
@@ -36,7 +36,12 @@ def timestep_norm_step(
     """
     B, D = x.shape
     groups = x.astype(moments_dtype(x.dtype)).reshape(B, num_groups, D // num_groups)
-    state = merge_token(state, groups)
+    # Both sums in one pass. Differences from a member of the group do not cancel.
+    pivot = groups[..., 0]
+    differences = groups - pivot[..., None]
+    mean_difference = differences.mean(-1)
+    var = jnp.square(differences).mean(-1) - jnp.square(mean_difference)
+    state = merge_moments(state, pivot + mean_difference, jnp.maximum(var, 0))
     y = (groups - state.mean[..., None]) * jax.lax.rsqrt(state.var + eps)[..., None]
     y = y.reshape(B, D)
     y = y if scale is None else y * scale

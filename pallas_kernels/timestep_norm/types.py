@@ -39,11 +39,17 @@ class TimestepNormOutput(NamedTuple):
 
 
 def merge_token(state: TimestepNormState, x: Float[Array, "B G F"]) -> TimestepNormState:
-    """The moments with one more token of every row (Chan et al. 1979); x has their dtype."""
-    count = state.count + 1
-    share = (1 / count.astype(x.dtype))[:, None]
+    """The moments with one more token of every row; x has their dtype."""
     mean = x.mean(-1)
-    var = jnp.square(x - mean[..., None]).mean(-1)
+    return merge_moments(state, mean, jnp.square(x - mean[..., None]).mean(-1))
+
+
+def merge_moments(
+    state: TimestepNormState, mean: Float[Array, "B G"], var: Float[Array, "B G"]
+) -> TimestepNormState:
+    """The moments with one more token of every row, given its own (Chan et al. 1979)."""
+    count = state.count + 1
+    share = (1 / count.astype(mean.dtype))[:, None]
     shift = mean - state.mean
     return TimestepNormState(
         count,
