@@ -6,8 +6,9 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.common.devices import HOPPER
 
-# Queries are padded to this many rows in `xla`: a product with fewer does not use tensor cores.
-QUERY_ROWS = 16
+# Queries are padded to this many rows in `xla`: with fewer, a product uses neither the tensor cores
+# of a GPU nor the matrix unit of a TPU.
+PADDED_QUERIES = 16
 # Slots of one step of the loop that `xla` makes on a CPU.
 CPU_SLOTS = 128
 

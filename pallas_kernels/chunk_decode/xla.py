@@ -1,5 +1,7 @@
 """Chunk decoding in plain JAX for any platform: writes one slot of the cache, copies none."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,7 +12,7 @@ from pallas_kernels.chunk_attention.types import (
     accumulation_dtype,
     matmul_precision,
 )
-from pallas_kernels.chunk_decode.block_sizes import CPU_SLOTS, QUERY_ROWS
+from pallas_kernels.chunk_decode.block_sizes import CPU_SLOTS, PADDED_QUERIES
 from pallas_kernels.chunk_decode.types import ChunkDecodeOutput
 from pallas_kernels.common.target import find_target
 
@@ -37,10 +39,14 @@ def chunk_decode(
 def _write(
     slots: Float[Array, "S H C D"], slot: Int32[Array, " B"], new: Float[Array, "B H D"]
 ) -> Float[Array, "S H C D"]:
+    options: Any = {"mode": "promise_in_bounds", "unique_indices": True}
+    if slots.shape[0] == new.shape[0]:
+        # With row numbers as indices, XLA would gather the caches of all devices.
+        return jax.vmap(lambda slots, slot, new: slots.at[:, slot].set(new, **options))(
+            slots, slot, new
+        )
     rows = jnp.arange(new.shape[0], dtype=jnp.int32)
-    return slots.at[rows, :, slot].set(
-        new, mode="promise_in_bounds", unique_indices=True, indices_are_sorted=True
-    )
+    return slots.at[rows, :, slot].set(new, indices_are_sorted=True, **options)
 
 
 def _attend_all(
@@ -50,8 +56,14 @@ def _attend_all(
     # A slice of all rows is no operation; of fewer, the keys are copied.
     key, value = (slots[:num_rows] for slots in cache)
     is_filled = (jnp.arange(num_slots) <= slot[:, None])[:, None]
-    scores = jnp.where(is_filled, _scores(q, key), -jnp.inf)
-    return _weighted_values(jax.nn.softmax(scores, axis=-1), value, is_filled)
+    on_gpu = find_target().platform == "gpu"
+    scores = _scores(q, key, PADDED_QUERIES if on_gpu else 1)
+    weights = jax.nn.softmax(jnp.where(is_filled, scores, -jnp.inf), axis=-1)
+    if not on_gpu:
+        return _weighted_values(weights, value, is_filled, PADDED_QUERIES)
+    # A sum and no product, whose operand a GPU would mask by a copy.
+    terms = weights[..., None] * value.astype(weights.dtype)
+    return jnp.sum(jnp.where(is_filled[..., None], terms, 0), axis=2)
 
 
 def _attend_blocks(
@@ -71,12 +83,12 @@ def _attend_blocks(
         )
         index = start + jnp.arange(size)
         is_used = ((index >= block * size) & (index <= slot[:, None]))[:, None]
-        scores = jnp.where(is_used, _scores(q, key), -jnp.inf)
+        scores = jnp.where(is_used, _scores(q, key, 1), -jnp.inf)
         # The first block has slot 0 of every row: the maximum is finite from there on.
         new_m_i = jnp.maximum(m_i, scores.max(axis=-1))
         weights = jnp.exp(scores - new_m_i[..., None])
         decay = jnp.exp(m_i - new_m_i)
-        terms = _weighted_values(weights, value, is_used)
+        terms = _weighted_values(weights, value, is_used, 1)
         return new_m_i, l_i * decay + weights.sum(axis=-1), acc * decay[..., None] + terms
 
     carry = (
@@ -89,21 +101,30 @@ def _attend_blocks(
     return acc / l_i[..., None]
 
 
-def _scores(q: Float[Array, "B H Dk"], key: Float[Array, "B H C Dk"]) -> Float[Array, "B H C"]:
-    padded = jnp.pad(q[:, :, None], ((0, 0), (0, 0), (0, QUERY_ROWS - 1), (0, 0)))
-    return jnp.einsum(
-        "bhqd,bhcd->bhqc",
-        padded,
-        key,
-        precision=matmul_precision(q.dtype),
-        preferred_element_type=accumulation_dtype(q.dtype),
-    )[:, :, 0]
+def _scores(
+    q: Float[Array, "B H Dk"], key: Float[Array, "B H C Dk"], num_queries: int
+) -> Float[Array, "B H C"]:
+    return _multiply_padded("bhqd,bhcd->bhqc", q, key, num_queries)
 
 
 def _weighted_values(
-    weights: Float[Array, "B H C"], value: Float[Array, "B H C Dv"], is_used: Bool[Array, "B 1 C"]
+    weights: Float[Array, "B H C"],
+    value: Float[Array, "B H C Dv"],
+    is_used: Bool[Array, "B 1 C"],
+    num_queries: int,
 ) -> Float[Array, "B H Dv"]:
-    # A sum and no matrix product: unused slots may hold NaN, and the mask of a product's operand is
-    # a copy of it.
-    terms = weights[..., None] * value.astype(weights.dtype)
-    return jnp.sum(jnp.where(is_used[..., None], terms, 0), axis=2)
+    # Unused slots may hold NaN, and 0 times NaN is NaN.
+    value = jnp.where(is_used[..., None], value, 0)
+    return _multiply_padded("bhqc,bhcd->bhqd", weights.astype(value.dtype), value, num_queries)
+
+
+def _multiply_padded(subscripts: str, x: Array, matrix: Array, num_queries: int) -> Array:
+    """A product whose left operand has `num_queries` rows, all 0 but the first."""
+    padded = jnp.pad(x[:, :, None], ((0, 0), (0, 0), (0, num_queries - 1), (0, 0)))
+    return jnp.einsum(
+        subscripts,
+        padded,
+        matrix,
+        precision=matmul_precision(matrix.dtype),
+        preferred_element_type=accumulation_dtype(matrix.dtype),
+    )[:, :, 0]
