@@ -27,7 +27,7 @@ COMBINE_TILES = (256, 128)
 MAX_SPLITS = 32
 # Blocks below which value columns are divided further, at the price of computing scores again, and
 # from which on splits become longer.
-FEW_BLOCKS, MANY_BLOCKS = 2 * HOPPER.multiprocessors - 8, 8 * HOPPER.multiprocessors
+FEW_BLOCKS, MANY_BLOCKS = 256, 8 * HOPPER.multiprocessors
 MAX_SLOTS_PER_BLOCK = 256
 
 
