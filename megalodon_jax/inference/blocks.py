@@ -10,9 +10,9 @@ from jax import numpy as jnp
 
 from megalodon_jax.inference.decoders import AnyDecodeWeights, decode
 from megalodon_jax.inference.prefill import PrefillState
-from megalodon_jax.inference.rows import put_row
-from megalodon_jax.inference.sampling import Drawn, Features, Logprobs, SamplingState, draw, set_row
-from megalodon_jax.typing import Array, Bool, Float32, Int32
+from megalodon_jax.inference.rows import put_row, take_row
+from megalodon_jax.inference.sampling import Drawn, Features, Logprobs, SamplingState, draw
+from megalodon_jax.typing import Array, Bool, Int32
 
 MAX_STOP_IDS = 16
 """Most stop ids of a request: they are compared on the device."""
@@ -39,17 +39,17 @@ class SlotState(NamedTuple):
 
 
 class RowRequest(NamedTuple):
-    """What a request brings into its slot, besides its prefilled cache.
+    """What a request brings into its slot, besides its prefilled cache: NumPy arrays or traced.
 
     Attributes:
       sampling: from `sampling_row`.
       remaining: tokens that it may draw, at least 1.
-      stop_ids: padded with -1.
+      stop_ids: padded with -1, (16,).
     """
 
     sampling: SamplingState
-    remaining: Int32[Array, ""]
-    stop_ids: Int32[Array, " 16"]
+    remaining: Any
+    stop_ids: Any
 
 
 class Emitted(NamedTuple):
@@ -74,7 +74,9 @@ def padded_stop_ids(stop_ids: tuple[int, ...]) -> np.ndarray:
     """
     if len(stop_ids) > MAX_STOP_IDS:
         raise ValueError(f"{len(stop_ids)} stop ids; use at most {MAX_STOP_IDS}")
-    return np.pad(np.asarray(stop_ids, np.int32), (0, MAX_STOP_IDS - len(stop_ids)), constant_values=-1)
+    return np.pad(
+        np.asarray(stop_ids, np.int32), (0, MAX_STOP_IDS - len(stop_ids)), constant_values=-1
+    )
 
 
 def empty_slots(cache: Any, sampling: SamplingState) -> SlotState:
@@ -90,11 +92,12 @@ def empty_slots(cache: Any, sampling: SamplingState) -> SlotState:
     )
 
 
-@partial(jax.jit, static_argnums=4, donate_argnums=0)
+@partial(jax.jit, static_argnums=5, donate_argnums=0)
 def start_row(
     slots: SlotState,
     slot: Int32[Array, ""],
     prefilled: PrefillState,
+    row: Int32[Array, ""],
     request: RowRequest,
     features: Features,
     logits_mask: Int32[Array, "1 W"] | None = None,
@@ -104,7 +107,8 @@ def start_row(
     Args:
       slots: donated.
       slot: index.
-      prefilled: one row; not donated, so that several requests can start from it.
+      prefilled: not donated, so that several requests can start from a row.
+      row: index of the row in it.
       request: the request.
       features: must cover the request's.
       logits_mask: allowed tokens of the first draw, see `sampling.draw`.
@@ -112,14 +116,13 @@ def start_row(
     Returns:
       The slots, and the first token (n = B = 1).
     """
-    row = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], request.sampling)
-    drawn = draw(prefilled.logits, row, features, logits_mask=logits_mask)
+    cache, logits = take_row(prefilled, row)
+    sampling = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], request.sampling)
+    drawn = draw(logits, sampling, features, logits_mask=logits_mask)
     ended = _ends(drawn.tokens, request.stop_ids[None], jnp.asarray(request.remaining)[None])
-    cache = put_row(slots.cache, slot, prefilled.cache)
-    sampling = put_row(slots.sampling, slot, drawn.state)
     return SlotState(
-        cache,
-        sampling,
+        put_row(slots.cache, slot, cache),
+        put_row(slots.sampling, slot, drawn.state),
         slots.token.at[slot].set(drawn.tokens[0]),
         slots.active.at[slot].set(~ended[0]),
         slots.remaining.at[slot].set(request.remaining - 1),
@@ -165,9 +168,7 @@ def decode_block(
     def step(carry: tuple[Any, SlotState], _) -> tuple[tuple[Any, SlotState], Emitted]:
         cache, state = carry
         logits, cache = decode(weights, cache, state.token, state.active)
-        drawn = draw(
-            logits, state.sampling, features, logits_mask=logits_mask, active=state.active
-        )
+        drawn = draw(logits, state.sampling, features, logits_mask=logits_mask, active=state.active)
         ended = _ends(drawn.tokens, state.stop_ids, state.remaining)
         emitted = _emitted(drawn, state.active)
         state = state._replace(

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jax import numpy as jnp
 
 from megalodon_jax.cache import MAX_POSITION
 from megalodon_jax.config import ModelConfig
@@ -27,13 +26,8 @@ from megalodon_jax.inference.blocks import (
     start_row,
 )
 from megalodon_jax.inference.decoders import ModelWeights, cast_matrices, prepare_decoding
-from megalodon_jax.inference.prefill import (
-    Piece,
-    PieceSizes,
-    PrefillState,
-    empty_prefill_state,
-    prefill_piece,
-)
+from megalodon_jax.inference.prefill import PieceSizes
+from megalodon_jax.inference.prefill_job import Prefiller, PrefillJob, PromptRow
 from megalodon_jax.inference.prefix_cache import PrefixCache
 from megalodon_jax.inference.requests import Request, Stream, TokenLogprobs
 from megalodon_jax.inference.rows import extract_row, move_row
@@ -57,15 +51,6 @@ from megalodon_jax.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from megalodon_jax.data.tokenizer import Tokenizer
-
-
-class _Prefill(NamedTuple):
-    """A prompt on its way through the model, and the streams that wait for it."""
-
-    streams: list[Stream]
-    tokens: np.ndarray
-    pieces: list[Piece]
-    state: PrefillState
 
 
 class _Pending(NamedTuple):
@@ -94,6 +79,8 @@ class Engine:
       max_length: most tokens of a request, prompt and answer together; a model whose cache grows
         with the context needs it, and MEGALODON has no limit.
       max_waiting: most requests in the queue.
+      prefill_rows: most prompts that go through the model together; they have pieces of the same
+        sizes. More rows serve many short prompts faster.
       prefix_cache_bytes: size of the cache of prompts' states at chunk borders; 0: none.
       fixed_bucket: always run all slots.
       seed: of requests that have no seed of their own.
@@ -111,36 +98,41 @@ class Engine:
         weights: WeightFormat = "model",
         max_length: int | None = None,
         max_waiting: int = 1024,
+        prefill_rows: int = 1,
         prefix_cache_bytes: int = 0,
         fixed_bucket: bool = False,
         seed: int = 0,
     ):
         if slots < 2:
             raise ValueError(f"slots is {slots}; use at least 2")
+        if not 1 <= prefill_rows <= slots:
+            raise ValueError(f"prefill_rows is {prefill_rows}; use 1 to {slots}, the slots")
         config = model.config
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.max_waiting = max_waiting
         self._vocab_size, self._num_outputs = config.vocab_size, config.num_outputs
-        self._graphdef, params = nnx.split(model)
-        self._params, self._weights = _prepared(self._graphdef, params, weights)
-        self._pieces = PieceSizes.for_model(model)
-        self._state = _empty_slots(self._graphdef, self._params, slots, max_length)
+        graphdef, params = nnx.split(model)
+        params, self._weights = _prepared(graphdef, params, weights)
+        self._fingerprint = fingerprint(config, params)
+        prefixes = None
+        if prefix_cache_bytes:
+            if not isinstance(config, ModelConfig):
+                raise ValueError("prefix_cache_bytes: only MEGALODON has states at chunk borders")
+            prefixes = PrefixCache(prefix_cache_bytes, config.chunk_size)
+        sizes = PieceSizes.for_model(model)
+        self._prefiller = Prefiller(graphdef, params, sizes, max_length, prefixes)
+        self._prefill_rows = prefill_rows
+        self._state = _empty_slots(graphdef, params, slots, max_length)
         self._buckets = Buckets((slots,)) if fixed_bucket else Buckets.up_to(slots)
         if isinstance(self._weights, ModelWeights):
             # A model's own call runs all rows of its cache.
             self._buckets = Buckets((slots,))
         self._streams: list[Stream | None] = [None] * slots
         self._waiting: FairQueue[list[Stream]] = FairQueue()
-        self._prefill: _Prefill | None = None
+        self._job: PrefillJob | None = None
         self._pending: collections.deque[_Pending] = collections.deque()
         self._seeds = itertools.count(seed)
-        self._fingerprint = fingerprint(config, self._params)
-        self._prefixes = None
-        if prefix_cache_bytes:
-            if not isinstance(config, ModelConfig):
-                raise ValueError("prefix_cache_bytes is set; only MEGALODON has states at chunk borders")
-            self._prefixes = PrefixCache(prefix_cache_bytes, config.chunk_size)
 
     # ---- Requests.
 
@@ -167,7 +159,7 @@ class Engine:
         seed = request.params.seed
         seeds = [next(self._seeds) for _ in range(n)] if seed is None else range(seed, seed + n)
         streams = [Stream(request, each, self.step, self.tokenizer) for each in seeds]
-        self._waiting.put(request.client, streams)
+        self._waiting.put(request.client, list(streams))
         return streams
 
     def cancel(self, stream: Stream) -> None:
@@ -179,7 +171,7 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """Whether no request is waiting or running."""
-        return not (self._waiting or self._prefill or self._pending or any(self._streams))
+        return not (self._waiting or self._job or self._pending or any(self._streams))
 
     @property
     def num_running(self) -> int:
@@ -189,7 +181,7 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Requests in the queue or in prefill."""
-        return len(self._waiting) + (self._prefill is not None)
+        return len(self._waiting) + (0 if self._job is None else len(self._job.rows))
 
     def run(self) -> None:
         """Steps until no request is left."""
@@ -208,62 +200,61 @@ class Engine:
             self._read(self._pending.popleft())
 
     def _advance_prefill(self) -> None:
-        if self._prefill is None and len(self._waiting) and None in self._streams:
-            self._prefill = self._begin_prefill(self._waiting.get())
-        job = self._prefill
+        if self._job is None and len(self._waiting) and None in self._streams:
+            self._job = self._next_job()
+        job = self._job
         if job is None:
             return
-        streams = [stream for stream in job.streams if not stream.is_finished]
-        if not streams:
-            self._prefill = None
-            return
-        if job.pieces:
-            piece, *rest = job.pieces
-            lengths = np.array([len(job.tokens)], np.int32)
-            state = prefill_piece(
-                self._graphdef, self._params, job.state, job.tokens[None], lengths, piece
-            )
-            job = _Prefill(streams, job.tokens, rest, state)
-            if self._prefixes is not None and piece.count == piece.size:
-                seen = job.tokens[: piece.start + piece.count]
-                if streams[0].request.session is None:
-                    self._prefixes.put(seen, state.cache)
+        if job.pieces and any(row.waiting for row in job.rows):
+            job.advance()
         if not job.pieces:
-            while streams and None in self._streams:
-                self._start(streams.pop(0), job)
-        self._prefill = job._replace(streams=streams) if streams else None
+            for index, row in enumerate(job.rows):
+                for stream in row.waiting:
+                    if None not in self._streams:
+                        return
+                    self._start(stream, job, index)
+                    row.streams.remove(stream)
+        if not any(row.waiting for row in job.rows):
+            self._job = None
 
-    def _begin_prefill(self, streams: list[Stream]) -> _Prefill:
-        request = streams[0].request
-        state = empty_prefill_state(self._graphdef, self._params, 1, self.max_length)
-        tokens = np.asarray(request.prompt, np.int32)
-        start = 0
-        if request.session is not None:
-            tokens = np.concatenate([np.asarray(request.session.pending, np.int32), tokens])
-            state = state._replace(cache=request.session.restore(state.cache))
-        elif self._prefixes is not None:
-            start, cache = self._prefixes.get(tokens, state.cache)
-            state = state._replace(cache=cache)
-        return _Prefill(streams, tokens, list(self._pieces.split(len(tokens), start)), state)
+    def _next_job(self) -> PrefillJob:
+        rows = [PromptRow.of(self._waiting.get())]
+        plan = self._prefiller.plan(rows[0])
+        most = min(self._prefill_rows, self._streams.count(None))
+        while len(rows) < most and len(self._waiting):
+            row = PromptRow.of(self._waiting.peek())
+            if self._prefiller.plan(row) != plan:
+                break
+            self._waiting.get()
+            rows.append(row)
+        return self._prefiller.begin(rows, 1 if len(rows) == 1 else self._prefill_rows)
 
-    def _start(self, stream: Stream, job: _Prefill) -> None:
+    def _start(self, stream: Stream, job: PrefillJob, index: int) -> None:
         slot = self._streams.index(None)
         params = stream.request.params
-        row = sampling_row(
+        sampling = sampling_row(
             dataclasses.replace(params, seed=stream.seed),
             vocab_size=self._num_outputs,
             num_tokens=self._num_tokens,
-            prompt=job.tokens,
+            prompt=job.rows[index].tokens,
         )
-        request = RowRequest(row, jnp.int32(params.max_tokens), padded_stop_ids(params.stop_ids))
-        mask = self._masks([stream])
+        request = RowRequest(
+            sampling, np.int32(params.max_tokens), padded_stop_ids(params.stop_ids)
+        )
         self._state, emitted = start_row(
-            self._state, slot, job.state, request, covering([stream.request.features]), mask
+            self._state,
+            slot,
+            job.state,
+            index,
+            request,
+            covering([stream.request.features]),
+            self._masks([stream]),
         )
         if stream.request.keep_session and params.stop:
             # A stop string is found on the host, after the slot has gone on: the session is then
             # the state after the prompt, and the answer's tokens wait in it.
-            stream.session = Session.take(extract_row(job.state.cache, 0), (), self._fingerprint)
+            cache = extract_row(job.state.cache, index)
+            stream.session = Session.take(cache, (), self._fingerprint)
         self._streams[slot] = stream
         self._pending.append(_Pending(emitted, [stream]))
 
@@ -412,24 +403,12 @@ class Engine:
         """
         if not self.is_idle:
             raise RequestError("warm_up needs an engine without requests")
+        states = [self._prefiller.warm_up(rows) for rows in {1, self._prefill_rows}]
         row = sampling_row(SamplingParams(), vocab_size=self._num_outputs, seed=0)
-        request = RowRequest(row, jnp.int32(1), padded_stop_ids(()))
-        for size in sorted({*self._pieces.whole, *self._pieces.padded}):
-            for count in {size, size - 1} if size in self._pieces.padded else {size}:
-                is_known = count == size and size not in self._pieces.whole
-                if is_known:
-                    continue
-                state = empty_prefill_state(self._graphdef, self._params, 1, self.max_length)
-                state = prefill_piece(
-                    self._graphdef,
-                    self._params,
-                    state,
-                    np.zeros((1, count), np.int32),
-                    np.array([count], np.int32),
-                    Piece(0, count, size),
-                )
+        request = RowRequest(row, np.int32(1), padded_stop_ids(()))
         for each in features:
-            self._state, _ = start_row(self._state, 0, state, request, each, None)
+            for state in states:
+                self._state, _ = start_row(self._state, 0, state, 0, request, each, None)
             for rows in self._buckets.sizes:
                 for length in BLOCK_LENGTHS:
                     self._state, _ = decode_block(
@@ -438,9 +417,8 @@ class Engine:
         self._state = move_row(self._state, 0, 0)
         self._state = deactivate(self._state, np.zeros(len(self._streams), bool))
         extract_row((self._state.cache, self._state.token), 0)
-        extract_row(state.cache, 0)
-        if self._prefixes is not None:
-            self._prefixes.warm_up(state.cache)
+        for state in states:
+            extract_row(state.cache, 0)
         jax.block_until_ready(self._state)
 
     def load_session(self, path: str | os.PathLike[str]) -> Session:
@@ -449,8 +427,7 @@ class Engine:
         Raises:
           SessionError: the file is damaged, or the session belongs to another model.
         """
-        state = empty_prefill_state(self._graphdef, self._params, 1, self.max_length)
-        return Session.load(path, state.cache, self._fingerprint)
+        return Session.load(path, self._prefiller.empty_state(1).cache, self._fingerprint)
 
 
 @partial(jax.jit, static_argnums=(0, 2))

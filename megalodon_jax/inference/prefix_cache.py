@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from megalodon_jax.cache import Cache
+from megalodon_jax.inference.rows import take_row
 
 
 class _Entry(NamedTuple):
@@ -36,13 +37,13 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def put(self, tokens: np.ndarray, cache: Cache) -> None:
-        """Keeps the state after `tokens` from a document's start, if they are whole chunks.
+    def put(self, tokens: np.ndarray, cache: Cache, row: int = 0) -> None:
+        """Keeps a row's state after `tokens` from a document's start, if they are whole chunks.
 
         Args:
           tokens: int32 (n,).
-          cache: one row; its arrays are kept, so its buffers must not be donated afterwards: pass
-            copies. Keys and values are not kept.
+          cache: the cache; copied, without its keys and values.
+          row: index of the row.
         """
         if not len(tokens) or len(tokens) % self._chunk_size:
             return
@@ -50,7 +51,7 @@ class PrefixCache:
         if key in self._entries:
             self._entries.move_to_end(key)
             return
-        kept = _copy(_without_slots(cache))
+        kept = _take(_without_slots(cache), row)
         num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
         if num_bytes > self.max_bytes:
             return
@@ -70,19 +71,27 @@ class PrefixCache:
         Returns:
           The number of tokens, a multiple of C, and the state after them (`empty` for 0).
         """
+        key, count = self._find(tokens)
+        if key is None:
+            return 0, empty
+        self._entries.move_to_end(key)
+        return count, _with_slots_of(_take(self._entries[key].cache, 0), empty)
+
+    def longest(self, tokens: np.ndarray) -> int:
+        """Tokens of the longest known beginning of a prompt."""
+        return self._find(tokens)[1]
+
+    def _find(self, tokens: np.ndarray) -> tuple[bytes | None, int]:
         # The scores of the next token need the prompt's last token.
         digests = _digests(tokens[:-1], self._chunk_size)
         for count in range(len(digests), 0, -1):
-            entry = self._entries.get(digests[count - 1])
-            if entry is not None:
-                self._entries.move_to_end(digests[count - 1])
-                return count * self._chunk_size, _with_slots_of(_copy(entry.cache), empty)
-        return 0, empty
-
+            if digests[count - 1] in self._entries:
+                return digests[count - 1], count * self._chunk_size
+        return None, 0
 
     def warm_up(self, cache: Cache) -> None:
         """Compiles what `put` and `get` run."""
-        _copy(_without_slots(cache))
+        _take(_without_slots(cache), 0)
 
 
 def _digests(tokens: np.ndarray, chunk_size: int) -> list[bytes]:
@@ -108,6 +117,6 @@ def _with_slots_of(cache: Cache, other: Cache) -> Cache:
 
 
 @jax.jit
-def _copy(cache: Cache) -> Cache:
+def _take(cache: Cache, row: int) -> Cache:
     """New buffers: those of the argument may be donated to the next piece."""
-    return jax.tree.map(lambda leaf: leaf.copy(), cache)
+    return jax.tree.map(lambda leaf: leaf.copy(), take_row(cache, row))

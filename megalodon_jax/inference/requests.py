@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from megalodon_jax.inference.sampling import Features, SamplingParams
+
 # from megalodon_jax.inference.text import StopStrings, TextStream
 
 if TYPE_CHECKING:
-    from megalodon_jax.data.tokenizer import Tokenizer
     from megalodon_jax.inference.sessions import Session
 
 FinishReason = Literal["stop", "length", "cancelled", "invalid"]

@@ -27,5 +27,8 @@ def move_row[T](tree: T, source: Int32[Array, ""], target: Int32[Array, ""]) -> 
     return put_row(tree, target, take_row(tree, source))
 
 
+replace_row = jax.jit(put_row, donate_argnums=0)
+"""`put_row`, compiled once for all rows."""
+
 extract_row = jax.jit(take_row)
 """`take_row`, compiled once for all rows."""

@@ -40,6 +40,10 @@ class FairQueue[T]:
         """Adds an item behind its client's others."""
         self._by_client.setdefault(client, collections.deque()).append(item)
 
+    def peek(self) -> T:
+        """The next item."""
+        return next(iter(self._by_client.values()))[0]
+
     def get(self) -> T:
         """Removes the next item; its client's turn comes again after the others'."""
         client, items = next(iter(self._by_client.items()))

@@ -24,7 +24,7 @@ _FORMAT = 1
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """The state after some tokens, on the host; immutable, so any number of requests may start there.
+    """The state after some tokens, on the host; immutable: any number of requests may start there.
 
     At a chunk border no key or value is left in it: 1.6 MB for mega200M, whatever the number of
     tokens.
@@ -45,7 +45,9 @@ class Session:
         """The session of a row's cache (leaves with a leading axis of 1)."""
         host = jax.device_get(cache)
         filled = filled_slots(host)
-        return cls(_map_slots(lambda slots: slots[:, :, :filled].copy(), host), tuple(pending), fingerprint)
+        return cls(
+            _map_slots(lambda slots: slots[:, :, :filled].copy(), host), tuple(pending), fingerprint
+        )
 
     @property
     def num_tokens(self) -> int:

@@ -1,6 +1,7 @@
 """One token of every row through the model: the decoding step."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,8 +35,8 @@ def decode(
 ) -> DecodeOutput:
     """Feeds one token to each of the first B rows of a cache; the same as calling the model.
 
-    Under `jax.jit` with a donated cache, and in the carry of `jax.lax.scan`, the cache is updated in
-    place. Products have the weights' dtype and float32 sums; states and softmax are float32.
+    Under `jax.jit` with a donated cache, and in the carry of `jax.lax.scan`, the cache is updated
+    in place. Products have the weights' dtype and float32 sums; states and softmax are float32.
 
     Args:
       weights: from `prepare`.
@@ -51,14 +52,16 @@ def decode(
     where = _Rows(
         position,
         active,
-        None if config.rope_base is None else _rotation(config, position),
+        _rotation(config, position),
     )
     x = jnp.take(weights.embedding, tokens, axis=0)
     if config.scale_emb:
         x = x * jnp.asarray(math.sqrt(config.model_dim), x.dtype)
     layers = []
     for layer, layer_cache in zip(weights.layers, cache.layers, strict=True):
-        x, layer_cache = _block(config, layer, layer_cache, constrain(x, "batch", "channels"), where)
+        x, layer_cache = _block(
+            config, layer, layer_cache, constrain(x, "batch", "channels"), where
+        )
         layers.append(layer_cache)
     hidden, final_norm = _time_norm(config, weights.final_norm, x, cache.final_norm, active)
     logits = constrain(multiply(hidden, weights.output), "batch", "vocab")
@@ -99,8 +102,10 @@ class _Rows(NamedTuple):
     rotation: _Rotation | None
 
 
-def _rotation(config: ModelConfig, position: Int32[Array, " B"]) -> _Rotation:
+def _rotation(config: ModelConfig, position: Int32[Array, " B"]) -> _Rotation | None:
     """As `modules.rotary.rotate`: (even cos - odd sin, even sin + odd cos) for every pair."""
+    if config.rope_base is None:
+        return None
     cos, sin = rotation(position[:, None] % config.chunk_size, config.head_dim, config.rope_base)
     return _Rotation(
         jnp.stack([cos, cos], axis=-1).reshape(len(position), 1, -1),
@@ -168,13 +173,16 @@ def _average(
     state: Float32[Array, "S 2N D"],
     active: Bool[Array, " B"],
 ) -> StateStepOutput:
-    channels, states = partition_spec("batch", "channels"), partition_spec("batch", None, "channels")
+    channels, states = (
+        partition_spec("batch", "channels"),
+        partition_spec("batch", None, "channels"),
+    )
     table = partition_spec(None, "channels")
     return shard_map_logical(
         state_step,
         in_specs=(
             channels,
-            CemaStepTables(*(table,) * 5, partition_spec("channels")),
+            CemaStepTables(table, table, table, table, table, partition_spec("channels")),
             states,
             partition_spec("batch"),
         ),
@@ -210,7 +218,10 @@ def _attend(
     def attend(query, key, value, gate, cache, position) -> ChunkDecodeOutput:
         return chunk_decode(query, key, value, cache, position, gate=gate)
 
-    heads, slots = partition_spec("batch", "heads", None), partition_spec("batch", "heads", None, None)
+    heads, slots = (
+        partition_spec("batch", "heads", None),
+        partition_spec("batch", "heads", None, None),
+    )
     cache_spec = KeyValueCache(slots, slots)
     return shard_map_logical(
         attend,
@@ -234,7 +245,7 @@ def _feed_forward(
 
 
 def _split(
-    x: Float[Array, "B D"], projections: tuple[Projection, ...], *widths: int
+    x: Float[Array, "B D"], projections: Sequence[Projection], *widths: int
 ) -> list[Float32[Array, "B _"]]:
     """Products with one projection of several layers, or with one for each."""
     if len(projections) > 1:

@@ -1,6 +1,7 @@
 """Weights prepared once for decoding: a tuple of layers, cast, joined, with CEMA's tables ready."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -65,12 +66,12 @@ class DecodeLayer(NamedTuple):
     average: CemaStepTables | None
     rms_scale: Float32[Array, " D"] | None
     values: Projection
-    mixed: tuple[Projection, ...]
+    mixed: Sequence[Projection]
     query_key_scale: Float32[Array, "2 Z"]
     query_key_offset: Float32[Array, "2 Z"]
     attention_output: Projection
     ffn_norm: NormVectors
-    ffn_input: tuple[Projection, ...]
+    ffn_input: Sequence[Projection]
     ffn_output: Projection
     ffn_scale: Float32[Array, " D"] | None
 
@@ -113,7 +114,8 @@ def prepare(model: Megalodon, weights: WeightFormat = "model") -> DecodeWeights:
     make = _Preparation(jnp.dtype(config.dtype), is_int8=weights == "int8")
     graphdef, params = nnx.split(model.layers)
     layers = (
-        make.layer(nnx.merge(graphdef, layer)) for layer in unstack_layers(params, config.num_layers)
+        make.layer(nnx.merge(graphdef, layer))
+        for layer in unstack_layers(params, config.num_layers)
     )
     return DecodeWeights(
         embedding=model.embed.embedding[...].astype(config.dtype),

@@ -16,12 +16,13 @@ from tests.inference.models import CHUNK, VOCAB, greedy, next_logits, random_pro
 
 SLOTS = 8
 GREEDY = SamplingParams(temperature=0.0, max_tokens=2 * CHUNK + 3)
-SAMPLED = SamplingParams(temperature=0.8, top_k=20, top_p=0.95, seed=7, max_tokens=CHUNK + 3)
+SEED = 7
+SAMPLED = SamplingParams(temperature=0.8, top_k=20, top_p=0.95, seed=SEED, max_tokens=CHUNK + 3)
 
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(small_model(), slots=SLOTS, max_waiting=300)
+    return Engine(small_model(), slots=SLOTS, max_waiting=300, prefill_rows=3)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_logprobs_are_the_models(engine):
 
 
 def test_samples_share_a_prefill_and_differ(engine, monkeypatch):
-    from megalodon_jax.inference import engine as module
+    from megalodon_jax.inference import prefill_job as module
 
     pieces = []
     prefill_piece = module.prefill_piece
@@ -134,7 +135,7 @@ def test_samples_share_a_prefill_and_differ(engine, monkeypatch):
     assert sum(piece.count for piece in pieces) == 40
     assert len({tuple(stream.tokens) for stream in samples}) == 5
     again = engine.submit(
-        dataclasses.replace(request, params=dataclasses.replace(SAMPLED, seed=SAMPLED.seed + 3))
+        dataclasses.replace(request, params=dataclasses.replace(SAMPLED, seed=SEED + 3))
     )
     assert again.result() == samples[3].tokens
 
@@ -272,7 +273,9 @@ def test_nothing_is_lost_and_nothing_compiles_under_load():
         SAMPLED,
         SamplingParams(temperature=1.3, min_p=0.05, seed=1),
         SamplingParams(temperature=0.0, repetition_penalty=1.3, frequency_penalty=0.5),
-        SamplingParams(temperature=0.0, logit_bias={3: 5.0}, logprobs=2, stop_ids=(5, 9)),
+        SamplingParams(
+            temperature=0.0, logit_bias={3: 0.5}, logprobs=2, stop_ids=tuple(range(0, 60, 5))
+        ),
     ]
     requests = [
         Request(
@@ -290,9 +293,9 @@ def test_nothing_is_lost_and_nothing_compiles_under_load():
             if engine.is_idle:
                 break
             engine.step()
-            for stream in streams[count % 7 :: 97]:
-                if stream.request.params.seed % 7 == 0:
-                    engine.cancel(stream)
+            for index in range(count % 7, len(streams), 97):
+                if index % 7 == 0:
+                    engine.cancel(streams[index])
     assert not compilations
     reasons = [stream.finish_reason for stream in streams]
     assert set(reasons) == {"length", "stop", "cancelled"}
@@ -328,5 +331,3 @@ def test_buckets_and_blocks():
     assert block_length(0, is_waiting=False, is_constrained=False) == 1
     assert block_length(100, is_waiting=False, is_constrained=True) == 1
     assert len(set(FEATURE_SETS)) == 3
-
-

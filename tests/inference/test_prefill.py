@@ -1,5 +1,7 @@
 """Prefill in pieces: equal to one pass over the prompt, ragged rows equal to rows alone."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -32,7 +34,7 @@ def test_pieces_cover_the_prompt_and_padding_is_last():
             pieces = list(SIZES.split(length, start))
             assert pieces[0].start == start
             assert sum(piece.count for piece in pieces) == length - start
-            assert all(p.start + p.count == q.start for p, q in zip(pieces, pieces[1:]))
+            assert all(p.start + p.count == q.start for p, q in itertools.pairwise(pieces))
             assert all(piece.count == piece.size for piece in pieces[:-1])
             assert all(piece.size in {*SIZES.whole, *SIZES.padded} for piece in pieces)
             last = pieces[-1]

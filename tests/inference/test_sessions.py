@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def engine() -> Engine:
     return Engine(small_model(), slots=4)
 
 
-def run(engine: Engine, prompt, params=GREEDY, **options):
+def run(engine: Engine, prompt, params=GREEDY, **options) -> Any:
     stream = engine.submit(Request(prompt=prompt, params=params, **options))
     engine.run()
     return stream
@@ -154,46 +155,46 @@ def test_damaged_and_foreign_sessions_are_refused(engine, tmp_path):
 
 
 def test_a_prefix_hit_gives_the_same_tokens(monkeypatch):
-    from megalodon_jax.inference import engine as module
+    from megalodon_jax.inference import prefill_job as module
 
     pieces = []
     prefill_piece = module.prefill_piece
     monkeypatch.setattr(
         module, "prefill_piece", lambda *args: pieces.append(args[-1]) or prefill_piece(*args)
     )
-    engine = Engine(small_model(), slots=2, prefix_cache_bytes=1 << 20)
+    engine: Any = Engine(small_model(), slots=2, prefix_cache_bytes=1 << 20)
     shared = random_prompt(2 * CHUNK, 9)
     prompts = [np.concatenate([shared, random_prompt(6, seed)]) for seed in (1, 2)]
     cold = run(engine, prompts[0])
-    assert [piece.start for piece in pieces] == [0, CHUNK, 2 * CHUNK]
+    assert [piece.count for piece in pieces] == [CHUNK, CHUNK, 6]
     pieces.clear()
     for prompt in (prompts[1], prompts[0]):
         hit = run(engine, prompt)
         assert hit.tokens == greedy(prompt, GREEDY.max_tokens)
-    assert [piece.start for piece in pieces] == [2 * CHUNK, 2 * CHUNK]
+    assert [piece.count for piece in pieces] == [6, 6]
     assert hit.tokens == cold.tokens
     pieces.clear()
     # The last token of a prompt always goes through the model.
     assert run(engine, shared).tokens == greedy(shared, GREEDY.max_tokens)
-    assert [piece.start for piece in pieces] == [CHUNK]
+    assert [piece.count for piece in pieces] == [CHUNK]
     pieces.clear()
     run(engine, np.concatenate([shared[1:], shared[:3]]))
-    assert pieces[0].start == 0
+    assert sum(piece.count for piece in pieces) == 2 * CHUNK + 2
 
 
 def test_the_least_recently_used_states_leave():
-    engine = Engine(small_model(), slots=2, prefix_cache_bytes=1 << 20)
+    engine: Any = Engine(small_model(), slots=2, prefix_cache_bytes=1 << 20)
     run(engine, random_prompt(CHUNK, 0))
-    size = engine._prefixes.num_bytes
-    assert len(engine._prefixes) == 1
-    engine = Engine(small_model(), slots=2, prefix_cache_bytes=2 * size)
+    size = engine._prefiller.prefixes.num_bytes
+    assert len(engine._prefiller.prefixes) == 1
+    engine: Any = Engine(small_model(), slots=2, prefix_cache_bytes=2 * size)
     for seed in (0, 1, 0, 2):
         run(engine, np.concatenate([random_prompt(CHUNK, seed), [1, 2]]))
-    assert len(engine._prefixes) == 2
-    assert engine._prefixes.num_bytes == 2 * size
+    assert len(engine._prefiller.prefixes) == 2
+    assert engine._prefiller.prefixes.num_bytes == 2 * size
     empty = small_model().init_cache(1)
     found = [
-        engine._prefixes.get(np.append(random_prompt(CHUNK, seed), 1), empty)[0]
+        engine._prefiller.prefixes.get(np.append(random_prompt(CHUNK, seed), 1), empty)[0]
         for seed in range(3)
     ]
     assert found == [CHUNK, 0, CHUNK]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +138,7 @@ def test_a_block_of_steps_updates_the_cache_in_place():
         return prepare_decoding(model), state
 
     weights, slots = jax.eval_shape(make)
-    compiled = decode_block.lower(weights, slots, rows, 8, Features(), None).compile(
+    compiled: Any = decode_block.lower(weights, slots, rows, 8, Features(), None).compile(
         {"xla_backend_optimization_level": 3}
     )
     leaves = [leaf for layer in slots.cache.layers for leaf in jax.tree.leaves(layer)]
@@ -152,4 +153,3 @@ def test_a_block_of_steps_updates_the_cache_in_place():
     cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes
-    print(memory.temp_size_in_bytes, cache_bytes)

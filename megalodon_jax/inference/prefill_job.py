@@ -1,0 +1,169 @@
+"""Prompts on their way through the model: rows of one batch, piece by piece."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from megalodon_jax.inference.prefill import (
+    Piece,
+    PieceSizes,
+    PrefillState,
+    empty_prefill_state,
+    prefill_piece,
+)
+from megalodon_jax.inference.prefix_cache import PrefixCache
+from megalodon_jax.inference.requests import Stream
+from megalodon_jax.inference.rows import extract_row, replace_row
+
+
+@dataclasses.dataclass
+class PromptRow:
+    """A prompt, and the streams that wait for it.
+
+    Attributes:
+      streams: samples that begin after the prompt.
+      tokens: all of the prompt's tokens, those that wait in its session first.
+    """
+
+    streams: list[Stream]
+    tokens: np.ndarray
+
+    @classmethod
+    def of(cls, streams: list[Stream]) -> "PromptRow":
+        """The row of some samples of one request."""
+        request = streams[0].request
+        tokens = np.asarray(request.prompt, np.int32)
+        if request.session is not None:
+            tokens = np.concatenate([np.asarray(request.session.pending, np.int32), tokens])
+        return cls(streams, tokens)
+
+    @property
+    def waiting(self) -> list[Stream]:
+        """Streams that have not been cancelled."""
+        return [stream for stream in self.streams if not stream.is_finished]
+
+
+@dataclasses.dataclass
+class Prefiller:
+    """Runs prompts through a model.
+
+    Attributes:
+      graphdef: of the model.
+      params: of the model, matrices cast.
+      sizes: of the pieces.
+      max_length: for caches that grow.
+      prefixes: states of prompts' beginnings; None: not kept.
+    """
+
+    graphdef: nnx.GraphDef
+    params: nnx.State
+    sizes: PieceSizes
+    max_length: int | None
+    prefixes: PrefixCache | None
+
+    def empty_state(self, rows: int) -> PrefillState:
+        """The state of rows before their first token."""
+        return empty_prefill_state(self.graphdef, self.params, rows, self.max_length)
+
+    def begin(self, rows: Sequence[PromptRow], batch_size: int) -> "PrefillJob":
+        """A job of up to `batch_size` prompts, whose pieces have the same sizes."""
+        state = self.empty_state(batch_size)
+        starts = []
+        for index, row in enumerate(rows):
+            start, cache = 0, None
+            empty = state.cache if batch_size == 1 else extract_row(state.cache, index)
+            session = row.streams[0].request.session
+            if session is not None:
+                cache = session.restore(empty)
+            elif self.prefixes is not None:
+                start, cache = self.prefixes.get(row.tokens, empty)
+            if cache is not None and batch_size == 1:
+                state = state._replace(cache=cache)
+            elif cache is not None:
+                state = state._replace(cache=replace_row(state.cache, index, cache))
+            starts.append(start)
+        tokens = [row.tokens[start:] for row, start in zip(rows, starts, strict=True)]
+        lengths = np.array([len(each) for each in tokens], np.int32)
+        padded = np.zeros((batch_size, lengths.max()), np.int32)
+        for target, each in zip(padded, tokens, strict=False):
+            target[: len(each)] = each
+        lengths = np.pad(lengths, (0, batch_size - len(lengths)))
+        pieces = list(self.sizes.split(padded.shape[1]))
+        return PrefillJob(self, list(rows), starts, padded, lengths, pieces, state)
+
+    def plan(self, row: PromptRow) -> tuple[int, ...]:
+        """Sizes of the prompt's pieces: prompts with the same sizes run together."""
+        start = 0
+        if self.prefixes is not None and row.streams[0].request.session is None:
+            start = self.prefixes.longest(row.tokens)
+        return tuple(piece.size for piece in self.sizes.split(len(row.tokens) - start))
+
+    def warm_up(self, batch_size: int) -> PrefillState:
+        """Compiles the programs of a batch size; returns a state that they gave."""
+        padded = {(size - 1, size) for size in self.sizes.padded}
+        state = self.empty_state(batch_size)
+        for count, size in sorted({(size, size) for size in self.sizes.whole} | padded):
+            state = prefill_piece(
+                self.graphdef,
+                self.params,
+                self.empty_state(batch_size),
+                np.zeros((batch_size, count), np.int32),
+                np.full(batch_size, count, np.int32),
+                Piece(0, count, size),
+            )
+        row = extract_row(state.cache, 0)
+        if batch_size > 1:
+            state = state._replace(cache=replace_row(state.cache, 0, row))
+        if self.prefixes is not None:
+            self.prefixes.warm_up(row)
+        return state
+
+
+@dataclasses.dataclass
+class PrefillJob:
+    """Some prompts in one batch.
+
+    Attributes:
+      prefiller: runs it.
+      rows: the prompts; rows of the batch after them are empty.
+      starts: tokens of each prompt whose state was known.
+      tokens: the others, (batch size, longest).
+      lengths: their numbers.
+      pieces: left to run.
+      state: after the pieces so far.
+    """
+
+    prefiller: Prefiller
+    rows: list[PromptRow]
+    starts: list[int]
+    tokens: np.ndarray
+    lengths: np.ndarray
+    pieces: list[Piece]
+    state: PrefillState
+
+    def advance(self) -> None:
+        """Runs the next piece."""
+        piece = self.pieces.pop(0)
+        runner = self.prefiller
+        self.state = prefill_piece(
+            runner.graphdef, runner.params, self.state, self.tokens, self.lengths, piece
+        )
+        if runner.prefixes is None:
+            return
+        end = piece.start + piece.count
+        for index, (row, start) in enumerate(zip(self.rows, self.starts, strict=True)):
+            is_whole = self.lengths[index] >= end and piece.count == piece.size
+            if is_whole and row.streams[0].request.session is None:
+                runner.prefixes.put(row.tokens[: start + end], self.state.cache, index)
+
+    @property
+    def num_tokens_left(self) -> int:
+        """Tokens of the longest prompt that have not been through the model."""
+        return sum(piece.count for piece in self.pieces)
+
+    def block_until_ready(self) -> None:
+        """Waits for the device, for progress messages of long prompts."""
+        jax.block_until_ready(self.state.logits)
