@@ -5,10 +5,10 @@ r"""Speed of decoding: ms a step over the floor, first token, prefill, steps aft
     megalodon bench decode --part context --against transformer \
         --json docs/results/decode_context.json                 # and Transformers beside it
 
-A step is timed between two chains of blocks, (T(256) - T(32)) / 224 steps, median of ten pairs; the
-blocks follow each other as in the engine, and draw greedily. The floor is the bytes that a step must
-read and write (`decode_bytes.step_bytes`) over the rate of a large copy on the same device in the
-same run. Models have random weights; JAX may use 95 % of a GPU's memory, unless
+The time of a step is (T(256) - T(32)) / 224, the median over ten pairs of chains of so many steps;
+their blocks follow each other as in the engine, and draw greedily. The floor is the bytes that a
+step must read and write (`decode_bytes.step_bytes`) over the rate of a large copy on the same device
+in the same run. Models have random weights. JAX may use 95 % of a GPU's memory, unless
 XLA_PYTHON_CLIENT_MEM_FRACTION is set.
 """
 
@@ -136,7 +136,7 @@ def _measure_prompts(
         for first in first_tokens(model, options.prompt, repeats=options.repeats):
             report.first_tokens.append(first)
             known = f", {first.known:,} of them known" if first.known else ""
-            yield f"first token {first.seconds * 1e3:.2f} ms after a prompt of {first.prompt:,}{known}"
+            yield f"first token {first.seconds * 1e3:.2f} ms, prompt of {first.prompt:,}{known}"
     if "prefill" in options.part:
         yield f"{'prefill':>10} {'ms':>10} {'tokens/s':>12} {'of model.hidden':>16}"
         for length in options.lengths:
@@ -178,7 +178,9 @@ def measure_batches(
                 after[context] = model.prefill(ids)
         row = DecodeRow(options.preset, weights, batch, max(2, batch), options.prompt)
         try:
-            yield from _measure_batch(options, model, row, states, contexts, after, bytes_per_second)
+            yield from _measure_batch(
+                options, model, row, states, contexts, after, bytes_per_second
+            )
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

@@ -111,4 +111,4 @@ def _read_by_rows(weights: AnyDecodeWeights) -> Any:
     if not isinstance(weights, ModelWeights):
         return weights.embedding
     model = weights.model()
-    return None if model.output is None else model.embed.embedding[...]
+    return None if model.output is None else model.embed.embedding.get_value()

@@ -123,9 +123,7 @@ class BenchModel:
         """The same, from an empty state, which is donated."""
         lengths = np.array([len(prompt)], np.int32)
         for piece in PieceSizes.for_model(self.model).split(len(prompt)):
-            state = prefill_piece(
-                self.graphdef, self.params, state, prompt[None], lengths, piece
-            )
+            state = prefill_piece(self.graphdef, self.params, state, prompt[None], lengths, piece)
         return state
 
     def empty_slots(self, slots: int, max_length: int | None = None) -> SlotState:
@@ -156,7 +154,7 @@ def put_in_slots(slots: SlotState, states: list[PrefillState], rows: int) -> Slo
     """Starts greedy requests that never end in the first rows; states are used in turn."""
     vocab_size = states[0].logits.shape[1]
     row = sampling_row(GREEDY, vocab_size=vocab_size)
-    request = RowRequest(row, jnp.int32(_NO_LIMIT), padded_stop_ids(()))
+    request = RowRequest(row, jnp.int32(_NO_LIMIT), jnp.asarray(padded_stop_ids(())))
     for slot in range(rows):
         slots, _ = start_row(slots, slot, states[slot % len(states)], request, Features(), None)
     return slots
@@ -186,7 +184,9 @@ class DecodeProgram:
     @property
     def kernels_per_step(self) -> int:
         """Kernels and copies that a step launches, see `count_launches`."""
-        return count_launches(parse_program(self.compiled.as_text()), iterations=self.length)
+        text = self.compiled.as_text()
+        assert text is not None
+        return count_launches(parse_program(text), iterations=self.length)
 
     @property
     def temporaries(self) -> int:
@@ -230,9 +230,7 @@ def seconds_per_step(short: list[float], long: list[float], steps: int) -> float
     return statistics.median((b - a) / steps for a, b in zip(short, long, strict=True))
 
 
-def _run_chain(
-    program: DecodeProgram, slots: SlotState, blocks: int
-) -> tuple[float, SlotState]:
+def _run_chain(program: DecodeProgram, slots: SlotState, blocks: int) -> tuple[float, SlotState]:
     started = time.perf_counter()
     previous = None
     for _ in range(blocks):
@@ -328,9 +326,7 @@ def measure_steps(
     fill = mean_fill(row.position + chain.first, chain.steps, cache_slots(slots.cache))
     needed = step_bytes(program.weights, slots.cache, rows=row.batch, fill=fill).total
     cache_bytes = num_bytes(slots.cache)
-    seconds, slots = time_steps(
-        program, slots, position=row.position, chain=chain, repeats=repeats
-    )
+    seconds, slots = time_steps(program, slots, position=row.position, chain=chain, repeats=repeats)
     kinds: tuple[KernelTimes, ...] = ()
     if profile:
         slots = _rewind(slots, jnp.int32(row.position))
@@ -350,9 +346,7 @@ def measure_steps(
     return done, slots
 
 
-def _profile(
-    program: DecodeProgram, slots: SlotState
-) -> tuple[tuple[KernelTimes, ...], SlotState]:
+def _profile(program: DecodeProgram, slots: SlotState) -> tuple[tuple[KernelTimes, ...], SlotState]:
     newest = [slots]
 
     def call() -> SlotState:

@@ -1,4 +1,4 @@
-"""A Poisson load: requests by a clock, an engine stepped by one thread, latencies as a user sees them.
+"""A Poisson load: requests arrive by a clock, one thread steps the engine; latencies of a user.
 
 Times of a request count from its arrival, not from the moment when the thread hands it over.
 """
@@ -277,8 +277,8 @@ def count_compilations() -> Iterator[list[str]]:
     """A list that gets an entry for every program that XLA compiles inside."""
     found: list[str] = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
-        del duration
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        del duration_secs
         if event == _COMPILE_EVENT:
             found.append(event)
 

@@ -242,7 +242,7 @@ class BenchDecodeOptions:
     preset: ModelPreset = "mega200M"
     """Model size."""
     batch: tuple[int, ...] = (1, 8, 64, 256)
-    """Rows that decode together; one row runs as the engine runs it, as two of which one is idle."""
+    """Rows that decode together; one row runs as in the engine, beside an idle one."""
     prompt: int = 1024
     """Tokens of the prompt; ids are random."""
     weights: tuple[WeightFormat, ...] = ("model",)
@@ -259,8 +259,8 @@ class BenchDecodeOptions:
     lengths: tuple[int, ...] = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
     """Lengths of the prompts of one row whose prefill is measured."""
     against: Literal["transformer"] | None = None
-    """Also measure the Transformer of the same size, and one with a quarter of its key and value heads
-    (grouped queries), in caches that are filled with random numbers."""
+    """Also measure the Transformer of the same size, and one with a quarter of its key and value
+    heads (grouped queries), in caches that are filled with random numbers."""
     against_contexts: tuple[int, ...] = (4096, 32_768, 131_072, 1_048_576)
     """Tokens in the Transformer's cache."""
     repeats: int = 10

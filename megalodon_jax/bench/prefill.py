@@ -139,9 +139,7 @@ def _max_length(config: Any, prompt: int) -> int | None:
     return None if isinstance(config, ModelConfig) else prompt + _ANSWER
 
 
-def _median_first_token(
-    engine: Engine, prompt: Callable[[], np.ndarray], repeats: int
-) -> float:
+def _median_first_token(engine: Engine, prompt: Callable[[], np.ndarray], repeats: int) -> float:
     params = SamplingParams(temperature=GREEDY.temperature, max_tokens=_ANSWER)
     seconds = []
     for _ in range(repeats + 2):
