@@ -7,8 +7,8 @@ r"""Speed of decoding: ms a step over the floor, first token, prefill, steps aft
 
 The time of a step is (T(256) - T(32)) / 224, the median over ten pairs of chains of so many steps;
 their blocks follow each other as in the engine, and draw greedily. The floor is the bytes that a
-step must read and write (`decode_bytes.step_bytes`) over the rate of a large copy on the same device
-in the same run. Models have random weights. JAX may use 95 % of a GPU's memory, unless
+step must read and write (`decode_bytes.step_bytes`) over the rate of a large copy on the same
+device in the same run. Models have random weights. JAX may use 95 % of a GPU's memory, unless
 XLA_PYTHON_CLIENT_MEM_FRACTION is set.
 """
 

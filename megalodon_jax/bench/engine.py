@@ -219,8 +219,8 @@ def _check(options: BenchEngineOptions) -> None:
 
 def _format_capacity(capacity: Capacity) -> str:
     return (
-        f"alone: {capacity.prefill_seconds * 1e3:.2f} ms a prompt of {capacity.prompt:,.0f} tokens, "
-        f"{capacity.step_seconds * 1e3:.3f} ms a step of {capacity.slots} rows; "
+        f"alone: {capacity.prefill_seconds * 1e3:.2f} ms a prompt of {capacity.prompt:,.0f} "
+        f"tokens, {capacity.step_seconds * 1e3:.3f} ms a step of {capacity.slots} rows; "
         f"{capacity.requests_per_second:,.1f} requests/s, {capacity.tokens_per_second:,.0f} "
         f"tokens/s with answers of {capacity.answer:,.0f}"
     )

@@ -125,9 +125,9 @@ class LoadResult:
       per_token: mean seconds between a request's tokens, of requests that ended.
       between_reads: seconds between two reads that brought a request new tokens: a block of steps
         brings several at once.
-      waiting: requests in the queue or in prefill after each step, mean.
+      waiting: requests in the queue or in prefill before a step, mean over the time.
       most_waiting: the most of them.
-      running: requests in slots after each step, mean.
+      running: requests in slots before a step, mean over the time.
       compilations: programs that were compiled, from the load's start on.
     """
 
@@ -174,6 +174,14 @@ class _Running:
     last: float = 0.0
 
 
+class _Queues(NamedTuple):
+    """Requests that wait and run, for some seconds."""
+
+    seconds: float
+    waiting: int
+    running: int
+
+
 class _Recorder:
     """Collects times of tokens from `start` on."""
 
@@ -182,8 +190,7 @@ class _Recorder:
         self.first_token: list[float] = []
         self.per_token: list[float] = []
         self.between_reads: list[float] = []
-        self.waiting: list[int] = []
-        self.running: list[int] = []
+        self.queues: list[_Queues] = []
         self.tokens = self.finished = 0
 
     def observe(self, request: _Running, now: float) -> None:
@@ -204,11 +211,17 @@ class _Recorder:
             if count > 1:
                 self.per_token.append((request.last - request.first) / (count - 1))
 
-    def observe_engine(self, engine: LoadedEngine, now: float) -> None:
-        """Notes the length of the queue."""
+    def observe_queues(self, queues: "_Queues", now: float) -> None:
+        """Notes the requests before a step that has ended now."""
         if now >= self.start:
-            self.waiting.append(engine.num_waiting)
-            self.running.append(engine.num_running)
+            self.queues.append(queues)
+
+    def mean(self, name: str) -> float:
+        """A field of the queues, mean over the time."""
+        total = sum(each.seconds for each in self.queues)
+        if not total:
+            return 0.0
+        return sum(getattr(each, name) * each.seconds for each in self.queues) / total
 
 
 def run_load(
@@ -240,16 +253,16 @@ def run_load(
             while waiting and waiting[0].seconds <= now:
                 arrival = waiting.popleft()
                 running.append(_Running(arrival, engine.submit(arrival.request())))
+            waits, runs = engine.num_waiting, engine.num_running
             if engine.is_idle:
                 next_arrival = waiting[0].seconds if waiting else seconds
                 sleep(min(_NAP, max(0.0, next_arrival - now)))
-                recorder.observe_engine(engine, now)
-                continue
-            engine.step()
-            now = clock() - began
+            else:
+                engine.step()
+            before, now = now, clock() - began
+            recorder.observe_queues(_Queues(now - before, waits, runs), now)
             for request in running:
                 recorder.observe(request, now)
-            recorder.observe_engine(engine, now)
             running = [request for request in running if not request.stream.is_finished]
         for request in running:
             engine.cancel(request.stream)
@@ -265,9 +278,9 @@ def run_load(
         first_token=Percentiles.of(recorder.first_token),
         per_token=Percentiles.of(recorder.per_token),
         between_reads=Percentiles.of(recorder.between_reads),
-        waiting=float(np.mean(recorder.waiting or [0])),
-        most_waiting=max(recorder.waiting, default=0),
-        running=float(np.mean(recorder.running or [0])),
+        waiting=recorder.mean("waiting"),
+        most_waiting=max((each.waiting for each in recorder.queues), default=0),
+        running=recorder.mean("running"),
         compilations=len(compilations),
     )
 

@@ -1,10 +1,10 @@
-"""Small models for the benchmarks of training steps: compilation is nearly all of their time."""
+"""Small models for the benchmarks of steps: compilation is nearly all of their time."""
 
 import dataclasses
 
 import pytest
 
-from megalodon_jax.bench import agreement, scaling, train
+from megalodon_jax.bench import agreement, decode, scaling, train
 
 
 @pytest.fixture
@@ -22,5 +22,5 @@ def smaller_model(monkeypatch):
         )
         return dataclasses.replace(config, model=model)
 
-    for benchmark in (train, scaling, agreement):
+    for benchmark in (train, scaling, agreement, decode):
         monkeypatch.setattr(benchmark, "small", smaller)
