@@ -127,6 +127,8 @@ def _measure(options: BenchDecodeOptions, report: DecodeReport) -> Iterator[str]
             yield from _measure_prompts(options, report, model)
         if number == 0 and options.against is not None:
             yield from _measure_against(options, report, model)
+        # Weights of two formats need not fit together.
+        del model
 
 
 def _measure_prompts(

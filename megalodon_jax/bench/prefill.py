@@ -110,33 +110,27 @@ def first_tokens(model: BenchModel, prompt: int, *, repeats: int) -> list[FirstT
     """Times to the first token through an idle engine: a cold prompt, and a known beginning.
 
     Programs are compiled by two requests of each kind before. The known beginning is one chunk,
-    followed by 16 tokens; its row is there only for MEGALODON.
+    followed by 16 tokens.
 
     Args:
-      model: the model.
+      model: a MEGALODON.
       prompt: tokens of the cold prompt.
       repeats: timed requests.
     """
     rng = np.random.default_rng(0)
     config = model.model.config
+    assert isinstance(config, ModelConfig)
     vocab_size = config.vocab_size
-    engine = Engine(model.model, slots=2, max_length=_max_length(config, prompt))
+    engine = Engine(model.model, slots=2)
     cold = _median_first_token(engine, lambda: random_ids(rng, prompt, vocab_size), repeats)
-    found = [FirstToken(prompt, 0, cold)]
-    if isinstance(config, ModelConfig):
-        engine = Engine(model.model, slots=2, prefix_cache_bytes=2**30)
-        known = random_ids(rng, config.chunk_size, vocab_size)
+    engine = Engine(model.model, slots=2, prefix_cache_bytes=2**30)
+    known = random_ids(rng, config.chunk_size, vocab_size)
 
-        def continued() -> np.ndarray:
-            return np.concatenate([known, random_ids(rng, _TAIL, vocab_size)])
+    def continued() -> np.ndarray:
+        return np.concatenate([known, random_ids(rng, _TAIL, vocab_size)])
 
-        hit = _median_first_token(engine, continued, repeats)
-        found.append(FirstToken(len(known) + _TAIL, len(known), hit))
-    return found
-
-
-def _max_length(config: Any, prompt: int) -> int | None:
-    return None if isinstance(config, ModelConfig) else prompt + _ANSWER
+    hit = _median_first_token(engine, continued, repeats)
+    return [FirstToken(prompt, 0, cold), FirstToken(len(known) + _TAIL, len(known), hit)]
 
 
 def _median_first_token(engine: Engine, prompt: Callable[[], np.ndarray], repeats: int) -> float:
