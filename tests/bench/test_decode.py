@@ -232,7 +232,7 @@ def test_every_table_from_the_command_line(tmp_path, capsys, monkeypatch, smalle
     monkeypatch.setattr(decode_memory, "memory_limit", lambda: 2**30)
     monkeypatch.setattr(decode, "memory_limit", lambda: 2**30)
     file = tmp_path / "decode.json"
-    arguments = ["--small", "--batch", "3", "--prompt", "40", "--contexts", "128", "--repeats", "2"]
+    arguments = ["--small", "--batch", "3", "--prompt", "20", "--contexts", "128", "--repeats", "2"]
     arguments += ["--context_batch", "1", "--lengths", "70", "--weights", "model", "int8"]
     arguments += ["--against", "transformer", "--against_contexts", "200", "--profile"]
     assert main(["bench", "decode", *arguments, "--json", str(file)]) == 0
@@ -243,7 +243,7 @@ def test_every_table_from_the_command_line(tmp_path, capsys, monkeypatch, smalle
     assert steps == [
         (weights, batch, slots, position)
         for weights in ("model", "int8")
-        for batch, slots, position in ((1, 2, 40), (1, 2, 168), (3, 3, 40))
+        for batch, slots, position in ((1, 2, 20), (1, 2, 148), (3, 3, 20))
     ]
     for row in report["steps"]:
         assert row["seconds"] > 0
@@ -253,8 +253,8 @@ def test_every_table_from_the_command_line(tmp_path, capsys, monkeypatch, smalle
         assert row["kernels"] > 10
         assert row["temporaries"] > 0
     # The fill is the same after the prompt alone and after whole chunks before it.
-    assert report["steps"][0]["fill"] == report["steps"][1]["fill"] == 40 + (5 + 32) / 2
-    assert [(row["prompt"], row["known"]) for row in report["first_tokens"]] == [(40, 0), (80, 64)]
+    assert report["steps"][0]["fill"] == report["steps"][1]["fill"] == 20 + (5 + 32) / 2
+    assert [(row["prompt"], row["known"]) for row in report["first_tokens"]] == [(20, 0), (80, 64)]
     (prefill,) = report["prefill"]
     assert prefill["tokens_per_second"] == pytest.approx(70 / prefill["seconds"])
     assert prefill["ratio"] == pytest.approx(prefill["whole_seconds"] / prefill["seconds"])
