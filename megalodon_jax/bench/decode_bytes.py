@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 
 from megalodon_jax.baselines.cache import TransformerCache
-from megalodon_jax.inference.decoders import AnyDecodeWeights, ModelWeights
+from megalodon_jax.inference.weights import DecodeWeights
 
 _LOGIT_BYTES = 4
 
@@ -33,7 +33,7 @@ class StepBytes(NamedTuple):
         return sum(self)
 
 
-def step_bytes(weights: AnyDecodeWeights, cache: Any, *, rows: int, fill: float) -> StepBytes:
+def step_bytes(weights: Any, cache: Any, *, rows: int, fill: float) -> StepBytes:
     """The fewest bytes of a step.
 
         bytes = W - V D w + B (D w + fill k + 2 s + 8 V)
@@ -42,12 +42,12 @@ def step_bytes(weights: AnyDecodeWeights, cache: Any, *, rows: int, fill: float)
     token's keys and values in all layers, s that of a row's states. Activations are not counted.
 
     Args:
-      weights: prepared weights, or their shapes.
+      weights: prepared weights of any kind, or their shapes.
       cache: the cache of any number of rows, or its shapes.
       rows: rows B that decode.
       fill: slots of a row that are filled after the step, see `mean_fill`.
     """
-    table = _read_by_rows(weights)
+    num_outputs, table = _sizes(weights)
     state_bytes = row_bytes(cache) - cache_slots(cache) * token_bytes(cache)
     width = 0 if table is None else table.shape[1] * table.dtype.itemsize
     return StepBytes(
@@ -55,7 +55,7 @@ def step_bytes(weights: AnyDecodeWeights, cache: Any, *, rows: int, fill: float)
         embedding=rows * width,
         keys_and_values=round(rows * fill * token_bytes(cache)),
         states=2 * rows * state_bytes,
-        logits=2 * rows * _LOGIT_BYTES * _config(weights).num_outputs,
+        logits=2 * rows * _LOGIT_BYTES * num_outputs,
     )
 
 
@@ -102,13 +102,19 @@ def _keys_and_values(cache: Any) -> list[Any]:
     return jax.tree.leaves([layer.keys_and_values for layer in cache.layers])
 
 
-def _config(weights: AnyDecodeWeights) -> Any:
-    return weights.model().config if isinstance(weights, ModelWeights) else weights.config
+def _sizes(weights: Any) -> tuple[int, Any]:
+    """Columns of the output matrix; the embedding if a step reads single rows of it.
 
+    A tied embedding is also the output matrix, hence None.
+    """
+    if isinstance(weights, DecodeWeights):
+        return weights.config.num_outputs, weights.embedding
+    sizes = []
 
-def _read_by_rows(weights: AnyDecodeWeights) -> Any:
-    """The embedding if a step reads single rows of it: a tied one is also the output matrix."""
-    if not isinstance(weights, ModelWeights):
-        return weights.embedding
-    model = weights.model()
-    return None if model.output is None else model.embed.embedding.get_value()
+    def embedding(weights: Any) -> Any:
+        model = weights.model()
+        sizes.append(model.config.num_outputs)
+        return None if model.output is None else model.embed.embedding[...]
+
+    table = jax.eval_shape(embedding, weights)
+    return sizes[0], table

@@ -18,6 +18,7 @@ from jax import numpy as jnp
 
 from megalodon_jax.bench.decode_bytes import cache_slots, mean_fill, num_bytes, step_bytes
 from megalodon_jax.bench.kernel_times import KernelTimes, kernel_times
+from megalodon_jax.bench.layer_weights import LayerWeights
 from megalodon_jax.compiled.hlo import parse_program
 from megalodon_jax.compiled.launches import count_launches
 from megalodon_jax.compiled.memory import read_memory
@@ -31,7 +32,7 @@ from megalodon_jax.inference.blocks import (
     padded_stop_ids,
     start_row,
 )
-from megalodon_jax.inference.decoders import AnyDecodeWeights, cast_matrices, prepare_decoding
+from megalodon_jax.inference.decoders import ModelWeights, cast_matrices, prepare_decoding
 from megalodon_jax.inference.prefill import (
     PieceSizes,
     PrefillState,
@@ -39,7 +40,7 @@ from megalodon_jax.inference.prefill import (
     prefill_piece,
 )
 from megalodon_jax.inference.sampling import Features, SamplingParams, empty_state, sampling_row
-from megalodon_jax.inference.weights import WeightFormat
+from megalodon_jax.inference.weights import DecodeWeights, WeightFormat
 from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.models import build_model
 from megalodon_jax.typing import Array, Int32
@@ -85,7 +86,7 @@ class BenchModel:
 
     graphdef: nnx.GraphDef
     params: nnx.State
-    weights: AnyDecodeWeights
+    weights: DecodeWeights | LayerWeights
 
     @classmethod
     def make(cls, config: AnyModelConfig, weights: WeightFormat = "model") -> "BenchModel":
@@ -99,7 +100,10 @@ class BenchModel:
         @partial(jax.jit, static_argnums=0)
         def prepared(graphdef: nnx.GraphDef, params: nnx.State) -> tuple[nnx.State, Any]:
             model: LanguageModel = nnx.merge(graphdef, params)
-            return nnx.state(cast_matrices(model)), prepare_decoding(model, weights)
+            decoding: Any = prepare_decoding(model, weights)
+            if isinstance(decoding, ModelWeights):
+                decoding = LayerWeights.split(decoding)
+            return nnx.state(cast_matrices(model)), decoding
 
         graphdef, params = nnx.split(model)
         return cls(graphdef, *prepared(graphdef, params))
@@ -169,7 +173,7 @@ class DecodeProgram:
       length: steps of a block.
     """
 
-    def __init__(self, weights: AnyDecodeWeights, slots: SlotState, length: int):
+    def __init__(self, weights: DecodeWeights | LayerWeights, slots: SlotState, length: int):
         self.weights, self.length = weights, length
         rows = slots.token.shape[0]
         started = time.perf_counter()
