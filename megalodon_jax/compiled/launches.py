@@ -8,8 +8,8 @@ def count_launches(program: Program, *, iterations: int = 1) -> int:
     """Instructions that a GPU runs as a kernel or a copy, in one iteration.
 
     Fusions, custom calls, copies and everything else that computes or moves data outside a fusion
-    count, times their executions. A call of a library may launch more than one kernel. A loop without
-    a constant number of iterations counts as one.
+    count, times their executions. A call of a library may launch more than one kernel. A loop
+    without a constant number of iterations counts as one.
 
     Args:
       program: the program.
