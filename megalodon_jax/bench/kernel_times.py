@@ -17,6 +17,8 @@ _KINDS = {
     "CEMA": r"cema",
     "TimestepNorm": r"timestep_norm",
     "norms and gates": r"rowwise",
+    "chunk decoding": r"chunk_decode",
+    "CEMA step": r"state_step",
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas",
     "copies": r"memcpy|memset|dynamic_update_slice|dynamic_slice",
     "other": r"",

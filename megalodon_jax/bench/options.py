@@ -21,6 +21,9 @@ DecayRange = Literal["initial", "long"]
 MeshName = Literal["data", "fsdp", "chunk", "model", "fsdp+chunk", "fsdp+model"]
 ScalingKind = Literal["weak", "strong"]
 EstimatedChip = Literal["v4", "v5e", "v5p", "v6e"]
+# The same as `megalodon_jax.inference.weights.WeightFormat`, whose module imports JAX.
+WeightFormat = Literal["model", "int8"]
+DecodePart = Literal["step", "context", "first_token", "prefill"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,3 +230,79 @@ class BenchCemaMemoryOptions:
 
     run: bool = False
     """Run every case too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchDecodeOptions:
+    """Measures decoding: ms a step over the floor, first token, prefill, long contexts.
+
+    Example: megalodon bench decode --preset mega200M --batch 1 64 --weights model int8 --profile
+    """
+
+    preset: ModelPreset = "mega200M"
+    """Model size."""
+    batch: tuple[int, ...] = (1, 8, 64, 256)
+    """Rows that decode together; one row runs as in the engine, beside an idle one."""
+    prompt: int = 1024
+    """Tokens of the prompt; ids are random."""
+    weights: tuple[WeightFormat, ...] = ("model",)
+    """Formats of the weights: in `dtype` (model), or 8-bit integers (int8)."""
+    dtype: DType = "bfloat16"
+    """Dtype of products, keys and values (`model.dtype`)."""
+    part: tuple[DecodePart, ...] = ("step", "context", "first_token", "prefill")
+    """What is measured: steps of every batch, steps after a long context, the time to the first
+    token, the speed of prefill."""
+    contexts: tuple[int, ...] = (1_048_576,)
+    """Tokens before the prompt; steps after them are compared with steps after the prompt alone."""
+    context_batch: tuple[int, ...] = (1, 64)
+    """Rows of these comparisons, and of those with the Transformer."""
+    lengths: tuple[int, ...] = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
+    """Lengths of the prompts of one row whose prefill is measured."""
+    against: Literal["transformer"] | None = None
+    """Also measure the Transformer of the same size, and one with a quarter of its key and value
+    heads (grouped queries), in caches that are filled with random numbers."""
+    against_contexts: tuple[int, ...] = (4096, 32_768, 131_072, 1_048_576)
+    """Tokens in the Transformer's cache."""
+    repeats: int = 10
+    """Measurements whose median is taken."""
+    profile: bool = False
+    """Show the GPU time by kind of kernel."""
+    small: bool = False
+    """A model for a CPU, and shorter chains of steps."""
+    json: str = ""
+    """Also write the measurements to this file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchEngineOptions:
+    """Measures the engine under a Poisson load: tokens/s, first token, time between tokens.
+
+    Example: megalodon bench engine --preset mega200M --slots 64 --load 0.8 1.1 --seconds 30
+    """
+
+    preset: ModelPreset = "mega200M"
+    """Model size."""
+    slots: int = 64
+    """Requests that run at the same time."""
+    load: tuple[float, ...] = (0.8, 1.1)
+    """Rates of arrival, as a share of the capacity measured before."""
+    seconds: float = 30.0
+    """Duration of a load; its first fifth is not counted."""
+    prompt: tuple[int, int] = (64, 4096)
+    """Shortest and longest prompt, in tokens; lengths are log-uniform."""
+    answer: tuple[int, int] = (32, 512)
+    """Shortest and longest answer, in tokens; lengths are log-uniform."""
+    weights: WeightFormat = "model"
+    """Format of the weights: in `dtype` (model), or 8-bit integers (int8)."""
+    dtype: DType = "bfloat16"
+    """Dtype of products, keys and values (`model.dtype`)."""
+    fixed_bucket: bool = False
+    """Always run all slots, which compiles fewer programs."""
+    seed: int = 0
+    """Seed of arrivals, lengths and ids."""
+    repeats: int = 10
+    """Measurements whose median is the capacity."""
+    small: bool = False
+    """A model for a CPU."""
+    json: str = ""
+    """Also write the measurements to this file."""

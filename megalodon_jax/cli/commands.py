@@ -256,6 +256,8 @@ class Plan:
 BENCHMARKS: dict[str, type] = {
     "ops": bench.BenchOpsOptions,
     "train": bench.BenchTrainOptions,
+    "decode": bench.BenchDecodeOptions,
+    "engine": bench.BenchEngineOptions,
     "scaling": bench.BenchScalingOptions,
     "agreement": bench.BenchAgreementOptions,
     "reference": bench.BenchReferenceOptions,

@@ -3,8 +3,8 @@
 from megalodon_jax.compiled.hlo import Computation, Instruction, Program, Shape
 from megalodon_jax.compiled.kernels import KERNEL_TARGETS
 
-# These move nothing; an asynchronous operation is counted at its start.
-_FREE = {
+# These move nothing and launch nothing; an asynchronous operation is counted at its start.
+FREE_OPCODES = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
     "conditional", "after-all", "partition-id", "replica-id", "iota", "opt-barrier",
     "copy-done", "async-done", "async-update", "slice-done", "add-dependency",
@@ -18,7 +18,7 @@ def count_hbm_bytes(program: Program) -> int:
     counts its result, an update in place its update, and arrays in a TPU core's own memory (layout
     S(1)) count nothing. Padding of layouts is ignored.
     """
-    fused = _fused_computations(program)
+    fused = fused_computations(program)
     return sum(
         count * _traffic(instruction, computation, program)
         for instruction, computation, name, count in program.executed()
@@ -26,7 +26,7 @@ def count_hbm_bytes(program: Program) -> int:
     )
 
 
-def _fused_computations(program: Program) -> set[str]:
+def fused_computations(program: Program) -> set[str]:
     """Computations inside a fusion, directly or inside a fusion of a fusion."""
     fused: set[str] = set()
     for name, computation in reversed(program.computations.items()):
@@ -39,7 +39,7 @@ def _fused_computations(program: Program) -> set[str]:
 
 def _traffic(instruction: Instruction, computation: Computation, program: Program) -> int:
     opcode = instruction.opcode
-    if opcode in _FREE:
+    if opcode in FREE_OPCODES:
         return 0
     if opcode == "fusion":
         return _fusion_traffic(instruction, computation, program)
