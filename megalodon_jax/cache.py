@@ -21,7 +21,7 @@ class LayerCache(NamedTuple):
     """The streaming state of one block; None where the model's configuration has no such state.
 
     Attributes:
-      keys_and_values: keys (after RoPE) and values of the current chunk, (B, H, C, width of a head).
+      keys_and_values: keys (after RoPE) and values of the current chunk, (B, H, C, head width).
       norm: TimestepNorm's running moments.
       cema: CEMA's or EMA's state: N real parts, then N imaginary parts of every channel, see
         `pallas_kernels.state_step.unpack_state`.

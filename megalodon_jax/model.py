@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 from flax import nnx
 from jax import numpy as jnp
 

@@ -29,5 +29,6 @@ class Batch(NamedTuple):
 
 
 __all__ = [
-    "Array", "Batch", "Bool", "Complex64", "Float", "Float32", "Int", "Int8", "Int32", "Literal", "PRNGKey",
+    "Array", "Batch", "Bool", "Complex64", "Float", "Float32", "Int", "Int8", "Int32", "Literal",
+    "PRNGKey",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 from megalodon_jax.inference.decoders import AnyDecodeWeights, decode
 from megalodon_jax.inference.prefill import PrefillState
-from megalodon_jax.inference.rows import put_row, take_row
+from megalodon_jax.inference.rows import constrain_cache, put_row, replicate, take_row
 from megalodon_jax.inference.sampling import Drawn, Features, Logprobs, SamplingState, draw
 from megalodon_jax.typing import Array, Bool, Int32
 
@@ -116,18 +116,21 @@ def start_row(
     Returns:
       The slots, and the first token (n = B = 1).
     """
-    cache, logits = take_row(prefilled, row)
+    cache, logits = replicate(take_row(prefilled, row))
     sampling = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], request.sampling)
     drawn = draw(logits, sampling, features, logits_mask=logits_mask)
     ended = _ends(drawn.tokens, request.stop_ids[None], jnp.asarray(request.remaining)[None])
-    return SlotState(
+    started = SlotState(
         put_row(slots.cache, slot, cache),
         put_row(slots.sampling, slot, drawn.state),
         slots.token.at[slot].set(drawn.tokens[0]),
         slots.active.at[slot].set(~ended[0]),
         slots.remaining.at[slot].set(request.remaining - 1),
         slots.stop_ids.at[slot].set(request.stop_ids),
-    ), jax.tree.map(lambda leaf: leaf[None], _emitted(drawn, jnp.ones(1, bool)))
+    )
+    return constrain_slots(started), jax.tree.map(
+        lambda leaf: leaf[None], _emitted(drawn, jnp.ones(1, bool))
+    )
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -138,7 +141,19 @@ def deactivate(slots: SlotState, keep: Bool[Array, " S"]) -> SlotState:
     """
     position = jnp.where(keep, slots.cache.position, 0)
     cache = dataclasses.replace(slots.cache, position=position)
-    return slots._replace(cache=cache, active=slots.active & keep)
+    return constrain_slots(slots._replace(cache=cache, active=slots.active & keep))
+
+
+@partial(jax.jit, donate_argnums=0)
+def move_slot(slots: SlotState, source: Int32[Array, ""], target: Int32[Array, ""]) -> SlotState:
+    """Moves a request to another slot; its own is free afterwards."""
+    moved = put_row(slots, target, take_row(slots, source))
+    return moved._replace(active=moved.active & (jnp.arange(len(moved.active)) != source))
+
+
+def constrain_slots(slots: SlotState) -> SlotState:
+    """The slots sharded over a mesh: the cache by rows and features, the rest on every device."""
+    return replicate(slots._replace(cache=None))._replace(cache=constrain_cache(slots.cache))
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4), donate_argnums=1)
@@ -181,7 +196,7 @@ def decode_block(
 
     (cache, state), emitted = jax.lax.scan(step, (slots.cache, first), length=length)
     rest = jax.tree.map(_set_first_rows, slots._replace(cache=None), state)
-    return rest._replace(cache=cache), emitted
+    return constrain_slots(rest._replace(cache=cache)), replicate(emitted)
 
 
 def _ends(

@@ -1,6 +1,7 @@
 """Continuous batching: requests enter and leave the slots of one running batch."""
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -11,17 +12,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from megalodon_jax.cache import MAX_POSITION
-from megalodon_jax.config import ModelConfig
+from megalodon_jax.config import AnyModelConfig, ModelConfig
 from megalodon_jax.errors import EngineBusyError, RequestError, SessionError
 from megalodon_jax.inference.blocks import (
     Emitted,
     RowRequest,
     SlotState,
+    constrain_slots,
     deactivate,
     decode_block,
     empty_slots,
+    move_slot,
     padded_stop_ids,
     start_row,
 )
@@ -30,7 +34,7 @@ from megalodon_jax.inference.prefill import PieceSizes
 from megalodon_jax.inference.prefill_job import Prefiller, PrefillJob, PromptRow
 from megalodon_jax.inference.prefix_cache import PrefixCache
 from megalodon_jax.inference.requests import Request, Stream, TokenLogprobs
-from megalodon_jax.inference.rows import extract_row, move_row
+from megalodon_jax.inference.rows import extract_row
 from megalodon_jax.inference.sampling import (
     Features,
     SamplingParams,
@@ -48,6 +52,8 @@ from megalodon_jax.inference.scheduling import (
 from megalodon_jax.inference.sessions import Session, fingerprint
 from megalodon_jax.inference.weights import WeightFormat
 from megalodon_jax.language_model import LanguageModel
+from megalodon_jax.parallel.mesh import feature_sizes
+from megalodon_jax.parallel.sharding import shardings_of
 
 if TYPE_CHECKING:
     from megalodon_jax.data.tokenizer import Tokenizer
@@ -84,9 +90,12 @@ class Engine:
       prefix_cache_bytes: size of the cache of prompts' states at chunk borders; 0: none.
       fixed_bucket: always run all slots.
       seed: of requests that have no seed of their own.
+      mesh: devices that run together: rows over `replica` and `data`, features over `model`; None:
+        the default device.
 
     Raises:
-      ValueError: a size is out of range, or the model does not have this format of weights.
+      ValueError: a size is out of range or does not divide over the mesh, or the model does not
+        have this format of weights.
     """
 
     def __init__(
@@ -102,19 +111,26 @@ class Engine:
         prefix_cache_bytes: int = 0,
         fixed_bucket: bool = False,
         seed: int = 0,
+        mesh: Mesh | None = None,
     ):
         if slots < 2:
             raise ValueError(f"slots is {slots}; use at least 2")
         if not 1 <= prefill_rows <= slots:
             raise ValueError(f"prefill_rows is {prefill_rows}; use 1 to {slots}, the slots")
         config = model.config
+        row_shards = _check_mesh(mesh, config, slots, prefill_rows)
+        self._mesh = mesh
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.max_waiting = max_waiting
         self._vocab_size, self._num_outputs = config.vocab_size, config.num_outputs
         graphdef, params = nnx.split(model)
-        params, self._weights = _prepared(graphdef, params, weights)
-        self._fingerprint = fingerprint(config, params)
+        if mesh is not None:
+            params = jax.device_put(params, shardings_of(params, mesh))
+        with self._devices():
+            params, self._weights = _prepared(graphdef, params, weights)
+            self._fingerprint = fingerprint(config, params)
+            self._state = _empty_slots(graphdef, params, slots, max_length)
         prefixes = None
         if prefix_cache_bytes:
             if not isinstance(config, ModelConfig):
@@ -122,12 +138,11 @@ class Engine:
             prefixes = PrefixCache(prefix_cache_bytes, config.chunk_size)
         sizes = PieceSizes.for_model(model)
         self._prefiller = Prefiller(graphdef, params, sizes, max_length, prefixes)
-        self._prefill_rows = prefill_rows
-        self._state = _empty_slots(graphdef, params, slots, max_length)
-        self._buckets = Buckets((slots,)) if fixed_bucket else Buckets.up_to(slots)
-        if isinstance(self._weights, ModelWeights):
-            # A model's own call runs all rows of its cache.
-            self._buckets = Buckets((slots,))
+        # Prompts alone run in a batch of one, unless the batch is sharded.
+        self._prefill_rows, self._fewest_rows = prefill_rows, 1 if row_shards == 1 else prefill_rows
+        # A model's own call runs all rows of its cache, and so does a sharded batch.
+        runs_all = fixed_bucket or isinstance(self._weights, ModelWeights) or row_shards > 1
+        self._buckets = Buckets((slots,)) if runs_all else Buckets.up_to(slots)
         self._streams: list[Stream | None] = [None] * slots
         self._waiting: FairQueue[list[Stream]] = FairQueue()
         self._job: PrefillJob | None = None
@@ -166,7 +181,8 @@ class Engine:
         """Ends a stream; its tokens so far stay."""
         if not stream.is_finished:
             stream.finish("cancelled")
-            self._free(stream)
+            with self._devices():
+                self._free(stream)
 
     @property
     def is_idle(self) -> bool:
@@ -192,12 +208,16 @@ class Engine:
 
     def step(self) -> None:
         """One piece of a prompt, one block of decoding steps, and the block before it read."""
-        self._advance_prefill()
-        depth = len(self._pending)
-        is_constrained = self._dispatch()
-        # A constrained row needs its tokens before the next draw; else one block stays in flight.
-        while len(self._pending) > (0 if is_constrained or len(self._pending) == depth else 1):
-            self._read(self._pending.popleft())
+        with self._devices():
+            self._advance_prefill()
+            depth = len(self._pending)
+            is_constrained = self._dispatch()
+            # A constrained row needs its token before the next draw; else a block stays in flight.
+            while len(self._pending) > (0 if is_constrained or len(self._pending) == depth else 1):
+                self._read(self._pending.popleft())
+
+    def _devices(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def _advance_prefill(self) -> None:
         if self._job is None and len(self._waiting) and None in self._streams:
@@ -227,7 +247,8 @@ class Engine:
                 break
             self._waiting.get()
             rows.append(row)
-        return self._prefiller.begin(rows, 1 if len(rows) == 1 else self._prefill_rows)
+        batch_size = self._fewest_rows if len(rows) == 1 else self._prefill_rows
+        return self._prefiller.begin(rows, batch_size)
 
     def _start(self, stream: Stream, job: PrefillJob, index: int) -> None:
         slot = self._streams.index(None)
@@ -278,7 +299,10 @@ class Engine:
         if remaining <= 0 and self._pending:
             return False
         length = block_length(
-            remaining, is_waiting=self.num_waiting > 0, is_constrained=is_constrained
+            remaining,
+            is_waiting=self.num_waiting > 0,
+            is_filling=self.num_waiting > 0 and None in self._streams,
+            is_constrained=is_constrained,
         )
         streams = self._streams[:rows]
         self._state, emitted = decode_block(
@@ -334,10 +358,7 @@ class Engine:
         if not occupied or self._buckets.of(len(occupied)) >= self._buckets.of(occupied[-1] + 1):
             return
         source, target = occupied[-1], self._streams.index(None)
-        self._state = move_row(self._state, source, target)
-        keep = np.ones(len(self._streams), bool)
-        keep[source] = False
-        self._state = deactivate(self._state, keep)
+        self._state = move_slot(self._state, source, target)
         self._streams[target], self._streams[source] = self._streams[source], None
 
     def _masks(self, streams: Sequence[Stream | None]) -> np.ndarray | None:
@@ -403,7 +424,12 @@ class Engine:
         """
         if not self.is_idle:
             raise RequestError("warm_up needs an engine without requests")
-        states = [self._prefiller.warm_up(rows) for rows in {1, self._prefill_rows}]
+        with self._devices():
+            self._warm_up(features)
+
+    def _warm_up(self, features: Sequence[Features]) -> None:
+        batch_sizes = {self._fewest_rows, self._prefill_rows}
+        states = [self._prefiller.warm_up(rows) for rows in batch_sizes]
         row = sampling_row(SamplingParams(), vocab_size=self._num_outputs, seed=0)
         request = RowRequest(row, np.int32(1), padded_stop_ids(()))
         for each in features:
@@ -414,7 +440,7 @@ class Engine:
                     self._state, _ = decode_block(
                         self._weights, self._state, rows, length, each, None
                     )
-        self._state = move_row(self._state, 0, 0)
+        self._state = move_slot(self._state, 0, 1)
         self._state = deactivate(self._state, np.zeros(len(self._streams), bool))
         extract_row((self._state.cache, self._state.token), 0)
         for state in states:
@@ -427,7 +453,26 @@ class Engine:
         Raises:
           SessionError: the file is damaged, or the session belongs to another model.
         """
-        return Session.load(path, self._prefiller.empty_state(1).cache, self._fingerprint)
+        with self._devices():
+            empty = extract_row(self._prefiller.empty_state(self._fewest_rows).cache, 0)
+            return Session.load(path, empty, self._fingerprint)
+
+
+def _check_mesh(mesh: Mesh | None, config: AnyModelConfig, slots: int, prefill_rows: int) -> int:
+    """The number of devices over which rows are sharded."""
+    if mesh is None:
+        return 1
+    shape = dict(mesh.shape)
+    if shape.get("chunk", 1) > 1:
+        raise ValueError(f"the mesh has chunk = {shape['chunk']}; shard rows (data) or features")
+    shards = shape.get("replica", 1) * shape.get("data", 1)
+    for name, rows in (("slots", slots), ("prefill_rows", prefill_rows)):
+        if rows % shards:
+            raise ValueError(f"{name} is {rows}; use a multiple of replica * data = {shards}")
+    size = shape.get("model", 1)
+    if undivided := [f"{k} {n}" for k, n in feature_sizes(config).items() if n % size]:
+        raise ValueError(f"{', '.join(undivided)} do not divide over model = {size} devices")
+    return shards
 
 
 @partial(jax.jit, static_argnums=(0, 2))
@@ -444,7 +489,7 @@ def _empty_slots(
 ) -> SlotState:
     model: LanguageModel = nnx.merge(graphdef, params)
     sampling = empty_state(slots, vocab_size=model.config.num_outputs)
-    return empty_slots(model.init_cache(slots, max_length=max_length), sampling)
+    return constrain_slots(empty_slots(model.init_cache(slots, max_length=max_length), sampling))
 
 
 def _token_logprobs(logprobs: Any, index: tuple[int, int], count: int) -> TokenLogprobs:

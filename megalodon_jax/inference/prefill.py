@@ -10,7 +10,9 @@ import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 
+from megalodon_jax.inference.rows import constrain_cache
 from megalodon_jax.language_model import LanguageModel
+from megalodon_jax.parallel.sharding import constrain
 from megalodon_jax.typing import Array, Float32, Int32
 
 # The longest piece, in pieces of the model's own length: chunks of 2,048 tokens give 16,384.
@@ -19,11 +21,19 @@ _SHORTEST_PADDED = 16
 
 
 class Piece(NamedTuple):
-    """A part of a prompt: `count` tokens from `start`, padded to `size`."""
+    """A part of a prompt.
+
+    Attributes:
+      start: its first token.
+      count: its tokens.
+      size: the length of the program that runs it.
+      is_whole: whether this program has no padding; a padded one may still be full.
+    """
 
     start: int
     count: int
     size: int
+    is_whole: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +62,12 @@ class PieceSizes:
         """Pieces of a prompt of `length` tokens, of which `start` have been seen."""
         for size in self.whole:
             while length - start >= size:
-                yield Piece(start, size, size)
+                yield Piece(start, size, size, is_whole=True)
                 start += size
         if start < length:
             count = length - start
-            yield Piece(start, count, next(size for size in self.padded if size >= count))
+            size = next(size for size in self.padded if size >= count)
+            yield Piece(start, count, size, is_whole=False)
 
 
 class PrefillState(NamedTuple):
@@ -73,7 +84,7 @@ def empty_prefill_state(
     """The state before the first token. No two arrays share a buffer: it can be donated."""
     model: LanguageModel = nnx.merge(graphdef, params)
     logits = jnp.zeros((batch_size, model.config.num_outputs), jnp.float32)
-    return PrefillState(model.init_cache(batch_size, max_length=max_length), logits)
+    return _constrained(PrefillState(model.init_cache(batch_size, max_length=max_length), logits))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -83,7 +94,7 @@ def prefill_whole(
     """A piece without padding: no segment ids, hence no masks per token."""
     model: LanguageModel = nnx.merge(graphdef, params)
     hidden, cache = model.hidden(tokens, cache=state.cache)
-    return PrefillState(cache, model.logits(hidden[:, -1]))
+    return _constrained(PrefillState(cache, model.logits(hidden[:, -1])))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -107,7 +118,12 @@ def prefill_padded(
     hidden, cache = model.hidden(tokens, segment_ids=segment_ids, cache=cache)
     last = jnp.maximum(counts - 1, 0)[:, None, None]
     logits = model.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
-    return PrefillState(cache, jnp.where(has_tokens[:, None], logits, state.logits))
+    logits = jnp.where(has_tokens[:, None], logits, state.logits)
+    return _constrained(PrefillState(cache, logits))
+
+
+def _constrained(state: PrefillState) -> PrefillState:
+    return PrefillState(constrain_cache(state.cache), constrain(state.logits, "batch", None))
 
 
 def prefill_piece(
@@ -130,7 +146,7 @@ def prefill_piece(
     """
     counts = np.clip(lengths - piece.start, 0, piece.count)
     tokens = prompts[:, piece.start : piece.start + piece.count]
-    if counts.min() == piece.size:
+    if piece.is_whole and counts.min() == piece.size:
         return prefill_whole(graphdef, params, state, tokens)
     padding = piece.size - tokens.shape[1]
     tokens = np.where(np.arange(tokens.shape[1]) < counts[:, None], tokens, 0)

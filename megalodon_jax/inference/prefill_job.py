@@ -103,16 +103,20 @@ class Prefiller:
 
     def warm_up(self, batch_size: int) -> PrefillState:
         """Compiles the programs of a batch size; returns a state that they gave."""
-        padded = {(size - 1, size) for size in self.sizes.padded}
+        pieces = [Piece(0, size, size, is_whole=True) for size in self.sizes.whole]
+        pieces += [Piece(0, size, size, is_whole=False) for size in self.sizes.padded]
+        if batch_size > 1:
+            # Rows that end before a piece does.
+            pieces += [Piece(0, size, size, is_whole=False) for size in self.sizes.whole]
         state = self.empty_state(batch_size)
-        for count, size in sorted({(size, size) for size in self.sizes.whole} | padded):
+        for piece in pieces:
             state = prefill_piece(
                 self.graphdef,
                 self.params,
                 self.empty_state(batch_size),
-                np.zeros((batch_size, count), np.int32),
-                np.full(batch_size, count, np.int32),
-                Piece(0, count, size),
+                np.zeros((batch_size, piece.size), np.int32),
+                np.full(batch_size, piece.size, np.int32),
+                piece,
             )
         row = extract_row(state.cache, 0)
         if batch_size > 1:
@@ -155,8 +159,8 @@ class PrefillJob:
             return
         end = piece.start + piece.count
         for index, (row, start) in enumerate(zip(self.rows, self.starts, strict=True)):
-            is_whole = self.lengths[index] >= end and piece.count == piece.size
-            if is_whole and row.streams[0].request.session is None:
+            has_all = self.lengths[index] >= end
+            if has_all and row.streams[0].request.session is None:
                 runner.prefixes.put(row.tokens[: start + end], self.state.cache, index)
 
     @property

@@ -14,8 +14,9 @@ from megalodon_jax.model import Megalodon
 from megalodon_jax.modules.block import Block
 from megalodon_jax.modules.feed_forward import FeedForward
 from megalodon_jax.modules.linear import Linear
+from megalodon_jax.modules.matmul import LogicalAxes
 from megalodon_jax.modules.time_norm import TimeNormModule
-from megalodon_jax.parallel.sharding import axis_size
+from megalodon_jax.parallel.sharding import axis_size, constrain
 from megalodon_jax.typing import Array, Float, Float32, Int8
 from pallas_kernels.state_step import CemaStepTables, cema_step_tables
 
@@ -118,10 +119,10 @@ def prepare(model: Megalodon, weights: WeightFormat = "model") -> DecodeWeights:
         for layer in unstack_layers(params, config.num_layers)
     )
     return DecodeWeights(
-        embedding=model.embed.embedding[...].astype(config.dtype),
+        embedding=constrain(model.embed.embedding[...].astype(config.dtype), None, "channels"),
         layers=tuple(layers),
         final_norm=_norm_vectors(model.final_norm),
-        output=make.projection(model.output_matrix(), None),
+        output=make.projection(model.output_matrix(), None, (None, "vocab")),
         config=config,
     )
 
@@ -162,13 +163,23 @@ class _Preparation(NamedTuple):
         kernels = [linear.kernel[...] for linear in linears]
         offsets = [linear.offset for linear in linears]
         if axis_size("model") > 1:
-            return tuple(map(self.projection, kernels, offsets))
+            axes = [linear.axes for linear in linears]
+            return tuple(map(self.projection, kernels, offsets, axes))
         biases = [bias for bias in offsets if bias is not None]
         bias = jnp.concatenate(biases) if biases else None
         return (self.projection(jnp.concatenate(kernels, axis=1), bias),)
 
-    def projection(self, kernel: Array, bias: Array | None) -> Projection:
-        return Projection(quantize(kernel) if self.is_int8 else kernel.astype(self.dtype), bias)
+    def projection(
+        self, kernel: Array, bias: Array | None, axes: LogicalAxes = (None, None)
+    ) -> Projection:
+        # Sharded over `model` alone: a step would gather what FSDP shards.
+        rows, columns = (None if axis == "embed" else axis for axis in axes)
+        bias = None if bias is None else constrain(bias, columns)
+        if not self.is_int8:
+            return Projection(constrain(kernel.astype(self.dtype), rows, columns), bias)
+        values, scale = quantize(kernel)
+        matrix = Int8Matrix(constrain(values, rows, columns), constrain(scale, columns))
+        return Projection(matrix, bias)
 
 
 def _ffn_inputs(ffn: FeedForward) -> tuple[Linear, ...]:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from megalodon_jax.config import MeshConfig, ModelConfig, TrainConfig
+from megalodon_jax.config import AnyModelConfig, MeshConfig, ModelConfig, TrainConfig
 from megalodon_jax.errors import ConfigError
 
 AXES = ("replica", "data", "chunk", "model")
@@ -78,6 +78,13 @@ def _arrange(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
+def feature_sizes(model: AnyModelConfig) -> dict[str, int]:
+    """The sizes of a model that the mesh axis `model` divides."""
+    names = ["model_dim", "num_heads", "ffn_hidden_dim", "vocab_size"]
+    names += ["norm_num_groups"] if isinstance(model, ModelConfig) else ["kv_heads"]
+    return {name: getattr(model, name) for name in names} | {"output_size": model.num_outputs}
+
+
 def check_fits(config: TrainConfig, sizes: dict[str, int]) -> None:
     """Raises `ConfigError` with every problem if a run cannot be sharded over axes of `sizes`."""
     model, data = config.model, config.data
@@ -92,11 +99,10 @@ def check_fits(config: TrainConfig, sizes: dict[str, int]) -> None:
             "mesh.data * mesh.chunk",
         ),
     ]
-    names = ["model_dim", "num_heads", "ffn_hidden_dim", "vocab_size"]
-    names += ["norm_num_groups"] if isinstance(model, ModelConfig) else ["kv_heads"]
-    for name in names:
-        sharded.append((f"model.{name}", getattr(model, name), sizes["model"], "mesh.model"))
-    sharded.append(("model.output_size", model.num_outputs, sizes["model"], "mesh.model"))
+    sharded += [
+        (f"model.{name}", size, sizes["model"], "mesh.model")
+        for name, size in feature_sizes(model).items()
+    ]
     problems = [
         f"{name} {value} does not divide by {axis} = {size}"
         for name, value, size, axis in sharded

@@ -1,6 +1,7 @@
 """The engine: every request gets its own tokens, whatever runs beside it, and nothing compiles."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -325,9 +326,9 @@ def test_buckets_and_blocks():
     assert Buckets.up_to(64).sizes == (2, 8, 32, 64)
     assert Buckets.up_to(2).sizes == (2,)
     assert [Buckets.up_to(20).of(rows) for rows in (1, 2, 3, 8, 9, 20)] == [2, 2, 8, 8, 20, 20]
-    assert block_length(100, is_waiting=False, is_constrained=False) == 32
-    assert block_length(100, is_waiting=True, is_constrained=False) == 8
-    assert block_length(7, is_waiting=False, is_constrained=False) == 1
-    assert block_length(0, is_waiting=False, is_constrained=False) == 1
-    assert block_length(100, is_waiting=False, is_constrained=True) == 1
+    idle: Any = {"is_waiting": False, "is_filling": False, "is_constrained": False}
+    assert [block_length(left, **idle) for left in (100, 31, 7, 0)] == [32, 8, 1, 1]
+    assert block_length(100, **idle | {"is_waiting": True}) == 8
+    assert block_length(100, **idle | {"is_waiting": True, "is_filling": True}) == 1
+    assert block_length(100, **idle | {"is_constrained": True}) == 1
     assert len(set(FEATURE_SETS)) == 3

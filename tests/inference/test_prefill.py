@@ -38,6 +38,8 @@ def test_pieces_cover_the_prompt_and_padding_is_last():
             assert all(piece.count == piece.size for piece in pieces[:-1])
             assert all(piece.size in {*SIZES.whole, *SIZES.padded} for piece in pieces)
             last = pieces[-1]
+            assert all(piece.is_whole for piece in pieces[:-1])
+            assert last.is_whole == (last.count in SIZES.whole)
             smaller = [size for size in SIZES.padded if size < last.size]
             assert last.count > max(smaller, default=0) or last.size in SIZES.whole
 
@@ -45,7 +47,7 @@ def test_pieces_cover_the_prompt_and_padding_is_last():
 def test_sizes_of_a_model_follow_its_chunk():
     sizes = PieceSizes.for_model(small_model())
     assert sizes == PieceSizes((8 * CHUNK, CHUNK), (CHUNK,))
-    assert list(sizes.split(1)) == [Piece(0, 1, CHUNK)]
+    assert list(sizes.split(1)) == [Piece(0, 1, CHUNK, is_whole=False)]
 
 
 @pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK + 7])
