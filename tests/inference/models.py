@@ -11,7 +11,7 @@ from megalodon_jax.model import Megalodon
 from tests.model.conftest import perturbed
 
 CHUNK = 16
-VOCAB = 61
+VOCAB = 62
 CONFIG = ModelConfig(
     num_layers=2, model_dim=32, z_dim=16, value_dim=32, num_heads=2, ffn_hidden_dim=40,
     cema_ndim=4, chunk_size=CHUNK, vocab_size=VOCAB, norm_num_groups=4, swiglu=True,

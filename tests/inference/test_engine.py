@@ -242,11 +242,11 @@ def test_impossible_requests_are_refused(engine):
             engine.submit(Request(prompt=prompt, params=SamplingParams(temperature=0.0, **params)))
 
     refused("at least one token id", prompt=())
-    refused("the model knows 0 to 60", prompt=(1, VOCAB))
+    refused("the model knows 0 to 61", prompt=(1, VOCAB))
     refused("integer token ids", prompt=(0.5,))
     refused("stop strings need a tokenizer", stop=("x",))
     refused("17 stop ids; use at most 16", stop_ids=tuple(range(17)))
-    refused("use ids below 61", stop_ids=(VOCAB,))
+    refused("use ids below 62", stop_ids=(VOCAB,))
     with pytest.raises(RequestError, match="n is 9; use 1 to 8"):
         engine.submit_samples(Request(prompt=(1,)), SLOTS + 1)
     with pytest.raises(ValueError, match="use at least 2"):

@@ -74,3 +74,5 @@ def test_sizes_that_do_not_divide_are_refused():
         Engine(small_model(), slots=4, mesh=mesh_of(data=2))
     with pytest.raises(ValueError, match="the mesh has chunk = 2"):
         Engine(small_model(), slots=4, mesh=mesh_of(chunk=2))
+    with pytest.raises(ValueError, match=r"num_heads 2, vocab_size 62, .* over model = 4 devices"):
+        Engine(small_model(), slots=4, mesh=mesh_of(model=4))
