@@ -27,6 +27,7 @@ def test_one_case_from_the_command_line(tmp_path, capsys, smaller_model):
     assert step["peak_bytes"] > step["argument_bytes"] > 3 * 4 * (2 * 256 * 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "rows"), [("0", [8, 8, 8]), ("32768", [16, 4, 1])], ids=["rows", "tokens"]
 )

@@ -70,6 +70,7 @@ def test_without_manifest_a_checkpoint_loads_only_unverified(finished, capsys):
     assert capsys.readouterr().err.count("has no manifest, so that damage") == 1
 
 
+@pytest.mark.slow
 def test_a_run_without_manifests_resumes_and_gets_them(finished, capsys):
     remove_manifests(finished)
     resumed = dataclasses.replace(finished, resume=True, steps=9, allow_unverified=True)

@@ -53,6 +53,7 @@ def verdicts(tmp_path_factory) -> list[Verdict]:
     return Runner(folder / "files").run(chosen)
 
 
+@pytest.mark.slow
 def test_every_hostile_file_ends_in_a_clear_error(verdicts: list[Verdict]):
     assert [str(verdict) for verdict in verdicts if verdict.is_fault] == []
 

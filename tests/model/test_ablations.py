@@ -65,7 +65,13 @@ def documents_of(tokens: np.ndarray) -> list[tuple[int, slice]]:
     ]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name.startswith("all") else pytest.mark.slow)
+        for name in VARIANTS
+    ],
+)
 def test_packed_documents_and_streams_equal_documents_alone(
     jitted, ablated, tokens, segment_ids, name: str
 ):

@@ -40,7 +40,13 @@ def gradient_errors(golden: GoldenModel, gradients: Megalodon) -> dict[str, floa
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "model_c_short" else [])
+        for name in MODELS
+    ],
+)
 def test_logits_loss_and_every_gradient(name: str, implementation: str):
     if implementation == "reference" and name == "model_d_swiglu_L320":
         pytest.skip("the token-by-token recurrence compiles too long at this length")
@@ -64,7 +70,7 @@ def test_logits_loss_and_every_gradient(name: str, implementation: str):
 @pytest.mark.parametrize(
     ("remat", "scan_layers"),
     [
-        ("none", False),
+        pytest.param("none", False, marks=pytest.mark.slow),
         pytest.param("inputs", True, marks=pytest.mark.slow),
         pytest.param("dots", False, marks=pytest.mark.slow),
         ("block", True),

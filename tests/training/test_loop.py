@@ -106,6 +106,7 @@ def test_resuming_needs_a_checkpoint(config):
         train(dataclasses.replace(config, resume=True))
 
 
+@pytest.mark.slow
 def test_auto_resume_begins_and_continues(trained_run, config, finished, capsys):
     config = dataclasses.replace(config, auto_resume=True)
     train(dataclasses.replace(config, steps=2))

@@ -80,6 +80,7 @@ def watched(config) -> TrainConfig:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_skipped_updates_are_counted_and_resuming_changes_nothing(watched, monkeypatch, capsys):
     with bad_batches(monkeypatch, infinite=(2, 3), unseen=(6,)):
         assert train(watched).step == 8
