@@ -18,7 +18,6 @@ from jax import numpy as jnp
 
 from megalodon_jax.bench.decode_bytes import cache_slots, mean_fill, num_bytes, step_bytes
 from megalodon_jax.bench.kernel_times import KernelTimes, kernel_times
-from megalodon_jax.bench.layer_weights import LayerWeights
 from megalodon_jax.compiled.hlo import parse_program
 from megalodon_jax.compiled.launches import count_launches
 from megalodon_jax.compiled.memory import read_memory
@@ -32,7 +31,7 @@ from megalodon_jax.inference.blocks import (
     padded_stop_ids,
     start_row,
 )
-from megalodon_jax.inference.decoders import ModelWeights, cast_matrices, prepare_decoding
+from megalodon_jax.inference.decoders import AnyDecodeWeights, cast_matrices, prepare_decoding
 from megalodon_jax.inference.prefill import (
     PieceSizes,
     PrefillState,
@@ -40,7 +39,7 @@ from megalodon_jax.inference.prefill import (
     prefill_piece,
 )
 from megalodon_jax.inference.sampling import Features, SamplingParams, empty_state, sampling_row
-from megalodon_jax.inference.weights import DecodeWeights, WeightFormat
+from megalodon_jax.inference.weights import WeightFormat
 from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.models import build_model
 from megalodon_jax.typing import Array, Int32
@@ -86,7 +85,7 @@ class BenchModel:
 
     graphdef: nnx.GraphDef
     params: nnx.State
-    weights: DecodeWeights | LayerWeights
+    weights: AnyDecodeWeights
 
     @classmethod
     def make(cls, config: AnyModelConfig, weights: WeightFormat = "model") -> "BenchModel":
@@ -100,10 +99,7 @@ class BenchModel:
         @partial(jax.jit, static_argnums=0)
         def prepared(graphdef: nnx.GraphDef, params: nnx.State) -> tuple[nnx.State, Any]:
             model: LanguageModel = nnx.merge(graphdef, params)
-            decoding: Any = prepare_decoding(model, weights)
-            if isinstance(decoding, ModelWeights):
-                decoding = LayerWeights.split(decoding)
-            return nnx.state(cast_matrices(model)), decoding
+            return nnx.state(cast_matrices(model)), prepare_decoding(model, weights)
 
         graphdef, params = nnx.split(model)
         return cls(graphdef, *prepared(graphdef, params))
@@ -173,7 +169,7 @@ class DecodeProgram:
       length: steps of a block.
     """
 
-    def __init__(self, weights: DecodeWeights | LayerWeights, slots: SlotState, length: int):
+    def __init__(self, weights: AnyDecodeWeights, slots: SlotState, length: int):
         self.weights, self.length = weights, length
         rows = slots.token.shape[0]
         started = time.perf_counter()

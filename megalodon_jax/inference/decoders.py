@@ -10,6 +10,7 @@ from jax import numpy as jnp
 from megalodon_jax.inference import step
 from megalodon_jax.inference.weights import DecodeWeights, WeightFormat, prepare
 from megalodon_jax.language_model import LanguageModel, StreamingCache
+from megalodon_jax.layer_stack import unstack_layers
 from megalodon_jax.model import Megalodon
 from megalodon_jax.typing import Array, Bool, Float32, Int32
 
@@ -19,17 +20,31 @@ from megalodon_jax.typing import Array, Bool, Float32, Int32
 class ModelWeights:
     """A model that decodes by its own call, with matrices cast to `config.dtype`.
 
+    Its layers are an array each. The model stacks and splits them again, and the compiler leaves
+    nothing of both; from one stacked array it would copy every matrix in every step.
+
     Attributes:
-      params: of the model.
+      layers: parameters of the blocks.
+      rest: all others.
       graphdef: of the model.
     """
 
-    params: nnx.State
+    layers: tuple[nnx.State, ...]
+    rest: nnx.State
     graphdef: nnx.GraphDef = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, model: LanguageModel) -> "ModelWeights":
+        """The weights of a model; call it inside `jit`."""
+        graphdef, params = nnx.split(cast_matrices(model))
+        rest = {name: each for name, each in params.items() if name != "layers"}
+        layers = unstack_layers(params["layers"], model.config.num_layers)
+        return cls(tuple(layers), nnx.State(rest), graphdef)
 
     def model(self) -> LanguageModel:
         """The model."""
-        return nnx.merge(self.graphdef, self.params)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *self.layers)
+        return nnx.merge(self.graphdef, nnx.State({**self.rest, "layers": stacked}))
 
 
 AnyDecodeWeights = DecodeWeights | ModelWeights
@@ -51,8 +66,7 @@ def prepare_decoding(model: LanguageModel, weights: WeightFormat = "model") -> A
         raise ValueError(
             f"weights is {weights!r}, but a {type(model).__name__} decodes with 'model' alone"
         )
-    cast = cast_matrices(model)
-    return ModelWeights(nnx.state(cast), nnx.graphdef(cast))
+    return ModelWeights.of(model)
 
 
 def cast_matrices[M: LanguageModel](model: M) -> M:

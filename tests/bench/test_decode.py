@@ -4,7 +4,6 @@ import json
 import math
 
 import jax
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -18,7 +17,7 @@ from megalodon_jax.bench.decode_bytes import (
     token_bytes,
 )
 from megalodon_jax.bench.decode_memory import grouped_queries, measure_context
-from megalodon_jax.bench.decode_steps import BenchModel, Chain, DecodeProgram, seconds_per_step
+from megalodon_jax.bench.decode_steps import BenchModel, Chain, seconds_per_step
 from megalodon_jax.bench.kernel_times import kind_of
 from megalodon_jax.bench.options import WeightFormat
 from megalodon_jax.cli.main import main
@@ -195,26 +194,6 @@ def test_options_that_do_not_fit_are_refused(capsys, arguments, message):
 @pytest.fixture(scope="module")
 def tiny_transformer():
     return BenchModel.make(decode.bench_config("transformer30M", "float32", is_small=True))
-
-
-def test_layer_weights_are_the_models(tiny_transformer):
-    model, again = tiny_transformer.model, tiny_transformer.weights.model()
-    ids = np.arange(12, dtype=np.int32)[None]
-    assert len(tiny_transformer.weights.layers) == model.config.num_layers > 1
-    np.testing.assert_array_equal(model(ids).logits, again(ids).logits)
-
-
-def test_a_step_with_layer_weights_slices_no_stack(tiny_transformer):
-    """Matrices are not copied out of an array of all layers, as from `ModelWeights`."""
-    state = tiny_transformer.empty_slots(2, 128)
-    stacked = jax.jit(
-        lambda params: prepare_decoding(nnx.merge(tiny_transformer.graphdef, params))
-    )(tiny_transformer.params)
-    sliced = [
-        DecodeProgram(weights, state, 4).kernels_per_step
-        for weights in (tiny_transformer.weights, stacked)
-    ]
-    assert sliced[0] < sliced[1]
 
 
 def measure(model, **options):
