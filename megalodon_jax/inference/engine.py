@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Sequence
@@ -96,6 +97,9 @@ class Engine:
       max_waiting: most requests in the queue.
       prefix_cache_bytes: size of the cache of prompts' states at chunk borders; 0: none.
       fixed_bucket: always run all slots.
+      fill_slots_first: no decoding while a prompt waits and a slot is free: more tokens a second
+        in all, later first tokens.
+      num_tokens: draw only ids below this; None: all that the tokenizer has.
       seed: of requests that have no seed of their own.
 
     Raises:
@@ -113,6 +117,8 @@ class Engine:
         max_waiting: int = 1024,
         prefix_cache_bytes: int = 0,
         fixed_bucket: bool = False,
+        fill_slots_first: bool = False,
+        num_tokens: int | None = None,
         seed: int = 0,
     ):
         if slots < 2:
@@ -121,7 +127,12 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.max_waiting = max_waiting
+        self._config = config
         self._vocab_size, self._num_outputs = config.vocab_size, config.num_outputs
+        if num_tokens is None and tokenizer is not None:
+            num_tokens = tokenizer.vocab_size
+        self._num_tokens = num_tokens
+        self._fill_slots_first = fill_slots_first
         self._graphdef, params = nnx.split(model)
         self._params, self._weights = _prepared(self._graphdef, params, weights)
         self._pieces = PieceSizes.for_model(model)
@@ -135,11 +146,12 @@ class Engine:
         self._prefill: _Prefill | None = None
         self._pending: collections.deque[_Pending] = collections.deque()
         self._seeds = itertools.count(seed)
-        self._fingerprint = fingerprint(config, self._params)
         self._prefixes = None
         if prefix_cache_bytes:
             if not isinstance(config, ModelConfig):
-                raise ValueError("prefix_cache_bytes is set; only MEGALODON has states at chunk borders")
+                raise ValueError(
+                    "prefix_cache_bytes is set; only MEGALODON has states at chunk borders"
+                )
             self._prefixes = PrefixCache(prefix_cache_bytes, config.chunk_size)
 
     # ---- Requests.
@@ -191,6 +203,18 @@ class Engine:
         """Requests in the queue or in prefill."""
         return len(self._waiting) + (self._prefill is not None)
 
+    @property
+    def prefill_progress(self) -> tuple[int, int] | None:
+        """Tokens of the prompt in prefill that have been through the model, and all of them.
+
+        It waits for the piece that the device works on. None: no prompt is in prefill.
+        """
+        job = self._prefill
+        if job is None:
+            return None
+        jax.block_until_ready(job.state.logits)
+        return job.pieces[0].start if job.pieces else len(job.tokens), len(job.tokens)
+
     def run(self) -> None:
         """Steps until no request is left."""
         while not self.is_idle:
@@ -199,8 +223,17 @@ class Engine:
     # ---- One step.
 
     def step(self) -> None:
-        """One piece of a prompt, one block of decoding steps, and the block before it read."""
+        """One piece of a prompt, one block of decoding steps, and the block before it read.
+
+        On an idle engine the first token is read before the first block is handed over.
+        """
+        was_idle = not self.num_running
         self._advance_prefill()
+        while self._fill_slots_first and self.num_waiting and None in self._streams:
+            self._advance_prefill()
+        if was_idle and self._pending and not self._fill_slots_first:
+            self._read_all()
+            return
         depth = len(self._pending)
         is_constrained = self._dispatch()
         # A constrained row needs its tokens before the next draw; else one block stays in flight.
@@ -275,8 +308,7 @@ class Engine:
             return False
         is_constrained = any(stream.request.logits_mask is not None for stream in running)
         if is_constrained:
-            while self._pending:
-                self._read(self._pending.popleft())
+            self._read_all()
             running = [stream for stream in self._streams if stream is not None]
             if not running:
                 return True
@@ -300,6 +332,10 @@ class Engine:
         )
         self._pending.append(_Pending(emitted, list(streams)))
         return is_constrained
+
+    def _read_all(self) -> None:
+        while self._pending:
+            self._read(self._pending.popleft())
 
     def _read(self, pending: _Pending) -> None:
         tokens, logprobs, valid = jax.device_get(pending.emitted)
@@ -399,10 +435,6 @@ class Engine:
         except ValueError as error:
             raise RequestError(str(error)) from error
 
-    @property
-    def _num_tokens(self) -> int | None:
-        return None if self.tokenizer is None else self.tokenizer.vocab_size
-
     # ---- Start-up and sessions.
 
     def warm_up(self, features: Sequence[Features] = FEATURE_SETS) -> None:
@@ -442,6 +474,11 @@ class Engine:
         if self._prefixes is not None:
             self._prefixes.warm_up(state.cache)
         jax.block_until_ready(self._state)
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        """Computed for the first session: it reads all weights."""
+        return fingerprint(self._config, self._params)
 
     def load_session(self, path: str | os.PathLike[str]) -> Session:
         """Reads a session that `Session.save` wrote.

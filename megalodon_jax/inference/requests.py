@@ -1,14 +1,14 @@
 """Requests of an engine, and the streams of tokens that answer them."""
 
-import collections
+import bisect
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from megalodon_jax.inference.sampling import Features, SamplingParams
-# from megalodon_jax.inference.text import StopStrings, TextStream
+from megalodon_jax.inference.text import StopStrings, TextStream
 
 if TYPE_CHECKING:
     from megalodon_jax.data.tokenizer import Tokenizer
@@ -70,7 +70,13 @@ class Stream:
       session: the state after the tokens, if the request keeps it.
     """
 
-    def __init__(self, request: Request, seed: int, step: Callable[[], None], tokenizer: Any):
+    def __init__(
+        self,
+        request: Request,
+        seed: int,
+        step: Callable[[], None],
+        tokenizer: "Tokenizer | None",
+    ):
         self.request = request
         self.seed = seed
         self.tokens: list[int] = []
@@ -78,8 +84,8 @@ class Stream:
         self.finish_reason: FinishReason | None = None
         self.session: Session | None = None
         self._step = step
-        self._unread: collections.deque[int] = collections.deque()
-        self._text = None if tokenizer is None else _StreamText(tokenizer, request.params.stop)
+        self._num_read = 0
+        self._text = None if tokenizer is None else _AnswerText(tokenizer, request.params.stop)
 
     @property
     def text(self) -> str:
@@ -88,9 +94,7 @@ class Stream:
         Raises:
           ValueError: the engine has no tokenizer.
         """
-        if self._text is None:
-            raise ValueError("the engine has no tokenizer: pass Engine(..., tokenizer=)")
-        return self._text.text
+        return "".join(self._answer_text().pieces)
 
     @property
     def is_finished(self) -> bool:
@@ -99,19 +103,22 @@ class Stream:
 
     def __iter__(self) -> Iterator[int]:
         while True:
-            while self._unread:
-                yield self._unread.popleft()
+            while self._num_read < len(self.tokens):
+                self._num_read += 1
+                yield self.tokens[self._num_read - 1]
             if self.is_finished:
                 return
             self._step()
 
     def iterate_text(self) -> Iterator[str]:
         """New text as it comes; steps the engine like iterating over tokens."""
-        position = 0
+        pieces = self._answer_text().pieces
+        num_read = 0
         while True:
-            if len(self.text) > position:
-                yield self.text[position:]
-                position = len(self.text)
+            if num_read < len(pieces):
+                new = "".join(pieces[num_read:])
+                num_read = len(pieces)
+                yield new
             elif self.is_finished:
                 return
             else:
@@ -135,23 +142,75 @@ class Stream:
         self.tokens.append(token)
         if logprobs is not None:
             self.logprobs.append(logprobs)
-        if self._text is not None and (kept := self._text.add(token)) is not None:
-            # A stop string: the tokens that make it up are not part of the answer.
-            del self.tokens[kept:], self.logprobs[kept:]
-            self._trim_unread()
+        if self._text is not None:
+            self._text.add(token)
+        if self._text is not None and self._text.is_stopped:
             self.finish("stop")
-            return
-        self._unread.append(token)
-        if len(self.tokens) == params.max_tokens:
+        elif len(self.tokens) == params.max_tokens:
             self.finish("length")
 
     def finish(self, reason: FinishReason) -> None:
         """Ends the stream; the engine calls it."""
         self.finish_reason = reason
-        if self._text is not None and not self._text.is_stopped:
-            self._text.finish()
-            kept = self._text.kept_tokens(len(self.tokens))
-            if kept < len(self.tokens):
-                del self.tokens[kept:], self.logprobs[kept:]
-                self._trim_unread()
-                self.finish_reason = "stop"
+        if self._text is None:
+            return
+        self._text.close()
+        if self._text.is_stopped:
+            # The tokens of the stop string are not part of the answer.
+            kept = self._text.num_tokens
+            del self.tokens[kept:], self.logprobs[kept:]
+            self.finish_reason = "stop"
+
+    def _answer_text(self) -> "_AnswerText":
+        if self._text is None:
+            raise ValueError("the engine has no tokenizer: pass Engine(..., tokenizer=)")
+        return self._text
+
+
+class _AnswerText:
+    """The text of a stream up to a stop string.
+
+    Attributes:
+      pieces: the text so far, in the pieces in which it came.
+      is_stopped: whether a stop string has ended it.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", stops: Sequence[str]):
+        self.pieces: list[str] = []
+        self.is_stopped = False
+        self._stream = TextStream(tokenizer)
+        self._stops = StopStrings(stops)
+        self._has_stops = bool(stops)
+        self._length = 0
+        # Characters of the text after every token, those that `StopStrings` holds back included.
+        self._ends: list[int] = []
+        self._num_characters = 0
+
+    def add(self, token: int) -> None:
+        """Adds a token's text."""
+        self._feed(self._stream.feed([token]))
+        if self._has_stops:
+            self._ends.append(self._num_characters)
+
+    def close(self) -> None:
+        """Adds the text that was held back; the stream has ended."""
+        if not self.is_stopped:
+            self._feed(self._stream.close())
+        if not self.is_stopped:
+            self._append(self._stops.close())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the text before the stop string, one with parts of both included."""
+        return bisect.bisect_left(self._ends, self._length) + 1 if self._length else 0
+
+    def _feed(self, text: str) -> None:
+        self._num_characters += len(text)
+        match = self._stops.feed(text)
+        self._append(match.text)
+        self.is_stopped = match.stop is not None
+
+    def _append(self, text: str) -> None:
+        if text:
+            self.pieces.append(text)
+            self._length += len(text)

@@ -93,8 +93,9 @@ def block_length(most_remaining: int, *, is_waiting: bool, is_constrained: bool)
     """
     if is_constrained:
         return BLOCK_LENGTHS[0]
-    longest = BLOCK_LENGTHS[1] if is_waiting else BLOCK_LENGTHS[-1]
-    return max(n for n in BLOCK_LENGTHS if n <= min(longest, max(most_remaining, 1)))
+    shorter, longer = BLOCK_LENGTHS[1:]
+    # The last block may have some steps too many: each length is another program to compile.
+    return longer if not is_waiting and 4 * most_remaining >= 3 * longer else shorter
 
 
 def covering(features: Iterable[Features]) -> Features:
