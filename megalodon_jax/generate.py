@@ -142,7 +142,7 @@ def stream(
     engine = Engine(
         model,
         slots=max(2, len(prompts)),
-        max_length=_max_length(model, int(lengths.max()) + max_tokens),
+        max_length=max_length(model, int(lengths.max()) + max_tokens),
         max_waiting=len(prompts),
         num_tokens=num_tokens,
         fixed_bucket=True,
@@ -175,8 +175,8 @@ def stream_text(
         return
     params = dataclasses.replace(sampling, max_tokens=max_tokens, seed=seed)
     request = text_request(tokenizer, prompt, params)
-    max_length = _max_length(model, len(request.prompt) + max_tokens)
-    engine = Engine(model, slots=2, tokenizer=tokenizer, max_length=max_length)
+    room = max_length(model, len(request.prompt) + max_tokens)
+    engine = Engine(model, slots=2, tokenizer=tokenizer, max_length=room)
     answer = engine.submit(request)
     yield from answer.iterate_text()
     _check_scores([answer])
@@ -214,7 +214,7 @@ def generate_text(
         model,
         slots=max(2, n, min(n * len(requests), _MAX_SLOTS)),
         tokenizer=tokenizer,
-        max_length=_max_length(model, longest + params.max_tokens),
+        max_length=max_length(model, longest + params.max_tokens),
         max_waiting=len(requests),
         fixed_bucket=True,
         fill_slots_first=True,
@@ -281,7 +281,7 @@ def _row_seeds(sampling: SamplingParams, key: PRNGKey | None, rows: int) -> list
     return [0] * rows
 
 
-def _max_length(model: LanguageModel, tokens: int) -> int | None:
+def max_length(model: LanguageModel, tokens: int) -> int | None:
     """Room for the tokens of a row; MEGALODON's cache has a constant size."""
     return None if isinstance(model, Megalodon) else -(-tokens // _ROOM) * _ROOM
 

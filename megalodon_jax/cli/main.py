@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from megalodon_jax.cli.commands import BENCHMARKS, COMMANDS, Command, WithCompilationCache
+from megalodon_jax.cli.command import Command, WithCompilationCache
+from megalodon_jax.cli.commands import BENCHMARKS, COMMANDS
 from megalodon_jax.cli.exit_codes import exit_code
 from megalodon_jax.cli.run_config import default_settings
 from megalodon_jax.config.checks import collect_faults

@@ -99,6 +99,7 @@ class Engine:
       fixed_bucket: always run all slots.
       fill_slots_first: no decoding while a prompt waits and a slot is free: more tokens a second
         in all, later first tokens.
+      short_blocks: at most 8 decoding steps at a time, so that tokens come steadily.
       num_tokens: draw only ids below this; None: all that the tokenizer has.
       seed: of requests that have no seed of their own.
 
@@ -118,6 +119,7 @@ class Engine:
         prefix_cache_bytes: int = 0,
         fixed_bucket: bool = False,
         fill_slots_first: bool = False,
+        short_blocks: bool = False,
         num_tokens: int | None = None,
         seed: int = 0,
     ):
@@ -132,7 +134,7 @@ class Engine:
         if num_tokens is None and tokenizer is not None:
             num_tokens = tokenizer.vocab_size
         self._num_tokens = num_tokens
-        self._fill_slots_first = fill_slots_first
+        self._fill_slots_first, self._short_blocks = fill_slots_first, short_blocks
         self._graphdef, params = nnx.split(model)
         self._params, self._weights = _prepared(self._graphdef, params, weights)
         self._pieces = PieceSizes.for_model(model)
@@ -319,7 +321,9 @@ class Engine:
         if remaining <= 0 and self._pending:
             return False
         length = block_length(
-            remaining, is_waiting=self.num_waiting > 0, is_constrained=is_constrained
+            remaining,
+            is_short=self._short_blocks or self.num_waiting > 0,
+            is_constrained=is_constrained,
         )
         streams = self._streams[:rows]
         self._state, emitted = decode_block(

@@ -83,19 +83,19 @@ class Buckets:
         return next(size for size in self.sizes if size >= rows)
 
 
-def block_length(most_remaining: int, *, is_waiting: bool, is_constrained: bool) -> int:
+def block_length(most_remaining: int, *, is_short: bool, is_constrained: bool) -> int:
     """Steps of the next block.
 
     Args:
       most_remaining: tokens that the longest running request may still draw.
-      is_waiting: whether a request waits for its prefill or a slot.
+      is_short: whether the host needs the tokens soon, for example because a request waits.
       is_constrained: whether the host chooses the allowed tokens of a row.
     """
     if is_constrained:
         return BLOCK_LENGTHS[0]
     shorter, longer = BLOCK_LENGTHS[1:]
     # The last block may have some steps too many: each length is another program to compile.
-    return longer if not is_waiting and 4 * most_remaining >= 3 * longer else shorter
+    return longer if not is_short and 4 * most_remaining >= 3 * longer else shorter
 
 
 def covering(features: Iterable[Features]) -> Features:
