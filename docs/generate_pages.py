@@ -31,6 +31,8 @@ INCLUDED = {
     "pallas_kernels/timestep_norm/README.md": "timestep_norm",
     "pallas_kernels/chunk_attention/README.md": "chunk_attention",
     "pallas_kernels/rowwise/README.md": "rowwise",
+    "pallas_kernels/chunk_decode/README.md": "chunk_decode",
+    "pallas_kernels/state_step/README.md": "state_step",
     "megalodon_jax/bench/README.md": "benchmarks",
     "megalodon_jax/plan/README.md": "plan",
     "CHANGELOG.md": "changelog",

@@ -47,7 +47,10 @@ def _gpu_device(chip: str) -> Device:
 
 
 def compile_for(
-    device: Device, function: Callable[..., Any], *arguments: Any
+    device: Device,
+    function: Callable[..., Any],
+    *arguments: Any,
+    donate_argnums: int | tuple[int, ...] = (),
 ) -> jax.stages.Compiled:
     """Compiles function(*arguments) for a device of `tpu_device` or `h200_device`.
 
@@ -55,6 +58,7 @@ def compile_for(
       device: the device to compile for.
       function: a traceable function; bind static arguments with functools.partial.
       arguments: arrays or jax.ShapeDtypeStructs, or trees of them; only shape and dtype count.
+      donate_argnums: as in `jax.jit`.
     """
     mesh = Mesh(np.array([device]), ("device",))
     sharding = NamedSharding(mesh, PartitionSpec())
@@ -65,7 +69,7 @@ def compile_for(
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), ptxas_reports() as reports:
         # Optimized as on a device, whatever tests/conftest.py sets for the CPU.
         compiled = (
-            jax.jit(function)
+            jax.jit(function, donate_argnums=donate_argnums)
             .lower(*shapes)
             .compile(compiler_options={"xla_backend_optimization_level": 3})
         )

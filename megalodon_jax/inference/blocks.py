@@ -1,5 +1,6 @@
 """Device programs of generation: rows enter slots, and blocks of decoding steps run over them."""
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -128,8 +129,13 @@ def start_row(
 
 @partial(jax.jit, donate_argnums=0)
 def deactivate(slots: SlotState, keep: Bool[Array, " S"]) -> SlotState:
-    """Ends the requests of the slots where `keep` is false."""
-    return slots._replace(active=slots.active & keep)
+    """Ends the requests of the slots where `keep` is false.
+
+    They are at position 0 from then on, so that steps of other slots read no keys and values there.
+    """
+    position = jnp.where(keep, slots.cache.position, 0)
+    cache = dataclasses.replace(slots.cache, position=position)
+    return slots._replace(cache=cache, active=slots.active & keep)
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4), donate_argnums=1)

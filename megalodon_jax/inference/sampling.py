@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, UInt32
 
-from megalodon_jax.inference.filters import top_k_mask, top_p_mask
+from megalodon_jax.inference.filters import filter_mask
 from megalodon_jax.inference.sampling_params import MAX_LOGPROBS, Features, SamplingParams
 from megalodon_jax.typing import Array, Bool, Float32, Int32
 
@@ -139,13 +139,16 @@ def sampling_row(
     for name, ids in (("logit_bias", params.logit_bias), ("stop_ids", params.stop_ids)):
         if wrong := [token for token in ids if token >= num_tokens]:
             raise ValueError(f"{name} has token {wrong[0]}; use ids below {num_tokens}")
+    prompt_ids = np.asarray(prompt, np.int64)
+    if wrong := prompt_ids[(prompt_ids < 0) | (prompt_ids >= vocab_size)].tolist():
+        raise ValueError(f"prompt has token {wrong[0]}; use ids below {vocab_size}")
     seed = seed if params.seed is None else params.seed
     if seed is None and params.temperature > 0.0:
         raise ValueError(f"sampling at temperature {params.temperature} needs a seed; pass one")
     bias = np.zeros(vocab_size, np.float32)
     bias[list(params.logit_bias)] = list(params.logit_bias.values())
     in_prompt = np.zeros(vocab_size, bool)
-    in_prompt[np.asarray(prompt, np.int64)] = True
+    in_prompt[prompt_ids] = True
     upper, lower = divmod(seed or 0, 2**32)
     values: dict[str, Any] = {
         "temperature": np.float32(params.temperature),
@@ -171,9 +174,18 @@ def empty_state(slots: int, *, vocab_size: int) -> SamplingState:
     return jax.tree.map(lambda x: jnp.tile(x, (slots, *[1] * np.ndim(x))), row)
 
 
+def set_row(
+    state: SamplingState, slot: int | Int32[Array, ""], row: SamplingState
+) -> SamplingState:
+    """Writes one row in place; the old state is donated.
+
+    Compiled once per shape, whatever the slot and the values.
+    """
+    return _set_row(state, jnp.asarray(slot, jnp.int32), row)
+
+
 @partial(jax.jit, donate_argnums=0)
-def set_row(state: SamplingState, slot: Int32[Array, ""], row: SamplingState) -> SamplingState:
-    """Writes one row in place: compiled once per shape, whatever the slot and the values."""
+def _set_row(state: SamplingState, slot: Int32[Array, ""], row: SamplingState) -> SamplingState:
     return jax.tree.map(lambda all_rows, new: all_rows.at[slot].set(new), state, row)
 
 
@@ -288,11 +300,7 @@ def _draw_rows(
     logits_mask: Int32[Array, "B W"] | None,
 ) -> tuple[Int32[Array, " B"], Logprobs, Bool[Array, " B"]]:
     logits = jnp.asarray(logits, jnp.float32)
-    x, valid = _penalized(logits, rows, features, logits_mask)
-    if features.random:
-        scores = jnp.where((rows.temperature > 0.0)[:, None], _noisy(x, rows, features), x)
-    else:
-        scores = x
+    scores, valid = _scores(logits, rows, features, logits_mask)
     tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     if features.logprobs is None:
         B = tokens.shape[0]
@@ -301,6 +309,19 @@ def _draw_rows(
     else:
         logprobs = token_logprobs(logits, tokens, features.logprobs, num_tokens=rows.num_tokens)
     return tokens, logprobs, valid
+
+
+def _scores(
+    logits: Float32[Array, "B V"],
+    rows: SamplingState,
+    features: Features,
+    logits_mask: Int32[Array, "B W"] | None,
+) -> tuple[Float32[Array, "B V"], Bool[Array, " B"]]:
+    """Scores whose largest is the draw, with the same bits in every program; validity."""
+    x, valid = _penalized(logits, rows, features, logits_mask)
+    if features.random:
+        x = jnp.where((rows.temperature > 0.0)[:, None], _noisy(x, rows, features), x)
+    return x, valid
 
 
 def _penalized(
@@ -322,8 +343,8 @@ def _penalized(
         # Keskar et al. 2019 (CTRL), as Hugging Face and vLLM have it.
         seen = rows.in_prompt | (rows.counts > 0)
         repetition = jnp.where(seen, rows.repetition[:, None], 1.0)
-        x = jnp.where(x > 0.0, x / repetition, x * repetition)
-        x = x - rows.frequency[:, None] * rows.counts
+        x = _rounded(jnp.where(x > 0.0, x / repetition, x * repetition), rows)
+        x = x - _rounded(rows.frequency[:, None] * rows.counts, rows)
         x = x - jnp.where(rows.counts > 0, rows.presence[:, None], 0.0)
     # The difference of two infinite logits would be NaN.
     x = jnp.minimum(x, jnp.finfo(jnp.float32).max)
@@ -349,18 +370,32 @@ def _noisy(
     largest = jnp.max(x, axis=-1, keepdims=True)
     # Relative to the largest, so that a small temperature does not overflow.
     scaled = (x - jnp.where(jnp.isfinite(largest), largest, 0.0)) / temperature
+    scaled = _rounded(scaled, rows)
     kept = None
-    if features.top_k:
-        kept = top_k_mask(x, rows.top_k)
-    if features.top_p:
-        weights = jnp.exp(scaled if kept is None else jnp.where(kept, scaled, -jnp.inf))
-        nucleus = top_p_mask(x, weights, rows.top_p)
-        kept = nucleus if kept is None else kept & nucleus
+    if features.top_k or features.top_p:
+        kept = filter_mask(
+            x,
+            k=rows.top_k if features.top_k else None,
+            p=rows.top_p if features.top_p else None,
+            weights=jnp.exp(scaled),
+        )
     if features.min_p:
         probable = (scaled >= jnp.log(rows.min_p)[:, None]) | (rows.min_p == 0.0)[:, None]
         kept = probable if kept is None else kept & probable
-    noisy = scaled + _gumbel(rows, x.shape[-1])
+    noisy = scaled + _rounded(_gumbel(rows, x.shape[-1]), rows)
     return noisy if kept is None else jnp.where(kept, noisy, -jnp.inf)
+
+
+def _rounded(x: Float32[Array, "B V"], rows: SamplingState) -> Float32[Array, "B V"]:
+    """The same values, rounded to float32 in every program.
+
+    Compilers merge a product, also one by a reciprocal, with an addition that uses it and skip its
+    rounding, in one program and not in the next. The sign of a position is 0, which they do not
+    know.
+    """
+    zero = (rows.position >> 31)[:, None]
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) ^ zero
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _gumbel(rows: SamplingState, vocab_size: int) -> Float32[Array, "B V"]:

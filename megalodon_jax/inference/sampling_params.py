@@ -1,7 +1,6 @@
 """The sampling parameters of one request, as the user gives them."""
 
 import dataclasses
-import types
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -72,8 +71,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _as_tuple(self.stop, str))
         object.__setattr__(self, "stop_ids", _as_tuple(self.stop_ids, int))
-        bias = types.MappingProxyType(dict(self.logit_bias))
-        object.__setattr__(self, "logit_bias", bias)
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         if faults := [*self._number_faults(), *self._stop_faults(), *self._bias_faults()]:
             raise ValueError("sampling parameters: " + "; ".join(faults))
 

@@ -106,15 +106,16 @@ def _block(
     z, gate, linear = _split(m, layer.mixed, config.z_dim, config.value_dim)
     value = jax.nn.silu(multiply(u, layer.values)).astype(x.dtype)
     query, key = _queries_and_keys(config, layer, z, rows.rotation)
-    attended, keys_and_values = _attend(
+    by_head = (x.shape[0], config.num_heads, -1)
+    gated, keys_and_values = _attend(
         query.astype(x.dtype),
         key.astype(x.dtype),
-        value.reshape(*value.shape[:1], config.num_heads, -1),
+        value.reshape(by_head),
+        gate.astype(x.dtype).reshape(by_head),
         cache.keys_and_values,
         rows.position,
     )
-    gated = attended.reshape(value.shape) * jax.nn.silu(gate)
-    attended = linear + multiply(gated.astype(x.dtype), layer.attention_output)
+    attended = linear + multiply(gated.reshape(value.shape), layer.attention_output)
     hidden = _feed_forward(config, layer, x + attended, x.dtype)
     # The second residual skips both sub-layers ("two_hop"), see `modules.block.Block`.
     out = x + hidden
@@ -185,16 +186,20 @@ def _attend(
     query: Float[Array, "B H Dk"],
     key: Float[Array, "B H Dk"],
     value: Float[Array, "B H Dv"],
+    gate: Float[Array, "B H Dv"],
     cache: KeyValueCache,
     position: Int32[Array, " B"],
 ) -> ChunkDecodeOutput:
+    def attend(query, key, value, gate, cache, position) -> ChunkDecodeOutput:
+        return chunk_decode(query, key, value, cache, position, gate=gate)
+
     heads, slots = partition_spec("batch", "heads", None), partition_spec("batch", "heads", None, None)
     cache_spec = KeyValueCache(slots, slots)
     return shard_map_logical(
-        chunk_decode,
-        in_specs=(heads, heads, heads, cache_spec, partition_spec("batch")),
+        attend,
+        in_specs=(heads, heads, heads, heads, cache_spec, partition_spec("batch")),
         out_specs=ChunkDecodeOutput(heads, cache_spec),
-    )(query, key, value, cache, position)
+    )(query, key, value, gate, cache, position)
 
 
 def _feed_forward(

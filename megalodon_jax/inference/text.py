@@ -1,5 +1,6 @@
 """Text from token ids as they are drawn, and stop strings in it."""
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -28,7 +29,9 @@ class TextStream:
 
     def __init__(self, tokenizer: "Tokenizer"):
         self._tokenizer = tokenizer
-        self._byte_ids = frozenset()
+        content = tokenizer.files().get("tokenizer.json", b"")
+        self._byte_ids, skipped = _byte_fallback_ids(content)
+        self._skipped = skipped | {tokenizer.bos_id, tokenizer.eos_id}
         # Decoders treat the start of a text in their own way, for example drop its first space.
         # Later windows begin with these tokens instead.
         self._anchor = tokenizer.encode("a").tolist()
@@ -39,8 +42,7 @@ class TextStream:
 
     def feed(self, ids: Iterable[int]) -> str:
         """The text that these ids complete."""
-        boundaries = (self._tokenizer.bos_id, self._tokenizer.eos_id)
-        new = [int(token) for token in ids if token not in boundaries]
+        new = [int(token) for token in ids if token not in self._skipped]
         self._window += new
         if not new or new[-1] in self._byte_ids:
             return ""
@@ -100,15 +102,16 @@ class TextStream:
                 return
 
 
-def _byte_fallback_ids(tokenizer: "Tokenizer") -> frozenset[int]:
-    """Ids of byte tokens whose runs are decoded as a whole: none of its bytes, or all, are text.
+# The file is an attribute of the tokenizer: hashed and parsed once, not per stream.
+@functools.lru_cache(maxsize=4)
+def _byte_fallback_ids(content: bytes) -> tuple[frozenset[int], frozenset[int]]:
+    """Ids of byte tokens whose runs are decoded as a whole, and of tokens that do not end a run.
 
-    The ByteFallback decoder of the `tokenizers` library replaces every byte of a run that is not
-    UTF-8. Other decoders replace only the invalid bytes.
+    The ByteFallback decoder of the `tokenizers` library replaces all bytes of a run that is not
+    UTF-8. Other decoders replace only the invalid bytes. Special tokens are skipped before.
     """
-    content = tokenizer.files().get("tokenizer.json", b"")
     if b'"ByteFallback"' not in content:
-        return frozenset()
+        return frozenset(), frozenset()
     table = json.loads(content)
     vocabulary = table["model"]["vocab"]
     # Unigram models list pairs of a piece and its score, in the order of the ids.
@@ -117,7 +120,9 @@ def _byte_fallback_ids(tokenizer: "Tokenizer") -> frozenset[int]:
         if isinstance(vocabulary, dict)
         else ((piece, token) for token, (piece, _) in enumerate(vocabulary))
     )
-    return frozenset(token for piece, token in pieces if _BYTE_PIECE.fullmatch(piece))
+    byte_ids = frozenset(token for piece, token in pieces if _BYTE_PIECE.fullmatch(piece))
+    special = (token for token in table.get("added_tokens", ()) if token.get("special"))
+    return byte_ids, frozenset(token["id"] for token in special)
 
 
 class StopMatch(NamedTuple):

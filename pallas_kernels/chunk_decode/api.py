@@ -7,13 +7,16 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.chunk_attention.types import KeyValueCache
 from pallas_kernels.chunk_decode import reference, xla
+from pallas_kernels.chunk_decode.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.chunk_decode.types import ChunkDecodeOutput
 from pallas_kernels.common.dispatch import Implementation, check_implementation
+from pallas_kernels.common.target import find_target
 
-# All called as f(q, k, v, cache, positions).
+# All called as f(q, k, v, cache, positions, gate).
 IMPLEMENTATIONS: dict[str, Callable[..., ChunkDecodeOutput]] = {
     "reference": reference.chunk_decode,
     "xla": xla.chunk_decode,
+    "mosaic_gpu": mosaic_gpu.chunk_decode,
 }
 
 
@@ -24,6 +27,7 @@ def chunk_decode(
     cache: KeyValueCache,
     positions: Int32[Array, " B"],
     *,
+    gate: Float[Array, "B H Dv"] | None = None,
     implementation: Implementation | None = None,
 ) -> ChunkDecodeOutput:
     """One token of `chunk_attention` a row: o = Σ_j softmax_j(q·k[j]) v[j], j = 0..position mod C.
@@ -40,8 +44,10 @@ def chunk_decode(
       cache: key (S, H, C, Dk) and value (S, H, C, Dv), S >= B. Row i belongs to query i; rows from
         B on are neither read nor changed. Slots after the token's may hold anything.
       positions: each token's position in its document, at least 0.
-      implementation: "reference" (by definition), "xla" (any platform and dtype), or None for the
-        fastest known here.
+      gate: the outputs are multiplied by silu(gate) before they are rounded; None: by 1.
+      implementation: "reference" (by definition), "xla" (any platform and dtype), "mosaic_gpu"
+        (kernels for NVIDIA Hopper; bfloat16, Dk a multiple of 64 up to 512, Dv of 128, at least
+        64 slots), or None for the fastest known here.
 
     Returns:
       The outputs and the next cache.
@@ -51,9 +57,18 @@ def chunk_decode(
         run these operands on this device.
     """
     _check_operands(q, k, v, positions)
+    if gate is not None and (gate.shape != v.shape or gate.dtype != v.dtype):
+        raise ValueError(f"gate is {gate.dtype}{gate.shape}; expected {v.dtype}{v.shape} as v")
     _check_cache(cache, k, v)
     check_implementation("chunk decoding", implementation, IMPLEMENTATIONS)
-    return IMPLEMENTATIONS[implementation or "xla"](q, k, v, cache, positions)
+    name = implementation or _choose_implementation(q, v, cache)
+    return IMPLEMENTATIONS[name](q, k, v, cache, positions, gate)
+
+
+def _choose_implementation(q: Array, v: Array, cache: KeyValueCache) -> Implementation:
+    """The kernels where they run: they read the filled slots, XLA on a GPU reads all of them."""
+    can_run = find_target().is_hopper and mosaic_gpu.find_obstacle(q, v, cache) is None
+    return "mosaic_gpu" if can_run else "xla"
 
 
 def _check_operands(q: Array, k: Array, v: Array, positions: Array) -> None:

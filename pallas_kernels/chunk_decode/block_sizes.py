@@ -1,6 +1,74 @@
-"""Sizes of blocks, to be measured."""
+"""How chunk decoding is divided into blocks; not measured yet."""
+
+from typing import NamedTuple
+
+from jax.experimental import pallas as pl
+
+from pallas_kernels.common.devices import HOPPER
 
 # Queries are padded to this many rows in `xla`: a product with fewer does not use tensor cores.
 QUERY_ROWS = 16
 # Slots of one step of the loop that `xla` makes on a CPU.
 CPU_SLOTS = 128
+
+# Threads of a warpgroup, the threads of a block; a block's value columns are a multiple of it.
+THREADS = 128
+# Slots whose scores a warpgroup computes at once, and key columns of one such step.
+SCORE_SLOTS, KEY_COLUMNS = 64, 32
+# Widths of keys are a multiple of this, 128 bytes, and at most what registers can hold.
+KEY_MULTIPLE, MAX_KEY_WIDTH = 64, 512
+# Bytes of values that a block loads in one step, 128 for every thread.
+BYTES_PER_STEP = 128 * THREADS
+# Widest first: value columns of a block, and of a block of the kernel that combines splits.
+VALUE_TILES = (2048, 1024, 512, 256, 128)
+COMBINE_TILES = (256, 128)
+# The combining kernel loads all splits of a row at once.
+MAX_SPLITS = 32
+# Blocks below which value columns are divided further, at the price of computing scores again, and
+# from which on splits become longer.
+FEW_BLOCKS, MANY_BLOCKS = 2 * HOPPER.multiprocessors - 8, 8 * HOPPER.multiprocessors
+MAX_SLOTS_PER_BLOCK = 256
+
+
+class DecodeTiling(NamedTuple):
+    """How the slots and the value columns of a row's head are divided into blocks.
+
+    Attributes:
+      slots_per_block: slots of a split, a multiple of SCORE_SLOTS.
+      value_tile: value columns of a block.
+      slots_per_step: slots whose values are loaded together; divides slots_per_block.
+      prefetch: whether a step loads the values of the next one.
+      combine_tile: value columns of a block of the combining kernel.
+    """
+
+    slots_per_block: int
+    value_tile: int
+    slots_per_step: int
+    prefetch: bool
+    combine_tile: int
+
+    def count_splits(self, num_slots: int) -> int:
+        """Splits of a chunk of `num_slots`; the last one may have fewer slots."""
+        return pl.cdiv(num_slots, self.slots_per_block)
+
+
+def choose_tiling(num_heads: int, num_slots: int, value_width: int) -> DecodeTiling:
+    """The tiling for `num_heads` heads of all rows together, each with `num_slots` slots."""
+    slots = pl.cdiv(pl.cdiv(num_slots, MAX_SPLITS), SCORE_SLOTS) * SCORE_SLOTS
+    tiles = [tile for tile in VALUE_TILES if value_width % tile == 0]
+
+    def count_blocks(tile: int) -> int:
+        return num_heads * pl.cdiv(num_slots, slots) * (value_width // tile)
+
+    value_tile = next((tile for tile in tiles if count_blocks(tile) >= FEW_BLOCKS), tiles[-1])
+    while count_blocks(value_tile) >= MANY_BLOCKS and 2 * slots <= min(
+        MAX_SLOTS_PER_BLOCK, num_slots
+    ):
+        slots *= 2
+    return DecodeTiling(
+        slots_per_block=slots,
+        value_tile=value_tile,
+        slots_per_step=min(SCORE_SLOTS, BYTES_PER_STEP // (2 * value_tile)),
+        prefetch=True,
+        combine_tile=next(tile for tile in COMBINE_TILES if value_width % tile == 0),
+    )

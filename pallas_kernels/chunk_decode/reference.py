@@ -18,6 +18,7 @@ def chunk_decode(
     v: Float[Array, "B H Dv"],
     cache: KeyValueCache,
     positions: Int32[Array, " B"],
+    gate: Float[Array, "B H Dv"] | None,
 ) -> ChunkDecodeOutput:
     """A softmax over the filled slots of each row. Arguments as in `api.chunk_decode`."""
     num_slots = cache.key.shape[2]
@@ -36,7 +37,7 @@ def chunk_decode(
             precision=precision,
             preferred_element_type=wide,
         )
-        return out.astype(v.dtype), key, value
+        return out, key, value
 
     slots = positions % num_slots
     key, value = cache
@@ -45,4 +46,7 @@ def chunk_decode(
         out, new_key, new_value = attend(q[row], k[row], v[row], key[row], value[row], slots[row])
         key, value = key.at[row].set(new_key), value.at[row].set(new_value)
         outs.append(out)
-    return ChunkDecodeOutput(jnp.stack(outs), KeyValueCache(key, value))
+    out = jnp.stack(outs)
+    if gate is not None:
+        out = out * jax.nn.silu(gate.astype(out.dtype))
+    return ChunkDecodeOutput(out.astype(v.dtype), KeyValueCache(key, value))

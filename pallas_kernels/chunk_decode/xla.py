@@ -21,13 +21,17 @@ def chunk_decode(
     v: Float[Array, "B H Dv"],
     cache: KeyValueCache,
     positions: Int32[Array, " B"],
+    gate: Float[Array, "B H Dv"] | None,
 ) -> ChunkDecodeOutput:
     """One softmax over all slots, or over blocks of them. Arguments as in `api.chunk_decode`."""
     slot = positions.astype(jnp.int32) % cache.key.shape[2]
     cache = KeyValueCache(_write(cache.key, slot, k), _write(cache.value, slot, v))
     # A loop of unknown length is cheap on a CPU alone, where masks of whole values are copies.
     attend = _attend_blocks if find_target().platform == "cpu" else _attend_all
-    return ChunkDecodeOutput(attend(q, cache, slot).astype(v.dtype), cache)
+    out = attend(q, cache, slot)
+    if gate is not None:
+        out = out * jax.nn.silu(gate.astype(out.dtype))
+    return ChunkDecodeOutput(out.astype(v.dtype), cache)
 
 
 def _write(

@@ -6,13 +6,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.common.dispatch import Implementation, check_implementation
+from pallas_kernels.common.target import find_target
 from pallas_kernels.state_step import reference, xla
+from pallas_kernels.state_step.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.state_step.types import CemaStepTables, StateStepOutput
 
 # All called as f(x, tables, state, active).
 IMPLEMENTATIONS: dict[str, Callable[..., StateStepOutput]] = {
     "reference": reference.state_step,
     "xla": xla.state_step,
+    "mosaic_gpu": mosaic_gpu.state_step,
 }
 
 
@@ -37,7 +40,8 @@ def state_step(
         B on are neither read nor changed.
       active: rows whose state changes; the y of others has no meaning. None: all.
       implementation: "reference" (complex numbers, by definition), "xla" (any platform and dtype),
-        or None for the fastest known here.
+        "mosaic_gpu" (a kernel for NVIDIA Hopper; bfloat16 x, a multiple of 128 channels, up to 16
+        orders), or None for the fastest known here.
 
     Returns:
       y in x's dtype, and the next state.
@@ -50,7 +54,14 @@ def state_step(
     if active is not None and (active.shape != x.shape[:1] or active.dtype != jnp.bool_):
         raise ValueError(f"active is {active.dtype}{active.shape}; needs bool({x.shape[0]},)")
     check_implementation("state_step", implementation, IMPLEMENTATIONS)
-    return IMPLEMENTATIONS[implementation or "xla"](x, tables, state, active)
+    implementation = implementation or _choose_implementation(x, tables)
+    return IMPLEMENTATIONS[implementation](x, tables, state, active)
+
+
+def _choose_implementation(x: Array, tables: CemaStepTables) -> Implementation:
+    """The kernel where it runs: XLA moves the state twice, as it cannot update it in place."""
+    can_run = find_target().is_hopper and mosaic_gpu.find_obstacle(x, tables) is None
+    return "mosaic_gpu" if can_run else "xla"
 
 
 def _check_operands(x: Array, tables: CemaStepTables, state: Array) -> None:

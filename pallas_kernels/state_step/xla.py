@@ -1,8 +1,10 @@
 """A step of CEMA in plain JAX for any platform, on real and imaginary parts."""
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.common.target import find_target
 from pallas_kernels.state_step.types import CemaStepTables, StateStepOutput
 
 
@@ -13,15 +15,56 @@ def state_step(
     active: Bool[Array, " B"] | None,
 ) -> StateStepOutput:
     """Elementwise, then a sum over orders. Arguments as in `api.state_step`."""
+    # A loop over orders updates the state in place, and is cheap on a CPU alone.
+    step = _step_by_orders if find_target().platform == "cpu" else _step_at_once
+    y, state = step(x.astype(state.dtype), tables, state, active)
+    return StateStepOutput(y.astype(x.dtype), state)
+
+
+def _step_at_once(
+    x: Float[Array, "B D"], tables: CemaStepTables, state: Array, active: Array | None
+) -> tuple[Array, Array]:
     rows, order = x.shape[0], tables.p.shape[0]
-    wide = x.astype(state.dtype)
-    re, im = state[:rows, :order], state[:rows, order:]
-    new_re = tables.q_re * re - tables.q_im * im + tables.p * wide[:, None]
-    new_im = tables.q_re * im + tables.q_im * re
-    y = jnp.sum(tables.g_re * new_re - tables.g_im * new_im, axis=1) + tables.omega * wide
-    new = jnp.concatenate([new_re, new_im], axis=1)
+    y, *new = _advance(x, tables, state[:rows, :order], state[:rows, order:])
+    joined = jnp.concatenate(new, axis=1)
     if active is not None:
-        new = jnp.where(active[:, None, None], new, state[:rows])
-    if rows < state.shape[0]:
-        new = state.at[:rows].set(new)
-    return StateStepOutput(y.astype(x.dtype), new)
+        joined = jnp.where(active[:, None, None], joined, state[:rows])
+    state = joined if rows == state.shape[0] else state.at[:rows].set(joined)
+    return y + tables.omega * x, state
+
+
+def _step_by_orders(
+    x: Float[Array, "B D"], tables: CemaStepTables, state: Array, active: Array | None
+) -> tuple[Array, Array]:
+    rows, order = x.shape[0], tables.p.shape[0]
+    shape = (rows, 1, x.shape[1])
+
+    def step(n: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        y, state = carry
+        of_order = CemaStepTables(
+            *(lax.dynamic_slice_in_dim(table, n, 1) for table in tables[:-1]), tables.omega
+        )
+        starts = (n, n + order)
+        old = [lax.dynamic_slice(state, (0, start, 0), shape) for start in starts]
+        # Read before the first write: a fused read after it would make XLA copy the state.
+        old = lax.optimization_barrier(old)
+        term, *new = lax.optimization_barrier(_advance(x, of_order, *old))
+        for start, new_part, old_part in zip(starts, new, old, strict=True):
+            if active is not None:
+                new_part = jnp.where(active[:, None, None], new_part, old_part)
+            state = lax.dynamic_update_slice(state, new_part, (0, start, 0))
+        return y + term, state
+
+    return lax.fori_loop(0, order, step, (tables.omega * x, state))
+
+
+def _advance(
+    x: Float[Array, "B D"],
+    tables: CemaStepTables,
+    re: Float[Array, "B N D"],
+    im: Float[Array, "B N D"],
+) -> tuple[Array, Array, Array]:
+    """The sum over orders of Re(g h) after the step, and h's two parts."""
+    new_re = tables.q_re * re - tables.q_im * im + tables.p * x[:, None]
+    new_im = tables.q_re * im + tables.q_im * re
+    return jnp.sum(tables.g_re * new_re - tables.g_im * new_im, axis=1), new_re, new_im

@@ -47,6 +47,8 @@ API_PACKAGES = (
     "pallas_kernels.timestep_norm",
     "pallas_kernels.chunk_attention",
     "pallas_kernels.rowwise",
+    "pallas_kernels.chunk_decode",
+    "pallas_kernels.state_step",
 )
 
 

@@ -1,12 +1,10 @@
 """Programs that update a donated array in place, in the carry of a loop."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from megalodon_jax.compiled.hlo import Instruction, Program, parse_program
 from megalodon_jax.compiled.memory import read_memory
@@ -14,21 +12,6 @@ from megalodon_jax.compiled.memory import read_memory
 # These pass arrays on.
 _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional"}
 _IN_PLACE = {"scatter", "dynamic-update-slice"}
-
-
-def compile_donating(
-    function: Callable[..., Any], *arguments: Any, device: Any, donate: int
-) -> jax.stages.Compiled:
-    """The function compiled for a device that may not be there; `donate` is an argument's index."""
-    mesh = Mesh(np.array([device]), ("device",))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    shapes = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
-    )
-    # Without the mesh, Pallas takes the target from the process's own backend.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(function, donate_argnums=donate).lower(*shapes)
-        return lowered.compile(compiler_options={"xla_backend_optimization_level": 3})
 
 
 def copies_of(compiled: jax.stages.Compiled, shapes: Iterable[tuple[int, ...]]) -> list[str]:

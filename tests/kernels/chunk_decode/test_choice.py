@@ -9,16 +9,17 @@ import pytest
 from pallas_kernels.chunk_attention import KeyValueCache
 from pallas_kernels.chunk_decode import api, chunk_decode
 from pallas_kernels.common.dispatch import Implementation
+from pallas_kernels.common.target import Target, find_target, interpreted
 
 
 def decode(*, q=(2, 1, 8), k=(2, 1, 8), v=(2, 1, 128), key=(2, 1, 5, 8), value=(2, 1, 5, 128),
-           positions=(2,), cache_dtype=jnp.float32, implementation=None):  # fmt: skip
+           positions=(2,), gate=None, cache_dtype=jnp.float32, implementation=None):  # fmt: skip
     cache = KeyValueCache(jnp.zeros(key, cache_dtype), jnp.zeros(value, cache_dtype))
     q, k, v = jnp.zeros(q), jnp.zeros(k), jnp.zeros(v)
+    gate = None if gate is None else jnp.zeros(gate)
+    positions = jnp.zeros(positions, jnp.int32)
     return jax.eval_shape(
-        lambda: chunk_decode(
-            q, k, v, cache, jnp.zeros(positions, jnp.int32), implementation=implementation
-        )
+        lambda: chunk_decode(q, k, v, cache, positions, gate=gate, implementation=implementation)
     )
 
 
@@ -32,12 +33,66 @@ def decode(*, q=(2, 1, 8), k=(2, 1, 8), v=(2, 1, 128), key=(2, 1, 5, 8), value=(
         ({"key": (2, 5, 1, 8)}, r"cache.key is float32\(2, 5, 1, 8\); expected float32\(2, 1, 1"),
         ({"value": (3, 1, 5, 128)}, r"cache.value is float32\(3, 1, 5, 128\)"),
         ({"cache_dtype": jnp.bfloat16}, "cache.key is bfloat16"),
+        ({"gate": (2, 128)}, r"gate is float32\(2, 128\); expected float32\(2, 1, 128\)"),
         ({"implementation": "cuda"}, "chunk decoding has no implementation 'cuda'"),
     ],
 )
 def test_errors_name_what_is_wrong(arguments, message):
     with pytest.raises(ValueError, match=message):
         decode(**arguments)
+
+
+H200, A100 = Target("gpu", "NVIDIA H200"), Target("gpu", "NVIDIA A100-SXM4-80GB")
+BF16 = jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("target", "dk", "dv", "slots", "dtype", "choice"),
+    [
+        (H200, 256, 2048, 2048, BF16, "mosaic_gpu"),
+        (H200, 64, 128, 65, BF16, "mosaic_gpu"),
+        (H200, 256, 2048, 2048, jnp.float32, "xla"),
+        (H200, 96, 2048, 2048, BF16, "xla"),
+        (H200, 256, 192, 2048, BF16, "xla"),
+        (H200, 576, 2048, 2048, BF16, "xla"),
+        (H200, 256, 2048, 63, BF16, "xla"),
+        (A100, 256, 2048, 2048, BF16, "xla"),
+        (Target("gpu", "several devices"), 256, 2048, 2048, BF16, "xla"),
+        (Target("cpu", "cpu"), 256, 2048, 2048, BF16, "xla"),
+        (Target("tpu", "TPU v5p"), 256, 2048, 2048, BF16, "xla"),
+    ],
+)
+def test_choice_by_device_widths_and_dtype(target, dk, dv, slots, dtype, choice, monkeypatch):
+    monkeypatch.setattr(api, "find_target", lambda: target)
+    q, v, key, value = (
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape in ((2, 1, dk), (2, 1, dv), (2, 1, slots, dk), (2, 1, slots, dv))
+    )
+    assert api._choose_implementation(q, v, KeyValueCache(key, value)) == choice
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "chunk decoding: mosaic_gpu takes bfloat16, q and v are float32 and float32"),
+        ({"dtype": BF16}, "needs one row, queries of a multiple of 64 numbers"),
+        ({"dtype": BF16, "dk": 1024}, "queries of up to 512 numbers in registers, these have 1024"),
+        ({"dtype": BF16, "dk": 64}, "needs at least 64 slots, the cache has 5"),
+    ],
+)
+def test_what_kernels_cannot_take_is_refused_by_name(arguments, message):
+    dk, dtype = arguments.get("dk", 8), arguments.get("dtype", jnp.float32)
+    q, v = jnp.zeros((1, 1, dk), dtype), jnp.zeros((1, 1, 128), dtype)
+    cache = KeyValueCache(jnp.zeros((1, 1, 5, dk), dtype), jnp.zeros((1, 1, 5, 128), dtype))
+    with interpreted(), pytest.raises(ValueError, match=message):
+        chunk_decode(q, q, v, cache, jnp.zeros(1, jnp.int32), implementation="mosaic_gpu")
+
+
+def test_kernels_are_refused_elsewhere():
+    if find_target().is_hopper:
+        pytest.skip("is about other devices")
+    with pytest.raises(ValueError, match="needs an NVIDIA Hopper GPU, this is"):
+        decode(implementation="mosaic_gpu")
 
 
 def test_implementations_have_the_common_names():

@@ -6,8 +6,8 @@ import pytest
 
 from pallas_kernels.chunk_attention import KeyValueCache
 from pallas_kernels.chunk_decode import chunk_decode
-from tests.kernels.in_place import compile_donating, copies_of, temporary_share
-from tests.topologies import h200_device
+from tests.kernels.in_place import copies_of, temporary_share
+from tests.topologies import compile_for, h200_device
 
 # The widths of mega200M.
 SLOTS, DK, DV = 2048, 256, 2048
@@ -36,7 +36,7 @@ def compile_decoding(device, dtype, implementation, *, rows, cache_rows, layers)
     cache = KeyValueCache(shape(cache_rows, 1, SLOTS, DK), shape(cache_rows, 1, SLOTS, DV))
     positions = jax.ShapeDtypeStruct((rows,), jnp.int32)
     caches = [cache] * layers
-    compiled = compile_donating(decode, q, q, v, caches, positions, device=device, donate=3)
+    compiled = compile_for(device, decode, q, q, v, caches, positions, donate_argnums=3)
     return compiled, caches
 
 
@@ -53,6 +53,15 @@ def test_cpu(cache_rows):
     device = jax.devices("cpu")[0]
     check_in_place(
         *compile_decoding(device, jnp.float32, None, rows=2, cache_rows=cache_rows, layers=4)
+    )
+
+
+@pytest.mark.parametrize("cache_rows", [8, 9])
+def test_kernels_on_an_h200(cache_rows):
+    check_in_place(
+        *compile_decoding(
+            h200_device(), jnp.bfloat16, "mosaic_gpu", rows=8, cache_rows=cache_rows, layers=4
+        )
     )
 
 

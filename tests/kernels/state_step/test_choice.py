@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.common.dispatch import Implementation
+from pallas_kernels.common.target import Target, find_target, interpreted
 from pallas_kernels.state_step import CemaStepTables, api, state_step
 
 
@@ -33,6 +34,54 @@ def step(x=(2, 128), table=(4, 128), state=(2, 8, 128), x_dtype=jnp.float32,
 def test_errors_name_what_is_wrong(arguments, message):
     with pytest.raises(ValueError, match=message):
         step(**arguments)
+
+
+H200, A100 = Target("gpu", "NVIDIA H200"), Target("gpu", "NVIDIA A100-SXM4-80GB")
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("target", "channels", "order", "dtype", "table_dtype", "choice"),
+    [
+        (H200, 1024, 16, BF16, F32, "mosaic_gpu"),
+        (H200, 128, 1, BF16, F32, "mosaic_gpu"),
+        (H200, 1024, 16, F32, F32, "xla"),
+        (H200, 1024, 16, BF16, jnp.float64, "xla"),
+        (H200, 1000, 16, BF16, F32, "xla"),
+        (H200, 1024, 32, BF16, F32, "xla"),
+        (A100, 1024, 16, BF16, F32, "xla"),
+        (Target("cpu", "cpu"), 1024, 16, BF16, F32, "xla"),
+        (Target("tpu", "TPU v5p"), 1024, 16, BF16, F32, "xla"),
+    ],
+)
+def test_choice(target, channels, order, dtype, table_dtype, choice, monkeypatch):
+    monkeypatch.setattr(api, "find_target", lambda: target)
+    table = jax.ShapeDtypeStruct((order, channels), table_dtype)
+    tables = CemaStepTables(*[table] * 5, jax.ShapeDtypeStruct((channels,), table_dtype))
+    x = jax.ShapeDtypeStruct((2, channels), dtype)
+    assert api._choose_implementation(x, tables) == choice
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "state_step: mosaic_gpu takes bfloat16 x and float32 tables, these are float32"),
+        (
+            {"x_dtype": BF16, "table": (17, 128), "state": (2, 34, 128)},
+            "keeps up to 16 orders in registers, tables have 17",
+        ),
+    ],
+)
+def test_what_the_kernel_cannot_take_is_refused_by_name(arguments, message):
+    with interpreted(), pytest.raises(ValueError, match=message):
+        step(**arguments, implementation="mosaic_gpu")
+
+
+def test_the_kernel_is_refused_elsewhere():
+    if find_target().is_hopper:
+        pytest.skip("is about other devices")
+    with pytest.raises(ValueError, match="needs an NVIDIA Hopper GPU, this is"):
+        step(x_dtype=BF16, implementation="mosaic_gpu")
 
 
 def test_implementations_have_the_common_names():

@@ -1,0 +1,1 @@
+"""Chunk decoding on NVIDIA Hopper GPUs (Pallas Mosaic GPU)."""

@@ -1,0 +1,1 @@
+"""A step of CEMA on NVIDIA Hopper GPUs (Pallas Mosaic GPU)."""

@@ -1,0 +1,39 @@
+"""The CUDA compiler accepts chunk decoding for an H200 without spilling; no GPU is needed."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.chunk_attention import KeyValueCache
+from pallas_kernels.chunk_decode.block_sizes import choose_tiling
+from pallas_kernels.chunk_decode.mosaic_gpu import op as mosaic_gpu
+from tests.topologies import compile_for, h200_device, ptxas_usage
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "slots", "dk", "dv"),
+    [
+        (1, 1, 2048, 256, 2048),
+        (8, 1, 2048, 256, 2048),
+        (64, 1, 2048, 256, 2048),
+        (8, 4, 4096, 256, 2048),
+    ],
+)
+def test_kernels_fit_into_registers(rows, heads, slots, dk, dv):
+    def shape(*dims):
+        return jax.ShapeDtypeStruct(dims, jnp.bfloat16)
+
+    q, v = shape(rows, heads, dk), shape(rows, heads, dv)
+    cache = KeyValueCache(shape(rows, heads, slots, dk), shape(rows, heads, slots, dv))
+    positions = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    tiling = choose_tiling(rows * heads, slots, dv)
+    compiled = compile_for(
+        h200_device(), partial(mosaic_gpu.chunk_decode, tiling=tiling), q, q, v, cache, positions, v
+    )
+    usage = {kernel.name: kernel for kernel in ptxas_usage(compiled)}
+    for kernel in usage.values():
+        print(f"{kernel.name}: {kernel.registers} registers, {tiling}")
+    assert set(usage) == {"chunk_decode_splits", "chunk_decode_combine"}
+    assert not any(kernel.spill_bytes for kernel in usage.values())
