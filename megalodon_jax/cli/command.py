@@ -1,5 +1,6 @@
 """What all commands of `megalodon` have in common."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,3 +24,10 @@ class WithCompilationCache:
     by default in ~/.cache; empty: none."""
     compilation_cache_gb: float = COMPILATION_CACHE_GB
     """Largest size of that directory in GB; 0: no limit."""
+
+    def keep_programs(self) -> AbstractContextManager[None]:
+        """A context in which compiled programs are kept and read."""
+        # A local import: help and errors come without JAX.
+        from megalodon_jax.compilation_cache import persistent_compilation_cache
+
+        return persistent_compilation_cache(self.compilation_cache, self.compilation_cache_gb)

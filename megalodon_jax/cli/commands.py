@@ -24,6 +24,8 @@ Config = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
 Settings = Annotated[RunSettings, tyro.conf.arg(name="")]
 _PlanOptions = described(PlanOptions)
 if TYPE_CHECKING:
+    from megalodon_jax.evaluation.summary import Evaluation
+
     PlanSettings = PlanOptions
 else:
     PlanSettings = Annotated[_PlanOptions, tyro.conf.arg(name="")]
@@ -82,6 +84,16 @@ class Evaluate(WithCompilationCache):
 
     def run(self) -> int:
         """Prints bits per byte and perplexity."""
+        with self.keep_programs():
+            result = self._evaluate()
+        print(
+            f"bits per byte {result.bits_per_byte:.4f}  "
+            f"perplexity per token {result.perplexity:.4f}  "
+            f"tokens {result.num_tokens:,}  bytes {result.num_bytes:,}"
+        )
+        return 0
+
+    def _evaluate(self) -> "Evaluation":
         from megalodon_jax.checkpoints import load_trained
         from megalodon_jax.evaluation.streaming import evaluate_files
 
@@ -91,7 +103,7 @@ class Evaluate(WithCompilationCache):
             allow_unverified=self.allow_unverified,
             tokenizer=self.tokenizer,
         )
-        result = evaluate_files(
+        return evaluate_files(
             model,
             tokenizer,
             self.files,
@@ -100,12 +112,6 @@ class Evaluate(WithCompilationCache):
             batch_size=self.batch_size,
             piece_length=self.piece_length,
         )
-        print(
-            f"bits per byte {result.bits_per_byte:.4f}  "
-            f"perplexity per token {result.perplexity:.4f}  "
-            f"tokens {result.num_tokens:,}  bytes {result.num_bytes:,}"
-        )
-        return 0
 
 
 @dataclass(frozen=True, kw_only=True)

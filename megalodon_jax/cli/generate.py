@@ -80,10 +80,14 @@ class Generate(WithCompilationCache):
     def run(self) -> int:
         """Prints the continuations."""
         prompts = self._prompts()
+        is_text = self._is_text(prompts)
+        completions = None if is_text else Completions(self.output, prompts)
         with Progress() as progress:
-            if self.session or self._is_text(prompts):
-                return _print_text(self, prompts[0], progress)
-            return _write_lines(self, Completions(self.output, prompts), progress)
+            progress.show("starting")
+            with self.keep_programs():
+                if completions is None:
+                    return _print_text(self, prompts[0], progress)
+                return _write_lines(self, completions, progress)
 
     def _prompts(self) -> list[Prompt]:
         try:
@@ -112,8 +116,7 @@ class Generate(WithCompilationCache):
 
 
 def _load(command: Generate, progress: Progress) -> "TrainedModel":
-    progress.show("starting")
-    # A local import: help and errors come without JAX.
+    # Local imports: help and errors come without JAX.
     from megalodon_jax.checkpoints import load_trained
 
     progress.show(f"loading {command.run_dir}")

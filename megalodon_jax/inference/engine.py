@@ -36,7 +36,7 @@ from megalodon_jax.inference.prefill import (
     prefill_piece,
 )
 from megalodon_jax.inference.prefix_cache import PrefixCache
-from megalodon_jax.inference.requests import Request, Stream, TokenLogprobs
+from megalodon_jax.inference.requests import Request, Stream, TokenLogprobs, check_prompt
 from megalodon_jax.inference.rows import extract_row, move_row
 from megalodon_jax.inference.sampling import (
     Features,
@@ -352,7 +352,7 @@ class Engine:
                     break
                 entry = None
                 if wanted is not None:
-                    entry = _token_logprobs(logprobs, (step, column), wanted)
+                    entry = TokenLogprobs.take(logprobs, (step, column), wanted)
                 stream.add(token, entry, is_valid=bool(valid[step, column]))
             if stream.is_finished:
                 self._free(stream)
@@ -408,18 +408,7 @@ class Engine:
     def _check(self, request: Request) -> None:
         prompt, params = np.asarray(request.prompt), request.params
         pending = () if request.session is None else request.session.pending
-        if prompt.ndim != 1 or not (len(prompt) or pending):
-            raise RequestError(
-                f"the prompt has shape {prompt.shape}; pass at least one token id (an empty text "
-                "begins with the tokenizer's bos_id)"
-            )
-        if len(prompt) and not np.issubdtype(prompt.dtype, np.integer):
-            raise RequestError(f"the prompt is {prompt.dtype}; pass integer token ids")
-        if len(prompt) and not 0 <= prompt.min() <= prompt.max() < self._vocab_size:
-            raise RequestError(
-                f"token ids run from {prompt.min()} to {prompt.max()}, but the model knows 0 to "
-                f"{self._vocab_size - 1}"
-            )
+        check_prompt(prompt, self._vocab_size, may_be_empty=bool(pending))
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer: pass Engine(..., tokenizer=)")
         seen = 0 if request.session is None else request.session.num_tokens
@@ -509,10 +498,3 @@ def _empty_slots(
     model: LanguageModel = nnx.merge(graphdef, params)
     sampling = empty_state(slots, vocab_size=model.config.num_outputs)
     return empty_slots(model.init_cache(slots, max_length=max_length), sampling)
-
-
-def _token_logprobs(logprobs: Any, index: tuple[int, int], count: int) -> TokenLogprobs:
-    ids, top = logprobs.top_ids[index][:count], logprobs.top[index][:count]
-    return TokenLogprobs(
-        float(logprobs.token[index]), tuple(zip(ids.tolist(), top.tolist(), strict=True))
-    )

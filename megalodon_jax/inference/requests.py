@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from megalodon_jax.inference.sampling import Features, SamplingParams
+from megalodon_jax.errors import RequestError
+from megalodon_jax.inference.sampling import Features, Logprobs, SamplingParams
 from megalodon_jax.inference.text import StopStrings, TextStream
 
 if TYPE_CHECKING:
@@ -48,12 +49,35 @@ class Request:
         return Features.of(self.params)
 
 
+def check_prompt(prompt: np.ndarray, vocab_size: int, *, may_be_empty: bool) -> None:
+    """Raises RequestError for a prompt that is not a row of token ids."""
+    if prompt.ndim != 1 or not (len(prompt) or may_be_empty):
+        raise RequestError(
+            f"the prompt has shape {prompt.shape}; pass at least one token id (an empty text "
+            "begins with the tokenizer's bos_id)"
+        )
+    if len(prompt) and not np.issubdtype(prompt.dtype, np.integer):
+        raise RequestError(f"the prompt is {prompt.dtype}; pass integer token ids")
+    if len(prompt) and not 0 <= prompt.min() <= prompt.max() < vocab_size:
+        raise RequestError(
+            f"token ids run from {prompt.min()} to {prompt.max()}, but the model knows 0 to "
+            f"{vocab_size - 1}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
     """Log-probability of a token under the model, and those of the most probable ones."""
 
     token: float
     top: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def take(cls, logprobs: Logprobs, index: tuple[int, ...], count: int) -> "TokenLogprobs":
+        """One entry of arrays on the host, with the `count` most probable tokens."""
+        ids, top = logprobs.top_ids[index][:count], logprobs.top[index][:count]
+        pairs = zip(ids.tolist(), top.tolist(), strict=True)
+        return cls(float(logprobs.token[index]), tuple(pairs))
 
 
 class Stream:
