@@ -109,7 +109,9 @@ class Stream:
         self.session: Session | None = None
         self._step = step
         self._num_read = 0
-        self._text = None if tokenizer is None else _AnswerText(tokenizer, request.params.stop)
+        self._text = None
+        if tokenizer is not None:
+            self._text = _AnswerText(tokenizer, request.params.stop, self.tokens)
 
     @property
     def text(self) -> str:
@@ -118,7 +120,7 @@ class Stream:
         Raises:
           ValueError: the engine has no tokenizer.
         """
-        return "".join(self._answer_text().pieces)
+        return "".join(self._text_pieces())
 
     @property
     def is_finished(self) -> bool:
@@ -136,9 +138,9 @@ class Stream:
 
     def iterate_text(self) -> Iterator[str]:
         """New text as it comes; steps the engine like iterating over tokens."""
-        pieces = self._answer_text().pieces
         num_read = 0
         while True:
+            pieces = self._text_pieces()
             if num_read < len(pieces):
                 new = "".join(pieces[num_read:])
                 num_read = len(pieces)
@@ -166,8 +168,8 @@ class Stream:
         self.tokens.append(token)
         if logprobs is not None:
             self.logprobs.append(logprobs)
-        if self._text is not None:
-            self._text.add(token)
+        if self._text is not None and self._text.has_stops:
+            self._text.advance()
         if self._text is not None and self._text.is_stopped:
             self.finish("stop")
         elif len(self.tokens) == params.max_tokens:
@@ -176,7 +178,7 @@ class Stream:
     def finish(self, reason: FinishReason) -> None:
         """Ends the stream; the engine calls it."""
         self.finish_reason = reason
-        if self._text is None:
+        if self._text is None or not self._text.has_stops:
             return
         self._text.close()
         if self._text.is_stopped:
@@ -185,50 +187,72 @@ class Stream:
             del self.tokens[kept:], self.logprobs[kept:]
             self.finish_reason = "stop"
 
-    def _answer_text(self) -> "_AnswerText":
+    def _text_pieces(self) -> list[str]:
         if self._text is None:
             raise ValueError("the engine has no tokenizer: pass Engine(..., tokenizer=)")
-        return self._text
+        if self.is_finished:
+            self._text.close()
+        else:
+            self._text.advance()
+        return self._text.pieces
 
 
 class _AnswerText:
     """The text of a stream up to a stop string.
 
+    Tokens are decoded when the text is read, which is cheaper for many at a time; a search for stop
+    strings needs the text of every token.
+
     Attributes:
       pieces: the text so far, in the pieces in which it came.
-      is_stopped: whether a stop string has ended it.
+      has_stops: whether there are stop strings to search for.
+      is_stopped: whether one of them has ended the text.
     """
 
-    def __init__(self, tokenizer: "Tokenizer", stops: Sequence[str]):
+    def __init__(self, tokenizer: "Tokenizer", stops: Sequence[str], tokens: list[int]):
         self.pieces: list[str] = []
+        self.has_stops = bool(stops)
         self.is_stopped = False
+        self._tokens = tokens
+        self._num_decoded = 0
+        self._is_closed = False
         self._stream = TextStream(tokenizer)
         self._stops = StopStrings(stops)
-        self._has_stops = bool(stops)
         self._length = 0
         # Characters of the text after every token, those that `StopStrings` holds back included.
         self._ends: list[int] = []
         self._num_characters = 0
 
-    def add(self, token: int) -> None:
-        """Adds a token's text."""
-        self._feed(self._stream.feed([token]))
-        if self._has_stops:
+    def advance(self) -> None:
+        """Adds the text of new tokens."""
+        if self._is_closed or self.is_stopped:
+            return
+        new = self._tokens[self._num_decoded :]
+        self._num_decoded += len(new)
+        if not self.has_stops:
+            self._append(self._stream.feed(new))
+            return
+        for token in new:
+            self._search(self._stream.feed([token]))
             self._ends.append(self._num_characters)
+            if self.is_stopped:
+                return
 
     def close(self) -> None:
         """Adds the text that was held back; the stream has ended."""
-        if not self.is_stopped:
-            self._feed(self._stream.close())
-        if not self.is_stopped:
+        self.advance()
+        if not self._is_closed and not self.is_stopped:
+            self._search(self._stream.close())
+        if not self._is_closed and not self.is_stopped:
             self._append(self._stops.close())
+        self._is_closed = True
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the text before the stop string, one with parts of both included."""
         return bisect.bisect_left(self._ends, self._length) + 1 if self._length else 0
 
-    def _feed(self, text: str) -> None:
+    def _search(self, text: str) -> None:
         self._num_characters += len(text)
         match = self._stops.feed(text)
         self._append(match.text)
