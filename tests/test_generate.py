@@ -1,25 +1,16 @@
-"""Sampling, and generation with the cache against full calls of the model."""
+"""Generation in one call against full calls of the model; no second compilation."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.data import ByteTokenizer
-from megalodon_jax.generate import (
-    Sampling,
-    generate,
-    sample,
-    stream,
-    stream_text,
-    top_k_filter,
-    top_p_filter,
-)
+from megalodon_jax.generate import generate, generate_text, stream, stream_text
+from megalodon_jax.inference.sampling import SamplingParams
 from megalodon_jax.model import Megalodon
 
-P = np.array([0.5, 0.25, 0.15, 0.1])
 PROMPTS = np.array([[5, 3, 9, 1, 2], [7, 7, 4, 0, 0], [1, 0, 0, 0, 0]], np.int32)
 LENGTHS = np.array([5, 3, 1], np.int32)
 
@@ -45,52 +36,6 @@ def full_logits(model):
         return np.asarray(call(state, padded))[:rows, :length]
 
     return run
-
-
-def remaining(logits) -> list[list[int]]:
-    return [np.flatnonzero(np.isfinite(row)).tolist() for row in np.asarray(logits)]
-
-
-def test_top_k_leaves_exactly_k_and_prefers_lower_ids():
-    logits = jnp.array([[1.0, 3.0, 2.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
-    assert remaining(top_k_filter(logits, 2)) == [[1, 2], [0, 1]]
-    assert remaining(top_k_filter(logits, 9)) == [[0, 1, 2, 3]] * 2
-    np.testing.assert_array_equal(np.asarray(top_k_filter(logits, 2))[0, 1:3], [3.0, 2.0])
-
-
-@pytest.mark.parametrize(
-    ("p", "count"), [(1e-6, 1), (0.49, 1), (0.51, 2), (0.74, 2), (0.76, 3), (0.95, 4), (1.0, 4)]
-)
-def test_top_p_leaves_the_smallest_set_that_reaches_p(p, count):
-    order = np.array([2, 0, 3, 1])
-    logits = jnp.log(jnp.asarray(P[np.argsort(order)]))[None] + 5.0
-    assert remaining(top_p_filter(logits, p)) == [sorted(order[:count].tolist())]
-
-
-def test_top_p_stops_exactly_where_p_is_reached():
-    assert remaining(top_p_filter(jnp.zeros((1, 4)), 0.5)) == [[0, 1]]
-
-
-def test_samples_follow_the_filtered_probabilities():
-    logits = jnp.tile(jnp.log(jnp.asarray(P)), (20_000, 1))
-    key = jax.random.key(0)
-    for sampling, expected in (
-        (Sampling(), P),
-        (Sampling(temperature=0.5), P**2 / np.sum(P**2)),
-        (Sampling(top_k=2), [2 / 3, 1 / 3, 0, 0]),
-        (Sampling(top_k=3, top_p=0.6), [2 / 3, 1 / 3, 0, 0]),
-        (Sampling(temperature=0.0), [1, 0, 0, 0]),
-    ):
-        counts = np.bincount(np.asarray(sample(logits, key, sampling)), minlength=4)
-        np.testing.assert_allclose(counts / counts.sum(), expected, atol=0.015)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}]
-)
-def test_settings_out_of_range_are_rejected(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        Sampling(**wrong)
 
 
 def test_greedy_decoding_equals_the_argmax_of_full_calls(model, full_logits):
@@ -145,25 +90,111 @@ def test_a_row_ends_after_its_stop_token(model):
 
 
 def test_streaming_yields_the_same_tokens(model):
-    blocks = list(
-        stream(model, PROMPTS, LENGTHS, max_tokens=40, sampling=Sampling(temperature=0.0))
-    )
+    greedy = SamplingParams(temperature=0.0)
+    blocks = list(stream(model, PROMPTS, LENGTHS, max_tokens=40, sampling=greedy))
     assert len(blocks) > 1
     whole = generate(model, PROMPTS, LENGTHS, max_tokens=40, temperature=0.0)
     np.testing.assert_array_equal(np.concatenate(blocks, axis=1), whole)
     assert generate(model, PROMPTS, LENGTHS, max_tokens=0, temperature=0.0).shape == (3, 0)
 
 
+def test_a_rows_draws_depend_on_the_key_and_its_index(model):
+    key = jax.random.key(3)
+    rows = generate(model, PROMPTS, LENGTHS, max_tokens=12, key=key)
+    fewer = generate(model, PROMPTS[:2], LENGTHS[:2], max_tokens=12, key=key)
+    np.testing.assert_array_equal(fewer, rows[:2])
+    same = generate(model, np.tile(PROMPTS[:1], (3, 1)), max_tokens=12, key=key)
+    assert len(np.unique(same, axis=0)) == 3
+
+
+def test_a_second_call_compiles_nothing(model):
+    """Whatever the sampling parameters, and the lengths in one bucket of prompts."""
+    generate(model, PROMPTS, LENGTHS, max_tokens=30, key=jax.random.key(0))
+    compiled = []
+
+    def record(name: str, seconds: float, **_) -> None:
+        if name == "/jax/core/compile/backend_compile_duration":
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(record)
+    try:
+        generate(
+            model, PROMPTS[:, :4], np.minimum(LENGTHS, 4), max_tokens=27, key=jax.random.key(1),
+            temperature=0.3, top_k=7, top_p=0.9, stop_token=3, num_tokens=100,
+        )  # fmt: skip
+        assert not compiled
+        jax.jit(lambda x: x + 1)(1.0)
+        assert compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(record)
+
+
 def test_streamed_text_is_the_decoded_tokens(model):
     tokenizer = ByteTokenizer()
     tokens = np.array([[256, *"né".encode()]], np.int32)
-    greedy = Sampling(temperature=0.0)
+    greedy = SamplingParams(temperature=0.0)
     new = generate(model, tokens, max_tokens=40, temperature=0.0, stop_token=256, num_tokens=257)[
         0
     ].tolist()
     expected = tokenizer.decode(new[: new.index(256)] if 256 in new else new)
     text = "".join(stream_text(model, tokenizer, "né", max_tokens=40, sampling=greedy))
     assert text == expected
+
+
+def test_completions_of_texts(model):
+    tokenizer = ByteTokenizer()
+    greedy = SamplingParams(temperature=0.0, max_tokens=40, logprobs=2)
+    completions = generate_text(model, tokenizer, ["né", "abc", ""], greedy)
+    assert len(completions) == 3
+    plain = SamplingParams(temperature=0.0)
+    text = "".join(stream_text(model, tokenizer, "né", max_tokens=40, sampling=plain))
+    assert completions[0].text == text
+    for each in completions:
+        assert tokenizer.decode(each.tokens) == each.text
+        assert len(each.logprobs) == len(each.tokens)
+        assert (each.finish_reason == "length") == (len(each.tokens) == 40)
+        # A greedy token is the most probable one.
+        assert all(entry.token == entry.top[0][1] for entry in each.logprobs)
+    assert generate_text(model, tokenizer, [], greedy) == []
+
+
+def test_samples_of_a_text_have_seeds_of_their_own(model):
+    tokenizer = ByteTokenizer()
+    params = SamplingParams(seed=5, max_tokens=12)
+    three = generate_text(model, tokenizer, ["a"], params, n=3)
+    assert len({each.tokens for each in three}) == 3
+    for sample, seed in zip(three, (5, 6, 7), strict=True):
+        single = SamplingParams(seed=seed, max_tokens=12)
+        assert generate_text(model, tokenizer, ["a"], single) == [sample]
+
+
+class AsciiTokenizer(ByteTokenizer):
+    """Every id is a character: an untrained model's bytes are rarely UTF-8."""
+
+    vocab_size = 128
+    bos_id = eos_id = 0
+
+
+def test_a_completion_ends_before_a_stop_text(model):
+    tokenizer = AsciiTokenizer()
+    free = SamplingParams(seed=1, max_tokens=40)
+    (whole,) = generate_text(model, tokenizer, ["abc"], free)
+    stop = whole.text[7:9]
+    limited = SamplingParams(seed=1, max_tokens=40, stop=(stop, "never drawn"))
+    (ended,) = generate_text(model, tokenizer, ["abc"], limited)
+    assert ended.finish_reason == "stop"
+    assert ended.text == whole.text[: whole.text.index(stop)]
+    assert ended.tokens == whole.tokens[: len(ended.tokens)]
+    assert tokenizer.decode(ended.tokens) == ended.text
+
+
+def test_scores_that_are_not_numbers_are_an_error(model):
+    graphdef, params = nnx.split(model)
+    broken = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf * np.nan, params))
+    with pytest.raises(FloatingPointError, match="row 0 are NaN after 0 new tokens"):
+        generate(broken, PROMPTS, LENGTHS, max_tokens=4, temperature=0.0)
+    (completion,) = generate_text(broken, ByteTokenizer(), ["a"])
+    assert completion.finish_reason == "invalid"
 
 
 @pytest.mark.parametrize(

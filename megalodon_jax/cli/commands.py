@@ -7,15 +7,15 @@ import functools
 import importlib
 import operator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from megalodon_jax.bench import options as bench
+from megalodon_jax.cli.command import Command, WithCompilationCache
+from megalodon_jax.cli.generate import Generate
 from megalodon_jax.cli.help import described
 from megalodon_jax.cli.run_config import RunSettings, to_config
-from megalodon_jax.config.run import COMPILATION_CACHE_GB, USER_CACHE
-from megalodon_jax.errors import ConfigError
 from megalodon_jax.plan.options import PlanOptions
 
 Config = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
@@ -24,28 +24,11 @@ Config = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
 Settings = Annotated[RunSettings, tyro.conf.arg(name="")]
 _PlanOptions = described(PlanOptions)
 if TYPE_CHECKING:
+    from megalodon_jax.evaluation.summary import Evaluation
+
     PlanSettings = PlanOptions
 else:
     PlanSettings = Annotated[_PlanOptions, tyro.conf.arg(name="")]
-
-
-class Command(Protocol):
-    """A parsed command."""
-
-    def run(self) -> int:
-        """Runs the command; returns the exit code of the process."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class WithCompilationCache:
-    """A command that keeps the programs that it compiles; `train` has a setting of the run."""
-
-    compilation_cache: str = USER_CACHE
-    """Directory of compiled programs, which the next call reads; `user`: $XDG_CACHE_HOME/megalodon,
-    by default in ~/.cache; empty: none."""
-    compilation_cache_gb: float = COMPILATION_CACHE_GB
-    """Largest size of that directory in GB; 0: no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +84,16 @@ class Evaluate(WithCompilationCache):
 
     def run(self) -> int:
         """Prints bits per byte and perplexity."""
+        with self.keep_programs():
+            result = self._evaluate()
+        print(
+            f"bits per byte {result.bits_per_byte:.4f}  "
+            f"perplexity per token {result.perplexity:.4f}  "
+            f"tokens {result.num_tokens:,}  bytes {result.num_bytes:,}"
+        )
+        return 0
+
+    def _evaluate(self) -> "Evaluation":
         from megalodon_jax.checkpoints import load_trained
         from megalodon_jax.evaluation.streaming import evaluate_files
 
@@ -110,7 +103,7 @@ class Evaluate(WithCompilationCache):
             allow_unverified=self.allow_unverified,
             tokenizer=self.tokenizer,
         )
-        result = evaluate_files(
+        return evaluate_files(
             model,
             tokenizer,
             self.files,
@@ -119,71 +112,6 @@ class Evaluate(WithCompilationCache):
             batch_size=self.batch_size,
             piece_length=self.piece_length,
         )
-        print(
-            f"bits per byte {result.bits_per_byte:.4f}  "
-            f"perplexity per token {result.perplexity:.4f}  "
-            f"tokens {result.num_tokens:,}  bytes {result.num_bytes:,}"
-        )
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generate(WithCompilationCache):
-    """Continues a prompt with a trained model and prints the text as it comes.
-
-    Example: megalodon generate --checkpoint runs/first --prompt "def "
-    """
-
-    checkpoint: str
-    """The run_dir of a training run; a path, or a URL gs:// or s3://."""
-    prompt: str = ""
-    """Start of the text."""
-    max_tokens: int = 256
-    """Number of tokens to generate at most; the text ends earlier if the document does."""
-    temperature: float = 0.8
-    """Divides the logits; 0: greedy decoding."""
-    top_k: int = 0
-    """Sample from the k most probable tokens; 0: from all."""
-    top_p: float = 1.0
-    """Sample from the smallest set of most probable tokens whose probability reaches p."""
-    seed: int = 0
-    """Seed of the random numbers."""
-    step: int | None = None
-    """Step of the checkpoint; the newest if not set."""
-    allow_unverified: bool = False
-    """Also load a checkpoint without manifest, which an older version wrote."""
-    tokenizer: str = ""
-    """Tokenizer file to use instead of the copy in the run."""
-
-    def run(self) -> int:
-        """Prints the prompt and its continuation."""
-        import jax
-
-        from megalodon_jax.checkpoints import load_trained
-        from megalodon_jax.generate import Sampling, stream_text
-
-        try:
-            sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        model, tokenizer = load_trained(
-            self.checkpoint,
-            self.step,
-            allow_unverified=self.allow_unverified,
-            tokenizer=self.tokenizer,
-        )
-        print(self.prompt, end="", flush=True)
-        for text in stream_text(
-            model,
-            tokenizer,
-            self.prompt,
-            max_tokens=self.max_tokens,
-            sampling=sampling,
-            key=jax.random.key(self.seed),
-        ):
-            print(text, end="", flush=True)
-        print()
-        return 0
 
 
 @dataclass(frozen=True, kw_only=True)

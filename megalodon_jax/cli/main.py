@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from megalodon_jax.cli.commands import BENCHMARKS, COMMANDS, Command, WithCompilationCache
+from megalodon_jax.cli.command import Command
+from megalodon_jax.cli.commands import BENCHMARKS, COMMANDS
 from megalodon_jax.cli.exit_codes import exit_code
 from megalodon_jax.cli.run_config import default_settings
 from megalodon_jax.config.checks import collect_faults
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A name is missing: the help lists those that there are.
         _run(lambda: parse([*arguments, "--help"]).run(), debug=debug)
         return 2
-    return _run(lambda: _run_command(parse(arguments)), debug=debug)
+    return _run(lambda: parse(arguments).run(), debug=debug)
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -103,16 +104,6 @@ def _description() -> str:
         f"Shipped configurations: {', '.join(config_names())}. --version prints the version; "
         "--debug after any command shows tracebacks."
     )
-
-
-def _run_command(command: Command) -> int:
-    if not isinstance(command, WithCompilationCache):
-        return command.run()
-    # A local import: help and errors come without JAX.
-    from megalodon_jax.compilation_cache import persistent_compilation_cache
-
-    with persistent_compilation_cache(command.compilation_cache, command.compilation_cache_gb):
-        return command.run()
 
 
 def _run(command: Callable[[], int], *, debug: bool) -> int:

@@ -11,7 +11,7 @@ from megalodon_jax.config import DataConfig
 from megalodon_jax.data.open_source import open_source
 from megalodon_jax.data.tokenizer import Tokenizer
 from megalodon_jax.evaluation.summary import Evaluation, summarize
-from megalodon_jax.generate import init_cache
+from megalodon_jax.inference.prefill import empty_prefill_state
 from megalodon_jax.language_model import LanguageModel, StreamingCache
 from megalodon_jax.loss import LossOutput, cross_entropy
 from megalodon_jax.typing import Batch
@@ -83,7 +83,7 @@ def evaluate_documents(
     counter = _ByteCounter(texts)
     streams = (_stream(tokenizer, text) for text in counter)
     graphdef, params = nnx.split(model)
-    cache = init_cache(graphdef, params, batch_size, piece_length)
+    cache = empty_prefill_state(graphdef, params, batch_size, piece_length).cache
     sums: list[LossOutput] = []
     for batch in streaming_batches(streams, batch_size=batch_size, length=piece_length):
         cache = model.with_room(cache, piece_length)

@@ -3,10 +3,10 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -15,30 +15,27 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from megalodon_jax.cache import MAX_POSITION
-from megalodon_jax.config import AnyModelConfig, ModelConfig
+from megalodon_jax.config import ModelConfig
 from megalodon_jax.errors import EngineBusyError, RequestError, SessionError
 from megalodon_jax.inference.blocks import (
     Emitted,
     RowRequest,
-    SlotState,
-    constrain_slots,
     deactivate,
     decode_block,
-    empty_slots,
     move_slot,
     padded_stop_ids,
     start_row,
 )
-from megalodon_jax.inference.decoders import ModelWeights, cast_matrices, prepare_decoding
+from megalodon_jax.inference.decoders import ModelWeights
+from megalodon_jax.inference.engine_state import check_mesh, make_slots, prepare_weights
 from megalodon_jax.inference.prefill import PieceSizes
 from megalodon_jax.inference.prefill_job import Prefiller, PrefillJob, PromptRow
 from megalodon_jax.inference.prefix_cache import PrefixCache
-from megalodon_jax.inference.requests import Request, Stream, TokenLogprobs
+from megalodon_jax.inference.requests import Request, Stream, TokenLogprobs, check_prompt
 from megalodon_jax.inference.rows import extract_row
 from megalodon_jax.inference.sampling import (
     Features,
     SamplingParams,
-    empty_state,
     sampling_row,
 )
 from megalodon_jax.inference.scheduling import (
@@ -52,7 +49,6 @@ from megalodon_jax.inference.scheduling import (
 from megalodon_jax.inference.sessions import Session, fingerprint
 from megalodon_jax.inference.weights import WeightFormat
 from megalodon_jax.language_model import LanguageModel
-from megalodon_jax.parallel.mesh import feature_sizes
 from megalodon_jax.parallel.sharding import shardings_of
 
 if TYPE_CHECKING:
@@ -89,6 +85,10 @@ class Engine:
         sizes. More rows serve many short prompts faster.
       prefix_cache_bytes: size of the cache of prompts' states at chunk borders; 0: none.
       fixed_bucket: always run all slots.
+      fill_slots_first: no decoding while a prompt waits and a slot is free: more tokens a second
+        in all, later first tokens.
+      short_blocks: at most 8 decoding steps at a time, so that tokens come steadily.
+      num_tokens: draw only ids below this; None: all that the tokenizer has.
       seed: of requests that have no seed of their own.
       mesh: devices that run together: rows over `replica` and `data`, features over `model`; None:
         the default device.
@@ -110,6 +110,9 @@ class Engine:
         prefill_rows: int = 1,
         prefix_cache_bytes: int = 0,
         fixed_bucket: bool = False,
+        fill_slots_first: bool = False,
+        short_blocks: bool = False,
+        num_tokens: int | None = None,
         seed: int = 0,
         mesh: Mesh | None = None,
     ):
@@ -118,19 +121,23 @@ class Engine:
         if not 1 <= prefill_rows <= slots:
             raise ValueError(f"prefill_rows is {prefill_rows}; use 1 to {slots}, the slots")
         config = model.config
-        row_shards = _check_mesh(mesh, config, slots, prefill_rows)
+        row_shards = check_mesh(mesh, config, slots, prefill_rows)
         self._mesh = mesh
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.max_waiting = max_waiting
+        self._config = config
         self._vocab_size, self._num_outputs = config.vocab_size, config.num_outputs
+        if num_tokens is None and tokenizer is not None:
+            num_tokens = tokenizer.vocab_size
+        self._num_tokens = num_tokens
+        self._fill_slots_first, self._short_blocks = fill_slots_first, short_blocks
         graphdef, params = nnx.split(model)
         if mesh is not None:
             params = jax.device_put(params, shardings_of(params, mesh))
         with self._devices():
-            params, self._weights = _prepared(graphdef, params, weights)
-            self._fingerprint = fingerprint(config, params)
-            self._state = _empty_slots(graphdef, params, slots, max_length)
+            params, self._weights = prepare_weights(graphdef, params, weights)
+            self._state = make_slots(graphdef, params, slots, max_length)
         prefixes = None
         if prefix_cache_bytes:
             if not isinstance(config, ModelConfig):
@@ -199,6 +206,19 @@ class Engine:
         """Requests in the queue or in prefill."""
         return len(self._waiting) + (0 if self._job is None else len(self._job.rows))
 
+    @property
+    def prefill_progress(self) -> tuple[int, int] | None:
+        """Tokens of the prompt in prefill that have been through the model, and all of them.
+
+        It waits for the piece that the device works on. None: no prompt is in prefill.
+        """
+        job = self._job
+        if job is None:
+            return None
+        job.block_until_ready()
+        total = job.tokens.shape[1]
+        return total - job.num_tokens_left, total
+
     def run(self) -> None:
         """Steps until no request is left."""
         while not self.is_idle:
@@ -207,9 +227,18 @@ class Engine:
     # ---- One step.
 
     def step(self) -> None:
-        """One piece of a prompt, one block of decoding steps, and the block before it read."""
+        """One piece of a prompt, one block of decoding steps, and the block before it read.
+
+        On an idle engine the first token is read before the first block is handed over.
+        """
         with self._devices():
+            was_idle = not self.num_running
             self._advance_prefill()
+            while self._fill_slots_first and self.num_waiting and None in self._streams:
+                self._advance_prefill()
+            if was_idle and self._pending and not self._fill_slots_first:
+                self._read_all()
+                return
             depth = len(self._pending)
             is_constrained = self._dispatch()
             # A constrained row needs its token before the next draw; else a block stays in flight.
@@ -287,8 +316,7 @@ class Engine:
             return False
         is_constrained = any(stream.request.logits_mask is not None for stream in running)
         if is_constrained:
-            while self._pending:
-                self._read(self._pending.popleft())
+            self._read_all()
             running = [stream for stream in self._streams if stream is not None]
             if not running:
                 return True
@@ -300,7 +328,7 @@ class Engine:
             return False
         length = block_length(
             remaining,
-            is_waiting=self.num_waiting > 0,
+            is_short=self._short_blocks or self.num_waiting > 0,
             is_filling=self.num_waiting > 0 and None in self._streams,
             is_constrained=is_constrained,
         )
@@ -316,6 +344,10 @@ class Engine:
         self._pending.append(_Pending(emitted, list(streams)))
         return is_constrained
 
+    def _read_all(self) -> None:
+        while self._pending:
+            self._read(self._pending.popleft())
+
     def _read(self, pending: _Pending) -> None:
         tokens, logprobs, valid = jax.device_get(pending.emitted)
         for column, stream in enumerate(pending.streams):
@@ -327,7 +359,7 @@ class Engine:
                     break
                 entry = None
                 if wanted is not None:
-                    entry = _token_logprobs(logprobs, (step, column), wanted)
+                    entry = TokenLogprobs.take(logprobs, (step, column), wanted)
                 stream.add(token, entry, is_valid=bool(valid[step, column]))
             if stream.is_finished:
                 self._free(stream)
@@ -380,18 +412,7 @@ class Engine:
     def _check(self, request: Request) -> None:
         prompt, params = np.asarray(request.prompt), request.params
         pending = () if request.session is None else request.session.pending
-        if prompt.ndim != 1 or not (len(prompt) or pending):
-            raise RequestError(
-                f"the prompt has shape {prompt.shape}; pass at least one token id (an empty text "
-                "begins with the tokenizer's bos_id)"
-            )
-        if len(prompt) and not np.issubdtype(prompt.dtype, np.integer):
-            raise RequestError(f"the prompt is {prompt.dtype}; pass integer token ids")
-        if len(prompt) and not 0 <= prompt.min() <= prompt.max() < self._vocab_size:
-            raise RequestError(
-                f"token ids run from {prompt.min()} to {prompt.max()}, but the model knows 0 to "
-                f"{self._vocab_size - 1}"
-            )
+        check_prompt(prompt, self._vocab_size, may_be_empty=bool(pending))
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer: pass Engine(..., tokenizer=)")
         seen = 0 if request.session is None else request.session.num_tokens
@@ -410,10 +431,6 @@ class Engine:
             sampling_row(params, vocab_size=self._num_outputs, num_tokens=self._num_tokens, seed=0)
         except ValueError as error:
             raise RequestError(str(error)) from error
-
-    @property
-    def _num_tokens(self) -> int | None:
-        return None if self.tokenizer is None else self.tokenizer.vocab_size
 
     # ---- Start-up and sessions.
 
@@ -447,6 +464,11 @@ class Engine:
             extract_row(state.cache, 0)
         jax.block_until_ready(self._state)
 
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        """Computed for the first session: it reads all weights."""
+        return fingerprint(self._config, self._prefiller.params)
+
     def load_session(self, path: str | os.PathLike[str]) -> Session:
         """Reads a session that `Session.save` wrote.
 
@@ -456,44 +478,3 @@ class Engine:
         with self._devices():
             empty = extract_row(self._prefiller.empty_state(self._fewest_rows).cache, 0)
             return Session.load(path, empty, self._fingerprint)
-
-
-def _check_mesh(mesh: Mesh | None, config: AnyModelConfig, slots: int, prefill_rows: int) -> int:
-    """The number of devices over which rows are sharded."""
-    if mesh is None:
-        return 1
-    shape = dict(mesh.shape)
-    if shape.get("chunk", 1) > 1:
-        raise ValueError(f"the mesh has chunk = {shape['chunk']}; shard rows (data) or features")
-    shards = shape.get("replica", 1) * shape.get("data", 1)
-    for name, rows in (("slots", slots), ("prefill_rows", prefill_rows)):
-        if rows % shards:
-            raise ValueError(f"{name} is {rows}; use a multiple of replica * data = {shards}")
-    size = shape.get("model", 1)
-    if undivided := [f"{k} {n}" for k, n in feature_sizes(config).items() if n % size]:
-        raise ValueError(f"{', '.join(undivided)} do not divide over model = {size} devices")
-    return shards
-
-
-@partial(jax.jit, static_argnums=(0, 2))
-def _prepared(
-    graphdef: nnx.GraphDef, params: nnx.State, weights: WeightFormat
-) -> tuple[nnx.State, Any]:
-    model = nnx.merge(graphdef, params)
-    return nnx.state(cast_matrices(model)), prepare_decoding(model, weights)
-
-
-@partial(jax.jit, static_argnums=(0, 2, 3))
-def _empty_slots(
-    graphdef: nnx.GraphDef, params: nnx.State, slots: int, max_length: int | None
-) -> SlotState:
-    model: LanguageModel = nnx.merge(graphdef, params)
-    sampling = empty_state(slots, vocab_size=model.config.num_outputs)
-    return constrain_slots(empty_slots(model.init_cache(slots, max_length=max_length), sampling))
-
-
-def _token_logprobs(logprobs: Any, index: tuple[int, int], count: int) -> TokenLogprobs:
-    ids, top = logprobs.top_ids[index][:count], logprobs.top[index][:count]
-    return TokenLogprobs(
-        float(logprobs.token[index]), tuple(zip(ids.tolist(), top.tolist(), strict=True))
-    )

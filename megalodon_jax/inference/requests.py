@@ -1,17 +1,18 @@
 """Requests of an engine, and the streams of tokens that answer them."""
 
-import collections
+import bisect
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from megalodon_jax.inference.sampling import Features, SamplingParams
-
-# from megalodon_jax.inference.text import StopStrings, TextStream
+from megalodon_jax.errors import RequestError
+from megalodon_jax.inference.sampling import Features, Logprobs, SamplingParams
+from megalodon_jax.inference.text import StopStrings, TextStream
 
 if TYPE_CHECKING:
+    from megalodon_jax.data.tokenizer import Tokenizer
     from megalodon_jax.inference.sessions import Session
 
 FinishReason = Literal["stop", "length", "cancelled", "invalid"]
@@ -48,12 +49,35 @@ class Request:
         return Features.of(self.params)
 
 
+def check_prompt(prompt: np.ndarray, vocab_size: int, *, may_be_empty: bool) -> None:
+    """Raises RequestError for a prompt that is not a row of token ids."""
+    if prompt.ndim != 1 or not (len(prompt) or may_be_empty):
+        raise RequestError(
+            f"the prompt has shape {prompt.shape}; pass at least one token id (an empty text "
+            "begins with the tokenizer's bos_id)"
+        )
+    if len(prompt) and not np.issubdtype(prompt.dtype, np.integer):
+        raise RequestError(f"the prompt is {prompt.dtype}; pass integer token ids")
+    if len(prompt) and not 0 <= prompt.min() <= prompt.max() < vocab_size:
+        raise RequestError(
+            f"token ids run from {prompt.min()} to {prompt.max()}, but the model knows 0 to "
+            f"{vocab_size - 1}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
     """Log-probability of a token under the model, and those of the most probable ones."""
 
     token: float
     top: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def take(cls, logprobs: Logprobs, index: tuple[int, ...], count: int) -> "TokenLogprobs":
+        """One entry of arrays on the host, with the `count` most probable tokens."""
+        ids, top = logprobs.top_ids[index][:count], logprobs.top[index][:count]
+        pairs = zip(ids.tolist(), top.tolist(), strict=True)
+        return cls(float(logprobs.token[index]), tuple(pairs))
 
 
 class Stream:
@@ -70,7 +94,13 @@ class Stream:
       session: the state after the tokens, if the request keeps it.
     """
 
-    def __init__(self, request: Request, seed: int, step: Callable[[], None], tokenizer: Any):
+    def __init__(
+        self,
+        request: Request,
+        seed: int,
+        step: Callable[[], None],
+        tokenizer: "Tokenizer | None",
+    ):
         self.request = request
         self.seed = seed
         self.tokens: list[int] = []
@@ -78,8 +108,10 @@ class Stream:
         self.finish_reason: FinishReason | None = None
         self.session: Session | None = None
         self._step = step
-        self._unread: collections.deque[int] = collections.deque()
-        self._text = None if tokenizer is None else _StreamText(tokenizer, request.params.stop)
+        self._num_read = 0
+        self._text = None
+        if tokenizer is not None:
+            self._text = _AnswerText(tokenizer, request.params.stop, self.tokens)
 
     @property
     def text(self) -> str:
@@ -88,9 +120,7 @@ class Stream:
         Raises:
           ValueError: the engine has no tokenizer.
         """
-        if self._text is None:
-            raise ValueError("the engine has no tokenizer: pass Engine(..., tokenizer=)")
-        return self._text.text
+        return "".join(self._text_pieces())
 
     @property
     def is_finished(self) -> bool:
@@ -99,19 +129,22 @@ class Stream:
 
     def __iter__(self) -> Iterator[int]:
         while True:
-            while self._unread:
-                yield self._unread.popleft()
+            while self._num_read < len(self.tokens):
+                self._num_read += 1
+                yield self.tokens[self._num_read - 1]
             if self.is_finished:
                 return
             self._step()
 
     def iterate_text(self) -> Iterator[str]:
         """New text as it comes; steps the engine like iterating over tokens."""
-        position = 0
+        num_read = 0
         while True:
-            if len(self.text) > position:
-                yield self.text[position:]
-                position = len(self.text)
+            pieces = self._text_pieces()
+            if num_read < len(pieces):
+                new = "".join(pieces[num_read:])
+                num_read = len(pieces)
+                yield new
             elif self.is_finished:
                 return
             else:
@@ -135,23 +168,97 @@ class Stream:
         self.tokens.append(token)
         if logprobs is not None:
             self.logprobs.append(logprobs)
-        if self._text is not None and (kept := self._text.add(token)) is not None:
-            # A stop string: the tokens that make it up are not part of the answer.
-            del self.tokens[kept:], self.logprobs[kept:]
-            self._trim_unread()
+        if self._text is not None and self._text.has_stops:
+            self._text.advance()
+        if self._text is not None and self._text.is_stopped:
             self.finish("stop")
-            return
-        self._unread.append(token)
-        if len(self.tokens) == params.max_tokens:
+        elif len(self.tokens) == params.max_tokens:
             self.finish("length")
 
     def finish(self, reason: FinishReason) -> None:
         """Ends the stream; the engine calls it."""
         self.finish_reason = reason
-        if self._text is not None and not self._text.is_stopped:
-            self._text.finish()
-            kept = self._text.kept_tokens(len(self.tokens))
-            if kept < len(self.tokens):
-                del self.tokens[kept:], self.logprobs[kept:]
-                self._trim_unread()
-                self.finish_reason = "stop"
+        if self._text is None or not self._text.has_stops:
+            return
+        self._text.close()
+        if self._text.is_stopped:
+            # The tokens of the stop string are not part of the answer.
+            kept = self._text.num_tokens
+            del self.tokens[kept:], self.logprobs[kept:]
+            self.finish_reason = "stop"
+
+    def _text_pieces(self) -> list[str]:
+        if self._text is None:
+            raise ValueError("the engine has no tokenizer: pass Engine(..., tokenizer=)")
+        if self.is_finished:
+            self._text.close()
+        else:
+            self._text.advance()
+        return self._text.pieces
+
+
+class _AnswerText:
+    """The text of a stream up to a stop string.
+
+    Tokens are decoded when the text is read, which is cheaper for many at a time; a search for stop
+    strings needs the text of every token.
+
+    Attributes:
+      pieces: the text so far, in the pieces in which it came.
+      has_stops: whether there are stop strings to search for.
+      is_stopped: whether one of them has ended the text.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", stops: Sequence[str], tokens: list[int]):
+        self.pieces: list[str] = []
+        self.has_stops = bool(stops)
+        self.is_stopped = False
+        self._tokens = tokens
+        self._num_decoded = 0
+        self._is_closed = False
+        self._stream = TextStream(tokenizer)
+        self._stops = StopStrings(stops)
+        self._length = 0
+        # Characters of the text after every token, those that `StopStrings` holds back included.
+        self._ends: list[int] = []
+        self._num_characters = 0
+
+    def advance(self) -> None:
+        """Adds the text of new tokens."""
+        if self._is_closed or self.is_stopped:
+            return
+        new = self._tokens[self._num_decoded :]
+        self._num_decoded += len(new)
+        if not self.has_stops:
+            self._append(self._stream.feed(new))
+            return
+        for token in new:
+            self._search(self._stream.feed([token]))
+            self._ends.append(self._num_characters)
+            if self.is_stopped:
+                return
+
+    def close(self) -> None:
+        """Adds the text that was held back; the stream has ended."""
+        self.advance()
+        if not self._is_closed and not self.is_stopped:
+            self._search(self._stream.close())
+        if not self._is_closed and not self.is_stopped:
+            self._append(self._stops.close())
+        self._is_closed = True
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the text before the stop string, one with parts of both included."""
+        return bisect.bisect_left(self._ends, self._length) + 1 if self._length else 0
+
+    def _search(self, text: str) -> None:
+        self._num_characters += len(text)
+        match = self._stops.feed(text)
+        self._append(match.text)
+        self.is_stopped = match.stop is not None
+
+    def _append(self, text: str) -> None:
+        if text:
+            self.pieces.append(text)
+            self._length += len(text)

@@ -88,21 +88,22 @@ class Buckets:
 
 
 def block_length(
-    most_remaining: int, *, is_waiting: bool, is_filling: bool, is_constrained: bool
+    most_remaining: int, *, is_short: bool, is_filling: bool, is_constrained: bool
 ) -> int:
     """Steps of the next block.
 
     Args:
       most_remaining: tokens that the longest running request may still draw.
-      is_waiting: whether a request waits for its prefill or a slot.
-      is_filling: whether there is a free slot too. One piece of a prompt runs between two blocks:
-        longer blocks would leave slots empty.
+      is_short: whether the host needs the tokens soon, for example because a request waits.
+      is_filling: whether a request waits beside a free slot. One piece of a prompt runs between
+        two blocks: longer blocks would leave slots empty.
       is_constrained: whether the host chooses the allowed tokens of a row.
     """
     if is_constrained or is_filling:
         return BLOCK_LENGTHS[0]
-    longest = BLOCK_LENGTHS[1] if is_waiting else BLOCK_LENGTHS[-1]
-    return max(n for n in BLOCK_LENGTHS if n <= min(longest, max(most_remaining, 1)))
+    shorter, longer = BLOCK_LENGTHS[1:]
+    # The last block may have some steps too many: each length is another program to compile.
+    return longer if not is_short and 4 * most_remaining >= 3 * longer else shorter
 
 
 def covering(features: Iterable[Features]) -> Features:

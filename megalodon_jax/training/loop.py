@@ -25,7 +25,8 @@ from megalodon_jax.data.packing import CountedBatch
 from megalodon_jax.errors import CheckpointError, DataError
 from megalodon_jax.evaluation.summary import Evaluation, evaluate_sets
 from megalodon_jax.flops import model_flops_per_token, model_flops_utilization
-from megalodon_jax.generate import Sampling, stream_text
+from megalodon_jax.generate import stream_text
+from megalodon_jax.inference.sampling import SamplingParams
 from megalodon_jax.loss import LossOutput
 from megalodon_jax.parallel import distributed
 from megalodon_jax.parallel.liveness import LivenessWatch
@@ -468,7 +469,7 @@ class _Run:
             self.context.tokenizer,
             self.config.sample_prompt,
             max_tokens=self.config.sample_tokens,
-            sampling=Sampling(temperature=SAMPLE_TEMPERATURE),
+            sampling=SamplingParams(temperature=SAMPLE_TEMPERATURE),
             key=jax.random.key(self.config.seed),
         )
         with self.context.run_time.phase("evaluation"):

@@ -42,7 +42,10 @@ def _step_by_orders(
     def step(n: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         y, state = carry
         of_order = CemaStepTables(
-            *(lax.dynamic_slice_in_dim(table, n, 1) for table in tables[:-1]), tables.omega
+            *[
+                table if name == "omega" else lax.dynamic_slice_in_dim(table, n, 1)
+                for name, table in zip(CemaStepTables._fields, tables, strict=True)
+            ]
         )
         starts = (n, n + order)
         old = [lax.dynamic_slice(state, (0, start, 0), shape) for start in starts]

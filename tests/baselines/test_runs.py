@@ -54,7 +54,7 @@ def test_evaluation_and_generation_from_a_run(run, capsys):
     assert result.num_tokens == targets.size > 256
     np.testing.assert_allclose(result.loss, sums.loss_sum / targets.size, rtol=1e-5)
     capsys.readouterr()
-    arguments = ["--checkpoint", run.run_dir, "--prompt", "document", "--max_tokens", "5"]
+    arguments = [run.run_dir, "document", "--max_tokens", "5"]
     assert main(["generate", *arguments, "--temperature", "0"]) == 0
     assert capsys.readouterr().out.startswith("document")
 

@@ -38,6 +38,10 @@ API_PACKAGES = (
     "megalodon_jax.evaluation.streaming",
     "megalodon_jax.evaluation.summary",
     "megalodon_jax.generate",
+    "megalodon_jax.inference.engine",
+    "megalodon_jax.inference.requests",
+    "megalodon_jax.inference.sessions",
+    "megalodon_jax.inference.text",
     "megalodon_jax.interop.convert",
     "megalodon_jax.interop.released",
     "megalodon_jax.interop.torch_file",
@@ -61,7 +65,7 @@ def with_python() -> list[Path]:
 
 
 # Pages whose code compiles for more than ten seconds.
-LONG_PAGES = {"modules.md", "operations.md", "streaming.md"}
+LONG_PAGES = {"inference.md", "modules.md", "operations.md", "streaming.md"}
 
 
 @pytest.mark.parametrize(

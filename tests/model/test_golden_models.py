@@ -105,6 +105,8 @@ def test_stream(stream: str):
     for i in range(model.config.num_layers):
         layer = cache.layers[i]
         key, value = layer.keys_and_values.swap_heads_and_slots()
+        assert layer.norm is not None
+        assert layer.cema is not None
         count = int(arrays[f"cache:layers.{i}.n"])
         for actual, released_name in (
             (key[:, :count], "k"),

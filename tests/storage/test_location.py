@@ -77,7 +77,7 @@ def test_commands_refuse_an_unknown_scheme_and_create_nothing(
         ["train", str(toml), "--run_dir", url],
         ["train", str(toml), "--data.files", url],
         ["evaluate", "--checkpoint", url, "--files", str(text_file)],
-        ["generate", "--checkpoint", url],
+        ["generate", url, "text"],
         ["verify", url],
         ["convert", url, "new.safetensors"],
         ["convert", str(text_file), url],

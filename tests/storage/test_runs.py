@@ -63,7 +63,7 @@ def test_a_run_in_a_store_equals_one_on_a_disk(in_store, store, trained_run, tmp
     capsys.readouterr()
     text = store.write("text/heldout.txt", b"document: ab cab c")
     commands = (
-        ["generate", "--checkpoint", in_store.run_dir, "--prompt", "doc", "--max_tokens", "4"],
+        ["generate", in_store.run_dir, "doc", "--max_tokens", "4"],
         ["evaluate", "--checkpoint", in_store.run_dir, "--files", text],
         ["verify", in_store.run_dir],
     )

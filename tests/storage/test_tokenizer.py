@@ -93,7 +93,7 @@ def test_a_changed_original_does_not_matter_but_a_changed_copy_does(with_tokeniz
 
 def test_an_option_overrides_the_copy(with_tokenizer, original, tmp_path, capsys):
     save(with_tokenizer)
-    arguments = ["generate", "--checkpoint", with_tokenizer.run_dir, "--max_tokens", "2"]
+    arguments = ["generate", with_tokenizer.run_dir, "", "--max_tokens", "2"]
     assert main([*arguments, "--tokenizer", str(original)]) == 0
     assert "warning" not in capsys.readouterr().err
     other = save_json_tokenizer(tmp_path / "other.json", ["<s>", "</s>"], "metaspace")
