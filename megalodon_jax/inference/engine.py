@@ -52,6 +52,7 @@ from megalodon_jax.inference.scheduling import (
     covering,
 )
 from megalodon_jax.inference.sessions import Session, fingerprint
+from megalodon_jax.inference.speculation import SpeculationSettings, Speculator
 from megalodon_jax.inference.weights import WeightFormat
 from megalodon_jax.language_model import LanguageModel
 
@@ -69,10 +70,12 @@ class _Prefill(NamedTuple):
 
 
 class _Pending(NamedTuple):
-    """Tokens on the device, and the stream of every column."""
+    """Tokens on the device, the stream of every column, and about how many tokens it gets."""
 
     emitted: Emitted
     streams: list[Stream | None]
+    expected: int
+    is_speculative: bool = False
 
 
 class Engine:
@@ -96,6 +99,7 @@ class Engine:
       max_waiting: most requests in the queue.
       prefix_cache_bytes: size of the cache of prompts' states at chunk borders; 0: none.
       fixed_bucket: always run all slots.
+      speculation: prompt-lookup speculation, which changes no token; None: one token a step.
       seed: of requests that have no seed of their own.
 
     Raises:
@@ -113,6 +117,7 @@ class Engine:
         max_waiting: int = 1024,
         prefix_cache_bytes: int = 0,
         fixed_bucket: bool = False,
+        speculation: SpeculationSettings | None = None,
         seed: int = 0,
     ):
         if slots < 2:
@@ -130,6 +135,9 @@ class Engine:
         if isinstance(self._weights, ModelWeights):
             # A model's own call runs all rows of its cache.
             self._buckets = Buckets((slots,))
+        self._speculator = None
+        if speculation is not None:
+            self._speculator = Speculator.of(speculation, self._weights, self._buckets, slots)
         self._streams: list[Stream | None] = [None] * slots
         self._waiting: FairQueue[list[Stream]] = FairQueue()
         self._prefill: _Prefill | None = None
@@ -185,6 +193,11 @@ class Engine:
     def num_running(self) -> int:
         """Requests in slots."""
         return sum(stream is not None for stream in self._streams)
+
+    @property
+    def acceptance(self) -> float:
+        """Mean number of accepted drafts of a row in a step; 0 without speculation."""
+        return 0.0 if self._speculator is None else self._speculator.acceptance
 
     @property
     def num_waiting(self) -> int:
@@ -265,7 +278,9 @@ class Engine:
             # the state after the prompt, and the answer's tokens wait in it.
             stream.session = Session.take(extract_row(job.state.cache, 0), (), self._fingerprint)
         self._streams[slot] = stream
-        self._pending.append(_Pending(emitted, [stream]))
+        self._pending.append(_Pending(emitted, [stream], 1))
+        if self._speculator is not None:
+            self._speculator.start(slot, job.tokens, emitted)
 
     def _dispatch(self) -> bool:
         """Hands a block to the device; whether a row in it is constrained."""
@@ -282,34 +297,43 @@ class Engine:
                 return True
         last = max(i for i, stream in enumerate(self._streams) if stream is not None)
         rows = self._buckets.of(last + 1)
-        in_flight = sum(len(each.emitted.tokens) for each in self._pending)
+        in_flight = sum(each.expected for each in self._pending)
         remaining = max(s.request.params.max_tokens - len(s.tokens) for s in running) - in_flight
         if remaining <= 0 and self._pending:
+            return False
+        streams = self._streams[:rows]
+        features = covering(stream.request.features for stream in running)
+        if not is_constrained and self._speculator is not None and self._speculator.runs(rows):
+            self._state, emitted, expected = self._speculator.decode_block(
+                self._weights, self._state, rows, remaining, features
+            )
+            self._pending.append(_Pending(emitted, list(streams), expected, is_speculative=True))
             return False
         length = block_length(
             remaining, is_waiting=self.num_waiting > 0, is_constrained=is_constrained
         )
-        streams = self._streams[:rows]
+        mask = self._masks(streams) if is_constrained else None
         self._state, emitted = decode_block(
-            self._weights,
-            self._state,
-            rows,
-            length,
-            covering(stream.request.features for stream in running),
-            self._masks(streams) if is_constrained else None,
+            self._weights, self._state, rows, length, features, mask
         )
-        self._pending.append(_Pending(emitted, list(streams)))
+        self._pending.append(_Pending(emitted, list(streams), length))
+        if self._speculator is not None:
+            self._speculator.add(emitted)
         return is_constrained
 
     def _read(self, pending: _Pending) -> None:
         tokens, logprobs, valid = jax.device_get(pending.emitted)
+        if self._speculator is not None and pending.is_speculative:
+            self._speculator.count(tokens)
         for column, stream in enumerate(pending.streams):
             if stream is None:
                 continue
             wanted = stream.request.params.logprobs
             for step, token in enumerate(tokens[:, column].tolist()):
-                if stream.is_finished or token < 0:
+                if stream.is_finished:
                     break
+                if token < 0:
+                    continue
                 entry = None
                 if wanted is not None:
                     entry = _token_logprobs(logprobs, (step, column), wanted)
@@ -344,6 +368,8 @@ class Engine:
             return
         source, target = occupied[-1], self._streams.index(None)
         self._state = move_row(self._state, source, target)
+        if self._speculator is not None:
+            self._speculator.move(source, target)
         keep = np.ones(len(self._streams), bool)
         keep[source] = False
         self._state = deactivate(self._state, keep)
@@ -435,6 +461,10 @@ class Engine:
                     self._state, _ = decode_block(
                         self._weights, self._state, rows, length, each, None
                     )
+        if self._speculator is not None:
+            self._state = self._speculator.warm_up(
+                self._weights, self._state, self._buckets.sizes, features
+            )
         self._state = move_row(self._state, 0, 0)
         self._state = deactivate(self._state, np.zeros(len(self._streams), bool))
         extract_row((self._state.cache, self._state.token), 0)

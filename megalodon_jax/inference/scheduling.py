@@ -83,18 +83,25 @@ class Buckets:
         return next(size for size in self.sizes if size >= rows)
 
 
-def block_length(most_remaining: int, *, is_waiting: bool, is_constrained: bool) -> int:
+def block_length(
+    most_remaining: int,
+    *,
+    is_waiting: bool,
+    is_constrained: bool,
+    lengths: tuple[int, ...] = BLOCK_LENGTHS,
+) -> int:
     """Steps of the next block.
 
     Args:
       most_remaining: tokens that the longest running request may still draw.
       is_waiting: whether a request waits for its prefill or a slot.
       is_constrained: whether the host chooses the allowed tokens of a row.
+      lengths: compiled lengths, the shortest first.
     """
     if is_constrained:
-        return BLOCK_LENGTHS[0]
-    longest = BLOCK_LENGTHS[1] if is_waiting else BLOCK_LENGTHS[-1]
-    return max(n for n in BLOCK_LENGTHS if n <= min(longest, max(most_remaining, 1)))
+        return lengths[0]
+    longest = lengths[1] if is_waiting else lengths[-1]
+    return max(n for n in lengths if n <= min(longest, max(most_remaining, 1)))
 
 
 def covering(features: Iterable[Features]) -> Features:

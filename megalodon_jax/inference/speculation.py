@@ -9,18 +9,20 @@ may change places. Nothing is read on the host, so blocks of steps overlap as in
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 
 from megalodon_jax.inference.blocks import Emitted, SlotState, first_rows
+from megalodon_jax.inference.decoders import AnyDecodeWeights
 from megalodon_jax.inference.positions import commit, decode_positions
 from megalodon_jax.inference.rows import move_row, put_row
 from megalodon_jax.inference.sampling import Features, advance, draw_positions
-from megalodon_jax.inference.scheduling import BLOCK_LENGTHS
+from megalodon_jax.inference.scheduling import BLOCK_LENGTHS, Buckets, block_length
 from megalodon_jax.inference.step import set_rows
 from megalodon_jax.inference.weights import DecodeWeights
 from megalodon_jax.typing import Array, Bool, Int32
@@ -101,6 +103,14 @@ class SpeculativeBlock(NamedTuple):
     slots: SlotState
     history: Int32[Array, "S W"]
     emitted: Emitted
+
+
+class SpeculatedBlock(NamedTuple):
+    """A block handed to the device, and about how many tokens a row gets in it."""
+
+    slots: SlotState
+    emitted: Emitted
+    expected: int
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5, 6), donate_argnums=(1, 2))
@@ -191,61 +201,100 @@ class Speculator:
         self._history = _empty_history(slots, settings.window)
         self._steps = self._accepted = 0
 
+    @classmethod
+    def of(
+        cls, settings: SpeculationSettings, weights: AnyDecodeWeights, buckets: Buckets, slots: int
+    ) -> Self:
+        """The speculation of an engine with these weights and buckets.
+
+        Raises:
+          ValueError: the model cannot take drafts back, or no bucket has so few rows.
+        """
+        if not isinstance(weights, DecodeWeights):
+            name = type(weights.model()).__name__
+            raise ValueError(f"speculation runs MEGALODON alone, not {name}; pass speculation=None")
+        if settings.max_rows < buckets.sizes[0]:
+            raise ValueError(
+                f"max_rows is {settings.max_rows}, but the engine runs at least "
+                f"{buckets.sizes[0]} rows: it would never speculate"
+            )
+        return cls(settings, slots)
+
     @property
     def acceptance(self) -> float:
         """Accepted drafts of a row in a step, the mean of all so far; 0 before the first step."""
         return self._accepted / max(self._steps, 1)
 
-    def start(self, slot: int, prompt: np.ndarray, first: Int32[Array, "1 1"]) -> None:
+    def runs(self, rows: int) -> bool:
+        """Whether a bucket of so many rows speculates."""
+        return rows <= self.settings.max_rows
+
+    def start(self, slot: int, prompt: np.ndarray, first: Emitted) -> None:
         """Begins a slot's history with a prompt and the first token of the answer."""
-        kept = np.asarray(prompt, np.int32)[-self.settings.window :]
-        padding = self.settings.window - len(kept)
-        kept = np.pad(kept, (padding, 0), constant_values=-1)
-        self._history = _start(self._history, slot, kept[None], first)
+        window = self.settings.window
+        kept = np.asarray(prompt, np.int32)[-window:]
+        kept = np.pad(kept, (window - len(kept), 0), constant_values=-1)
+        self._history = _start(self._history, slot, kept[None], first.tokens)
 
     def move(self, source: int, target: int) -> None:
         """Moves a slot's history."""
         self._history = move_row(self._history, source, target)
 
     def add(self, emitted: Emitted) -> None:
-        """Adds the tokens of a plain block."""
+        """Adds the tokens of a plain block to the histories."""
         self._history = _add(self._history, emitted.tokens)
-
-    def block_steps(self, remaining: int) -> int:
-        """Steps that draw about `remaining` tokens of a row."""
-        return max(1, round(remaining / (1 + self.acceptance)))
-
-    def expected_tokens(self, steps: int) -> int:
-        """Tokens that so many steps will have drawn of a row; at least one for each."""
-        return round(steps * (1 + self.acceptance))
 
     def decode_block(
         self,
         weights: DecodeWeights,
         slots: SlotState,
         rows: int,
-        length: int,
+        most_remaining: int,
         features: Features,
-    ) -> tuple[SlotState, Emitted]:
-        """`blocks.decode_block` with speculation."""
-        slots, self._history, emitted = speculative_block(
-            weights, slots, self._history, rows, length, features, self.settings.num_drafts
+    ) -> SpeculatedBlock:
+        """A block for about `most_remaining` tokens of a row."""
+        tokens_a_step = 1 + self.acceptance
+        steps = block_length(
+            round(most_remaining / tokens_a_step),
+            is_waiting=False,
+            is_constrained=False,
+            lengths=SPECULATIVE_LENGTHS,
         )
-        return slots, emitted
+        slots, self._history, emitted = speculative_block(
+            weights, slots, self._history, rows, steps, features, self.settings.num_drafts
+        )
+        return SpeculatedBlock(slots, emitted, round(steps * tokens_a_step))
 
-    def count(self, tokens: np.ndarray) -> None:
+    def count(self, tokens: Int32[np.ndarray, "n B"]) -> None:
         """Counts accepted drafts in the tokens of a speculative block."""
         drawn = (tokens >= 0).reshape(-1, self.settings.num_drafts + 1, tokens.shape[1]).sum(axis=1)
         self._steps += int((drawn > 0).sum())
         self._accepted += int(np.maximum(drawn - 1, 0).sum())
 
-    def warm_up(self, buckets: tuple[int, ...]) -> None:
-        """Compiles everything but `decode_block`, and empties the histories."""
-        self.start(0, np.zeros(1), jnp.zeros((1, 1), jnp.int32))
-        self.move(0, 0)
+    def warm_up(
+        self,
+        weights: DecodeWeights,
+        slots: SlotState,
+        buckets: Sequence[int],
+        features: Sequence[Features],
+    ) -> SlotState:
+        """Compiles everything; the slots must have no requests."""
         for rows in buckets:
             for length in BLOCK_LENGTHS:
                 self._history = _add(self._history, jnp.full((length, rows), -1, jnp.int32))
+            for each in features if self.runs(rows) else ():
+                for length in SPECULATIVE_LENGTHS:
+                    slots, self._history, _ = speculative_block(
+                        weights, slots, self._history, rows, length, each, self.settings.num_drafts
+                    )
+        self._history = _start(
+            self._history,
+            0,
+            np.full((1, self.settings.window), -1, np.int32),
+            jnp.full((1, 1), -1, jnp.int32),
+        )
+        self.move(0, 0)
+        return slots
 
 
 _empty_history = jax.jit(empty_history, static_argnums=(0, 1))
