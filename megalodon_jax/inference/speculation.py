@@ -144,7 +144,7 @@ def speculative_block(
     carry = (slots.cache, state, history[:rows])
     (cache, state, window), emitted = jax.lax.scan(step, carry, length=length)
     rest = jax.tree.map(set_rows, slots._replace(cache=None), state)
-    emitted = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), emitted)
+    emitted = jax.tree.map(lambda leaf: jax.lax.collapse(leaf, 0, 2), emitted)
     return SpeculativeBlock(rest._replace(cache=cache), set_rows(history, window), emitted)
 
 
