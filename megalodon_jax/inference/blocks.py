@@ -12,6 +12,7 @@ from megalodon_jax.inference.decoders import AnyDecodeWeights, decode
 from megalodon_jax.inference.prefill import PrefillState
 from megalodon_jax.inference.rows import constrain_cache, put_row, replicate, take_row
 from megalodon_jax.inference.sampling import Drawn, Features, Logprobs, SamplingState, draw
+from megalodon_jax.inference.step import set_rows
 from megalodon_jax.typing import Array, Bool, Int32
 
 MAX_STOP_IDS = 16
@@ -178,7 +179,7 @@ def decode_block(
     Returns:
       The slots, and the drawn tokens.
     """
-    first = _first_rows(slots._replace(cache=None), rows)
+    first = first_rows(slots._replace(cache=None), rows)
 
     def step(carry: tuple[Any, SlotState], _) -> tuple[tuple[Any, SlotState], Emitted]:
         cache, state = carry
@@ -195,7 +196,7 @@ def decode_block(
         return (cache, state), emitted
 
     (cache, state), emitted = jax.lax.scan(step, (slots.cache, first), length=length)
-    rest = jax.tree.map(_set_first_rows, slots._replace(cache=None), state)
+    rest = jax.tree.map(set_rows, slots._replace(cache=None), state)
     return constrain_slots(rest._replace(cache=cache)), replicate(emitted)
 
 
@@ -209,9 +210,6 @@ def _emitted(drawn: Drawn, active: Bool[Array, " B"]) -> Emitted:
     return Emitted(jnp.where(active, drawn.tokens, -1), drawn.logprobs, drawn.valid)
 
 
-def _first_rows[T](tree: T, rows: int) -> T:
+def first_rows[T](tree: T, rows: int) -> T:
+    """The first rows of every leaf."""
     return jax.tree.map(lambda leaf: leaf[:rows], tree)
-
-
-def _set_first_rows(old: Array, new: Array) -> Array:
-    return new if new.shape == old.shape else old.at[: new.shape[0]].set(new)

@@ -47,6 +47,7 @@ from megalodon_jax.inference.scheduling import (
     covering,
 )
 from megalodon_jax.inference.sessions import Session, fingerprint
+from megalodon_jax.inference.speculation import SpeculationSettings, Speculator
 from megalodon_jax.inference.weights import WeightFormat
 from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.parallel.sharding import shardings_of
@@ -56,10 +57,12 @@ if TYPE_CHECKING:
 
 
 class _Pending(NamedTuple):
-    """Tokens on the device, and the stream of every column."""
+    """Tokens on the device, the stream of every column, and about how many tokens it gets."""
 
     emitted: Emitted
     streams: list[Stream | None]
+    expected: int
+    is_speculative: bool = False
 
 
 class Engine:
@@ -89,6 +92,7 @@ class Engine:
         in all, later first tokens.
       short_blocks: at most 8 decoding steps at a time, so that tokens come steadily.
       num_tokens: draw only ids below this; None: all that the tokenizer has.
+      speculation: prompt-lookup speculation, which changes no token; None: one token a step.
       seed: of requests that have no seed of their own.
       mesh: devices that run together: rows over `replica` and `data`, features over `model`; None:
         the default device.
@@ -113,6 +117,7 @@ class Engine:
         fill_slots_first: bool = False,
         short_blocks: bool = False,
         num_tokens: int | None = None,
+        speculation: SpeculationSettings | None = None,
         seed: int = 0,
         mesh: Mesh | None = None,
     ):
@@ -150,6 +155,13 @@ class Engine:
         # A model's own call runs all rows of its cache, and so does a sharded batch.
         runs_all = fixed_bucket or isinstance(self._weights, ModelWeights) or row_shards > 1
         self._buckets = Buckets((slots,)) if runs_all else Buckets.up_to(slots)
+        self._speculator = None
+        if speculation is not None:
+            if mesh is not None:
+                raise ValueError(
+                    "speculation runs on one device; pass speculation=None or mesh=None"
+                )
+            self._speculator = Speculator.of(speculation, self._weights, self._buckets, slots)
         self._streams: list[Stream | None] = [None] * slots
         self._waiting: FairQueue[list[Stream]] = FairQueue()
         self._job: PrefillJob | None = None
@@ -200,6 +212,11 @@ class Engine:
     def num_running(self) -> int:
         """Requests in slots."""
         return sum(stream is not None for stream in self._streams)
+
+    @property
+    def acceptance(self) -> float:
+        """Mean number of accepted drafts of a row in a step; 0 without speculation."""
+        return 0.0 if self._speculator is None else self._speculator.acceptance
 
     @property
     def num_waiting(self) -> int:
@@ -306,7 +323,9 @@ class Engine:
             cache = extract_row(job.state.cache, index)
             stream.session = Session.take(cache, (), self._fingerprint)
         self._streams[slot] = stream
-        self._pending.append(_Pending(emitted, [stream]))
+        self._pending.append(_Pending(emitted, [stream], 1))
+        if self._speculator is not None:
+            self._speculator.start(slot, job.rows[index].tokens, emitted)
 
     def _dispatch(self) -> bool:
         """Hands a block to the device; whether a row in it is constrained."""
@@ -322,9 +341,17 @@ class Engine:
                 return True
         last = max(i for i, stream in enumerate(self._streams) if stream is not None)
         rows = self._buckets.of(last + 1)
-        in_flight = sum(len(each.emitted.tokens) for each in self._pending)
+        in_flight = sum(each.expected for each in self._pending)
         remaining = max(s.request.params.max_tokens - len(s.tokens) for s in running) - in_flight
         if remaining <= 0 and self._pending:
+            return False
+        streams = self._streams[:rows]
+        features = covering(stream.request.features for stream in running)
+        if not is_constrained and self._speculator is not None and self._speculator.runs(rows):
+            self._state, emitted, expected = self._speculator.decode_block(
+                self._weights, self._state, rows, remaining, features
+            )
+            self._pending.append(_Pending(emitted, list(streams), expected, is_speculative=True))
             return False
         length = block_length(
             remaining,
@@ -332,16 +359,13 @@ class Engine:
             is_filling=self.num_waiting > 0 and None in self._streams,
             is_constrained=is_constrained,
         )
-        streams = self._streams[:rows]
+        mask = self._masks(streams) if is_constrained else None
         self._state, emitted = decode_block(
-            self._weights,
-            self._state,
-            rows,
-            length,
-            covering(stream.request.features for stream in running),
-            self._masks(streams) if is_constrained else None,
+            self._weights, self._state, rows, length, features, mask
         )
-        self._pending.append(_Pending(emitted, list(streams)))
+        self._pending.append(_Pending(emitted, list(streams), length))
+        if self._speculator is not None:
+            self._speculator.add(emitted)
         return is_constrained
 
     def _read_all(self) -> None:
@@ -350,13 +374,17 @@ class Engine:
 
     def _read(self, pending: _Pending) -> None:
         tokens, logprobs, valid = jax.device_get(pending.emitted)
+        if self._speculator is not None and pending.is_speculative:
+            self._speculator.count(tokens)
         for column, stream in enumerate(pending.streams):
             if stream is None:
                 continue
             wanted = stream.request.params.logprobs
             for step, token in enumerate(tokens[:, column].tolist()):
-                if stream.is_finished or token < 0:
+                if stream.is_finished:
                     break
+                if token < 0:
+                    continue
                 entry = None
                 if wanted is not None:
                     entry = TokenLogprobs.take(logprobs, (step, column), wanted)
@@ -391,6 +419,8 @@ class Engine:
             return
         source, target = occupied[-1], self._streams.index(None)
         self._state = move_slot(self._state, source, target)
+        if self._speculator is not None:
+            self._speculator.move(source, target)
         self._streams[target], self._streams[source] = self._streams[source], None
 
     def _masks(self, streams: Sequence[Stream | None]) -> np.ndarray | None:
@@ -457,6 +487,10 @@ class Engine:
                     self._state, _ = decode_block(
                         self._weights, self._state, rows, length, each, None
                     )
+        if self._speculator is not None:
+            self._state = self._speculator.warm_up(
+                self._weights, self._state, self._buckets.sizes, features
+            )
         self._state = move_slot(self._state, 0, 1)
         self._state = deactivate(self._state, np.zeros(len(self._streams), bool))
         extract_row((self._state.cache, self._state.token), 0)

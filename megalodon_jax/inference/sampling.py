@@ -20,8 +20,8 @@ from megalodon_jax.typing import Array, Bool, Float32, Int32
 
 __all__ = [
     "MAX_LOGPROBS", "Drawn", "DrawnPositions", "Features", "Logprobs", "SamplingParams",
-    "SamplingState", "draw", "draw_positions", "empty_state", "put_rows", "sampling_row", "set_row",
-    "take_rows", "token_logprobs",
+    "SamplingState", "advance", "draw", "draw_positions", "empty_state", "put_rows", "sampling_row",
+    "set_row", "take_rows", "token_logprobs",
 ]  # fmt: skip
 
 _MASK_BITS = 32
@@ -219,7 +219,7 @@ def draw(
     """
     tokens, logprobs, valid = _draw_rows(logits, state, features, logits_mask)
     steps = jnp.ones_like(tokens) if active is None else active.astype(jnp.int32)
-    return Drawn(tokens, logprobs, valid, _advance(state, tokens[:, None], steps, features))
+    return Drawn(tokens, logprobs, valid, advance(state, tokens[:, None], steps, features))
 
 
 def draw_positions(
@@ -263,7 +263,7 @@ def draw_positions(
     equal = (tokens[:, :-1] == drafts).astype(jnp.int32)
     accepted = 1 + jnp.sum(jnp.cumprod(equal, axis=1), axis=1, dtype=jnp.int32)
     advanced = accepted if active is None else jnp.where(active, accepted, 0)
-    state = _advance(state, tokens, advanced, features)
+    state = advance(state, tokens, advanced, features)
     return DrawnPositions(tokens, accepted, logprobs, valid, state)
 
 
@@ -409,13 +409,13 @@ def _gumbel(rows: SamplingState, vocab_size: int) -> Float32[Array, "B V"]:
     return -jnp.log(-jnp.log1p(-jnp.minimum(u, 1.0 - 2.0**-24)))
 
 
-def _advance(
+def advance(
     state: SamplingState,
     tokens: Int32[Array, "B k"],
     steps: Int32[Array, " B"],
     features: Features,
 ) -> SamplingState:
-    """The state after the first `steps` of each row's tokens."""
+    """The state after the first `steps` of each row's tokens; `draw` has done it for its own."""
     state = state._replace(position=state.position + steps)
     if not features.penalties:
         return state

@@ -88,7 +88,12 @@ class Buckets:
 
 
 def block_length(
-    most_remaining: int, *, is_short: bool, is_filling: bool, is_constrained: bool
+    most_remaining: int,
+    *,
+    is_short: bool,
+    is_filling: bool,
+    is_constrained: bool,
+    lengths: tuple[int, ...] = BLOCK_LENGTHS[1:],
 ) -> int:
     """Steps of the next block.
 
@@ -98,12 +103,14 @@ def block_length(
       is_filling: whether a request waits beside a free slot. One piece of a prompt runs between
         two blocks: longer blocks would leave slots empty.
       is_constrained: whether the host chooses the allowed tokens of a row.
+      lengths: compiled lengths besides 1, the shortest first.
     """
     if is_constrained or is_filling:
         return BLOCK_LENGTHS[0]
-    shorter, longer = BLOCK_LENGTHS[1:]
+    if is_short:
+        return lengths[0]
     # The last block may have some steps too many: each length is another program to compile.
-    return longer if not is_short and 4 * most_remaining >= 3 * longer else shorter
+    return max((n for n in lengths if 4 * most_remaining >= 3 * n), default=lengths[0])
 
 
 def covering(features: Iterable[Features]) -> Features:

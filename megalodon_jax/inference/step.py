@@ -2,14 +2,20 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax import numpy as jnp
 
 from megalodon_jax.cache import Cache, LayerCache
 from megalodon_jax.config import ModelConfig
-from megalodon_jax.inference.weights import DecodeLayer, DecodeWeights, Int8Matrix, Projection
+from megalodon_jax.inference.weights import (
+    DecodeLayer,
+    DecodeWeights,
+    Int8Matrix,
+    NormVectors,
+    Projection,
+)
 from megalodon_jax.modules.norms import rms_normalize
 from megalodon_jax.modules.rotary import rotation
 from megalodon_jax.parallel.sharding import constrain, partition_spec, shard_map_logical
@@ -49,30 +55,41 @@ def decode(
     B = tokens.shape[0]
     active = jnp.ones(B, bool) if active is None else active
     position = cache.position[:B]
-    where = _Rows(
-        position,
-        active,
-        _rotation(config, position),
+    rows = _OneToken(config, position, active, rotation_of(config, position))
+    logits, layers, final_norm = forward(weights, cache, tokens, rows)
+    segment = jnp.maximum(cache.segment[:B], active.astype(jnp.int32))
+    next_cache = Cache(
+        set_rows(cache.position, position + active),
+        set_rows(cache.segment, segment),
+        layers,
+        final_norm,
     )
+    return DecodeOutput(logits, next_cache)
+
+
+class Forwarded(NamedTuple):
+    """Scores after R tokens, and what `RowOperations` made of the layers' states."""
+
+    logits: Float32[Array, "R V"]
+    layers: tuple[LayerCache, ...]
+    final_norm: Any
+
+
+def forward(
+    weights: DecodeWeights, cache: Cache, tokens: Int32[Array, " R"], rows: "RowOperations"
+) -> Forwarded:
+    """R tokens through the model: products over all of them, states as `rows` defines."""
+    config = weights.config
     x = jnp.take(weights.embedding, tokens, axis=0)
     if config.scale_emb:
         x = x * jnp.asarray(math.sqrt(config.model_dim), x.dtype)
     layers = []
     for layer, layer_cache in zip(weights.layers, cache.layers, strict=True):
-        x, layer_cache = _block(
-            config, layer, layer_cache, constrain(x, "batch", "channels"), where
-        )
+        x, layer_cache = _block(config, layer, layer_cache, constrain(x, "batch", "channels"), rows)
         layers.append(layer_cache)
-    hidden, final_norm = _time_norm(config, weights.final_norm, x, cache.final_norm, active)
+    hidden, final_norm = _time_norm(config, weights.final_norm, x, cache.final_norm, rows)
     logits = constrain(multiply(hidden, weights.output), "batch", "vocab")
-    segment = jnp.maximum(cache.segment[:B], active.astype(jnp.int32))
-    next_cache = Cache(
-        _set_rows(cache.position, position + active),
-        _set_rows(cache.segment, segment),
-        tuple(layers),
-        final_norm,
-    )
-    return DecodeOutput(logits, next_cache)
+    return Forwarded(logits, tuple(layers), final_norm)
 
 
 def multiply(x: Float[Array, "B in"], projection: Projection) -> Float32[Array, "B out"]:
@@ -87,52 +104,114 @@ def multiply(x: Float[Array, "B in"], projection: Projection) -> Float32[Array, 
     return product if bias is None else product + bias
 
 
-class _Rotation(NamedTuple):
+class RotaryFactors(NamedTuple):
     """Factors of a feature and of the other one in its pair: one pass, without a transposition."""
 
-    own: Float32[Array, "B 1 Dk"]
-    other: Float32[Array, "B 1 Dk"]
+    own: Float32[Array, "R 1 Dk"]
+    other: Float32[Array, "R 1 Dk"]
 
 
-class _Rows(NamedTuple):
-    """The rows' positions, which of them change, and the rotary factors of their tokens."""
+class RowOperations(Protocol):
+    """The operations that read or change states, for R tokens: one or several of each row."""
 
+    @property
+    def rotation(self) -> RotaryFactors | None:
+        """Rotary factors of the tokens; None without rotary embedding."""
+        ...
+
+    def normalize(
+        self, vectors: NormVectors, x: Float[Array, "R D"], state: TimestepNormState
+    ) -> tuple[Float[Array, "R D"], Any]:
+        """TimestepNorm."""
+        ...
+
+    def average(
+        self, u: Float[Array, "R D"], tables: CemaStepTables, state: Float32[Array, "S 2N D"]
+    ) -> tuple[Float[Array, "R D"], Any]:
+        """CEMA or EMA."""
+        ...
+
+    def attend(
+        self,
+        query: Float[Array, "R H Dk"],
+        key: Float[Array, "R H Dk"],
+        value: Float[Array, "R H Dv"],
+        gate: Float[Array, "R H Dv"],
+        cache: KeyValueCache,
+    ) -> tuple[Float[Array, "R H Dv"], KeyValueCache]:
+        """Attention inside the chunk; its outputs are multiplied by silu(gate)."""
+        ...
+
+
+class _OneToken(NamedTuple):
+    """One token of each row; states change where the row is active."""
+
+    config: ModelConfig
     position: Int32[Array, " B"]
     active: Bool[Array, " B"]
-    rotation: _Rotation | None
+    rotation: RotaryFactors | None
+
+    def normalize(
+        self, vectors: NormVectors, x: Float[Array, "B D"], state: TimestepNormState
+    ) -> tuple[Float[Array, "B D"], TimestepNormState]:
+        config, B = self.config, x.shape[0]
+        old = TimestepNormState(*(field[:B] for field in state))
+        y, new = timestep_norm_step(
+            x, *vectors, num_groups=config.norm_num_groups, eps=config.norm_eps, state=old
+        )
+        new = jax.tree.map(lambda new, old: _select(self.active, new, old), new, old)
+        return y, TimestepNormState(*map(set_rows, state, new))
+
+    def average(
+        self, u: Float[Array, "B D"], tables: CemaStepTables, state: Float32[Array, "S 2N D"]
+    ) -> StateStepOutput:
+        return _average(u, tables, state, self.active)
+
+    def attend(
+        self,
+        query: Float[Array, "B H Dk"],
+        key: Float[Array, "B H Dk"],
+        value: Float[Array, "B H Dv"],
+        gate: Float[Array, "B H Dv"],
+        cache: KeyValueCache,
+    ) -> ChunkDecodeOutput:
+        return _attend(query, key, value, gate, cache, self.position)
 
 
-def _rotation(config: ModelConfig, position: Int32[Array, " B"]) -> _Rotation | None:
+def rotation_of(config: ModelConfig, position: Int32[Array, " R"]) -> RotaryFactors | None:
     """As `modules.rotary.rotate`: (even cos - odd sin, even sin + odd cos) for every pair."""
     if config.rope_base is None:
         return None
     cos, sin = rotation(position[:, None] % config.chunk_size, config.head_dim, config.rope_base)
-    return _Rotation(
+    return RotaryFactors(
         jnp.stack([cos, cos], axis=-1).reshape(len(position), 1, -1),
         jnp.stack([-sin, sin], axis=-1).reshape(len(position), 1, -1),
     )
 
 
 def _block(
-    config: ModelConfig, layer: DecodeLayer, cache: LayerCache, x: Float[Array, "B D"], rows: _Rows
-) -> tuple[Float[Array, "B D"], LayerCache]:
-    u, norm = _time_norm(config, layer.norm, x, cache.norm, rows.active)
+    config: ModelConfig,
+    layer: DecodeLayer,
+    cache: LayerCache,
+    x: Float[Array, "R D"],
+    rows: RowOperations,
+) -> tuple[Float[Array, "R D"], LayerCache]:
+    u, norm = _time_norm(config, layer.norm, x, cache.norm, rows)
     averaged, cema = u, None
     if layer.average is not None:
         assert cache.cema is not None
-        averaged, cema = _average(u, layer.average, cache.cema, rows.active)
+        averaged, cema = rows.average(u, layer.average, cache.cema)
     m = _scaled(rms_normalize(averaged, config.norm_eps), layer.rms_scale).astype(x.dtype)
     z, gate, linear = _split(m, layer.mixed, config.z_dim, config.value_dim)
     value = jax.nn.silu(multiply(u, layer.values)).astype(x.dtype)
     query, key = _queries_and_keys(config, layer, z, rows.rotation)
     by_head = (x.shape[0], config.num_heads, -1)
-    gated, keys_and_values = _attend(
+    gated, keys_and_values = rows.attend(
         query.astype(x.dtype),
         key.astype(x.dtype),
         value.reshape(by_head),
         gate.astype(x.dtype).reshape(by_head),
         cache.keys_and_values,
-        rows.position,
     )
     attended = linear + multiply(gated.reshape(value.shape), layer.attention_output)
     hidden = _feed_forward(config, layer, x + attended, x.dtype)
@@ -145,26 +224,20 @@ def _block(
 
 def _time_norm(
     config: ModelConfig,
-    vectors: Any,
-    x: Float[Array, "B D"],
+    vectors: NormVectors,
+    x: Float[Array, "R D"],
     state: TimestepNormState | None,
-    active: Bool[Array, " B"],
-) -> tuple[Float[Array, "B D"], TimestepNormState | None]:
-    scale, bias = vectors
+    rows: RowOperations,
+) -> tuple[Float[Array, "R D"], Any]:
     if state is None:
+        scale, bias = vectors
         normed = (
             rms_normalize(x, config.norm_eps)
             if config.time_norm == "rms"
             else _layer_normalize(x, config.norm_eps)
         )
         return _offset(_scaled(normed, scale), bias).astype(x.dtype), None
-    B = x.shape[0]
-    old = TimestepNormState(*(field[:B] for field in state))
-    y, new = timestep_norm_step(
-        x, scale, bias, num_groups=config.norm_num_groups, eps=config.norm_eps, state=old
-    )
-    new = jax.tree.map(lambda new, old: _select(active, new, old), new, old)
-    return y, TimestepNormState(*map(_set_rows, state, new))
+    return rows.normalize(vectors, x, state)
 
 
 def _average(
@@ -191,7 +264,7 @@ def _average(
 
 
 def _queries_and_keys(
-    config: ModelConfig, layer: DecodeLayer, z: Float32[Array, "B Z"], by: _Rotation | None
+    config: ModelConfig, layer: DecodeLayer, z: Float32[Array, "B Z"], by: RotaryFactors | None
 ) -> list[Float32[Array, "B H Dk"]]:
     heads = (config.num_heads, config.head_dim)
     z = z.reshape(-1, *heads)
@@ -272,6 +345,6 @@ def _select(rows: Bool[Array, " B"], new: Array, old: Array) -> Array:
     return jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
 
-def _set_rows(old: Array, new: Array) -> Array:
+def set_rows(old: Array, new: Array) -> Array:
     """Writes the first rows in place."""
     return new if new.shape == old.shape else old.at[: new.shape[0]].set(new)

@@ -1,7 +1,11 @@
 """TimestepNorm: group normalization by the moments of all tokens so far."""
 
 from pallas_kernels.timestep_norm.api import timestep_norm
-from pallas_kernels.timestep_norm.step import timestep_norm_step
+from pallas_kernels.timestep_norm.step import (
+    TimestepNormSteps,
+    timestep_norm_step,
+    timestep_norm_steps,
+)
 from pallas_kernels.timestep_norm.types import (
     TimestepNormOutput,
     TimestepNormState,
@@ -11,7 +15,9 @@ from pallas_kernels.timestep_norm.types import (
 __all__ = [
     "TimestepNormOutput",
     "TimestepNormState",
+    "TimestepNormSteps",
     "broadcast_to_rows",
     "timestep_norm",
     "timestep_norm_step",
+    "timestep_norm_steps",
 ]

@@ -1,0 +1,256 @@
+"""Several successive tokens of every row through the model at once, for speculation.
+
+The states change only after it is known how many of the tokens are accepted.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+
+from megalodon_jax.cache import Cache, LayerCache
+from megalodon_jax.config import ModelConfig
+from megalodon_jax.inference.step import RotaryFactors, forward, rotation_of, set_rows
+from megalodon_jax.inference.weights import DecodeWeights, NormVectors
+from megalodon_jax.parallel.sharding import partition_spec, shard_map_logical
+from megalodon_jax.typing import Array, Bool, Float, Float32, Int32
+from pallas_kernels.chunk_attention import KeyValueCache
+from pallas_kernels.chunk_attention.types import accumulation_dtype, matmul_precision
+from pallas_kernels.common.target import find_target
+from pallas_kernels.state_step import CemaStepTables, state_step
+from pallas_kernels.timestep_norm import TimestepNormState, timestep_norm_steps
+
+
+class PendingLayer(NamedTuple):
+    """What `commit` needs of a layer; the smaller one of states and inputs.
+
+    Attributes:
+      norm: TimestepNorm's moments after each token: 2 G + 1 numbers, where the input has D.
+      inputs: of CEMA, in the model's dtype: D numbers, where the state has 2 N D.
+    """
+
+    norm: TimestepNormState | None
+    inputs: Float[Array, "B T D"] | None
+
+
+class Pending(NamedTuple):
+    """The states that T tokens lead to, not in the cache yet."""
+
+    layers: tuple[PendingLayer, ...]
+    final_norm: TimestepNormState | None
+
+
+class PositionsOutput(NamedTuple):
+    """Result of `decode_positions`.
+
+    Attributes:
+      logits: scores of the token after each of the T tokens.
+      cache: the cache with keys and values of the T tokens in slots that are not filled yet.
+      pending: for `commit`.
+    """
+
+    logits: Float32[Array, "B T V"]
+    cache: Cache
+    pending: Pending
+
+
+def decode_positions(
+    weights: DecodeWeights, cache: Cache, tokens: Int32[Array, "B T"]
+) -> PositionsOutput:
+    """Feeds T successive tokens to each of the first B rows, without a change of their states.
+
+    Scores equal those of T calls of `step.decode` up to rounding: the products have B T rows. The
+    matrices are read once for all tokens, which is the use of it where few rows are decoded.
+    Attention reads all slots of the chunk. Donation as in `step.decode`.
+
+    Args:
+      weights: from `prepare`.
+      cache: S >= B rows.
+      tokens: token ids. Tokens at or after a row's next chunk border have scores without meaning,
+        and none of their keys and values is written.
+    """
+    config = weights.config
+    B, T = tokens.shape
+    position = cache.position[:B, None] + jnp.arange(T, dtype=jnp.int32)
+    rows = _SeveralTokens(config, position, rotation_of(config, position.reshape(-1)))
+    logits, layers, final_norm = forward(weights, cache, tokens.reshape(-1), rows)
+    written = tuple(
+        old._replace(keys_and_values=new.keys_and_values)
+        for old, new in zip(cache.layers, layers, strict=True)
+    )
+    return PositionsOutput(
+        logits.reshape(B, T, -1),
+        dataclasses.replace(cache, layers=written),
+        Pending(tuple(PendingLayer(layer.norm, layer.cema) for layer in layers), final_norm),
+    )
+
+
+def commit(
+    weights: DecodeWeights, cache: Cache, pending: Pending, accepted: Int32[Array, " B"]
+) -> Cache:
+    """The cache after the first `accepted` tokens of each row of `decode_positions`.
+
+    Args:
+      weights: as there.
+      cache: its result.
+      pending: its result.
+      accepted: 0 to T; a row with 0 stays. At most the tokens up to the row's chunk border.
+    """
+    B = accepted.shape[0]
+
+    def select(state: TimestepNormState | None, after: TimestepNormState | None):
+        return None if state is None else jax.tree.map(select_field, state, after)
+
+    def select_field(old: Array, after: Array) -> Array:
+        # Index 0 is the state before the first token.
+        states = jnp.concatenate([old[:B, None], after], axis=1)
+        index = accepted.reshape(B, *[1] * (states.ndim - 1))
+        return set_rows(old, jnp.take_along_axis(states, index, axis=1)[:, 0])
+
+    layers = []
+    for layer, old, new in zip(weights.layers, cache.layers, pending.layers, strict=True):
+        cema = old.cema
+        if layer.average is not None:
+            assert cema is not None
+            assert new.inputs is not None
+            is_fed = jnp.arange(new.inputs.shape[1]) < accepted[:, None]
+            _, state = _average(new.inputs, layer.average, cema[:B], is_fed)
+            cema = set_rows(cema, state)
+        layers.append(LayerCache(old.keys_and_values, select(old.norm, new.norm), cema))
+    segment = jnp.maximum(cache.segment[:B], (accepted > 0).astype(jnp.int32))
+    return Cache(
+        set_rows(cache.position, cache.position[:B] + accepted),
+        set_rows(cache.segment, segment),
+        tuple(layers),
+        select(cache.final_norm, pending.final_norm),
+    )
+
+
+class _SeveralTokens(NamedTuple):
+    """T tokens of each row, R = B T; implements `step.RowOperations`."""
+
+    config: ModelConfig
+    position: Int32[Array, "B T"]
+    rotation: RotaryFactors | None
+
+    def normalize(
+        self, vectors: NormVectors, x: Float[Array, "R D"], state: TimestepNormState
+    ) -> tuple[Float[Array, "R D"], TimestepNormState]:
+        config, B = self.config, len(self.position)
+        y, states = timestep_norm_steps(
+            self._by_row(x),
+            *vectors,
+            num_groups=config.norm_num_groups,
+            eps=config.norm_eps,
+            state=TimestepNormState(*(field[:B] for field in state)),
+        )
+        return y.reshape(x.shape), states
+
+    def average(
+        self, u: Float[Array, "R D"], tables: CemaStepTables, state: Float32[Array, "S 2N D"]
+    ) -> tuple[Float[Array, "R D"], Float[Array, "B T D"]]:
+        inputs = self._by_row(u)
+        is_fed = jnp.ones(self.position.shape, bool)
+        y, _ = _average(inputs, tables, state[: len(self.position)], is_fed)
+        return y.reshape(u.shape), inputs
+
+    def attend(
+        self,
+        query: Float[Array, "R H Dk"],
+        key: Float[Array, "R H Dk"],
+        value: Float[Array, "R H Dv"],
+        gate: Float[Array, "R H Dv"],
+        cache: KeyValueCache,
+    ) -> tuple[Float[Array, "R H Dv"], KeyValueCache]:
+        heads = partition_spec("batch", None, "heads", None)
+        slots = partition_spec("batch", "heads", None, None)
+        specs = KeyValueCache(slots, slots)
+        out, cache = shard_map_logical(
+            _attend,
+            in_specs=(heads, heads, heads, heads, specs, partition_spec("batch", None)),
+            out_specs=(heads, specs),
+        )(*map(self._by_row, (query, key, value, gate)), cache, self.position)
+        return out.reshape(value.shape), cache
+
+    def _by_row(self, x: Float[Array, "R *d"]) -> Float[Array, "B T *d"]:
+        return x.reshape(*self.position.shape, *x.shape[1:])
+
+
+def _average(
+    inputs: Float[Array, "B T D"],
+    tables: CemaStepTables,
+    state: Float32[Array, "B 2N D"],
+    is_fed: Bool[Array, "B T"],
+) -> tuple[Float[Array, "B T D"], Float32[Array, "B 2N D"]]:
+    """CEMA token by token: the state's bits are those of `step.decode` for the same inputs."""
+
+    def average(inputs, tables, state, is_fed):
+        def step(state, token):
+            # XLA merges the tokens' steps; the Hopper kernel would change the cache in place.
+            y, state = state_step(token[0], tables, state, token[1], implementation="xla")
+            return state, y
+
+        tokens = (inputs.swapaxes(0, 1), is_fed.T)
+        state, y = jax.lax.scan(step, state, tokens, unroll=_unrolled(inputs.shape[1]))
+        return y.swapaxes(0, 1), state
+
+    channels = partition_spec("batch", None, "channels")
+    table = partition_spec(None, "channels")
+    table_specs = CemaStepTables(table, table, table, table, table, partition_spec("channels"))
+    return shard_map_logical(
+        average,
+        in_specs=(channels, table_specs, channels, partition_spec("batch", None)),
+        out_specs=(channels, channels),
+    )(inputs, tables, state, is_fed)
+
+
+def _unrolled(length: int) -> int:
+    """On a CPU a step is a loop over orders, which many copies would only make slow to compile."""
+    return 1 if find_target().platform == "cpu" else length
+
+
+def _attend(
+    query: Float[Array, "B T H Dk"],
+    key: Float[Array, "B T H Dk"],
+    value: Float[Array, "B T H Dv"],
+    gate: Float[Array, "B T H Dv"],
+    cache: KeyValueCache,
+    position: Int32[Array, "B T"],
+) -> tuple[Float[Array, "B T H Dv"], KeyValueCache]:
+    """`chunk_decode` of T queries: each sees the filled slots, and the tokens up to its own."""
+    B, T = position.shape
+    num_slots = cache.key.shape[2]
+    # Slots beyond the border are out of bounds: they are not written.
+    slots = position[:, :1] % num_slots + jnp.arange(T, dtype=jnp.int32)
+    cache = KeyValueCache(_write(cache.key, slots, key), _write(cache.value, slots, value))
+    is_seen = jnp.arange(num_slots) <= slots[..., None]
+    wide, precision = accumulation_dtype(query.dtype), matmul_precision(query.dtype)
+    scores = jnp.einsum(
+        "bthd,bhcd->bhtc",
+        query,
+        cache.key[:B],
+        precision=precision,
+        preferred_element_type=wide,
+    )
+    weights = jax.nn.softmax(jnp.where(is_seen[:, None], scores, -jnp.inf), axis=-1)
+    # Slots that nobody sees may hold NaN, and 0 times NaN is NaN.
+    is_filled = is_seen[:, -1, :, None][:, None]
+    out = jnp.einsum(
+        "bhtc,bhcd->bthd",
+        weights.astype(value.dtype),
+        jnp.where(is_filled, cache.value[:B], 0),
+        precision=precision,
+        preferred_element_type=wide,
+    )
+    out = out * jax.nn.silu(gate.astype(out.dtype))
+    return out.astype(value.dtype), cache
+
+
+def _write(
+    slots: Float[Array, "S H C D"], index: Int32[Array, "B T"], new: Float[Array, "B T H D"]
+) -> Float[Array, "S H C D"]:
+    rows = jnp.arange(len(new), dtype=jnp.int32)[:, None]
+    return slots.at[rows, :, index].set(
+        new, mode="drop", unique_indices=True, indices_are_sorted=True
+    )
