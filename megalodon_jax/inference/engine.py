@@ -14,7 +14,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from megalodon_jax.cache import MAX_POSITION
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.errors import EngineBusyError, RequestError, SessionError
 from megalodon_jax.inference.blocks import (
@@ -31,7 +30,13 @@ from megalodon_jax.inference.engine_state import check_mesh, make_slots, prepare
 from megalodon_jax.inference.prefill import PieceSizes
 from megalodon_jax.inference.prefill_job import Prefiller, PrefillJob, PromptRow
 from megalodon_jax.inference.prefix_cache import PrefixCache
-from megalodon_jax.inference.requests import Request, Stream, TokenLogprobs, check_prompt
+from megalodon_jax.inference.request_limits import RequestLimits
+from megalodon_jax.inference.requests import (
+    Request,
+    Stream,
+    TokenLogprobs,
+    logits_masks,
+)
 from megalodon_jax.inference.rows import extract_row
 from megalodon_jax.inference.sampling import (
     Features,
@@ -132,10 +137,13 @@ class Engine:
         self.max_length = max_length
         self.max_waiting = max_waiting
         self._config = config
-        self._vocab_size, self._num_outputs = config.vocab_size, config.num_outputs
+        self._num_outputs = config.num_outputs
         if num_tokens is None and tokenizer is not None:
             num_tokens = tokenizer.vocab_size
         self._num_tokens = num_tokens
+        self._limits = RequestLimits(
+            config.vocab_size, self._num_outputs, num_tokens, max_length, tokenizer is not None
+        )
         self._fill_slots_first, self._short_blocks = fill_slots_first, short_blocks
         graphdef, params = nnx.split(model)
         if mesh is not None:
@@ -189,7 +197,9 @@ class Engine:
             raise RequestError(f"n is {n}; use 1 to {len(self._streams)}, the engine's slots")
         if len(self._waiting) >= self.max_waiting:
             raise EngineBusyError(f"{self.max_waiting} requests are waiting; try again later")
-        self._check(request)
+        self._limits.check(request)
+        if request.session is not None and request.session.fingerprint != self._fingerprint:
+            raise SessionError("the session belongs to another model or to other weights")
         seed = request.params.seed
         seeds = [next(self._seeds) for _ in range(n)] if seed is None else range(seed, seed + n)
         streams = [Stream(request, each, self.step, self.tokenizer) for each in seeds]
@@ -315,7 +325,7 @@ class Engine:
             index,
             request,
             covering([stream.request.features]),
-            self._masks([stream]),
+            logits_masks([stream], self._num_outputs),
         )
         if stream.request.keep_session and params.stop:
             # A stop string is found on the host, after the slot has gone on: the session is then
@@ -359,7 +369,7 @@ class Engine:
             is_filling=self.num_waiting > 0 and None in self._streams,
             is_constrained=is_constrained,
         )
-        mask = self._masks(streams) if is_constrained else None
+        mask = logits_masks(streams, self._num_outputs) if is_constrained else None
         self._state, emitted = decode_block(
             self._weights, self._state, rows, length, features, mask
         )
@@ -401,13 +411,15 @@ class Engine:
         slot = self._streams.index(stream)
         self._streams[slot] = None
         request = stream.request
-        if request.keep_session and not request.params.stop and stream.finish_reason != "cancelled":
+        has_ended = stream.finish_reason in ("stop", "length")
+        if request.keep_session and has_ended and not request.params.stop:
             # The device stopped at the same token: the row's state has not changed since.
             row = extract_row((self._state.cache, self._state.token), slot)
             cache, token = row
             stream.session = Session.take(cache, (int(token[0]),), self._fingerprint)
         elif stream.session is not None:
-            stream.session = stream.session.with_pending(stream.tokens)
+            stop = () if stream.stop_id is None else (stream.stop_id,)
+            stream.session = stream.session.with_pending((*stream.tokens, *stop))
         keep = np.ones(len(self._streams), bool)
         keep[slot] = False
         self._state = deactivate(self._state, keep)
@@ -422,45 +434,6 @@ class Engine:
         if self._speculator is not None:
             self._speculator.move(source, target)
         self._streams[target], self._streams[source] = self._streams[source], None
-
-    def _masks(self, streams: Sequence[Stream | None]) -> np.ndarray | None:
-        masks = [
-            None
-            if stream is None or stream.request.logits_mask is None
-            else stream.request.logits_mask(stream.tokens)
-            for stream in streams
-        ]
-        if all(mask is None for mask in masks):
-            return None
-        words = -(-self._num_outputs // 32)
-        allowed = np.full((len(streams), words), -1, np.int32)
-        for row, mask in zip(allowed, masks, strict=True):
-            if mask is not None:
-                row[: len(mask)] = mask
-        return allowed
-
-    def _check(self, request: Request) -> None:
-        prompt, params = np.asarray(request.prompt), request.params
-        pending = () if request.session is None else request.session.pending
-        check_prompt(prompt, self._vocab_size, may_be_empty=bool(pending))
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer: pass Engine(..., tokenizer=)")
-        seen = 0 if request.session is None else request.session.num_tokens
-        total = seen + len(prompt) + params.max_tokens
-        if self.max_length is not None and total > self.max_length:
-            raise RequestError(
-                f"{seen + len(prompt)} tokens and max_tokens {params.max_tokens} exceed the "
-                f"engine's max_length {self.max_length}"
-            )
-        if total > MAX_POSITION:
-            raise RequestError(f"{total} tokens exceed the largest position, {MAX_POSITION}")
-        if request.session is not None and request.session.fingerprint != self._fingerprint:
-            raise SessionError("the session belongs to another model or to other weights")
-        try:
-            padded_stop_ids(params.stop_ids)
-            sampling_row(params, vocab_size=self._num_outputs, num_tokens=self._num_tokens, seed=0)
-        except ValueError as error:
-            raise RequestError(str(error)) from error
 
     # ---- Start-up and sessions.
 

@@ -10,6 +10,7 @@ import numpy as np
 from megalodon_jax.errors import RequestError
 from megalodon_jax.inference.sampling import Features, Logprobs, SamplingParams
 from megalodon_jax.inference.text import StopStrings, TextStream
+from megalodon_jax.typing import Int32
 
 if TYPE_CHECKING:
     from megalodon_jax.data.tokenizer import Tokenizer
@@ -91,6 +92,7 @@ class Stream:
       tokens: the tokens so far, without the stop id or the tokens of a stop string.
       logprobs: of these tokens, if the request asked for them.
       finish_reason: None while the request is running.
+      stop_id: the stop id that ended it; None otherwise.
       session: the state after the tokens, if the request keeps it.
     """
 
@@ -106,6 +108,7 @@ class Stream:
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None
+        self.stop_id: int | None = None
         self.session: Session | None = None
         self._step = step
         self._num_read = 0
@@ -163,6 +166,7 @@ class Stream:
             self.finish("invalid")
             return
         if token in params.stop_ids:
+            self.stop_id = token
             self.finish("stop")
             return
         self.tokens.append(token)
@@ -195,6 +199,25 @@ class Stream:
         else:
             self._text.advance()
         return self._text.pieces
+
+
+def logits_masks(
+    streams: Sequence[Stream | None], num_outputs: int
+) -> Int32[np.ndarray, "B W"] | None:
+    """Masks of the next draw, one row a stream, see `sampling.draw`; None without any."""
+    masks = [
+        None
+        if stream is None or stream.request.logits_mask is None
+        else stream.request.logits_mask(stream.tokens)
+        for stream in streams
+    ]
+    if all(mask is None for mask in masks):
+        return None
+    allowed = np.full((len(streams), -(-num_outputs // 32)), -1, np.int32)
+    for row, mask in zip(allowed, masks, strict=True):
+        if mask is not None:
+            row[: len(mask)] = mask
+    return allowed
 
 
 class _AnswerText:
