@@ -2,12 +2,16 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from megalodon_jax.baselines.transformer import Transformer
+from megalodon_jax.config import TransformerConfig
 from megalodon_jax.inference.blocks import decode_block, empty_slots, padded_stop_ids
 from megalodon_jax.inference.engine import Engine
 from megalodon_jax.inference.positions import commit, decode_positions
@@ -40,7 +44,10 @@ B, S = len(STARTS), 7
 def states(cache, row: int):
     """Everything of a row but its keys and values."""
     layers = [layer._replace(keys_and_values=None) for layer in cache.layers]
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[row], (cache.position, cache.segment, layers, cache.final_norm))  # fmt: skip
+    return jax.tree.map(
+        lambda leaf: np.asarray(leaf)[row],
+        (cache.position, cache.segment, layers, cache.final_norm),
+    )
 
 
 def assert_near(found, expected, limit: float = 2e-6):
@@ -59,9 +66,11 @@ def poisoned_slots(cache):
         return jnp.where(is_free[:, None, :, None], jnp.nan, slots)
 
     layers = (
-        layer._replace(keys_and_values=type(layer.keys_and_values)(*map(poison, layer.keys_and_values)))
+        layer._replace(
+            keys_and_values=type(layer.keys_and_values)(*map(poison, layer.keys_and_values))
+        )
         for layer in cache.layers
-    )  # fmt: skip
+    )
     return dataclasses.replace(cache, layers=tuple(layers))
 
 
@@ -152,7 +161,12 @@ KINDS = (
     SamplingParams(temperature=0.9, top_k=30, top_p=0.95, seed=1, max_tokens=LENGTH - 2),
     SamplingParams(temperature=0.0, repetition_penalty=1.4, frequency_penalty=0.6, max_tokens=37),
     SamplingParams(
-        temperature=0.7, min_p=0.02, presence_penalty=0.8, logit_bias={7: 1.5}, seed=9, max_tokens=44
+        temperature=0.7,
+        min_p=0.02,
+        presence_penalty=0.8,
+        logit_bias={7: 1.5},
+        seed=9,
+        max_tokens=44,
     ),
     SamplingParams(temperature=1.1, seed=5, max_tokens=1),
 )
@@ -262,10 +276,43 @@ def test_rows_end_inside_a_step():
         assert_same_slots(block.slots, expected_slots)
         for row, answer in enumerate(tokens):
             assert len(answer) == 0 if row in inactive else answer == free[row][: len(answer)]
-        lengths |= {int(steps[:, row][steps[:, row] > 0][-1]) for row in range(4) if row not in inactive}
+        lengths |= {
+            int(steps[:, row][steps[:, row] > 0][-1]) for row in range(4) if row not in inactive
+        }
         assert not block.slots.active.any()
     # A row that ended with its step's last accepted token would not show it.
     assert lengths & {1, 2, 3, 4}
+
+
+def test_a_block_updates_the_cache_in_place():
+    """No operation of the compiled steps copies keys and values of all slots."""
+    config = dataclasses.replace(CONFIG, chunk_size=256, model_dim=64, value_dim=128, z_dim=32)
+    rows = 4
+
+    def make():
+        model = perturbed(config)
+        slots = empty_slots(model.init_cache(rows), empty_state(rows, vocab_size=VOCAB))
+        return prepare(model), slots
+
+    weights, slots = jax.eval_shape(make)
+    history = jax.ShapeDtypeStruct((rows, 64), jnp.int32)
+    compiled = speculative_block.lower(weights, slots, history, rows, 8, Features(), 4).compile(
+        {"xla_backend_optimization_level": 3}
+    )
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text
+    assert memory
+    leaves = jax.tree.leaves([layer.keys_and_values for layer in slots.cache.layers])
+    shapes = {f"[{','.join(map(str, leaf.shape))}]" for leaf in leaves}
+    copies = [
+        line
+        for line in text.splitlines()
+        if re.search(r" (copy|concatenate|transpose)\(", line)
+        and any(shape in line.split(" = ")[1].split("{")[0] for shape in shapes)
+    ]
+    assert not copies
+    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    assert memory.alias_size_in_bytes >= cache_bytes
 
 
 # ---- The engine.
@@ -288,9 +335,12 @@ def repetitive_prompt(length: int, seed: int = 0) -> np.ndarray:
     return np.resize(random_prompt(7, seed), length)
 
 
+@pytest.mark.slow
 def test_an_engine_with_speculation_draws_the_same_tokens(plain, engine):
     """Rows enter and leave, and buckets with and without speculation follow each other."""
-    prompts = [repetitive_prompt(20 + 5 * i, i) if i % 2 else random_prompt(30, i) for i in range(11)]
+    prompts = [
+        repetitive_prompt(20 + 5 * i, i) if i % 2 else random_prompt(30, i) for i in range(11)
+    ]
     requests = [
         Request(
             prompt=prompt,
@@ -312,7 +362,9 @@ def test_an_engine_with_speculation_draws_the_same_tokens(plain, engine):
 def test_drafts_are_accepted(engine):
     before = engine._speculator._accepted
     prompt = repetitive_prompt(40)
-    stream = engine.submit(Request(prompt=prompt, params=dataclasses.replace(GREEDY, max_tokens=60)))
+    stream = engine.submit(
+        Request(prompt=prompt, params=dataclasses.replace(GREEDY, max_tokens=60))
+    )
     engine.run()
     assert stream.tokens == greedy(prompt, 60)
     assert engine._speculator._accepted > before
@@ -326,9 +378,13 @@ def test_a_masked_row_runs_without_speculation(plain, engine):
         return words if len(tokens) % 2 else None
 
     requests = [
-        Request(prompt=random_prompt(9), params=dataclasses.replace(SAMPLED, max_tokens=8), logits_mask=mask),
+        Request(
+            prompt=random_prompt(9),
+            params=dataclasses.replace(SAMPLED, max_tokens=8),
+            logits_mask=mask,
+        ),
         Request(prompt=repetitive_prompt(30), params=GREEDY),
-    ]  # fmt: skip
+    ]
     results = []
     for each in (plain, engine):
         streams = [each.submit(request) for request in requests]
@@ -358,6 +414,7 @@ def test_sessions_are_those_of_plain_decoding(plain, engine):
         assert again[0].tokens == again[1].tokens
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_warm_up():
     settings = SpeculationSettings(num_drafts=2, max_rows=2, window=32)
     engine = Engine(small_model(), slots=3, speculation=settings)
@@ -367,9 +424,11 @@ def test_nothing_compiles_after_warm_up():
     prompts = [repetitive_prompt(length, i) for i, length in enumerate(lengths)]
     with Compilations() as compilations:
         streams = [
-            engine.submit(Request(prompt=prompt, params=dataclasses.replace(GREEDY, max_tokens=3 + 5 * i)))
+            engine.submit(
+                Request(prompt=prompt, params=dataclasses.replace(GREEDY, max_tokens=3 + 5 * i))
+            )
             for i, prompt in enumerate(prompts)
-        ]  # fmt: skip
+        ]
         engine.run()
     assert not compilations
     assert engine.acceptance > 0
@@ -383,3 +442,9 @@ def test_impossible_settings_are_refused():
             SpeculationSettings(**{name: value})
     with pytest.raises(ValueError, match="runs at least 16 rows"):
         Engine(small_model(), slots=16, fixed_bucket=True, speculation=SpeculationSettings())
+    transformer = Transformer(
+        TransformerConfig(num_layers=1, model_dim=32, num_heads=2, ffn_hidden_dim=40, vocab_size=9),
+        rngs=nnx.Rngs(0),
+    )
+    with pytest.raises(ValueError, match="MEGALODON alone, not Transformer"):
+        Engine(transformer, slots=2, max_length=8, speculation=SpeculationSettings())
