@@ -2,12 +2,16 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from megalodon_jax.baselines.transformer import Transformer
+from megalodon_jax.config import TransformerConfig
 from megalodon_jax.inference.blocks import decode_block, empty_slots, padded_stop_ids
 from megalodon_jax.inference.engine import Engine
 from megalodon_jax.inference.positions import commit, decode_positions
@@ -280,6 +284,37 @@ def test_rows_end_inside_a_step():
     assert lengths & {1, 2, 3, 4}
 
 
+def test_a_block_updates_the_cache_in_place():
+    """No operation of the compiled steps copies keys and values of all slots."""
+    config = dataclasses.replace(CONFIG, chunk_size=256, model_dim=64, value_dim=128, z_dim=32)
+    rows = 4
+
+    def make():
+        model = perturbed(config)
+        slots = empty_slots(model.init_cache(rows), empty_state(rows, vocab_size=VOCAB))
+        return prepare(model), slots
+
+    weights, slots = jax.eval_shape(make)
+    history = jax.ShapeDtypeStruct((rows, 64), jnp.int32)
+    compiled = speculative_block.lower(weights, slots, history, rows, 8, Features(), 4).compile(
+        {"xla_backend_optimization_level": 3}
+    )
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text
+    assert memory
+    leaves = jax.tree.leaves([layer.keys_and_values for layer in slots.cache.layers])
+    shapes = {f"[{','.join(map(str, leaf.shape))}]" for leaf in leaves}
+    copies = [
+        line
+        for line in text.splitlines()
+        if re.search(r" (copy|concatenate|transpose)\(", line)
+        and any(shape in line.split(" = ")[1].split("{")[0] for shape in shapes)
+    ]
+    assert not copies
+    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    assert memory.alias_size_in_bytes >= cache_bytes
+
+
 # ---- The engine.
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=2 * CHUNK + 3)
@@ -300,6 +335,7 @@ def repetitive_prompt(length: int, seed: int = 0) -> np.ndarray:
     return np.resize(random_prompt(7, seed), length)
 
 
+@pytest.mark.slow
 def test_an_engine_with_speculation_draws_the_same_tokens(plain, engine):
     """Rows enter and leave, and buckets with and without speculation follow each other."""
     prompts = [
@@ -378,6 +414,7 @@ def test_sessions_are_those_of_plain_decoding(plain, engine):
         assert again[0].tokens == again[1].tokens
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_warm_up():
     settings = SpeculationSettings(num_drafts=2, max_rows=2, window=32)
     engine = Engine(small_model(), slots=3, speculation=settings)
@@ -405,3 +442,9 @@ def test_impossible_settings_are_refused():
             SpeculationSettings(**{name: value})
     with pytest.raises(ValueError, match="runs at least 16 rows"):
         Engine(small_model(), slots=16, fixed_bucket=True, speculation=SpeculationSettings())
+    transformer = Transformer(
+        TransformerConfig(num_layers=1, model_dim=32, num_heads=2, ffn_hidden_dim=40, vocab_size=9),
+        rngs=nnx.Rngs(0),
+    )
+    with pytest.raises(ValueError, match="MEGALODON alone, not Transformer"):
+        Engine(transformer, slots=2, max_length=8, speculation=SpeculationSettings())
