@@ -1,0 +1,60 @@
+"""A block of decoding steps compiled for an H100: the cache is updated in place by the kernels."""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from megalodon_jax.config import ModelConfig
+from megalodon_jax.inference.blocks import decode_block, empty_slots
+from megalodon_jax.inference.decoders import prepare_decoding
+from megalodon_jax.inference.sampling import Features, empty_state
+from megalodon_jax.model import Megalodon
+from tests.topologies import h100_device
+
+LAYERS, STEPS = 2, 4
+
+
+def compile_block(slots: int, rows: int) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
+    """The compiled block of mega200M with fewer layers, and the leaves of its layers' caches."""
+    config = ModelConfig.from_preset("mega200M", dtype="bfloat16", num_layers=LAYERS)
+
+    def make():
+        model = Megalodon(config, rngs=nnx.Rngs(0))
+        sampling = empty_state(slots, vocab_size=config.num_outputs)
+        return prepare_decoding(model), empty_slots(model.init_cache(slots), sampling)
+
+    mesh = Mesh(np.array([h100_device()]), ("device",))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    weights, state = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+        jax.eval_shape(make),
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = decode_block.lower(weights, state, rows, STEPS, Features(), None).compile()
+    return compiled, jax.tree.leaves(state.cache.layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("slots", "rows"), [(2, 2), (16, 8)])
+def test_a_block_copies_no_cache(slots: int, rows: int):
+    compiled, leaves = compile_block(slots, rows)
+    text = compiled.as_text()
+    shapes = {f"[{','.join(map(str, leaf.shape))}]" for leaf in leaves if leaf.ndim > 2}
+    moved = [
+        line
+        for line in text.splitlines()
+        if re.search(r" (copy|broadcast|concatenate|transpose)\(", line)
+        and any(shape in line.split(" = ")[1].split("{")[0] for shape in shapes)
+    ]
+    assert not moved
+    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache_bytes
+    assert memory.temp_size_in_bytes <= 0.02 * cache_bytes
+    for kernel in ("state_step", "chunk_decode_splits", "chunk_decode_combine"):
+        assert len(set(re.findall(rf"/{kernel}/", text))) == 1, kernel
