@@ -40,7 +40,7 @@ _SAMPLE = 64
 
 
 class Capacity(NamedTuple):
-    """What decoding and prefill cost alone.
+    """Costs of decoding and prefill alone.
 
     Attributes:
       prefill_seconds: of a request's prompt, mean.

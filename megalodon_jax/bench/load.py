@@ -77,7 +77,7 @@ def draw_arrivals(
 
 
 class LoadedEngine(Protocol):
-    """What a load needs of `inference.engine.Engine`."""
+    """Interface of `inference.engine.Engine` that a load needs."""
 
     @property
     def is_idle(self) -> bool: ...
@@ -105,7 +105,7 @@ class Percentiles(NamedTuple):
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Percentiles":
-        """Of some measurements."""
+        """The percentiles of some measurements."""
         if not seconds:
             return cls(float("nan"), float("nan"))
         return cls(*(float(value) for value in np.percentile(seconds, (50, 95))))
@@ -113,7 +113,7 @@ class Percentiles(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LoadResult:
-    """What a load gave, without its first part.
+    """Results of a load, without its first part.
 
     Attributes:
       seconds: that count.

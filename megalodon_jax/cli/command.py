@@ -1,4 +1,4 @@
-"""What all commands of `megalodon` have in common."""
+"""Common parts of all commands of `megalodon`."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

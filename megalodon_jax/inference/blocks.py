@@ -40,7 +40,7 @@ class SlotState(NamedTuple):
 
 
 class RowRequest(NamedTuple):
-    """What a request brings into its slot, besides its prefilled cache: NumPy arrays or traced.
+    """Arrays of a request for its slot, besides its prefilled cache: NumPy or traced.
 
     Attributes:
       sampling: from `sampling_row`.

@@ -1,4 +1,4 @@
-"""What an engine puts on its devices when it starts: weights and empty slots."""
+"""Weights and empty slots, which an engine puts on its devices when it starts."""
 
 from functools import partial
 from typing import Any

@@ -23,7 +23,7 @@ from pallas_kernels.timestep_norm import TimestepNormState, timestep_norm_steps
 
 
 class PendingLayer(NamedTuple):
-    """What `commit` needs of a layer; the smaller one of states and inputs.
+    """Arrays of a layer for `commit`: the smaller one of states and inputs.
 
     Attributes:
       norm: TimestepNorm's moments after each token: 2 G + 1 numbers, where the input has D.

@@ -12,7 +12,7 @@ from megalodon_jax.inference.sampling import sampling_row
 
 
 class RequestLimits(NamedTuple):
-    """What the requests of an engine are checked against.
+    """Limits of an engine's requests.
 
     Attributes:
       vocab_size: token ids of a prompt are below it.

@@ -103,7 +103,7 @@ class SamplingParams:
 
 
 class Features(NamedTuple):
-    """What a compiled draw can do; static, so one program is compiled per value.
+    """Features of a compiled draw; static: one program is compiled per value.
 
     A row that does not use a feature draws the same tokens with and without it. Rows may therefore
     run in any program whose features cover theirs.

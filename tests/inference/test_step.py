@@ -93,7 +93,7 @@ def test_rows_that_are_not_active_stay():
 
 
 def test_a_row_goes_on_after_steps_without_it():
-    """What the steps wrote for an inactive row is in slots that it has not filled."""
+    """Steps write for an inactive row into slots that it has not filled."""
     model = small_model()
     weights, step = jax.jit(prepare)(model), jax.jit(decode)
     expected, paused = model.init_cache(2), model.init_cache(2)
