@@ -139,13 +139,15 @@ def speculative_block(
       The slots and their history; n (k + 1) tokens, in which a step's accepted tokens are followed
       by -1.
     """
-    state = first_rows(slots._replace(cache=None), rows)
+    # The rows' keys and values leave the others once a block: products with some rows of an array
+    # would copy them in every step.
+    first = first_rows(slots, rows)
     step = partial(_step, weights, features=features, num_drafts=num_drafts)
-    carry = (slots.cache, state, history[:rows])
+    carry = (first.cache, first._replace(cache=None), history[:rows])
     (cache, state, window), emitted = jax.lax.scan(step, carry, length=length)
-    rest = jax.tree.map(set_rows, slots._replace(cache=None), state)
+    slots = jax.tree.map(set_rows, slots, state._replace(cache=cache))
     emitted = jax.tree.map(lambda leaf: jax.lax.collapse(leaf, 0, 2), emitted)
-    return SpeculativeBlock(rest._replace(cache=cache), set_rows(history, window), emitted)
+    return SpeculativeBlock(slots, set_rows(history, window), emitted)
 
 
 def _step(

@@ -59,17 +59,18 @@ def assert_near(found, expected, limit: float = 2e-6):
 
 
 def poisoned_slots(cache):
-    """NaN in all slots that no token of the row's chunk fills."""
+    """Keys of NaN and large values in all slots that no token of the row's chunk fills."""
+    is_free = np.arange(CHUNK) >= np.asarray(cache.position)[:, None] % CHUNK
+    is_free = is_free[:, None, :, None]
 
     def poison(slots):
-        is_free = np.arange(CHUNK) >= np.asarray(cache.position)[:, None] % CHUNK
-        return jnp.where(is_free[:, None, :, None], jnp.nan, slots)
+        key, value = slots
+        return slots._replace(
+            key=jnp.where(is_free, jnp.nan, key), value=jnp.where(is_free, 1e30, value)
+        )
 
     layers = (
-        layer._replace(
-            keys_and_values=type(layer.keys_and_values)(*map(poison, layer.keys_and_values))
-        )
-        for layer in cache.layers
+        layer._replace(keys_and_values=poison(layer.keys_and_values)) for layer in cache.layers
     )
     return dataclasses.replace(cache, layers=tuple(layers))
 
