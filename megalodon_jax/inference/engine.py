@@ -327,6 +327,10 @@ class Engine:
             covering([stream.request.features]),
             logits_masks([stream], self._num_outputs),
         )
+        if stream.request.prompt_logprobs is not None:
+            scored = job.prompt_logprobs(index, stream.request.prompt_logprobs)
+            # Tokens that waited in the session are not part of the prompt.
+            stream.prompt_logprobs = scored[len(scored) - len(stream.request.prompt) :]
         if stream.request.keep_session and params.stop:
             # A stop string is found on the host, after the slot has gone on: the session is then
             # the state after the prompt, and the answer's tokens wait in it.
@@ -440,7 +444,8 @@ class Engine:
     def warm_up(self, features: Sequence[Features] = FEATURE_SETS) -> None:
         """Compiles every program that requests with these features need.
 
-        Afterwards nothing is compiled, whatever the requests, except those with a `logits_mask`.
+        Afterwards nothing is compiled, whatever the requests, except those with a `logits_mask` or
+        `prompt_logprobs`.
         """
         if not self.is_idle:
             raise RequestError("warm_up needs an engine without requests")

@@ -11,13 +11,16 @@ from flax import nnx
 from jax import numpy as jnp
 
 from megalodon_jax.inference.rows import constrain_cache
+from megalodon_jax.inference.sampling import MAX_LOGPROBS, Logprobs, token_logprobs
 from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.parallel.sharding import constrain
-from megalodon_jax.typing import Array, Float32, Int32
+from megalodon_jax.typing import Array, Float, Float32, Int32
 
 # The longest piece, in pieces of the model's own length: chunks of 2,048 tokens give 16,384.
 _LONGEST = 8
 _SHORTEST_PADDED = 16
+# Tokens whose scores are computed at a time, for log-probabilities of a prompt.
+_SCORED_TOKENS = 256
 
 
 class Piece(NamedTuple):
@@ -106,7 +109,46 @@ def prefill_padded(
     counts: Int32[Array, " B"],
 ) -> PrefillState:
     """A piece whose rows have `counts` tokens, 0 to L; a row without tokens keeps its state."""
+    return _prefill_padded(nnx.merge(graphdef, params), state, tokens, counts)[0]
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def prefill_scored(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    state: PrefillState,
+    tokens: Int32[Array, "B L"],
+    counts: Int32[Array, " B"],
+    targets: Int32[Array, "B L"],
+) -> tuple[PrefillState, Logprobs]:
+    """`prefill_padded`, and the log-probability of the token that follows each token."""
     model: LanguageModel = nnx.merge(graphdef, params)
+    B, L = tokens.shape
+    state, hidden = _prefill_padded(model, state, tokens, counts)
+    # Scores of all tokens at once would be larger than everything else.
+    size = min(L, _SCORED_TOKENS)
+    after = -L % size
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, after), *[(0, 0)] * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(B, -1, size, *x.shape[2:]), 1, 0)
+
+    def score(operands: tuple[Array, Array]) -> Logprobs:
+        return token_logprobs(model.logits(operands[0]), operands[1], MAX_LOGPROBS)
+
+    scored = jax.lax.map(score, (split(hidden), split(targets)))
+    joined = jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :L], scored
+    )
+    return state, joined
+
+
+def _prefill_padded(
+    model: LanguageModel,
+    state: PrefillState,
+    tokens: Int32[Array, "B L"],
+    counts: Int32[Array, " B"],
+) -> tuple[PrefillState, Float[Array, "B L D"]]:
     L = tokens.shape[1]
     has_tokens = counts > 0
     # The cache's document goes on; a new row's first document has the id 1.
@@ -119,7 +161,7 @@ def prefill_padded(
     last = jnp.maximum(counts - 1, 0)[:, None, None]
     logits = model.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
     logits = jnp.where(has_tokens[:, None], logits, state.logits)
-    return _constrained(PrefillState(cache, logits))
+    return _constrained(PrefillState(cache, logits)), hidden
 
 
 def _constrained(state: PrefillState) -> PrefillState:
@@ -144,11 +186,33 @@ def prefill_piece(
       lengths: tokens of each prompt.
       piece: from `PieceSizes.split` of the longest prompt.
     """
-    counts = np.clip(lengths - piece.start, 0, piece.count)
-    tokens = prompts[:, piece.start : piece.start + piece.count]
+    counts = np.clip(lengths - piece.start, 0, piece.count).astype(np.int32)
     if piece.is_whole and counts.min() == piece.size:
+        tokens = prompts[:, piece.start : piece.start + piece.count]
         return prefill_whole(graphdef, params, state, tokens)
-    padding = piece.size - tokens.shape[1]
-    tokens = np.where(np.arange(tokens.shape[1]) < counts[:, None], tokens, 0)
-    tokens = np.pad(tokens, ((0, 0), (0, padding)))
-    return prefill_padded(graphdef, params, state, tokens, jnp.asarray(counts, jnp.int32))
+    tokens = _padded_tokens(prompts, lengths, piece.start, piece.size)
+    return prefill_padded(graphdef, params, state, tokens, counts)
+
+
+def score_piece(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    state: PrefillState,
+    prompts: np.ndarray,
+    lengths: np.ndarray,
+    piece: Piece,
+) -> tuple[PrefillState, Logprobs]:
+    """`prefill_piece`, and log-probabilities of the tokens that follow those of the piece."""
+    counts = np.clip(lengths - piece.start, 0, piece.count).astype(np.int32)
+    tokens, targets = (
+        _padded_tokens(prompts, lengths, start, piece.size)
+        for start in (piece.start, piece.start + 1)
+    )
+    return prefill_scored(graphdef, params, state, tokens, counts, targets)
+
+
+def _padded_tokens(prompts: np.ndarray, lengths: np.ndarray, start: int, size: int) -> np.ndarray:
+    """`size` columns of the prompts from `start`; 0 where a prompt has no token."""
+    tokens = prompts[:, start : start + size]
+    tokens = np.pad(tokens, ((0, 0), (0, size - tokens.shape[1])))
+    return np.where(np.arange(start, start + size) < lengths[:, None], tokens, 0)

@@ -13,10 +13,12 @@ from megalodon_jax.inference.prefill import (
     PrefillState,
     empty_prefill_state,
     prefill_piece,
+    score_piece,
 )
 from megalodon_jax.inference.prefix_cache import PrefixCache
-from megalodon_jax.inference.requests import Stream
+from megalodon_jax.inference.requests import Stream, TokenLogprobs
 from megalodon_jax.inference.rows import extract_row, replace_row
+from megalodon_jax.inference.sampling import Logprobs
 
 
 @dataclasses.dataclass
@@ -78,7 +80,8 @@ class Prefiller:
             session = row.streams[0].request.session
             if session is not None:
                 cache = session.restore(empty)
-            elif self.prefixes is not None:
+            elif self._uses_prefixes(row):
+                assert self.prefixes is not None
                 start, cache = self.prefixes.get(row.tokens, empty)
             if cache is not None and batch_size == 1:
                 state = state._replace(cache=cache)
@@ -97,9 +100,16 @@ class Prefiller:
     def plan(self, row: PromptRow) -> tuple[int, ...]:
         """Sizes of the prompt's pieces: prompts with the same sizes run together."""
         start = 0
-        if self.prefixes is not None and row.streams[0].request.session is None:
+        if self._uses_prefixes(row):
+            assert self.prefixes is not None
             start = self.prefixes.longest(row.tokens)
         return tuple(piece.size for piece in self.sizes.split(len(row.tokens) - start))
+
+    def _uses_prefixes(self, row: PromptRow) -> bool:
+        request = row.streams[0].request
+        # Log-probabilities need all of the prompt's tokens.
+        is_scored = request.prompt_logprobs is not None
+        return self.prefixes is not None and request.session is None and not is_scored
 
     def warm_up(self, batch_size: int) -> PrefillState:
         """Compiles the programs of a batch size; returns a state that they gave."""
@@ -138,6 +148,7 @@ class PrefillJob:
       lengths: their numbers.
       pieces: left to run.
       state: after the pieces so far.
+      logprobs: of the tokens that follow those of each piece, if a request wants them.
     """
 
     prefiller: Prefiller
@@ -147,14 +158,18 @@ class PrefillJob:
     lengths: np.ndarray
     pieces: list[Piece]
     state: PrefillState
+    logprobs: list[Logprobs] = dataclasses.field(default_factory=list)
 
     def advance(self) -> None:
         """Runs the next piece."""
         piece = self.pieces.pop(0)
         runner = self.prefiller
-        self.state = prefill_piece(
-            runner.graphdef, runner.params, self.state, self.tokens, self.lengths, piece
-        )
+        operands = self.state, self.tokens, self.lengths, piece
+        if any(row.streams[0].request.prompt_logprobs is not None for row in self.rows):
+            self.state, logprobs = score_piece(runner.graphdef, runner.params, *operands)
+            self.logprobs.append(logprobs)
+        else:
+            self.state = prefill_piece(runner.graphdef, runner.params, *operands)
         if runner.prefixes is None:
             return
         end = piece.start + piece.count
@@ -162,6 +177,13 @@ class PrefillJob:
             has_all = self.lengths[index] >= end
             if has_all and row.streams[0].request.session is None:
                 runner.prefixes.put(row.tokens[: start + end], self.state.cache, index)
+
+    def prompt_logprobs(self, index: int, count: int) -> list[TokenLogprobs | None]:
+        """Those of a row's tokens, with the `count` most probable ones; None for the first."""
+        pieces = jax.device_get(self.logprobs)
+        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1)[index], *pieces)
+        length = self.lengths[index]
+        return [None, *(TokenLogprobs.take(joined, (i,), count) for i in range(length - 1))]
 
     @property
     def num_tokens_left(self) -> int:

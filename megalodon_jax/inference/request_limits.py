@@ -8,7 +8,7 @@ from megalodon_jax.cache import MAX_POSITION
 from megalodon_jax.errors import RequestError
 from megalodon_jax.inference.blocks import padded_stop_ids
 from megalodon_jax.inference.requests import Request, check_prompt
-from megalodon_jax.inference.sampling import sampling_row
+from megalodon_jax.inference.sampling import MAX_LOGPROBS, sampling_row
 
 
 class RequestLimits(NamedTuple):
@@ -44,6 +44,9 @@ class RequestLimits(NamedTuple):
             )
         if total > MAX_POSITION:
             raise RequestError(f"{total} tokens exceed the largest position, {MAX_POSITION}")
+        wanted = request.prompt_logprobs
+        if wanted is not None and not 0 <= wanted <= MAX_LOGPROBS:
+            raise RequestError(f"prompt_logprobs is {wanted}; use 0 to {MAX_LOGPROBS}, or None")
         try:
             padded_stop_ids(params.stop_ids)
             sampling_row(params, vocab_size=self.num_outputs, num_tokens=self.num_tokens, seed=0)

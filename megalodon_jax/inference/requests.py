@@ -33,6 +33,8 @@ class Request:
       session: state of the tokens before the prompt.
       keep_session: whether `Stream.session` is there at the end.
       client: whose request it is: the queue takes turns between clients.
+      prompt_logprobs: log-probabilities of the prompt's tokens and of the n most probable ones, 0
+        to 20; None: not computed.
       logits_mask: hook for constrained decoding; the engine then reads every token before it draws
         the next one.
     """
@@ -42,6 +44,7 @@ class Request:
     session: "Session | None" = None
     keep_session: bool = False
     client: str = ""
+    prompt_logprobs: int | None = None
     logits_mask: LogitsMask | None = None
 
     @property
@@ -91,6 +94,8 @@ class Stream:
       request: the request.
       tokens: the tokens so far, without the stop id or the tokens of a stop string.
       logprobs: of these tokens, if the request asked for them.
+      prompt_logprobs: of the prompt's tokens, if the request asked for them; None for a token
+        without one before it. There when the first token is.
       finish_reason: None while the request is running.
       stop_id: the stop id that ended it; None otherwise.
       session: the state after the tokens, if the request keeps it.
@@ -107,6 +112,7 @@ class Stream:
         self.seed = seed
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.finish_reason: FinishReason | None = None
         self.stop_id: int | None = None
         self.session: Session | None = None

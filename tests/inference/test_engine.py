@@ -122,6 +122,30 @@ def test_logprobs_are_the_models(engine):
         tokens.append(token)
 
 
+def test_logprobs_of_the_prompt_are_the_models(engine):
+    """Over several pieces, beside prompts that do not ask for them."""
+    prompt = random_prompt(2 * CHUNK + 5, 4)
+    others = [
+        engine.submit(Request(prompt=random_prompt(2 * CHUNK + 3, seed), params=GREEDY))
+        for seed in range(2)
+    ]
+    stream = engine.submit(Request(prompt=prompt, params=GREEDY, prompt_logprobs=3))
+    engine.run()
+    assert stream.tokens == greedy(prompt, GREEDY.max_tokens)
+    assert not others[0].prompt_logprobs
+    assert len(stream.prompt_logprobs) == len(prompt)
+    assert stream.prompt_logprobs[0] is None
+    for position in range(1, len(prompt)):
+        scores = next_logits(prompt[:position]).astype(np.float64)
+        expected = np.asarray(jax.nn.log_softmax(scores))
+        entry = stream.prompt_logprobs[position]
+        assert abs(entry.token - expected[prompt[position]]) < 1e-4
+        best = np.argsort(-expected)[:3]
+        assert [index for index, _ in entry.top] == best.tolist()
+    with pytest.raises(RequestError, match="prompt_logprobs is 21; use 0 to 20"):
+        engine.submit(Request(prompt=prompt, prompt_logprobs=21))
+
+
 def test_samples_share_a_prefill_and_differ(engine, monkeypatch):
     from megalodon_jax.inference import prefill_job as module
 
