@@ -110,6 +110,34 @@ def test_float32_state(implementation, rows, state_rows, channels, order, dtype)
     np.testing.assert_array_equal(new[rows:], state[rows:])
 
 
+@pytest.mark.parametrize("rows", [5, 66])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_that_are_not_active_keep_their_state(implementation, rows):
+    """Also where a block of the kernel has several rows, some of them active."""
+    if implementation == "mosaic_gpu" and rows > 5 and not find_target().is_hopper:
+        rows = 9
+    channels, order = 128, 4
+    rng = np.random.default_rng(4)
+    x = jnp.asarray(rng.normal(size=(rows, channels)), jnp.bfloat16)
+    state = make_state(rows + 2, channels, order, np.float32)
+    active = rng.random(rows) < 0.5
+    active[:2] = True, False
+    # A row that is not active may hold anything.
+    state[1] = np.nan
+    params = make_params(channels, order, np.float32)
+    step = jax.jit(partial(state_step, implementation=implementation), donate_argnums=2)
+    y, new = step(x, cema_step_tables(params), jnp.asarray(state), active)
+    exact_y, exact_state = step_in_numpy(np.asarray(x, np.float64), params, state[:rows])
+    new = np.asarray(new)
+    np.testing.assert_allclose(new[:rows][active], exact_state[active], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(new[:rows][~active], state[:rows][~active])
+    np.testing.assert_array_equal(new[rows:], state[rows:])
+    error = np.asarray(y, np.float64)[active] - exact_y[active]
+    assert np.linalg.norm(error) <= 2.5e-3 * np.linalg.norm(exact_y[active])
+    with pytest.raises(ValueError, match=r"active is bool\(3,\)"):
+        state_step(x, cema_step_tables(params), jnp.asarray(state), active[:3])
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_token_by_token_equals_the_sequence(implementation):
     """A scan of steps gives the outputs and the state of `cema`, which shares no code with it."""
