@@ -14,9 +14,11 @@ from pallas_kernels.chunk_attention.types import (
     last_token,
     matmul_precision,
 )
+from pallas_kernels.common.target import find_target
 
 # Scores of one block of queries: 256 MiB of float32.
 _MAX_SCORES = 1 << 26
+_GPU_ROWS = 16
 
 
 def cached_attention(
@@ -94,10 +96,16 @@ def _decode(
     is_token: Bool[Array, " B"],
     window: int | None,
 ) -> Float[Array, "B 1 H d"]:
-    """Attention of one token a row to the slots, its own among them: bound by reading the cache."""
+    """Attention of one token a row to the slots, its own among them: bound by reading the cache.
+
+    GPUs get products of at least 16 rows: fewer would become sums over copies of the cache.
+    """
     allowed = _visible_slots(cache, position[:, None], position[:, None], window)
     allowed = allowed[:, 0] & is_token[:, None]
     q = _group_heads(q, cache)[:, 0]
+    group_size = q.shape[2]
+    if find_target().platform == "gpu":
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, max(0, _GPU_ROWS - group_size)), (0, 0)))
     einsum = functools.partial(
         jnp.einsum,
         precision=matmul_precision(q.dtype),
@@ -107,7 +115,7 @@ def _decode(
     (weights,) = _softmax([(scores, allowed[:, None, None])])
     # Slots that no query of the row sees may hold anything, and 0 times NaN is NaN.
     value = jnp.where(allowed[:, None, :, None], cache.value, 0)
-    out = einsum("bkgs,bksd->bkgd", weights.astype(value.dtype), value)
+    out = einsum("bkgs,bksd->bkgd", weights.astype(value.dtype), value)[:, :, :group_size]
     return out.reshape(q.shape[0], 1, -1, q.shape[-1])
 
 

@@ -44,6 +44,7 @@ def test_several_lengths_in_one_call(tmp_path, monkeypatch, tokens, rows):
     assert all(step["tokens_per_second"] == 1000.0 for step in steps)
 
 
+@pytest.mark.slow
 def test_the_transformer_of_the_same_size_is_measured_beside_it(tmp_path, monkeypatch, capsys):
     def time(config, **_):
         if config.model.kind == "transformer" and config.model.remat == "none":

@@ -395,6 +395,7 @@ def test_a_masked_row_runs_without_speculation(plain, engine):
     assert min(results[1][0][1::2]) >= 32
 
 
+@pytest.mark.slow
 def test_sessions_are_those_of_plain_decoding(plain, engine):
     for params in (GREEDY, dataclasses.replace(GREEDY, max_tokens=21, stop_ids=(5,)), SAMPLED):
         request = Request(prompt=repetitive_prompt(33), params=params, keep_session=True)

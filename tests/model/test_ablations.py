@@ -94,6 +94,7 @@ def test_packed_documents_and_streams_equal_documents_alone(
     np.testing.assert_array_equal(cache.position, [18, 35])
 
 
+@pytest.mark.slow
 def test_every_switch_changes_the_output(jitted, ablated, tokens, segment_ids):
     """Pre-norm, no qk norm and no positions have the default's parameters, here its weights too."""
     outputs = {}

@@ -85,7 +85,13 @@ def test_remat_and_unrolling_do_not_change_gradients(remat: str, scan_layers: bo
     assert max(gradient_errors(golden, gradients).values()) <= 1e-5
 
 
-@pytest.mark.parametrize("stream", ["stream_a_plain_p20_decode", "stream_b_all_on_p20_blocks"])
+@pytest.mark.parametrize(
+    "stream",
+    [
+        "stream_a_plain_p20_decode",
+        pytest.param("stream_b_all_on_p20_blocks", marks=pytest.mark.slow),
+    ],
+)
 def test_stream(stream: str):
     meta, arrays = read_golden(stream)
     model = golden_model(meta["params"].removesuffix(".npz")).build()

@@ -41,6 +41,7 @@ def step_and_state(no_warmup):
     return make_train_step(graphdef, no_warmup), state
 
 
+@pytest.mark.slow
 def test_accumulation_equals_one_big_batch(step_and_state):
     step, state = step_and_state
     whole = random_batch(rows=4)
