@@ -17,7 +17,9 @@ def compile_gradient(
     shape = jax.ShapeDtypeStruct
     q, v = (shape((1, length, 2, width), dtype) for width in widths)
     given = {name: shape((1, length), jnp.int32) for name in ("positions", "segment_ids")}
-    given["cache"] = KeyValueCache(*(shape((1, chunk, *x.shape[2:]), dtype) for x in (q, v)))
+    given["cache"] = KeyValueCache(
+        *(shape((1, x.shape[2], chunk, x.shape[3]), dtype) for x in (q, v))
+    )
     given = {name: given[name] for name in rows}
 
     def run(q, k, v, given, cotangent):
