@@ -156,7 +156,8 @@ def put_in_slots(slots: SlotState, states: list[PrefillState], rows: int) -> Slo
     row = sampling_row(GREEDY, vocab_size=vocab_size)
     request = RowRequest(row, jnp.int32(_NO_LIMIT), jnp.asarray(padded_stop_ids(())))
     for slot in range(rows):
-        slots, _ = start_row(slots, slot, states[slot % len(states)], request, Features(), None)
+        state = states[slot % len(states)]
+        slots, _ = start_row(slots, slot, state, 0, request, Features(), None)
     return slots
 
 
