@@ -11,6 +11,7 @@ import tyro
 
 from megalodon_jax.cli.command import WithCompilationCache
 from megalodon_jax.cli.completions import Completions
+from megalodon_jax.cli.interrupt import Interrupt
 from megalodon_jax.cli.progress import Progress
 from megalodon_jax.cli.prompts import Prompt, command_line_prompts, read_prompts
 from megalodon_jax.errors import CheckpointError, ConfigError, RequestError
@@ -150,12 +151,14 @@ def _print_text(command: Generate, prompt: Prompt, progress: Progress) -> int:
     stream = engine.submit(request)
     is_argument = bool(command.prompts) and command.prompts[0] == prompt.text
     try:
-        _prefill(engine, stream, progress)
-        progress.clear()
-        if is_argument:
-            print(prompt.text, end="", flush=True)
-        for text in stream.iterate_text():
-            print(text, end="", flush=True)
+        with Interrupt() as interrupt:
+            _prefill(engine, stream, progress, interrupt)
+            progress.clear()
+            if is_argument:
+                print(prompt.text, end="", flush=True)
+            for text in stream.iterate_text():
+                print(text, end="", flush=True)
+                interrupt.check()
     except KeyboardInterrupt:
         progress.clear()
         print(flush=True)
@@ -168,9 +171,10 @@ def _print_text(command: Generate, prompt: Prompt, progress: Progress) -> int:
     return 0
 
 
-def _prefill(engine: "Engine", stream: "Stream", progress: Progress) -> None:
+def _prefill(engine: "Engine", stream: "Stream", progress: Progress, interrupt: Interrupt) -> None:
     """Steps until the first token."""
     while not stream.tokens and not stream.is_finished:
+        interrupt.check()
         engine.step()
         if (seen := engine.prefill_progress) is not None:
             progress.show(f"prompt {seen[0]:,}/{seen[1]:,} tokens")
@@ -199,15 +203,20 @@ def _write_lines(command: Generate, completions: Completions, progress: Progress
         fill_slots_first=True,
     )
     jobs = iter(zip(prompts, requests, strict=True))
-    for finished, (prompt, streams) in enumerate(_run(engine, jobs, progress), start=1):
-        progress.clear()
-        completions.write(prompt, [Completion.of(stream) for stream in streams])
-        progress.show(f"{finished:,}/{len(prompts):,} prompts")
+    with Interrupt() as interrupt:
+        results = _run(engine, jobs, progress, interrupt)
+        for finished, (prompt, streams) in enumerate(results, start=1):
+            progress.clear()
+            completions.write(prompt, [Completion.of(stream) for stream in streams])
+            progress.show(f"{finished:,}/{len(prompts):,} prompts")
     return 0
 
 
 def _run(
-    engine: "Engine", jobs: Iterator[tuple[Prompt, "Request"]], progress: Progress
+    engine: "Engine",
+    jobs: Iterator[tuple[Prompt, "Request"]],
+    progress: Progress,
+    interrupt: Interrupt,
 ) -> Iterator[tuple[Prompt, list["Stream"]]]:
     """Runs requests; yields the samples of a prompt when all of them have ended."""
     running: collections.deque[tuple[Prompt, list[Stream]]] = collections.deque()
@@ -221,6 +230,7 @@ def _run(
                 prompt, request = job
                 running.append((prompt, _submit(engine, prompt, request)))
         engine.step()
+        interrupt.check()
         if (seen := engine.prefill_progress) is not None:
             progress.show(f"prompt {seen[0]:,}/{seen[1]:,} tokens")
         for _ in range(len(running)):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from megalodon_jax.checkpoints import load_trained
+from megalodon_jax.cli.interrupt import Interrupt
 from megalodon_jax.cli.main import main
 from megalodon_jax.cli.progress import Progress
 from megalodon_jax.cli.prompts import read_prompts
@@ -256,6 +257,23 @@ def test_errors_are_one_line(tmp_path, capsys):
         assert main(["generate", "nowhere", *arguments]) == 2, arguments
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_was_dropped_is_raised_again():
+    class Dropper:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupt() as interrupt:
+        interrupt.check()
+        Dropper()
+        for _ in range(1000):
+            pass
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.check()
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +53,16 @@ class Store(NamedTuple):
 
     def write(self, name: str, content: bytes) -> str:
         """Writes an object; returns its URL."""
-        self.files.pipe_file(self.key(name), content)
+        if self.scheme == "gs" and content.endswith((b"\r", b"\n")):
+            # The emulator strips line breaks from the end of a multipart upload, gcsfs's form.
+            bucket, _, key = self.key(name).partition("/")
+            query = urllib.parse.urlencode({"uploadType": "media", "name": key})
+            url = f"{os.environ['STORAGE_EMULATOR_HOST']}/upload/storage/v1/b/{bucket}/o?{query}"
+            request = urllib.request.Request(url, content, method="POST")
+            request.add_header("Content-Type", "application/octet-stream")
+            urllib.request.urlopen(request).close()
+        else:
+            self.files.pipe_file(self.key(name), content)
         return f"{self.url}/{name}"
 
     def read(self, name: str) -> bytes:
