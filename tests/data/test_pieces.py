@@ -182,5 +182,7 @@ def test_memory_does_not_depend_on_the_size_of_the_text(tmp_path: Path, kind: st
     spec = str(save_tokenizer(tmp_path, kind)) if kind == "byte_level" else "bytes"
     # 20 million bytes of text, or a few windows of tokens.
     measured = _measure(path, spec, 300 if kind == "byte_level" else 2500)
-    assert measured["megabytes"] < 150
+    # Parquet took 149 to 152 in five runs (pages of a row group), the others less. 31 bytes a byte
+    # of text, as before documents were read in pieces, would be 1,900.
+    assert measured["megabytes"] < (170 if kind == "parquet" else 150)
     assert max(measured["seconds"]) < 10
