@@ -250,7 +250,7 @@ class BenchDecodeOptions:
     dtype: DType = "bfloat16"
     """Dtype of products, keys and values (`model.dtype`)."""
     part: tuple[DecodePart, ...] = ("step", "context", "first_token", "prefill")
-    """What is measured: steps of every batch, steps after a long context, the time to the first
+    """Parts to measure: steps of every batch, steps after a long context, the time to the first
     token, the speed of prefill."""
     contexts: tuple[int, ...] = (1_048_576,)
     """Tokens before the prompt; steps after them are compared with steps after the prompt alone."""
