@@ -108,7 +108,7 @@ def test_a_rows_draws_depend_on_the_key_and_its_index(model):
 
 
 def test_a_second_call_compiles_nothing(model):
-    """Whatever the sampling parameters, and the lengths in one bucket of prompts."""
+    """Other sampling parameters, and other lengths in one bucket of prompts, change no program."""
     generate(model, PROMPTS, LENGTHS, max_tokens=30, key=jax.random.key(0))
     compiled = []
 
