@@ -2,6 +2,7 @@
 
 import functools
 import json
+import threading
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -66,7 +67,7 @@ class Loader(Iterator[Batch]):
         self._opened: dict[int, DataShard] = {}
         # Closed at exit at the latest: grain's iterators print an error from `__del__` if they
         # outlive their modules.
-        self._finalizer = weakref.finalize(self, _close_all, self._opened)
+        self._finalizer = weakref.finalize(self, _close_unused, self._opened)
         self._open(None)
 
     def _open(self, positions: Mapping[str, Any] | None) -> None:
@@ -226,12 +227,23 @@ class Loader(Iterator[Batch]):
 
     def close(self) -> None:
         """Stops the read-ahead threads or processes; the loader cannot be used afterwards."""
-        self._finalizer()
+        self._finalizer.detach()
+        _close_all(self._opened)
 
 
 def _close_all(opened: dict[int, DataShard]) -> None:
     while opened:
         opened.popitem()[1].close()
+
+
+def _close_unused(opened: dict[int, DataShard]) -> None:
+    """Closes the data shards of a loader that was collected as garbage, or at exit."""
+    if threading.current_thread() is threading.main_thread():
+        _close_all(opened)
+    else:
+        # The garbage collector also runs on read-ahead threads, which cannot wait for their own
+        # end.
+        threading.Thread(target=_close_all, args=(opened,), daemon=True).start()
 
 
 def _check_keys(where: str, table: Mapping[str, Any], expected: Collection[str]) -> None:

@@ -1,11 +1,14 @@
 """Loaders: every target once per epoch, exact resumption, data shards, exact byte counts."""
 
 import dataclasses
+import gc
 import itertools
 import json
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -453,3 +456,35 @@ def _run_python(code: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-W", "error", "-c", code],
         cwd=root, capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
+
+
+def test_a_loader_can_be_collected_on_its_read_ahead_thread(
+    numbers: Tokenizer, number_config: ConfigMaker, monkeypatch
+):
+    unused, collected = threading.Event(), threading.Event()
+    encode = numbers.encode
+
+    def collect_and_encode(text: str) -> np.ndarray:
+        if threading.current_thread() is not threading.main_thread():
+            assert unused.wait(timeout=60)
+            gc.collect()
+            collected.set()
+        return encode(text)
+
+    monkeypatch.setattr(numbers, "encode", collect_and_encode)
+    before = set(threading.enumerate())
+    loader = make_loader(number_config(LENGTHS), numbers, "train", repeat=True)
+    for shard in loader._opened.values():
+        shard._readers[0].start_prefetch()  # type: ignore[attr-defined]
+    reader = weakref.ref(shard._readers[0])
+    cycle: list = [loader]
+    cycle.append(cycle)
+    del loader, shard, cycle
+    unused.set()
+    assert collected.wait(timeout=60)
+    # An error of the thread fails the test: warnings are errors.
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    gc.collect()
+    assert reader() is None
