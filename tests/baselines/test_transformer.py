@@ -154,6 +154,7 @@ def test_streaming_equals_one_call(config):
     assert list(cache.position) == [L, L]
 
 
+@pytest.mark.slow
 def test_cache_grows_or_refuses():
     model, (tokens, _) = make(SMALL), tokens_and_targets()
     with pytest.raises(ValueError, match="pass max_length"):

@@ -69,6 +69,7 @@ def test_the_transformer_of_the_same_size_is_measured_beside_it(tmp_path, monkey
     assert "no Transformer has the size of 'mega1.3B_pg19'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_transformer_step_runs_on_this_device():
     case = dataclasses.replace(TrainCase("transformer200M", 8, 2048), documents=3, scan_layers=True)
     timing = train.time_step(train.small(case.config()), documents=3, steps=1)

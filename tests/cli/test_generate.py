@@ -158,6 +158,7 @@ def test_ctrl_c_leaves_the_text_so_far(complete, expected, monkeypatch):
     assert f"doc{text}".startswith(out.removesuffix("\n"))
 
 
+@pytest.mark.slow
 def test_a_session_continues_the_conversation(complete, trained_run, tmp_path):
     model, tokenizer = load_trained(trained_run.run_dir)
 

@@ -46,6 +46,7 @@ class Mask:
         return np.frombuffer(self._matcher.compute_bitmask(), np.int32)
 
 
+@pytest.mark.slow
 def test_a_grammar_limits_the_text(tmp_path):
     path = save_json_tokenizer(tmp_path / "tokenizer.json", ["<s>", "</s>"])
     tokenizer = load_tokenizer(str(path))

@@ -30,12 +30,14 @@ from tests.ablations import VARIANTS
 from tests.golden_files import relative_error
 from tests.inference.models import CHUNK, CONFIG, VOCAB, greedy, random_prompt, small_model
 from tests.inference.test_engine import Compilations
-from tests.inference.test_step import OTHERS, QUICK
+from tests.inference.test_step import OTHERS
 from tests.model.conftest import perturbed
 
 # ---- Several tokens at once.
 
 T = 5
+# Variants that change all switches at once.
+WHOLE = ("default", "tied, prior, no affine", "all, ema", "all, no average")
 # Tokens before the border: more than T, fewer, one; a row at the border; a new row.
 STARTS = np.array([9, CHUNK - 3, CHUNK - 1, CHUNK, 0])
 B, S = len(STARTS), 7
@@ -75,7 +77,10 @@ def poisoned_slots(cache):
     return dataclasses.replace(cache, layers=tuple(layers))
 
 
-@pytest.mark.parametrize("variant", QUICK)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=[] if name == "default" else pytest.mark.slow) for name in WHOLE],
+)
 def test_several_tokens_at_once_equal_as_many_steps(variant: str):
     """Scores, and after any accepted number the states and the next token's scores."""
     model = perturbed(dataclasses.replace(CONFIG, **(OTHERS | VARIANTS)[variant]))
@@ -236,7 +241,10 @@ def assert_same_slots(found, expected):
         assert_near(states(found.cache, row), states(expected.cache, row), 1e-5)
 
 
-@pytest.mark.parametrize("wrong", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize(
+    "wrong",
+    [pytest.param(0.0, marks=pytest.mark.slow), 0.25, pytest.param(1.0, marks=pytest.mark.slow)],
+)
 def test_blocks_equal_plain_blocks_whatever_the_drafts(wrong: float):
     """Greedy and sampled rows, penalties, bias; also log-probabilities and all progress."""
     expected_slots, expected, tokens = plain_tokens()
@@ -360,6 +368,7 @@ def test_an_engine_with_speculation_draws_the_same_tokens(plain, engine):
             assert results[1][i][0] == greedy(prompt, 5 + 6 * i)
 
 
+@pytest.mark.slow
 def test_drafts_are_accepted(engine):
     before = engine._speculator._accepted
     prompt = repetitive_prompt(40)

@@ -73,7 +73,7 @@ def test_logits_loss_and_every_gradient(name: str, implementation: str):
         pytest.param("none", False, marks=pytest.mark.slow),
         pytest.param("inputs", True, marks=pytest.mark.slow),
         pytest.param("dots", False, marks=pytest.mark.slow),
-        ("block", True),
+        pytest.param("block", True, marks=pytest.mark.slow),
     ],
 )
 def test_remat_and_unrolling_do_not_change_gradients(remat: str, scan_layers: bool):

@@ -213,6 +213,7 @@ def test_a_run_that_does_not_fit_is_a_plan_and_exit_code_1(tmp_path, capsys):
     assert "compiling" in captured.err
 
 
+@pytest.mark.slow
 def test_too_large_for_the_chip(plan, monkeypatch):
     less = dataclasses.replace(SMALL_CHIP, memory_bytes=known(plan.memory).arguments - 1)
     monkeypatch.setitem(chips.CHIPS, "cpu", less)

@@ -91,6 +91,7 @@ def test_a_changed_original_does_not_matter_but_a_changed_copy_does(with_tokeniz
     load_trained(with_tokenizer.run_dir)
 
 
+@pytest.mark.slow
 def test_an_option_overrides_the_copy(with_tokenizer, original, tmp_path, capsys):
     save(with_tokenizer)
     arguments = ["generate", with_tokenizer.run_dir, "", "--max_tokens", "2"]

@@ -14,6 +14,8 @@ EXACT = ["reference", "xla"]
 # these properties with functions compiled once.
 KERNELS = ["mosaic_gpu", pytest.param("pallas_tpu", marks=pytest.mark.device_only)]
 IMPLEMENTATIONS = [*EXACT, *KERNELS]
+# For properties whose test compiles a kernel of its own.
+SLOW_KERNELS = [*EXACT, pytest.param("mosaic_gpu", marks=pytest.mark.slow), KERNELS[1]]
 # Largest relative error of outputs and of gradients, float32.
 TOLERANCES = {"xla": (5e-7, 3e-6), "mosaic_gpu": (3e-6, 1e-5), "pallas_tpu": (5e-7, 3e-6)}
 
@@ -123,7 +125,7 @@ def test_recurrence_written_out_in_numpy(
     assert relative_error(got["final_state"], h) <= 1e-13
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", SLOW_KERNELS)
 def test_streaming_equals_one_call(implementation, make_case, relative_error):
     case = make_case(2, 140, 3, 4, with_state=True)
     params = CemaParams(*(jnp.asarray(value, jnp.float32) for value in case.params))
@@ -200,7 +202,7 @@ def test_documents_are_isolated(implementation, make_case, outputs_and_gradients
     assert not want["dinitial_state"].any()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", SLOW_KERNELS)
 def test_padding_leaves_the_state_unchanged(implementation, make_case, relative_error):
     case = make_case(2, 50, 3, 4, with_state=True)
     params = CemaParams(*(jnp.asarray(value, jnp.float32) for value in case.params))
@@ -235,7 +237,7 @@ def test_padding_values_have_no_influence(implementation, make_case, outputs_and
     np.testing.assert_array_equal(want["dinitial_state"][1], case.cot_state[1].astype(np.complex64))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", SLOW_KERNELS)
 def test_bfloat16_input_is_computed_in_float32(implementation, make_case, relative_error):
     case = make_case(2, 100, 3, 4)
     params = CemaParams(*(jnp.asarray(value, jnp.float32) for value in case.params))

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("runnable")
 
 # The Hopper kernels take bfloat16, keys of a multiple of 64 numbers, values of 128, and 64 slots.
 WIDE = [name for name in IMPLEMENTATIONS if name != "mosaic_gpu"]
+SLOW_KERNELS = [*WIDE, pytest.param("mosaic_gpu", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
@@ -35,7 +36,7 @@ def test_equals_the_definition(implementation, heads, slots, dk, dv, cache_rows,
         np.testing.assert_allclose(value, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", SLOW_KERNELS)
 @pytest.mark.parametrize(
     ("heads", "slots", "cache_rows"), [(1, 5, 4), (2, 48, 7), (3, 130, 4), (1, 300, 5)]
 )
@@ -82,7 +83,7 @@ def test_extreme_scores(implementation, scale):
         np.testing.assert_array_equal(out, value[:, :, 60])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", SLOW_KERNELS)
 def test_tokens_one_by_one_equal_the_definition_over_two_chunks(implementation):
     """Rows at different positions in a scan, from an empty (NaN) cache."""
     rows, heads, slots, dk, dv, steps = 2, 1, 5, 64, 128, 12
