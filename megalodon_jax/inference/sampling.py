@@ -6,7 +6,6 @@ neighbours or the batch size.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +19,8 @@ from megalodon_jax.typing import Array, Bool, Float32, Int32
 
 __all__ = [
     "MAX_LOGPROBS", "Drawn", "DrawnPositions", "Features", "Logprobs", "SamplingParams",
-    "SamplingState", "advance", "draw", "draw_positions", "empty_state", "put_rows", "sampling_row",
-    "set_row", "take_rows", "token_logprobs",
+    "SamplingState", "advance", "draw", "draw_positions", "empty_state", "sampling_row",
+    "token_logprobs",
 ]  # fmt: skip
 
 _MASK_BITS = 32
@@ -172,31 +171,6 @@ def empty_state(slots: int, *, vocab_size: int) -> SamplingState:
     """A state whose slots are greedy, without filters and penalties."""
     row = sampling_row(SamplingParams(temperature=0.0), vocab_size=vocab_size)
     return jax.tree.map(lambda x: jnp.tile(x, (slots, *[1] * np.ndim(x))), row)
-
-
-def set_row(
-    state: SamplingState, slot: int | Int32[Array, ""], row: SamplingState
-) -> SamplingState:
-    """Writes one row in place; the old state is donated.
-
-    Compiled once per shape, whatever the slot and the values.
-    """
-    return _set_row(state, jnp.asarray(slot, jnp.int32), row)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _set_row(state: SamplingState, slot: Int32[Array, ""], row: SamplingState) -> SamplingState:
-    return jax.tree.map(lambda all_rows, new: all_rows.at[slot].set(new), state, row)
-
-
-def take_rows(state: SamplingState, slots: Int32[Array, " B"]) -> SamplingState:
-    """The rows of some slots, for a draw of a part of the batch."""
-    return jax.tree.map(lambda x: x[slots], state)
-
-
-def put_rows(state: SamplingState, slots: Int32[Array, " B"], rows: SamplingState) -> SamplingState:
-    """Writes rows of `take_rows` back."""
-    return jax.tree.map(lambda all_rows, new: all_rows.at[slots].set(new), state, rows)
 
 
 def draw(

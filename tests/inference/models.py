@@ -48,3 +48,8 @@ def greedy(prompt, count: int) -> list[int]:
 
 def random_prompt(length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, VOCAB, length).astype(np.int32)
+
+
+def set_row[T](state: T, slot: int, row: T) -> T:
+    """The state of several rows with one row, which has no leading axis, written to a slot."""
+    return jax.tree.map(lambda rows, new: rows.at[slot].set(new), state, row)
