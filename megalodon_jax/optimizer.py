@@ -1,14 +1,21 @@
-"""AdamW and its learning-rate schedule, as in the released code."""
+"""AdamW and its learning-rate schedule, as in the released code; Muon; averages of parameters."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from megalodon_jax.config import OptimConfig
-from megalodon_jax.typing import Array, Float32
+from megalodon_jax.parameter_names import check_patterns, is_selected, map_names, name_of
+from megalodon_jax.typing import Array, Float32, Int32
+
+# Patterns of the parameters that Muon updates.
+MUON_PARAMS = ("layers.*.kernel",)
+_MUON_RMS = 0.2
 
 Schedule = Callable[[Any], Float32[Array, ""]]
 
@@ -22,8 +29,10 @@ def learning_rate_schedule(config: OptimConfig, *, total_steps: int) -> Schedule
         linear        lr * (s * e + 1 - s)
         cosine        lr * (e + (1 - e) * (cos(pi * s) + 1) / 2)
         constant      lr
+        wsd           lr * (1 - (1 - e) * sqrt(u)), u = max(0, (step - total_steps) / d + 1)
 
-    After `total_steps` the decaying schedules stay at lr * e.
+    The last one (warmup, stable, decay; Hägele et al. 2024, arXiv 2405.18392) has d =
+    `decay_steps`. After `total_steps` the decaying schedules stay at lr * e.
 
     Args:
       config: peak rate, shape and ratios.
@@ -42,6 +51,9 @@ def learning_rate_schedule(config: OptimConfig, *, total_steps: int) -> Schedule
             decay_factor = progress * end + (1.0 - progress)
         elif config.schedule == "cosine":
             decay_factor = end + 0.5 * (1.0 - end) * (jnp.cos(jnp.pi * progress) + 1.0)
+        elif config.schedule == "wsd":
+            decayed = jnp.clip((step - total_steps) / config.decay_steps + 1.0, 0.0, 1.0)
+            decay_factor = 1.0 - (1.0 - end) * jnp.sqrt(decayed)
         else:
             decay_factor = jnp.ones_like(step)
         return config.lr * jnp.where(step < warmup, warmup_factor, decay_factor)
@@ -58,24 +70,28 @@ def make_optimizer(config: OptimConfig, *, total_steps: int) -> optax.GradientTr
         change = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay * parameter
         parameter -= lr * change
 
+    With `name = "muon"` the matrices of the layers (`layers.*.kernel`) take Muon's update instead
+    of the first summand: the Nesterov momentum of g, orthogonalized by Newton-Schulz iterations and
+    multiplied by 0.2 sqrt(max(rows, columns)), which gives it the root mean square of AdamW's (Liu
+    et al. 2025, arXiv 2502.16982).
+
+    `frozen` parameters have no state and never change; `no_weight_decay` ones have no decay.
     Moments and arithmetic are float32 for every parameter dtype; the returned updates are float32,
     for `apply_updates`.
 
     Args:
       config: rates, betas, decay and clipping.
       total_steps: number of updates of the run, for the schedule.
+
+    Raises:
+      ConfigError: from `init`, if a pattern matches no parameter.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    adamw = optax.adamw(
-        learning_rate_schedule(config, total_steps=total_steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
-    inner = optax.chain(clip, adamw)
+    inner = optax.chain(clip, _unclipped(config, total_steps=total_steps))
 
     def init(params: optax.Params) -> optax.OptState:
+        for setting in ("no_weight_decay", "frozen"):
+            check_patterns(params, getattr(config, setting), setting=f"optim.{setting}")
         return inner.init(_as_float32(params))
 
     def update(
@@ -86,6 +102,90 @@ def make_optimizer(config: OptimConfig, *, total_steps: int) -> optax.GradientTr
         return inner.update(_as_float32(updates), state, _as_float32(params))
 
     return optax.GradientTransformation(init, update)
+
+
+def _unclipped(config: OptimConfig, *, total_steps: int) -> optax.GradientTransformation:
+    schedule = learning_rate_schedule(config, total_steps=total_steps)
+
+    def is_decayed(params: optax.Params) -> Any:
+        return map_names(lambda name: not is_selected(name, config.no_weight_decay), params)
+
+    mask = is_decayed if config.no_weight_decay else None
+    adamw = optax.adamw(
+        schedule,
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=mask,
+    )
+    if config.name == "adamw" and not config.frozen:
+        return adamw
+
+    def group(name: str) -> str:
+        if is_selected(name, config.frozen):
+            return "frozen"
+        return "muon" if config.name == "muon" and is_selected(name, MUON_PARAMS) else "adamw"
+
+    transforms: dict[Hashable, Any] = {"adamw": adamw, "frozen": optax.set_to_zero()}
+    if config.name == "muon":
+        transforms["muon"] = optax.chain(
+            optax.contrib.scale_by_muon(
+                beta=config.muon_momentum, weight_dimension_numbers=_stacked_matrices
+            ),
+            optax.stateless_with_tree_map(lambda update, _: _scale_to_rms(jnp.asarray(update))),
+            optax.add_decayed_weights(config.weight_decay, mask),
+            optax.scale_by_learning_rate(schedule),
+        )
+    return optax.partition(transforms, lambda params: map_names(group, params))
+
+
+def _scale_to_rms(update: Array) -> Array:
+    """An orthogonal matrix (..., in, out) with the root mean square `_MUON_RMS`."""
+    return update * (_MUON_RMS * math.sqrt(max(update.shape[-2:])))
+
+
+def _stacked_matrices(params: optax.Params) -> Any:
+    """Kernels (..., in, out) are batches of matrices."""
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    return map_names(lambda _: matrix, params)
+
+
+def stop_frozen_gradients[T](params: T, config: OptimConfig) -> T:
+    """The parameters; no gradient of frozen ones is computed."""
+    if not config.frozen:
+        return params
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            jax.lax.stop_gradient(leaf) if is_selected(name_of(path), config.frozen) else leaf
+        ),
+        params,
+    )
+
+
+def first_moments(opt_state: optax.OptState) -> Any:
+    """Every first moment (`mu`) of an optimizer's state."""
+    return [moment for _, moment in optax.tree.get_all_with_path(opt_state, "mu")]
+
+
+def update_average[T](average: T, params: T, *, decay: float, count: Int32[Array, ""]) -> T:
+    """The exponential moving average of the parameters after an update.
+
+    With d = min(decay, (1 + t) / (10 + t)) after t updates, so that the first values fade soon:
+
+        average = d * average + (1 - d) * parameter
+
+    Args:
+      average: float32.
+      params: the new parameters, of any dtype.
+      decay: the largest rate.
+      count: t, the number of updates before this one.
+    """
+    t = count.astype(jnp.float32)
+    d = jnp.minimum(decay, (1 + t) / (10 + t))
+    return jax.tree.map(
+        lambda old, new: old + (1 - d) * (new.astype(old.dtype) - old), average, params
+    )
 
 
 def apply_updates[T](params: T, updates: Any) -> T:

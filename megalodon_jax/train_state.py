@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from megalodon_jax.config import TrainConfig
 from megalodon_jax.models import abstract_model, build_model
-from megalodon_jax.optimizer import make_optimizer
+from megalodon_jax.optimizer import first_moments, make_optimizer
 from megalodon_jax.parallel.mesh import resolve_mesh
 from megalodon_jax.parallel.sharding import shardings_of
 from megalodon_jax.typing import Array, Int32
@@ -26,15 +26,27 @@ class TrainState(NamedTuple):
       params: the model's parameters, `nnx.split(model, nnx.Param)[1]`.
       opt_state: the optimizer's moments (float32) and counts.
       guard: recent losses and gradient norms, and counts of skipped updates and of spikes.
+      average: the exponential moving average of the parameters (float32); None without.
     """
 
     step: Int32[Array, ""]
     params: nnx.State
     opt_state: optax.OptState
     guard: GuardState
+    average: nnx.State | None = None
+
+    @property
+    def evaluated_params(self) -> nnx.State:
+        """The parameters that evaluations take: their average if there is one."""
+        return self.params if self.average is None else self.average
 
 
-def init_state(config: TrainConfig, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, TrainState]:
+def init_state(
+    config: TrainConfig,
+    mesh: Mesh | None = None,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+) -> tuple[nnx.GraphDef, TrainState]:
     """Initializes parameters from `config.seed` and the optimizer state, directly sharded.
 
     Initial values do not depend on the mesh.
@@ -42,23 +54,40 @@ def init_state(config: TrainConfig, mesh: Mesh | None = None) -> tuple[nnx.Graph
     Args:
       config: the run.
       mesh: devices; None: those of `config.mesh`.
+      optimizer: an optimizer instead of that of `config.optim`; None: that one.
 
     Returns:
       The model's static structure and the state of step 0.
     """
     mesh = resolve_mesh(config, mesh)
-    shardings = state_shardings(config, mesh)
-    optimizer = make_optimizer(config.optim, total_steps=config.steps)
+    shardings = state_shardings(config, mesh, optimizer=optimizer)
+    used = optimizer_of(config, optimizer)
 
     @partial(jax.jit, out_shardings=shardings[:3])
     def create() -> tuple[Int32[Array, ""], nnx.State, optax.OptState]:
         params = nnx.split(build_model(config.model, rngs=nnx.Rngs(config.seed)), nnx.Param)[1]
-        return jnp.zeros((), jnp.int32), params, optimizer.init(params)
+        return jnp.zeros((), jnp.int32), params, used.init(params)
 
     step, params, opt_state = create()
     # A program of its own: fused into the initialization it would change how weights are rounded.
     guard = fresh_guard(config, params, opt_state, mesh)
-    return abstract_model(config.model)[0], TrainState(step, params, opt_state, guard)
+    average = fresh_average(config, params, mesh)
+    return abstract_model(config.model)[0], TrainState(step, params, opt_state, guard, average)
+
+
+def fresh_average(
+    config: TrainConfig, params: nnx.State, mesh: Mesh | None = None
+) -> nnx.State | None:
+    """The average of a run that starts from these parameters; None without `ema_decay`."""
+    if not config.optim.ema_decay:
+        return None
+    shardings = state_shardings(config, resolve_mesh(config, mesh)).average
+    return jax.jit(_float32_copy, out_shardings=shardings)(params)
+
+
+def _float32_copy(params: nnx.State) -> nnx.State:
+    # Copies of float32 parameters too: the train step donates both.
+    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
 
 
 def fresh_guard(
@@ -73,8 +102,8 @@ def fresh_guard(
       mesh: devices; None: those of `config.mesh`.
     """
     shardings = state_shardings(config, resolve_mesh(config, mesh)).guard
-    moment = optax.tree.get(opt_state, "mu")
-    return jax.jit(partial(init_guard, config), out_shardings=shardings)(params, moment)
+    init = jax.jit(partial(init_guard, config), out_shardings=shardings)
+    return init(params, first_moments(opt_state))
 
 
 def resumed_state(
@@ -85,6 +114,7 @@ def resumed_state(
     params: nnx.State,
     opt_state: optax.OptState,
     guard: GuardState | None,
+    average: nnx.State | None,
 ) -> TrainState:
     """The state of a resumed run, from restored arrays.
 
@@ -97,35 +127,60 @@ def resumed_state(
       params: the parameters.
       opt_state: the optimizer's state.
       guard: the saved guard; None: the checkpoint has none.
+      average: the saved average; None: it begins with these parameters, if the run has one.
     """
     if guard is None or guard.losses.shape != (config.spike_window,):
         fresh = fresh_guard(config, params, opt_state, mesh)
         counts = () if guard is None else ("skipped", "skipped_in_row", "spiked")
         guard = fresh._replace(**{name: getattr(guard, name) for name in counts})
-    return TrainState(step, params, opt_state, guard)
+    if average is None:
+        average = fresh_average(config, params, mesh)
+    return TrainState(step, params, opt_state, guard, average)
 
 
-def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """The shardings of a run's state."""
-    return shardings_of(_abstract_state(config), mesh)
+def optimizer_of(
+    config: TrainConfig, optimizer: optax.GradientTransformation | None = None
+) -> optax.GradientTransformation:
+    """The optimizer of a run: the given one, else that of `config.optim`."""
+    if optimizer is not None:
+        return optimizer
+    return make_optimizer(config.optim, total_steps=config.steps)
 
 
-def abstract_state(config: TrainConfig, mesh: Mesh | None = None) -> TrainState:
-    """Shapes, dtypes and shardings of a run's `TrainState`, without allocation."""
+def state_shardings(
+    config: TrainConfig, mesh: Mesh, *, optimizer: optax.GradientTransformation | None = None
+) -> TrainState:
+    """The shardings of a run's state; `optimizer` as in `init_state`."""
+    return shardings_of(_abstract_state(config, optimizer), mesh)
+
+
+def abstract_state(
+    config: TrainConfig,
+    mesh: Mesh | None = None,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+) -> TrainState:
+    """Shapes, dtypes and shardings of a run's `TrainState`, without allocation.
+
+    The arguments are those of `init_state`.
+    """
     mesh = resolve_mesh(config, mesh)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        _abstract_state(config),
-        state_shardings(config, mesh),
+        _abstract_state(config, optimizer),
+        state_shardings(config, mesh, optimizer=optimizer),
     )
 
 
-def _abstract_state(config: TrainConfig) -> TrainState:
-    optimizer = make_optimizer(config.optim, total_steps=config.steps)
+def _abstract_state(
+    config: TrainConfig, optimizer: optax.GradientTransformation | None
+) -> TrainState:
+    used = optimizer_of(config, optimizer)
 
     def init(params: nnx.State) -> TrainState:
-        opt_state = optimizer.init(params)
-        guard = init_guard(config, params, optax.tree.get(opt_state, "mu"))
-        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, guard)
+        opt_state = used.init(params)
+        guard = init_guard(config, params, first_moments(opt_state))
+        average = _float32_copy(params) if config.optim.ema_decay else None
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, guard, average)
 
     return jax.eval_shape(init, abstract_model(config.model)[1])

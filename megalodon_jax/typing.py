@@ -28,7 +28,19 @@ class Batch(NamedTuple):
     weights: Float32[Array, "B L"]
 
 
+class CountedBatch(NamedTuple):
+    """A batch, and the text bytes that its weighted targets encode.
+
+    Attributes:
+      batch: all rows of the global batch, or those of one process.
+      num_bytes: UTF-8 bytes of the global batch; None: not known.
+    """
+
+    batch: Batch
+    num_bytes: int | None
+
+
 __all__ = [
-    "Array", "Batch", "Bool", "Complex64", "Float", "Float32", "Int", "Int8", "Int32", "Literal",
-    "PRNGKey",
+    "Array", "Batch", "Bool", "Complex64", "CountedBatch", "Float", "Float32", "Int", "Int8",
+    "Int32", "Literal", "PRNGKey",
 ]  # fmt: skip

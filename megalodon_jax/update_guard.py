@@ -4,7 +4,7 @@ Every decision is taken inside the train step from scalars that it has anyway, s
 for the host and a resumed run takes the same decisions.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ _NORMAL_DEVIATION = 1.4826
 _SMALLEST_DEVIATION = 0.01
 # Rounding is far below the factor between this fraction of a dtype's range and the range.
 _SAFE_FRACTION = 0.25
+# Entries of an orthogonalized matrix are at most its largest singular value, below 2 after the
+# Newton-Schulz iterations; the factor 0.2 sqrt(width) is below 200 for widths up to 10^6.
+_LARGEST_MUON_UPDATE = 400.0
 
 
 class GuardState(NamedTuple):
@@ -59,20 +62,20 @@ class Verdict(NamedTuple):
     is_skipped: Bool[Array, ""]
 
 
-def init_guard(config: TrainConfig, params: nnx.State, first_moment: nnx.State) -> GuardState:
+def init_guard(config: TrainConfig, params: nnx.State, first_moments: Any) -> GuardState:
     """The state of a run that starts from these parameters: an empty window, no counts.
 
     Args:
       config: the run.
       params: the parameters.
-      first_moment: the optimizer's first moment, zero unless the run is resumed.
+      first_moments: the optimizer's first moments, zero unless the run is resumed.
     """
     zero = jnp.zeros((), jnp.int32)
     return GuardState(
         losses=jnp.zeros(config.spike_window, jnp.float32),
         grad_norms=jnp.zeros(config.spike_window, jnp.float32),
         count=zero,
-        max_gradient=max_abs(first_moment),
+        max_gradient=max_abs(first_moments),
         max_param=max_abs(params),
         skipped=zero,
         skipped_in_row=zero,
@@ -80,10 +83,10 @@ def init_guard(config: TrainConfig, params: nnx.State, first_moment: nnx.State) 
     )
 
 
-def max_abs(tree: nnx.State) -> Float32[Array, ""]:
-    """The largest absolute value of all leaves; NaN if one is NaN."""
+def max_abs(tree: Any) -> Float32[Array, ""]:
+    """The largest absolute value of all leaves, 0 without any; NaN if one is NaN."""
     largest = [jnp.max(jnp.abs(leaf)).astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
-    return jnp.max(jnp.stack(largest))
+    return jnp.max(jnp.stack(largest)) if largest else jnp.zeros((), jnp.float32)
 
 
 def judge(
@@ -93,6 +96,7 @@ def judge(
     loss: Float32[Array, ""],
     grad_norm: Float32[Array, ""],
     learning_rate: Float32[Array, ""],
+    new_params: nnx.State | None = None,
 ) -> Verdict:
     """Decides about an update before it is applied.
 
@@ -100,17 +104,31 @@ def judge(
 
         abs(new parameter) <= p + lr (m / ((1 - beta1) eps) + weight_decay p)
 
-    bounds every intermediate result too. A finite gradient norm makes the second moment finite, so
-    that a bound inside the range of the parameters' dtype proves that the new parameters are
-    finite. Reductions over the update itself would read parameters and moments twice.
+    bounds every intermediate result too; Muon's update has a constant bound. A finite gradient norm
+    makes the second moment finite, so that a bound inside the range of the parameters' dtype proves
+    that the new parameters are finite. Reductions over the update itself would read parameters and
+    moments twice.
+
+    Of an optimizer without such a bound, the new parameters are checked instead.
+
+    Args:
+      guard: the state before the update.
+      config: the run.
+      loss: of this update's batch.
+      grad_norm: before clipping.
+      learning_rate: of this update; unused with `new_params`.
+      new_params: the new parameters of an optimizer that is not that of `config.optim`.
     """
     optim = config.optim
     moment = jnp.maximum(guard.max_gradient, _clipped(config, grad_norm))
     change = moment / ((1.0 - optim.beta1) * optim.eps) + optim.weight_decay * guard.max_param
+    if optim.name == "muon":
+        change = change + _LARGEST_MUON_UPDATE
     bound = guard.max_param + learning_rate * change
     limit = _SAFE_FRACTION * float(jnp.finfo(config.model.param_dtype).max)
     # A comparison with NaN is false.
-    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (bound < limit)
+    is_safe = bound < limit if new_params is None else max_abs(new_params) < limit
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & is_safe
     newest = jnp.stack([loss, grad_norm])
     is_spike = is_finite & _is_spike(guard, newest, threshold=config.spike_threshold)
     is_skipped = ~is_finite | is_spike if config.on_spike == "skip" else ~is_finite

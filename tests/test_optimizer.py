@@ -19,6 +19,9 @@ def released_factor(config: OptimConfig, step: int) -> float:
         return config.init_ratio + step * (1.0 - config.init_ratio) / warmup
     if config.schedule == "constant":
         return 1.0
+    if config.schedule == "wsd":
+        decayed = max(0, min(step, TOTAL) - (TOTAL - config.decay_steps)) / config.decay_steps
+        return 1 - (1 - end) * math.sqrt(decayed)
     if step > TOTAL:
         return end
     s = (step - warmup) / (TOTAL - warmup)
@@ -27,12 +30,13 @@ def released_factor(config: OptimConfig, step: int) -> float:
     return end + 0.5 * (1 - end) * (math.cos(math.pi * s) + 1)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "wsd"])
 @pytest.mark.parametrize("warmup", [0, 1, 7])
-def test_schedule_equals_the_released_one(schedule, warmup):
+def test_schedule_equals_its_definition(schedule, warmup):
     config = OptimConfig(
-        lr=3e-3, schedule=schedule, warmup_steps=warmup, init_ratio=0.01, end_ratio=0.1
-    )
+        lr=3e-3, schedule=schedule, warmup_steps=warmup, init_ratio=0.01, end_ratio=0.1,
+        decay_steps=9 if schedule == "wsd" else 0,
+    )  # fmt: skip
     rate = learning_rate_schedule(config, total_steps=TOTAL)
     for step in range(TOTAL + 5):
         expected = config.lr * released_factor(config, step)

@@ -17,6 +17,7 @@ LAYERS = [
         "megalodon_jax.presets",
         "megalodon_jax.file_limits",
         "megalodon_jax.storage",
+        "megalodon_jax.parameter_names",
     ),
     ("megalodon_jax.config",),
     ("megalodon_jax.flops", "megalodon_jax.compilation_cache"),

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from megalodon_jax.config import AnyModelConfig
+from megalodon_jax.config import AnyModelConfig, OptimConfig
 from megalodon_jax.errors import CheckpointError, MismatchError
 from megalodon_jax.storage.location import AnyPath
 
@@ -53,6 +53,18 @@ def check_same_model(saved: AnyModelConfig, wanted: AnyModelConfig, source: str 
             f"checkpoint {source} is of another model: {'; '.join(differing)}; use the values of "
             "the checkpoint, or another run_dir"
         )
+
+
+def check_same_optimizer(saved: OptimConfig, wanted: OptimConfig, source: str | AnyPath) -> None:
+    """Raises `MismatchError` if the state of the saved optimizer is not that of the wanted one."""
+    for name in ("name", "frozen"):
+        old, new = getattr(saved, name), getattr(wanted, name)
+        if old != new:
+            raise MismatchError(
+                f"checkpoint {source} has the optimizer state of optim.{name} = {old!r}, the run "
+                f"asks for {new!r}; use the value of the checkpoint, or start a new run from these "
+                "weights with --init_from"
+            )
 
 
 def differing_fields(saved: Any, wanted: Any, *, ignored: frozenset[str]) -> list[str]:

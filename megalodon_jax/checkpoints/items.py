@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from megalodon_jax.parameter_names import by_name, name_of
 from megalodon_jax.storage.location import AnyPath
 
 
@@ -71,18 +72,6 @@ def suppress_orphaned_read_errors() -> Iterator[None]:
     remove()
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    # The path of a Flax variable's array ends in "value".
-    return ".".join(names[:-1] if names[-1] == "value" else names)
-
-
-def by_name(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree of arrays by their dotted names."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {_name(path): leaf for path, leaf in leaves}
-
-
 def abstract_by_name(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings to restore to; the default is this process's first device."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -95,7 +84,7 @@ def abstract_by_name(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
 def from_names(abstract: Any, arrays: Mapping[str, Any]) -> Any:
     """The inverse of `by_name`, for a tree of the structure of `abstract`."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(abstract)
-    return jax.tree.unflatten(treedef, [arrays[_name(path)] for path, _ in paths])
+    return jax.tree.unflatten(treedef, [arrays[name_of(path)] for path, _ in paths])
 
 
 def reason(error: Exception) -> str:

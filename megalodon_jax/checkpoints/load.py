@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -222,6 +223,7 @@ def restore_for_resume(
     mesh: Mesh,
     *,
     load_data: Callable[[dict[str, Any]], None],
+    optimizer: optax.GradientTransformation | None = None,
 ) -> RestoredRun:
     """Restores the state from which a run resumes; what it passes over is renamed, not deleted.
 
@@ -233,6 +235,7 @@ def restore_for_resume(
       config: the resumed run.
       mesh: its devices.
       load_data: restores the data loader; it may refuse its state.
+      optimizer: the run's own optimizer; None: that of `config.optim`.
 
     Raises:
       CheckpointError: the run has no readable checkpoint, or that of `resume_step` is damaged.
@@ -241,7 +244,7 @@ def restore_for_resume(
     passed: dict[int, CheckpointError] = {}
     restored = load_latest_valid(
         checkpoints,
-        lambda step: checkpoints.restore(step, config, mesh),
+        lambda step: checkpoints.restore(step, config, mesh, optimizer=optimizer),
         step=config.resume_step,
         on_damaged=passed.__setitem__,
     )

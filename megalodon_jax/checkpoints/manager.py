@@ -2,11 +2,12 @@
 
 `<run_dir>/checkpoints/<step>/` has five Orbax items: `params`, `opt_state` and `guard` (arrays by
 dotted name), `loader` (the data loader's state, JSON) and `run` (step, resolved configuration,
-tokenizer fingerprint and format number, JSON). A directory gets its final name when it is complete;
-then its manifest is written (`manifest`), with which every restore compares the files. While
-checkpoints are open for writing, this process owns the run directory (`lock`). In an object store a
-checkpoint is complete with its commit marker (`store_directory`): Orbax writes to gs:// itself; for
-s3:// it writes to a scratch directory, from which the files are uploaded.
+tokenizer fingerprint and format number, JSON); with `optim.ema_decay` also `average`. A directory
+gets its final name when it is complete; then its manifest is written (`manifest`), with which every
+restore compares the files. While checkpoints are open for writing, this process owns the run
+directory (`lock`). In an object store a checkpoint is complete with its commit marker
+(`store_directory`): Orbax writes to gs:// itself; for s3:// it writes to a scratch directory, from
+which the files are uploaded.
 
 In a multi-process run all processes save and restore together in a shared directory. Each process
 writes and reads the shards of its own devices, and a checkpoint restores with any number of
@@ -28,7 +29,7 @@ from flax import nnx
 
 from megalodon_jax.checkpoints.compatibility import FORMAT
 from megalodon_jax.checkpoints.directory import open_directory
-from megalodon_jax.checkpoints.items import by_name, filter_orphaned_errors, reason
+from megalodon_jax.checkpoints.items import filter_orphaned_errors, reason
 from megalodon_jax.checkpoints.lock import STALE_SECONDS, RunLock
 from megalodon_jax.checkpoints.manifest import remove_checkpoint, write_manifest
 from megalodon_jax.checkpoints.pending_save import PendingSave, make_barrier
@@ -46,6 +47,7 @@ from megalodon_jax.parallel.failures import (
     exit_without_threads,
     failure_elsewhere,
 )
+from megalodon_jax.parameter_names import by_name
 from megalodon_jax.storage.location import AnyPath
 from megalodon_jax.train_state import TrainState
 
@@ -198,11 +200,14 @@ class RunCheckpoints(CheckpointReader):
         Raises:
           CheckpointError: this or the previous save failed (for example: disk full).
         """
+        items = {
+            name: by_name(getattr(state, name))
+            for name in ("params", "opt_state", "guard", "average")
+        }
+        # Orbax saves no empty item: a run may have no average, an optimizer no state.
         self._save(
             int(state.step),
-            params=ocp.args.StandardSave(by_name(state.params)),
-            opt_state=ocp.args.StandardSave(by_name(state.opt_state)),
-            guard=ocp.args.StandardSave(by_name(state.guard)),
+            **{name: ocp.args.StandardSave(arrays) for name, arrays in items.items() if arrays},
             loader=ocp.args.JsonSave(dict(loader_state)),
             run=self._run_item(int(state.step), config, tokenizer_fingerprint),
         )
@@ -215,10 +220,12 @@ class RunCheckpoints(CheckpointReader):
         Raises:
           CheckpointError: the save failed.
         """
+        optim = dataclasses.replace(config.optim, ema_decay=0.0)
+        without_average = dataclasses.replace(config, optim=optim)
         self._save(
             0,
             params=ocp.args.StandardSave(by_name(params)),
-            run=self._run_item(0, config, tokenizer_fingerprint),
+            run=self._run_item(0, without_average, tokenizer_fingerprint),
         )
 
     def check(self) -> None:

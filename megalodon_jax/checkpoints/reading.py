@@ -9,11 +9,17 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
-from megalodon_jax.checkpoints.compatibility import GUARD_FORMAT, check_format, check_same_model
+from megalodon_jax.checkpoints.compatibility import (
+    GUARD_FORMAT,
+    check_format,
+    check_same_model,
+    check_same_optimizer,
+)
 from megalodon_jax.checkpoints.directory import Directory, open_directory
 from megalodon_jax.checkpoints.items import (
     abstract_by_name,
@@ -177,32 +183,46 @@ class CheckpointReader:
                 f"checkpoint {self._path(step)} has no valid configuration: {error}"
             ) from error
 
-    def restore(self, step: int, config: TrainConfig, mesh: Mesh | None = None) -> RestoredRun:
+    def restore(
+        self,
+        step: int,
+        config: TrainConfig,
+        mesh: Mesh | None = None,
+        *,
+        optimizer: optax.GradientTransformation | None = None,
+    ) -> RestoredRun:
         """Restores the complete state of a run; the mesh that saved it does not matter.
 
         Args:
           step: step of the checkpoint.
           config: the resumed run.
           mesh: devices; None: those of `config.mesh`.
+          optimizer: the run's own optimizer; None: that of `config.optim`.
 
         Raises:
           CheckpointError: the checkpoint is damaged.
-          MismatchError: the checkpoint is of another model; the differing fields are named.
+          MismatchError: the checkpoint is of another model or optimizer; what differs is named.
         """
         saved, _, found, _ = self._read_run(step)
         check_same_model(saved.model, config.model, self._path(step))
+        if optimizer is None:
+            check_same_optimizer(saved.optim, config.optim, self._path(step))
         # The arrays as they were saved; the guard's window may have another length now.
         abstract = abstract_state(
-            dataclasses.replace(config, spike_window=saved.spike_window), mesh
+            dataclasses.replace(config, spike_window=saved.spike_window), mesh, optimizer=optimizer
         )
         wanted: dict[str, ocp.args.CheckpointArgs] = {
             "params": ocp.args.StandardRestore(abstract_by_name(abstract.params)),
-            "opt_state": ocp.args.StandardRestore(abstract_by_name(abstract.opt_state)),
             "loader": ocp.args.JsonRestore(),
         }
+        if has_state := bool(jax.tree.leaves(abstract.opt_state)):
+            wanted["opt_state"] = ocp.args.StandardRestore(abstract_by_name(abstract.opt_state))
         if found >= GUARD_FORMAT:
             wanted["guard"] = ocp.args.StandardRestore(abstract_by_name(abstract.guard))
+        if saved.optim.ema_decay and abstract.average is not None:
+            wanted["average"] = ocp.args.StandardRestore(abstract_by_name(abstract.average))
         items = self._restore(step, **wanted)
+        average = from_names(abstract.average, items["average"]) if "average" in wanted else None
         guard = from_names(abstract.guard, items["guard"]) if "guard" in wanted else None
         # Committed to devices like the other arrays: otherwise the train step compiles twice.
         step_array = np.asarray(step, np.int32)
@@ -211,13 +231,14 @@ class CheckpointReader:
             mesh,
             step=jax.make_array_from_callback((), abstract.step.sharding, lambda _: step_array),
             params=from_names(abstract.params, items["params"]),
-            opt_state=from_names(abstract.opt_state, items["opt_state"]),
+            opt_state=from_names(abstract.opt_state, items["opt_state"] if has_state else {}),
             guard=guard,
+            average=average,
         )
         return RestoredRun(state, items["loader"], saved)
 
     def restore_params(self, step: int, config: TrainConfig, mesh: Mesh | None = None) -> nnx.State:
-        """Restores the parameters only, sharded for a run of `config`.
+        """Restores the parameters only, sharded for a run of `config`: the average if there is one.
 
         Args:
           step: step of the checkpoint.
@@ -231,18 +252,24 @@ class CheckpointReader:
         saved, _ = self.read_run(step)
         check_same_model(saved.model, config.model, self._path(step))
         params = abstract_state(config, mesh).params
-        items = self._restore(step, params=ocp.args.StandardRestore(abstract_by_name(params)))
-        return from_names(params, items["params"])
+        return self._restore_evaluated(step, saved, params)
 
     def restore_model(self, step: int, config: AnyModelConfig) -> LanguageModel:
         """Restores the parameters only, as a model on this process's first device.
+
+        Of a run with `optim.ema_decay` these are the averaged parameters.
 
         Raises:
           CheckpointError: the checkpoint is damaged.
         """
         graphdef, params = abstract_model(config)
-        items = self._restore(step, params=ocp.args.StandardRestore(abstract_by_name(params)))
-        return nnx.merge(graphdef, from_names(params, items["params"]))
+        return nnx.merge(graphdef, self._restore_evaluated(step, self.read_run(step)[0], params))
+
+    def _restore_evaluated(self, step: int, saved: TrainConfig, params: nnx.State) -> nnx.State:
+        """The average of the parameters if the run has one, else the parameters."""
+        name = "average" if saved.optim.ema_decay else "params"
+        wanted = {name: ocp.args.StandardRestore(abstract_by_name(params))}
+        return from_names(params, self._restore(step, **wanted)[name])
 
     def _restore(self, step: int, **items: ocp.args.CheckpointArgs) -> Mapping[str, Any]:
         restored, error = None, None

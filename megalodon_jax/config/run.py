@@ -30,6 +30,11 @@ RULES = (
         "use at most {c.steps}",
     ),
     Rule(
+        lambda c: not c.optim.decay_steps or c.optim.warmup_steps + c.optim.decay_steps <= c.steps,
+        "optim.warmup_steps and optim.decay_steps are {c.optim.warmup_steps} and "
+        "{c.optim.decay_steps}, together longer than the run of steps = {c.steps}",
+    ),
+    Rule(
         lambda c: c.resume_step is None or c.resume,
         "resume_step is {c.resume_step}, but resume is not set; add --resume",
     ),

@@ -15,13 +15,13 @@ from megalodon_jax.data.data_shard import POSITION_KEYS, DataShard
 from megalodon_jax.data.documents import Slice
 from megalodon_jax.data.huggingface import StreamedSource
 from megalodon_jax.data.open_source import open_any_source, training_sources
-from megalodon_jax.data.packing import CountedBatch, Counts
+from megalodon_jax.data.packing import Counts
 from megalodon_jax.data.reader import ReadOptions
 from megalodon_jax.data.sources import Source
 from megalodon_jax.data.splits import Split
 from megalodon_jax.data.tokenizer import Tokenizer
 from megalodon_jax.errors import DataError
-from megalodon_jax.typing import Batch
+from megalodon_jax.typing import Batch, CountedBatch
 
 if TYPE_CHECKING:
     import grain

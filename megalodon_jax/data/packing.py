@@ -63,16 +63,6 @@ class Row(NamedTuple):
     counts: Counts
 
 
-class CountedBatch(NamedTuple):
-    """A batch, and the text bytes that its weighted targets encode.
-
-    Where the batch holds only one process's rows, the bytes are those of the global batch.
-    """
-
-    batch: Batch
-    num_bytes: int
-
-
 class RowBuilder:
     """A row that is filled from the left; the rest is padding.
 

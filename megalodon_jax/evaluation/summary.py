@@ -2,18 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 from flax import nnx
 
 from megalodon_jax.errors import DataError
 from megalodon_jax.loss import LossOutput
-from megalodon_jax.typing import Batch
-
-if TYPE_CHECKING:
-    # Training steps and benchmarks run without the data libraries.
-    from megalodon_jax.data.packing import CountedBatch
+from megalodon_jax.typing import Batch, CountedBatch
 
 
 class Evaluation(NamedTuple):
@@ -21,10 +17,11 @@ class Evaluation(NamedTuple):
 
     Attributes:
       loss: mean cross-entropy in nats per predicted token, eos tokens included.
-      bits_per_byte: total nats / ln 2 / bytes of text; comparable between tokenizers.
+      bits_per_byte: total nats / ln 2 / bytes of text; comparable between tokenizers. NaN if the
+        bytes are not known.
       perplexity: exp(loss), per token.
       num_tokens: number of predicted tokens.
-      num_bytes: UTF-8 bytes that they encode.
+      num_bytes: UTF-8 bytes that they encode; 0 if not known.
     """
 
     loss: float
@@ -35,15 +32,15 @@ class Evaluation(NamedTuple):
 
 
 EvalStep = Callable[[nnx.State, Batch], LossOutput]
-Metric = Callable[[Sequence[LossOutput], int], Evaluation]
+Metric = Callable[[Sequence[LossOutput], int | None], Evaluation]
 
 
-def summarize(sums: Sequence[LossOutput], num_bytes: int) -> Evaluation:
+def summarize(sums: Sequence[LossOutput], num_bytes: int | None) -> Evaluation:
     """Computes the result from the sums of all batches.
 
     Args:
       sums: the sums of every batch.
-      num_bytes: UTF-8 bytes of their text.
+      num_bytes: UTF-8 bytes of their text; None: not known.
 
     Raises:
       DataError: the batches have no token.
@@ -61,13 +58,14 @@ def summarize(sums: Sequence[LossOutput], num_bytes: int) -> Evaluation:
         perplexity = math.exp(loss)
     except OverflowError:
         perplexity = math.inf
-    return Evaluation(loss, nats / math.log(2) / num_bytes, perplexity, num_tokens, num_bytes)
+    bits_per_byte = math.nan if num_bytes is None else nats / math.log(2) / num_bytes
+    return Evaluation(loss, bits_per_byte, perplexity, num_tokens, num_bytes or 0)
 
 
 def evaluate_batches(
     eval_step: EvalStep,
     params: nnx.State,
-    batches: "Iterable[CountedBatch]",
+    batches: Iterable[CountedBatch],
     *,
     metric: Metric = summarize,
     max_batches: int | None = None,
@@ -86,6 +84,10 @@ def evaluate_batches(
     ).all_sets
 
 
+def _sum_if_known(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else a + b
+
+
 class HeldoutEvaluation(NamedTuple):
     """The evaluation of several held-out sets.
 
@@ -101,7 +103,7 @@ class HeldoutEvaluation(NamedTuple):
 def evaluate_sets(
     eval_step: EvalStep,
     params: nnx.State,
-    sets: "Mapping[str, Iterable[CountedBatch]]",
+    sets: Mapping[str, Iterable[CountedBatch]],
     *,
     metric: Metric = summarize,
     max_batches: int | None = None,
@@ -116,21 +118,21 @@ def evaluate_sets(
       max_batches: maximum number of batches of a set; None: all.
     """
     all_sums: list[LossOutput] = []
-    all_bytes = 0
+    all_bytes: int | None = 0
     by_set = {}
     for name, batches in sets.items():
         sums: list[LossOutput] = []
-        num_bytes = 0
+        num_bytes: int | None = 0
         for batch, batch_bytes in batches:
             # One batch runs and one waits: a caller that ends `batches` early waits for two.
             if len(sums) >= 2:
                 jax.block_until_ready(sums[-2])
             sums.append(eval_step(params, batch))
-            num_bytes += batch_bytes
+            num_bytes = _sum_if_known(num_bytes, batch_bytes)
             if max_batches is not None and len(sums) >= max_batches:
                 break
         if name:
             by_set[name] = metric(sums, num_bytes)
         all_sums += sums
-        all_bytes += num_bytes
+        all_bytes = _sum_if_known(all_bytes, num_bytes)
     return HeldoutEvaluation(metric(all_sums, all_bytes), by_set)

@@ -65,6 +65,8 @@ def shardings_of(tree: Any, mesh: Mesh) -> Any:
     def sharding(leaf: Any) -> Any:
         if not isinstance(leaf, nnx.Variable):
             return NamedSharding(mesh, PartitionSpec())
+        if not jax.tree.leaves(leaf):
+            return leaf  # an optimizer of other parameters has no moment of this one
         names = leaf.get_metadata().get("out_sharding") or ()
         return leaf.replace(NamedSharding(mesh, partition_spec(*names)))
 

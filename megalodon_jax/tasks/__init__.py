@@ -1,6 +1,13 @@
 """Tasks: a task gives a run its examples, its loss and its metric."""
 
 from megalodon_jax.tasks.language import LanguageModeling
+from megalodon_jax.tasks.loaders import (
+    HeldoutLoader,
+    OwnBatches,
+    OwnHeldout,
+    TrainingLoader,
+    own_loaders,
+)
 from megalodon_jax.tasks.task import Task
 
 TASKS: dict[str, Task] = {"language": LanguageModeling()}
@@ -11,4 +18,8 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
-__all__ = ["TASKS", "LanguageModeling", "Task", "find_task"]
+__all__ = [
+    "TASKS", "HeldoutLoader", "LanguageModeling", "OwnBatches", "OwnHeldout",
+    "Task", "TrainingLoader", "find_task",
+    "own_loaders",
+]  # fmt: skip

@@ -57,7 +57,7 @@ class LanguageModeling:
             chunk_size=config.loss_chunk_size,
         )
 
-    def metric(self, sums: Sequence[LossOutput], num_bytes: int) -> Evaluation:
+    def metric(self, sums: Sequence[LossOutput], num_bytes: int | None) -> Evaluation:
         """Loss, perplexity and bits per byte."""
         return summarize(sums, num_bytes)
 

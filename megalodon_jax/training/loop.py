@@ -7,12 +7,13 @@ checkpoints, each loads its own rows, and process 0 logs.
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 from jax.experimental import multihost_utils
 
@@ -20,11 +21,9 @@ from megalodon_jax.checkpoints import RunCheckpoints, load_run_tokenizer, resolv
 from megalodon_jax.compilation_cache import persistent_compilation_cache
 from megalodon_jax.config import TrainConfig
 from megalodon_jax.config.run import locations, step_range
-from megalodon_jax.data.loader import Loader, merge_states, total_counts
-from megalodon_jax.data.packing import CountedBatch
+from megalodon_jax.data.loader import merge_states
 from megalodon_jax.errors import CheckpointError, DataError
 from megalodon_jax.evaluation.summary import Evaluation, evaluate_sets
-from megalodon_jax.flops import model_flops_per_token, model_flops_utilization
 from megalodon_jax.generate import stream_text
 from megalodon_jax.inference.sampling import SamplingParams
 from megalodon_jax.loss import LossOutput
@@ -32,11 +31,13 @@ from megalodon_jax.parallel import distributed
 from megalodon_jax.parallel.liveness import LivenessWatch
 from megalodon_jax.parallel.mesh import resolve_mesh
 from megalodon_jax.storage.location import require_installed
-from megalodon_jax.tasks import find_task
+from megalodon_jax.tasks import HeldoutLoader, Task, find_task, own_loaders
 from megalodon_jax.train_state import TrainState
+from megalodon_jax.training.callbacks import Callback, RunView
 from megalodon_jax.training.clock import ThroughputClock
 from megalodon_jax.training.metrics import ProgressDisplay
 from megalodon_jax.training.report import ReportWindow, mean_metrics
+from megalodon_jax.training.result import TrainResult
 from megalodon_jax.training.run_context import (
     RunContext,
     changed_settings,
@@ -45,13 +46,15 @@ from megalodon_jax.training.run_context import (
     open_log,
 )
 from megalodon_jax.training.run_files import open_run_files
+from megalodon_jax.training.run_report import data_counts, describe_run, utilization
 from megalodon_jax.training.run_time import RunTime
 from megalodon_jax.training.signals import stop_on_signals
 from megalodon_jax.training.start import initial_state
 from megalodon_jax.training.step import StepMetrics, make_eval_step, make_train_step
 from megalodon_jax.training.step_trace import StepTrace
 from megalodon_jax.training.watchdog import Watchdog
-from megalodon_jax.typing import Batch
+from megalodon_jax.training.writers import MetricWriter
+from megalodon_jax.typing import Batch, CountedBatch
 
 SAMPLE_TEMPERATURE = 0.8
 # Updates that may wait on the device: enough to keep it busy, and few enough that a signal, a
@@ -59,31 +62,34 @@ SAMPLE_TEMPERATURE = 0.8
 _MAX_IN_FLIGHT = 2
 
 
-class TrainResult(NamedTuple):
-    """The result of a run.
-
-    Attributes:
-      step: total number of updates.
-      train_loss: loss of the last step in nats per token; None if no step was run.
-      heldout: the final held-out evaluation; None without held-out text or after a signal.
-      sample: the generated text with its prompt; empty if `sample_tokens` is 0.
-      stop_signal: SIGINT or SIGTERM if it stopped the run before its end, else None.
-    """
-
-    step: int
-    train_loss: float | None
-    heldout: Evaluation | None
-    sample: str
-    stop_signal: signal.Signals | None
-
-
-def train(config: TrainConfig) -> TrainResult:
+def train(
+    config: TrainConfig,
+    *,
+    loader: Iterable[Batch] | None = None,
+    heldout: Mapping[str, Callable[[], Iterable[Batch | CountedBatch]]] | None = None,
+    task: Task | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    callbacks: Sequence[Callback] = (),
+    writers: Sequence[MetricWriter] | None = None,
+) -> TrainResult:
     """Trains until `config.steps`; checkpoints and logs are in `config.run_dir`.
 
     SIGINT or SIGTERM: the current step, evaluation batch or token of the sample is completed, a
     checkpoint of the newest step is saved, and the function returns with `stop_signal` set. A
     second signal ends the process at once. In a multi-process run a signal to any process stops all
     of them after the same step; `run_dir` must be shared.
+
+    Args:
+      config: the run.
+      loader: batches instead of those of `config.data`, whose `batch_size` and `seq_len` they have
+        (see `tasks.OwnBatches`): rows of this process, endless.
+      heldout: with `loader`, the held-out sets by name, each a function that starts a pass; the
+        name of a single set may be "". None: none with `loader`, else those of `config.data`.
+      task: examples, loss and metric instead of those of `config.task`.
+      optimizer: an optimizer instead of that of `config.optim`, with its own schedule.
+      callbacks: your code at the events of the run.
+      writers: outputs of the metrics beside `metrics.jsonl`; None: TensorBoard, and wandb if
+        `wandb_project` is set.
 
     Raises:
       ConfigError: settings are inconsistent, `run_dir` already has checkpoints and `resume` is not
@@ -104,14 +110,17 @@ def train(config: TrainConfig) -> TrainResult:
         mesh = resolve_mesh(config)
         rows = distributed.rows_of_process(mesh, config.data.batch_size)
         tokenizer = load_run_tokenizer(config)
-        task = find_task(config.task)
-        loader, heldout_loaders = task.open_loaders(
-            config,
-            tokenizer,
-            rows=rows,
-            num_shards=distributed.num_shards_of(mesh, config.data.batch_size),
-        )
-        stack.callback(loader.close)
+        task = task or find_task(config.task)
+        if loader is None and heldout is None:
+            training_loader, heldout_loaders = task.open_loaders(
+                config,
+                tokenizer,
+                rows=rows,
+                num_shards=distributed.num_shards_of(mesh, config.data.batch_size),
+            )
+        else:
+            training_loader, heldout_loaders = own_loaders(config, loader, heldout, rows=len(rows))
+        stack.callback(training_loader.close)
         stack.enter_context(LivenessWatch())
         files = stack.enter_context(open_run_files(config.run_dir))
         watchdog = stack.enter_context(
@@ -133,7 +142,9 @@ def train(config: TrainConfig) -> TrainResult:
             files.copies(checkpoints.check_owner, continue_earlier=distributed.is_main())
         )
         run_time = RunTime(files.local if distributed.is_main() else None, started=started)
-        graphdef, state, saved = initial_state(config, mesh, loader, checkpoints)
+        graphdef, state, saved = initial_state(
+            config, mesh, training_loader, checkpoints, optimizer=optimizer
+        )
         checkpoints.keep_tokenizer(tokenizer)
         first_step = int(state.step)
         run_time.resume_at(first_step)
@@ -143,11 +154,14 @@ def train(config: TrainConfig) -> TrainResult:
             rows=rows,
             task=task,
             tokenizer=tokenizer,
-            loader=loader,
+            loader=training_loader,
+            optimizer=optimizer,
             heldout_loaders=heldout_loaders,
             graphdef=graphdef,
             checkpoints=checkpoints,
-            log=stack.enter_context(open_log(config, files.local, first_step=first_step)),
+            log=stack.enter_context(
+                open_log(config, files.local, first_step=first_step, writers=writers)
+            ),
             display=stack.enter_context(
                 ProgressDisplay(
                     first_step=first_step, steps=config.steps, silent=not distributed.is_main()
@@ -157,6 +171,7 @@ def train(config: TrainConfig) -> TrainResult:
             watchdog=watchdog,
             trace=stack.enter_context(StepTrace(step_range(config.profile_steps), files.local)),
             stop=stop,
+            callbacks=callbacks,
         )
         run = _Run(context, state)
         if saved is not None:
@@ -180,8 +195,10 @@ class _Run:
         self.devices = list(mesh.devices.flat)
         self.first_step = self.step = int(state.step)
         self.saved_step = self.step if config.resume else None
-        self.train_step = make_train_step(context.graphdef, config, mesh)
-        self.eval_step = make_eval_step(context.graphdef, config, mesh)
+        self.train_step = make_train_step(
+            context.graphdef, config, mesh, task=context.task, optimizer=context.optimizer
+        )
+        self.eval_step = make_eval_step(context.graphdef, config, mesh, task=context.task)
         self.has_evaluated = False
         self.window = ReportWindow(
             config, context.display, context.log, newest_checkpoint=self._newest_checkpoint,
@@ -192,6 +209,12 @@ class _Run:
         self.clock = ThroughputClock()
         self.global_signal = distributed.DelayedGlobalMax(mesh)
         self.stop_signal: signal.Signals | None = None
+        self.view = RunView(config, context.graphdef, state)
+
+    def _notify(self, event: str, *arguments: Any) -> None:
+        self.view.step, self.view.state = self.step, self.state
+        for callback in self.context.callbacks:
+            getattr(callback, event)(self.view, *arguments)
 
     def report_changes(self, saved: TrainConfig) -> None:
         """Logs the settings of training that differ from those of the resumed checkpoint."""
@@ -206,14 +229,18 @@ class _Run:
     def advance(self) -> None:
         """Trains until the last step or a signal, then saves."""
         config, run_time = self.config, self.context.run_time
-        self.context.display.message(self._description())
+        self.context.display.message(
+            describe_run(config, self.state.params, self.devices, first_step=self.first_step)
+        )
         self.context.checkpoints.check()  # before a compilation of minutes
         run_time.enter("steps")
         batches = iter(self.context.loader)
-        while self.step < config.steps and not self._must_stop():
+        self._notify("on_start")
+        last = self.step == config.steps
+        while not last and not self._must_stop():
             self._train_step(batches)
             self.context.display.advance(self.step)
-            last = self.step == config.steps
+            last = self.step == config.steps or self.view.is_stopped
             if last or self.step % config.log_every == 0:
                 self._report()
             if not last and config.eval_every and self.step % config.eval_every == 0:
@@ -259,6 +286,7 @@ class _Run:
             watchdog.beat(f"step {number + 1}")
         else:
             watchdog.step_took(time.monotonic() - started)
+        self._notify("on_step", metrics)
 
     @contextmanager
     def _compiling(self) -> Iterator[None]:
@@ -317,16 +345,9 @@ class _Run:
             display.message(f"step {self.step}; checkpoints and logs are in {config.run_dir}")
         run_time.write(self.step)
         display.message(run_time.summary())
-        return TrainResult(self.step, self.train_loss, heldout, sample, self.stop_signal)
-
-    def _description(self) -> str:
-        count = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
-        devices = f"{len(self.devices)} x {self.devices[0].device_kind}"
-        devices += f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        unused = len(jax.devices()) - len(self.devices)
-        devices += f" ({unused} more are not used: set mesh.data to -1)" if unused else ""
-        resumed = f", resumed at step {self.first_step}" if self.first_step else ""
-        return f"{count:,} parameters on {devices}, run_dir {self.config.run_dir}{resumed}"
+        result = TrainResult(self.step, self.train_loss, heldout, sample, self.stop_signal)
+        self._notify("on_end", result)
+        return result
 
     def _report_compilation(self, metrics: StepMetrics) -> None:
         self.context.display.message(f"first step, with compilation: {self.clock.seconds():.1f} s")
@@ -338,17 +359,21 @@ class _Run:
         self.context.checkpoints.check()
         metrics: dict[str, Any] = mean_metrics(window := self.window.take())
         tokens_per_second = self.clock.tokens_per_second(metrics["tokens"])
-        mfu = None if tokens_per_second is None else self._utilization(tokens_per_second)
-        self.context.run_time.write(self.step)
-        self._log(
-            {
-                **metrics,
-                "tokens_per_second": tokens_per_second,
-                "mfu": mfu,
-                **self.context.run_time.metrics(),
-                **self._data_counts(),
-            }
+        mfu = (
+            None
+            if tokens_per_second is None
+            else utilization(self.config, self.devices, tokens_per_second)
         )
+        self.context.run_time.write(self.step)
+        report = {
+            **metrics,
+            "tokens_per_second": tokens_per_second,
+            "mfu": mfu,
+            **self.context.run_time.metrics(),
+            **data_counts(self.context.loader, self.config.data),
+        }
+        self._log(report)
+        self._notify("on_report", report)
         text = f"loss {metrics['loss']:.4f}"
         text += f"  {tokens_per_second:,.0f} tokens/s" if tokens_per_second else ""
         text += f"  MFU {mfu:.1%}" if mfu else ""
@@ -360,31 +385,9 @@ class _Run:
         self.train_loss = float(window[-1].loss)
         self.clock.restart()
 
-    def _data_counts(self) -> dict[str, float]:
-        """Bad documents, and tokens and documents by source, since the run's first step."""
-        names, data = self.context.loader.source_names, self.config.data
-        if data.on_bad_document == "stop" and not data.sources:
-            return {}
-        counts = total_counts(distributed.all_gather_json(self.context.loader.counts()))
-        found: dict[str, float] = {"bad_documents": sum(entry.bad_documents for entry in counts)}
-        if data.sources:
-            for name, entry in zip(names, counts, strict=True):
-                found[f"source_tokens/{name}"] = entry.tokens
-                found[f"source_documents/{name}"] = entry.documents
-        return found
-
     def _log(self, metrics: Mapping[str, float | None]) -> None:
         if self.context.log is not None:
             self.context.log.write(self.step, metrics)
-
-    def _utilization(self, tokens_per_second: float) -> float | None:
-        flops = model_flops_per_token(self.config.model, seq_len=self.config.data.seq_len)
-        return model_flops_utilization(
-            tokens_per_second,
-            flops,
-            device_kind=self.devices[0].device_kind,
-            device_count=len(self.devices),
-        )
 
     def _newest_checkpoint(self) -> str:
         try:
@@ -402,7 +405,7 @@ class _Run:
         with self.clock.pause(), self.context.run_time.phase("evaluation"):
             heldout, by_set = evaluate_sets(
                 self._evaluate_batch,
-                self.state.params,
+                self.state.evaluated_params,
                 {name: self._heldout_batches(loader) for name, loader in loaders.items()},
                 metric=self.context.task.metric,
                 max_batches=max_batches,
@@ -420,9 +423,10 @@ class _Run:
             f"step {self.step}/{self.config.steps}  held-out bits per byte "
             f"{heldout.bits_per_byte:.4f}  loss {heldout.loss:.4f}{text}"
         )
+        self._notify("on_evaluation", heldout)
         return heldout
 
-    def _heldout_batches(self, loader: Loader) -> Iterator[CountedBatch]:
+    def _heldout_batches(self, loader: HeldoutLoader) -> Iterator[CountedBatch]:
         """A held-out pass from its start, on the devices."""
         loader.rewind()
         for batch, num_bytes in loader.with_bytes():
@@ -455,10 +459,11 @@ class _Run:
             )
         self.context.run_time.mark(self.step)
         self.saved_step = self.step
+        self._notify("on_save")
 
     def _sample(self) -> str:
         # Generation runs on one device; a larger model needs sample_tokens = 0.
-        params = self.state.params
+        params = self.state.evaluated_params
         if jax.process_count() > 1:
             params = multihost_utils.process_allgather(params, tiled=True)
         # Every process generates the same text, so that none waits for another.

@@ -5,8 +5,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,11 +14,11 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megalodon_jax.errors import ConfigError
+from megalodon_jax.training.writers import MetricWriter, TensorBoardWriter, WandbWriter, naming
 
 
 class RunLog:
-    """Writes metrics to `metrics.jsonl`, TensorBoard and optionally wandb.
+    """Writes metrics to `metrics.jsonl` and to other writers.
 
     Every call of `write` appends one line to `metrics.jsonl`. A resumed run appends too: if a step
     appears twice, the later line is valid. A last line that a kill has cut off is removed.
@@ -28,6 +28,7 @@ class RunLog:
       config: the resolved configuration, for wandb.
       first_step: step from which a run resumes.
       wandb_project: wandb project; empty: no wandb.
+      writers: the other writers; None: TensorBoard, and wandb if there is a project.
 
     Raises:
       ConfigError: `wandb_project` is set but wandb is not installed.
@@ -41,69 +42,51 @@ class RunLog:
         config: Mapping[str, Any],
         first_step: int = 0,
         wandb_project: str = "",
+        writers: Sequence[MetricWriter] | None = None,
     ) -> None:
-        # A local import: it takes half a second, which help and errors do not need.
-        from megalodon_jax.training.tensorboard import EventFile
-
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._wandb = _start_wandb(wandb_project, run_dir, config) if wandb_project else None
+        self._writers = list(writers or ())
+        if wandb_project and writers is None:
+            self._writers.append(WandbWriter(wandb_project, run_dir=run_dir, config=config))
         _complete_last_line(run_dir / "metrics.jsonl")
         self._path = run_dir / "metrics.jsonl"
         self._lines = self._path.open("a", encoding="utf-8")
-        self._board_folder = run_dir / "tensorboard"
-        # The point of `first_step` is valid.
-        with _naming(self._board_folder):
-            self._board = EventFile(self._board_folder, purge_step=first_step + 1)
+        if writers is None:
+            board = TensorBoardWriter(run_dir / "tensorboard", first_step=first_step)
+            self._writers.insert(0, board)
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Records the metrics of a step; those that are None are skipped."""
         values = {name: float(value) for name, value in metrics.items() if value is not None}
         line = {name: _strict(value) for name, value in values.items()}
         self._write_line({"step": step, **line})
-        with _naming(self._board_folder):
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
+        for writer in self._writers:
+            writer.write(step, values)
 
     def write_changes(self, step: int, changes: Mapping[str, tuple[Any, Any]]) -> None:
         """Records settings that a resumed run has changed: their old and new values."""
         line = {name: [_strict(value) for value in values] for name, values in changes.items()}
         self._write_line({"step": step, "changed_settings": line})
         text = "; ".join(f"{name}: {old!r} to {new!r}" for name, (old, new) in changes.items())
-        with _naming(self._board_folder):
-            self._board.add_text("changed_settings", text, step)
-            self._board.flush()
+        for writer in self._writers:
+            writer.write_text(step, "changed_settings", text)
 
     def make_durable(self) -> None:
         """Waits until the lines so far are on the disk, as those of a checkpoint must be."""
-        with _naming(self._path):
+        with naming(self._path):
             os.fsync(self._lines.fileno())
 
     def close(self) -> None:
-        """Flushes and closes all outputs."""
-        with _naming(self._path):
-            self._lines.close()
-        with _naming(self._board_folder):
-            self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        """Flushes and closes all outputs; the first error is raised after all are closed."""
+        with ExitStack() as stack:
+            for writer in self._writers:
+                stack.callback(writer.close)
+            with naming(self._path):
+                self._lines.close()
 
     def _write_line(self, record: Mapping[str, Any]) -> None:
-        with _naming(self._path):
+        with naming(self._path):
             print(json.dumps(record), file=self._lines, flush=True)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Adds the name of a file to the errors of its open handle."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _strict(value: Any) -> Any:
@@ -125,17 +108,6 @@ def _complete_last_line(path: Path) -> None:
         return
     with path.open("ab") as file:
         file.write(b"\n")
-
-
-def _start_wandb(project: str, run_dir: Path, config: Mapping[str, Any]) -> Any:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ConfigError(
-            f"wandb_project is {project!r} but wandb is not installed; "
-            "install megalodon-flax[wandb] or leave wandb_project empty"
-        ) from error
-    return wandb.init(project=project, dir=str(run_dir), config=dict(config))
 
 
 class ProgressDisplay:

@@ -2,26 +2,28 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from megalodon_jax.checkpoints import RunCheckpoints
 from megalodon_jax.config import TrainConfig
-from megalodon_jax.data.loader import Loader
 from megalodon_jax.data.tokenizer import Tokenizer
 from megalodon_jax.errors import CheckpointError, RunLockedError, TrainingError, one_line
 from megalodon_jax.parallel import distributed
-from megalodon_jax.tasks import Task
+from megalodon_jax.tasks import HeldoutLoader, Task, TrainingLoader
+from megalodon_jax.training.callbacks import Callback
 from megalodon_jax.training.metrics import ProgressDisplay, RunLog
 from megalodon_jax.training.run_time import RunTime
 from megalodon_jax.training.signals import StopRequest
 from megalodon_jax.training.step_trace import StepTrace
 from megalodon_jax.training.watchdog import Watchdog
+from megalodon_jax.training.writers import MetricWriter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,7 @@ class RunContext:
       task: examples, loss and metric.
       tokenizer: the run's tokenizer.
       loader: endless training batches.
+      optimizer: the run's own optimizer; None: that of `config.optim`.
       heldout_loaders: single held-out passes by name; none without held-out data.
       graphdef: the model's static structure.
       checkpoints: the run's checkpoints.
@@ -44,6 +47,7 @@ class RunContext:
       watchdog: ends a process that hangs.
       trace: the profiler's trace of some steps.
       stop: a request to stop.
+      callbacks: the caller's code at the events of the run.
     """
 
     config: TrainConfig
@@ -51,8 +55,9 @@ class RunContext:
     rows: tuple[int, ...]
     task: Task
     tokenizer: Tokenizer
-    loader: Loader
-    heldout_loaders: dict[str, Loader]
+    loader: TrainingLoader
+    optimizer: optax.GradientTransformation | None
+    heldout_loaders: Mapping[str, HeldoutLoader]
     graphdef: nnx.GraphDef
     checkpoints: RunCheckpoints
     log: RunLog | None
@@ -61,10 +66,17 @@ class RunContext:
     watchdog: Watchdog
     trace: StepTrace
     stop: StopRequest
+    callbacks: Sequence[Callback]
 
 
 @contextmanager
-def open_log(config: TrainConfig, directory: Path, *, first_step: int) -> Iterator[RunLog | None]:
+def open_log(
+    config: TrainConfig,
+    directory: Path,
+    *,
+    first_step: int,
+    writers: Sequence[MetricWriter] | None = None,
+) -> Iterator[RunLog | None]:
     """The run's log in a local directory, with its resolved configuration beside it.
 
     None except in process 0.
@@ -79,6 +91,7 @@ def open_log(config: TrainConfig, directory: Path, *, first_step: int) -> Iterat
         config=resolved,
         first_step=first_step,
         wandb_project=config.wandb_project,
+        writers=writers,
     )
     try:
         yield log

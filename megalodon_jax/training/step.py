@@ -13,11 +13,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from megalodon_jax.config import TrainConfig
 from megalodon_jax.evaluation.summary import EvalStep
 from megalodon_jax.loss import LossOutput
-from megalodon_jax.optimizer import apply_updates, learning_rate_schedule, make_optimizer
+from megalodon_jax.optimizer import (
+    apply_updates,
+    learning_rate_schedule,
+    stop_frozen_gradients,
+    update_average,
+)
 from megalodon_jax.parallel.mesh import resolve_mesh
 from megalodon_jax.parallel.sharding import batch_sharding
-from megalodon_jax.tasks import find_task
-from megalodon_jax.train_state import TrainState, state_shardings
+from megalodon_jax.tasks import Task, find_task
+from megalodon_jax.train_state import TrainState, optimizer_of, state_shardings
 from megalodon_jax.typing import Array, Batch, Float32, Int32, PRNGKey
 from megalodon_jax.update_guard import Verdict, judge, max_abs, record
 
@@ -68,7 +73,12 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, config: TrainConfig, mesh: Mesh | None = None
+    graphdef: nnx.GraphDef,
+    config: TrainConfig,
+    mesh: Mesh | None = None,
+    *,
+    task: Task | None = None,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> TrainStep:
     """Builds the jitted `step(state, batches) -> (state, metrics)`, which donates `state`.
 
@@ -80,18 +90,22 @@ def make_train_step(
     the step and the index of the batch, so that a resumed run equals an uninterrupted one.
 
     An update that is not finite, and a spike if `on_spike` is "skip", leaves parameters and
-    optimizer state as they are; the step counts. The schedule counts applied updates.
+    optimizer state as they are; the step counts. The schedule counts applied updates. With an
+    optimizer of your own, of which no bound is known, the new parameters themselves are checked,
+    and the learning rate is that of `optax.inject_hyperparams`, or NaN.
 
     Args:
       graphdef: the model's static structure.
       config: the run.
       mesh: devices; None: those of `config.mesh`.
+      task: the loss; None: that of `config.task`.
+      optimizer: an optimizer instead of that of `config.optim`; its updates may have any dtype.
     """
     mesh = resolve_mesh(config, mesh)
-    shardings = state_shardings(config, mesh)
-    optimizer = make_optimizer(config.optim, total_steps=config.steps)
+    shardings = state_shardings(config, mesh, optimizer=optimizer)
+    used = optimizer_of(config, optimizer)
     schedule = learning_rate_schedule(config.optim, total_steps=config.steps)
-    sums_and_gradient = _make_sums_and_gradient(graphdef, config)
+    sums_and_gradient = _make_sums_and_gradient(graphdef, config, task or find_task(config.task))
     on_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm")
 
     def step(state: TrainState, batches: Batch) -> tuple[TrainState, StepMetrics]:
@@ -104,23 +118,33 @@ def make_train_step(
         # A batch of padding has weight 0: its zero gradient must not become NaN.
         weight = jnp.maximum(sums.weight_sum, 1.0)
         gradient = jax.tree.map(lambda leaf: leaf / weight, gradient)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        updates, opt_state = used.update(gradient, state.opt_state, state.params)
+        new_params = apply_updates(state.params, updates)
         metrics = {
             "loss": sums.loss_sum / weight,
             "grad_norm": jnp.asarray(optax.tree.norm(gradient)),
         }
         # The optimizer's own count, which skipped updates do not advance.
-        learning_rate = schedule(state.step - state.guard.skipped)
-        verdict = judge(state.guard, config, learning_rate=learning_rate, **metrics)
+        if optimizer is None:
+            learning_rate, unbounded = schedule(state.step - state.guard.skipped), None
+        else:
+            learning_rate, unbounded = _injected_learning_rate(opt_state), new_params
+        verdict = judge(
+            state.guard, config, learning_rate=learning_rate, new_params=unbounded, **metrics
+        )
         # Selections are fused into the update; a `lax.cond` on a GPU waits for the host.
-        params, opt_state = jax.tree.map(
+        average = state.average
+        if average is not None:
+            count = state.step - state.guard.skipped
+            average = update_average(average, new_params, decay=config.optim.ema_decay, count=count)
+        params, opt_state, average = jax.tree.map(
             lambda new, old: jnp.where(verdict.is_skipped, old, new),
-            (apply_updates(state.params, updates), opt_state),
-            (state.params, state.opt_state),
+            (new_params, opt_state, average),
+            (state.params, state.opt_state, state.average),
         )
         max_param = max_abs(params)
         guard = record(state.guard, config, verdict, max_param=max_param, **metrics)
-        return TrainState(state.step + 1, params, opt_state, guard), StepMetrics(
+        return TrainState(state.step + 1, params, opt_state, guard, average), StepMetrics(
             **metrics,
             z_loss=sums.z_loss_sum / weight,
             accuracy=sums.correct_sum / weight,
@@ -142,6 +166,11 @@ def make_train_step(
     )
 
 
+def _injected_learning_rate(opt_state: optax.OptState) -> Float32[Array, ""]:
+    found = optax.tree.get_all_with_path(opt_state, "learning_rate")
+    return jnp.asarray(found[0][1] if found else jnp.nan, jnp.float32)
+
+
 def _row_major(gradient: Array) -> Array:
     """The gradient in its parameter's memory layout.
 
@@ -152,14 +181,21 @@ def _row_major(gradient: Array) -> Array:
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, config: TrainConfig, mesh: Mesh | None = None
+    graphdef: nnx.GraphDef,
+    config: TrainConfig,
+    mesh: Mesh | None = None,
+    *,
+    task: Task | None = None,
 ) -> EvalStep:
-    """Builds the jitted `evaluate(params, batch) -> LossOutput`: sums over a batch, no dropout."""
-    mesh, task = resolve_mesh(config, mesh), find_task(config.task)
+    """Builds the jitted `evaluate(params, batch) -> LossOutput`: sums over a batch, no dropout.
+
+    The arguments are those of `make_train_step`.
+    """
+    mesh, evaluated = resolve_mesh(config, mesh), task or find_task(config.task)
 
     def evaluate(params: nnx.State, batch: Batch) -> LossOutput:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return task.loss(nnx.merge(graphdef, params), batch, config=config)
+            return evaluated.loss(nnx.merge(graphdef, params), batch, config=config)
 
     return jax.jit(
         evaluate,
@@ -169,13 +205,14 @@ def make_eval_step(
 
 
 def _make_sums_and_gradient(
-    graphdef: nnx.GraphDef, config: TrainConfig
+    graphdef: nnx.GraphDef, config: TrainConfig, task: Task
 ) -> Callable[[nnx.State, Batch, PRNGKey], tuple[LossOutput, nnx.State]]:
-    task, has_dropout = find_task(config.task), config.model.has_dropout
+    has_dropout = config.model.has_dropout
 
     def objective(
         params: nnx.State, batch: Batch, key: PRNGKey | None
     ) -> tuple[Float32[Array, ""], LossOutput]:
+        params = stop_frozen_gradients(params, config.optim)
         sums = task.loss(nnx.merge(graphdef, params), batch, config=config, dropout_key=key)
         return sums.loss_sum + sums.z_loss_sum, sums
 

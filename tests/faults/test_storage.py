@@ -49,15 +49,15 @@ def test_the_long_form_has_every_kind_of_write():
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-@pytest.mark.parametrize("name", ["_lines", "_board"])
+@pytest.mark.parametrize("name", ["lines", "tensorboard"])
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, name):
     log = RunLog(tmp_path, config={})
     log.write(1, {"loss": 1.0})
     full = os.open("/dev/full", os.O_WRONLY)
-    handle = log._lines if name == "_lines" else log._board._file
+    handle = log._lines if name == "lines" else log._writers[0]._file._file  # type: ignore[attr-defined]
     os.dup2(full, handle.fileno())
     os.close(full)
-    with pytest.raises(OSError, match="metrics.jsonl" if name == "_lines" else "tensorboard") as e:
+    with pytest.raises(OSError, match="metrics.jsonl" if name == "lines" else "tensorboard") as e:
         log.write(2, {"loss": 1.0})
     assert e.value.errno == errno.ENOSPC
     os.dup2(os.open(os.devnull, os.O_WRONLY), handle.fileno())
