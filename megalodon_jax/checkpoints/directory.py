@@ -29,7 +29,7 @@ class LocalDirectory:
 
     # A checkpoint gets its final name when it is committed.
     commit_marker = None
-    recheck_seconds = 0.0
+    is_remote = False
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()

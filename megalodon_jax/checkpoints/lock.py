@@ -17,7 +17,6 @@ of the process that waits for it.
 
 import contextlib
 import json
-import math
 import os
 import secrets
 import socket
@@ -110,7 +109,7 @@ class RunLock:
         self._stale_seconds = stale_seconds
         self._owner = LockOwner.current()
         self._told_failure = False
-        self._checked = -math.inf
+        self._lost: RunLockedError | None = None
         self._stop = threading.Event()
         try:
             self._directory.make()
@@ -127,33 +126,35 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def check(self, *, within_seconds: float = 0.0) -> None:
+    def check(self, *, read: bool = True) -> None:
         """Raises `RunLockedError` if another process has taken the lock over.
 
         Args:
-          within_seconds: do nothing if the last check was at most this long ago.
+          read: read the lock now; False: say what the last heartbeat found, without waiting.
         """
-        now = time.monotonic()
-        if now - self._checked < within_seconds:
-            return
-        try:
-            newest = self._newest()
-            owner = self._read(newest)
-        except OSError:
-            # The storage cannot be read: whatever needs the lock fails by itself.
-            return
+        if read:
+            # A storage that cannot be read: whatever needs the lock fails by itself.
+            with contextlib.suppress(OSError):
+                self._lost = self._find_loss()
+        if self._lost is not None:
+            raise self._lost
+
+    def _find_loss(self) -> RunLockedError | None:
+        """The error of a process that does not own the lock any more; None if it does."""
+        newest = self._newest()
+        owner = self._read(newest)
         if newest > self._number:
-            raise RunLockedError(
+            return RunLockedError(
                 f"{self.run_dir} was taken over by {_name(owner)} because this process (pid "
                 f"{self._owner.pid} on {self._owner.host}) gave no heartbeat for "
                 f"{self._stale_seconds:.0f} s; it ends without writing"
             )
         if owner is None or owner.identity != self._owner.identity:
-            raise RunLockedError(
+            return RunLockedError(
                 f"the lock of {self.run_dir} was removed, so that another process may have started "
                 "there; this process ends without writing"
             )
-        self._checked = now
+        return None
 
     def release(self) -> None:
         """Gives the lock back; does nothing if it is released or another process owns it."""
@@ -227,12 +228,13 @@ class RunLock:
     def _beat(self) -> None:
         while not self._stop.wait(self._heartbeat_seconds):
             try:
+                # The main thread finds the error at its next `check`.
+                if (lost := self._find_loss()) is not None:
+                    self._lost = lost
+                    return
                 self._directory.touch(_file_name(self._number))
                 self._told_failure = False
             except OSError as error:
-                if self._newest_or_zero() > self._number:
-                    # The main thread finds out at its next `check`.
-                    return
                 if not self._told_failure:
                     print(
                         f"cannot renew the lock of {self.run_dir}: {error}; after "
@@ -244,12 +246,6 @@ class RunLock:
 
     def _newest(self) -> int:
         return max(map(_number, self._directory.names()), default=0)
-
-    def _newest_or_zero(self) -> int:
-        try:
-            return self._newest()
-        except OSError:
-            return 0
 
     def _read(self, number: int) -> LockOwner | None:
         """The owner that a file names; None if the file is gone or only partly written."""

@@ -243,7 +243,7 @@ class RunCheckpoints(CheckpointReader):
         if (failure := failure_elsewhere()) is not None:
             self._failed = True
             raise CheckpointError(f"{failure}; {self._usable(None)}")
-        self.check_owner(within_seconds=self._files.recheck_seconds)
+        self.check_owner(read=not self._files.is_remote)
 
     def wait(self) -> None:
         """Waits for the last save to complete.
@@ -395,15 +395,15 @@ class RunCheckpoints(CheckpointReader):
             self._removing.join()
             self._remove_old()
 
-    def check_owner(self, *, within_seconds: float = 0.0) -> None:
+    def check_owner(self, *, read: bool = True) -> None:
         """Raises `RunLockedError` if another process has taken the run directory over.
 
         Args:
-          within_seconds: do nothing if the last check was at most this long ago.
+          read: read the lock now; False: say what the last heartbeat found.
         """
         if self._lock is not None:
             try:
-                self._lock.check(within_seconds=within_seconds)
+                self._lock.check(read=read)
             except RunLockedError:
                 self._failed = True
                 raise

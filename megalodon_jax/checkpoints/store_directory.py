@@ -25,8 +25,8 @@ class StoreDirectory(ABC):
     """A directory of an object store; the interface is that of `LocalDirectory`."""
 
     commit_marker = COMMIT_MARKER
-    # The lock is read at every report of a run, which must not wait for a network each time.
-    recheck_seconds = 10.0
+    # A read waits for a network, and for a minute if the store is lost.
+    is_remote = True
 
     def __init__(self, path: AnyPath | str) -> None:
         self.path = as_path(path)
