@@ -42,6 +42,8 @@ def initialize(config: ProcessesConfig) -> None:
     """
     if jax.distributed.is_initialized():
         return
+    # Its handler of SIGTERM would replace the run's own (`training.signals`).
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         if config.coordinator:
             jax.distributed.initialize(
