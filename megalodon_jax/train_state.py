@@ -13,7 +13,7 @@ from megalodon_jax.config import TrainConfig
 from megalodon_jax.models import abstract_model, build_model
 from megalodon_jax.optimizer import make_optimizer
 from megalodon_jax.parallel.mesh import resolve_mesh
-from megalodon_jax.parallel.sharding import shardings_of
+from megalodon_jax.parallel.sharding import shardings_of, with_shardings
 from megalodon_jax.typing import Array, Int32
 from megalodon_jax.update_guard import GuardState, init_guard
 
@@ -112,12 +112,7 @@ def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
 
 def abstract_state(config: TrainConfig, mesh: Mesh | None = None) -> TrainState:
     """Shapes, dtypes and shardings of a run's `TrainState`, without allocation."""
-    mesh = resolve_mesh(config, mesh)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        _abstract_state(config),
-        state_shardings(config, mesh),
-    )
+    return with_shardings(_abstract_state(config), resolve_mesh(config, mesh))
 
 
 def _abstract_state(config: TrainConfig) -> TrainState:

@@ -35,6 +35,7 @@ from megalodon_jax.errors import (
 from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel.distributed import all_processes_ok, is_main
+from megalodon_jax.parallel.sharding import with_shardings
 from megalodon_jax.storage.location import AnyPath, as_path
 from megalodon_jax.storage.scratch import scratch_directory
 from megalodon_jax.train_state import TrainState, abstract_state, resumed_state
@@ -234,13 +235,22 @@ class CheckpointReader:
         items = self._restore(step, params=ocp.args.StandardRestore(abstract_by_name(params)))
         return from_names(params, items["params"])
 
-    def restore_model(self, step: int, config: AnyModelConfig) -> LanguageModel:
-        """Restores the parameters only, as a model on this process's first device.
+    def restore_model(
+        self, step: int, config: AnyModelConfig, mesh: Mesh | None = None
+    ) -> LanguageModel:
+        """Restores the parameters only, as a model.
+
+        Args:
+          step: step of the checkpoint.
+          config: the model's configuration.
+          mesh: devices over which the parameters are sharded; None: this process's first device.
 
         Raises:
           CheckpointError: the checkpoint is damaged.
         """
         graphdef, params = abstract_model(config)
+        if mesh is not None:
+            params = with_shardings(params, mesh)
         items = self._restore(step, params=ocp.args.StandardRestore(abstract_by_name(params)))
         return nnx.merge(graphdef, from_names(params, items["params"]))
 
@@ -287,9 +297,9 @@ class CheckpointReader:
             with (
                 suppress_orphaned_read_errors(),
                 self._readable(step, items) as directory,
-                reader(directory) as orbax,
+                reader() as orbax,
             ):
-                restored = orbax.restore(step, args=ocp.args.Composite(**items))
+                restored = orbax.restore(directory / str(step), args=ocp.args.Composite(**items))
             missing = [name for name in items if restored[name] is None]
         # Orbax, TensorStore and JSON raise various types for truncated or missing files.
         except Exception as error:

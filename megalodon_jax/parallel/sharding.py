@@ -71,6 +71,15 @@ def shardings_of(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(sharding, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
+def with_shardings(abstract: Any, mesh: Mesh) -> Any:
+    """A tree of Params' shapes and dtypes with their shardings over `mesh`."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings_of(abstract, mesh),
+    )
+
+
 def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
     """The sharding of token arrays (..., B, L) with `leading` unsharded axes."""
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, *partition_spec("batch", "length")))
