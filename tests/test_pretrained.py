@@ -111,7 +111,7 @@ def test_a_tokenizer_file_goes_along(trained_run, text_file, tmp_path):
     megalodon_jax.save(model, tmp_path / "hf", tokenizer=tokenizer)
     found = megalodon_jax.load(tmp_path / "hf").tokenizer
     assert found is not None
-    assert found.fingerprint() == tokenizer.fingerprint()
+    assert found.encode("ab c <s>").tolist() == tokenizer.encode("ab c <s>").tolist()
     with pytest.raises(ConvertError, match="cannot keep a tokenizer's files; give a folder"):
         megalodon_jax.save(model, tmp_path / "a.safetensors", tokenizer=tokenizer)
     megalodon_jax.save(model, tmp_path / "a.safetensors")

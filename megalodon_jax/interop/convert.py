@@ -23,7 +23,7 @@ from megalodon_jax.presets import preset_names
 from megalodon_jax.storage.files import exists
 from megalodon_jax.storage.location import AnyPath, as_path
 
-__all__ = ["Form", "convert", "read_safetensors"]
+__all__ = ["convert", "read_safetensors"]
 
 Form = Literal["safetensors", "run", "huggingface"]
 

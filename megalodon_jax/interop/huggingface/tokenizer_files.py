@@ -44,13 +44,13 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": _token(tokenizer, tokenizer.bos_id, files),
         "eos_token": _token(tokenizer, tokenizer.eos_id, files),
-        "add_bos_token": True,
-        "add_eos_token": False,
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         KIND_KEY: kind,
     }
+    if kind == "tokenizers":
+        files[_TOKENIZER_JSON] = _with_bos(files[_TOKENIZER_JSON], table["bos_token"])
     if kind == "sentencepiece":
         table |= {"tokenizer_class": "MegalodonSentencePiece", "auto_map": _SENTENCEPIECE_CLASS}
     return {**files, CONFIG_FILE: (json.dumps(table, indent=2) + "\n").encode()}
@@ -79,6 +79,26 @@ def byte_tokenizer_json() -> str:
         single=f"{BYTES_BOUNDARY} $A", special_tokens=[(BYTES_BOUNDARY, BYTE_VALUES)]
     )
     return tokenizer.to_str(pretty=True)
+
+
+def _with_bos(content: bytes, bos: str) -> bytes:
+    """A `tokenizer.json` whose post-processor puts `bos` before a text, and nothing else.
+
+    transformers takes it from this file alone. Encoding in this package does not use it.
+    """
+    from tokenizers import Tokenizer as RustTokenizer
+    from tokenizers import processors
+
+    tokenizer = RustTokenizer.from_buffer(content)
+    template = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    tokenizer.post_processor = template  # type: ignore[assignment]
+    wanted = json.loads(tokenizer.to_str())["post_processor"]
+    table = json.loads(content)
+    if table.get("post_processor") == wanted:
+        return content
+    return json.dumps({**table, "post_processor": wanted}, ensure_ascii=False).encode()
 
 
 def _byte_characters() -> list[str]:

@@ -175,13 +175,25 @@ def test_tokenizer_files_and_back(model, library, text_file, tmp_path):
     )
     tokenizer = load_tokenizer(str(path))
     write_huggingface(model, tmp_path / "hf", tokenizer=tokenizer)
-    assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes()
     name = read_huggingface(tmp_path / "hf").tokenizer
     assert name == str(tmp_path / "hf" / path.name)
     again = load_tokenizer(name)
-    assert again.fingerprint() == tokenizer.fingerprint()
+    for text in TEXTS:
+        assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
+    assert (again.bos_id, again.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    # The second folder has the same files, byte for byte.
+    write_huggingface(model, tmp_path / "hf2", tokenizer=again)
+    for file in (path.name, "tokenizer_config.json"):
+        assert (tmp_path / "hf2" / file).read_bytes() == (tmp_path / "hf" / file).read_bytes()
     config = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     assert (config["bos_token"], config["eos_token"]) == ("<s>", "</s>")
+    if library == "tokenizers":
+        plain = RustTokenizer.from_file(str(tmp_path / "hf" / path.name))
+        plain.encode_special_tokens = True
+        ids = tokenizer.encode(TEXTS[0]).tolist()
+        assert plain.encode(TEXTS[0]).ids == [tokenizer.bos_id, *ids]
+    else:
+        assert again.fingerprint() == tokenizer.fingerprint()
     has_code = (tmp_path / "hf" / "tokenization_megalodon.py").exists()
     assert has_code == (library == "sentencepiece")
 

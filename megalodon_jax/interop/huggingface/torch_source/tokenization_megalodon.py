@@ -18,3 +18,7 @@ class MegalodonSentencePiece(SentencePieceBackend):
         """Puts bos before each text."""
         second = [] if token_ids_1 is None else [self.bos_token_id, *token_ids_1]
         return [self.bos_token_id, *token_ids_0, *second]
+
+    def convert_tokens_to_string(self, tokens):
+        """Text of pieces."""
+        return self.sp_model.decode(tokens)
