@@ -24,6 +24,7 @@ from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.model import Megalodon
 
 MAX_SHARD_BYTES = 5_000_000_000
+"""Most bytes of weights in a file, by default."""
 MODEL_TYPE = "megalodon"
 CONFIG_FILE = "config.json"
 _TORCH_SOURCE = Path(__file__).parent / "torch_source"
