@@ -324,6 +324,8 @@ class MegaAttention(nn.Module):
     def _attend_padded_rows(self, q, k, v, positions, state):
         """Rows at different positions: tokens are moved to their slots, and back."""
         size, index = self.config.chunk_size, positions.index
+        if state is not None and index.shape[1] == 1:
+            return self._attend_padded_step(q, k, v, index, state)
         rows = index.shape[0]
         row = torch.arange(rows, device=index.device)[:, None]
         num_slots = (int(index.max()) // size + 2) * size
@@ -347,8 +349,20 @@ class MegaAttention(nn.Module):
         kept = start + torch.arange(size, device=index.device)
         return out, *(t.transpose(1, 2)[row, kept].transpose(1, 2) for t in (k, v))
 
-    def _softmax(self, q, k, v, causal=True):
+    def _attend_padded_step(self, q, k, v, index, state):
+        """One token of rows at different positions, in the slots (B, 1) of their chunks."""
+        row, slot = torch.arange(index.shape[0], device=index.device), index[:, 0]
+        key, value = state.key.clone(), state.value.clone()
+        key[row, :, slot], value[row, :, slot] = k[:, 0], v[:, 0]
+        # Slots after the token's hold an earlier chunk.
+        mask = torch.arange(key.shape[2], device=index.device) <= index
+        out = self._softmax(q.transpose(1, 2), key, value, mask=mask[:, None, None])
+        return out.transpose(1, 2), key, value
+
+    def _softmax(self, q, k, v, causal=True, mask=None):
         """softmax(q k^T) v, with 1 / sqrt(Z / H) already in queries and keys."""
+        if mask is not None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
         rate = self.config.attention_dropout if self.training else 0.0
         if rate and self.config.attention_dropout_mode == "dropkey":
             length = q.shape[-2]
@@ -577,9 +591,8 @@ class MegalodonForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _refuse(kwargs):
-    for name in ("position_ids", "head_mask"):
-        if kwargs.pop(name, None) is not None:
-            raise ValueError(f"{name} is not supported: positions follow from the attention mask")
+    if kwargs.pop("position_ids", None) is not None:
+        raise ValueError("position_ids is not supported: positions follow from the attention mask")
     if kwargs.pop("output_attentions", None):
         raise ValueError("output_attentions is not supported: attention runs in fused kernels")
     kwargs.pop("cache_position", None)
