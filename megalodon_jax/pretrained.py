@@ -17,7 +17,7 @@ from megalodon_jax.interop.safetensors_files import write_safetensors
 from megalodon_jax.interop.sources import read_source, require_local
 from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.models import abstract_model
-from megalodon_jax.parallel.sharding import shardings_of
+from megalodon_jax.parallel.sharding import with_shardings
 from megalodon_jax.storage.files import exists
 from megalodon_jax.storage.location import AnyPath, as_path
 
@@ -60,14 +60,16 @@ def load(
       ConvertError: there is no such source, it is of another kind, or its files are damaged.
       CheckpointError: the run has no readable checkpoint.
       DataError: the tokenizer cannot be read.
+      ConfigError: the parameters do not divide over the mesh.
     """
     read = read_source(source, tokenizer=tokenizer, reads_tokenizer=True, mesh=mesh)
     graphdef, params = nnx.split(read.model, nnx.Param)
     if dtype is not None:
         # Only the static structure knows the dtype of the computation.
         graphdef, _ = abstract_model(dataclasses.replace(read.model.config, dtype=dtype))
-    device = jax.local_devices()[0]
-    place = device if mesh is None else shardings_of(params, mesh)
+    place = jax.local_devices()[0]
+    if mesh is not None:
+        place = jax.tree.map(lambda leaf: leaf.sharding, with_shardings(params, mesh))
     return Pretrained(nnx.merge(graphdef, jax.device_put(params, place)), read.tokenizer)
 
 

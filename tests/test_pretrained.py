@@ -16,7 +16,7 @@ from megalodon_jax.checkpoints import load_model, save_model
 from megalodon_jax.config import MeshConfig, TrainConfig, TransformerConfig
 from megalodon_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from megalodon_jax.data.train_tokenizer import train_tokenizer
-from megalodon_jax.errors import CheckpointError, ConvertError, MegalodonError
+from megalodon_jax.errors import CheckpointError, ConfigError, ConvertError, MegalodonError
 from megalodon_jax.interop.convert import convert
 from megalodon_jax.parallel.mesh import make_mesh
 
@@ -76,6 +76,9 @@ def test_a_mesh_shards_the_parameters(trained_run, tmp_path, form):
     if form == "hf":
         convert(source, tmp_path / "hf")
         source = tmp_path / "hf"
+    wide = make_mesh(MeshConfig(data=1, model=8), jax.devices())
+    with pytest.raises(ConfigError, match=r"does not divide over mesh .*model 8"):
+        megalodon_jax.load(source, mesh=wide)
     mesh = make_mesh(MeshConfig(data=4, model=1), jax.devices()[:4])
     model = megalodon_jax.load(source, mesh=mesh).model
     kernel = model.layers.nffn.fc1.kernel[...]

@@ -44,6 +44,9 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": _token(tokenizer, tokenizer.bos_id, files),
         "eos_token": _token(tokenizer, tokenizer.eos_id, files),
+        # Rows of a batch end with their last token, as generation and the cache want it.
+        "pad_token": _token(tokenizer, tokenizer.eos_id, files),
+        "padding_side": "left",
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],

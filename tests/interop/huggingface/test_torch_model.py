@@ -299,6 +299,13 @@ def test_tokenizer_gives_the_ids_of_the_byte_tokenizer(plain):
         assert ids == [ours.bos_id, *ours.encode(text).tolist()]
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (256, 256)
+    batch = tokenizer(["def f", "x"], padding=True, return_tensors="pt")
+    assert batch["attention_mask"].tolist() == [[1] * 6, [0] * 4 + [1] * 2]
+    texts = plain.torch_model.generate(**batch, max_new_tokens=5, do_sample=False)
+    alone = plain.torch_model.generate(
+        **tokenizer("x", return_tensors="pt"), max_new_tokens=5, do_sample=False
+    )
+    assert texts[1, 4:].tolist()[: alone.shape[1]] == alone[0].tolist()
 
 
 @pytest.mark.parametrize("library", ["tokenizers", "sentencepiece"])
