@@ -76,7 +76,9 @@ def read_safetensors(
     else:
         found = config_of_metadata(path, arrays.metadata)
         if found is None:
-            raise ConvertError(f"{path} has no model configuration; give --config")
+            raise ConvertError(
+                f"{path} has no model configuration; give --config to megalodon convert"
+            )
         run = found
     return from_state_dict(require_megalodon(run.model), arrays.by_name), run
 

@@ -141,7 +141,9 @@ def _read_files(source: Path, config: TrainConfig | None) -> Source:
         return Source(model, saved, saved.data.tokenizer)
     if source.suffix in (".pth", ".pt"):
         if config is None:
-            raise ConvertError(f"{source} has no model configuration; give --config")
+            raise ConvertError(
+                f"{source} has no model configuration; give --config to megalodon convert"
+            )
         shape = require_megalodon(config.model)
         return Source(from_state_dict(shape, read_torch_file(source)), config, None)
     if source.is_dir():

@@ -98,6 +98,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
         raise ConvertError(f"cannot read {path} as an index of weights: {error!r:.200}") from error
     for file in entries.values():
         # A name from a file: nothing outside the folder is read.
-        if Path(file).name != file or not file.endswith(".safetensors"):
+        is_name = file.isprintable() and Path(file).name == file
+        if not is_name or not file.endswith(".safetensors"):
             raise ConvertError(f"{path} names the file {file!r:.80}; it must be one of the folder")
     return entries
