@@ -70,13 +70,7 @@ def convert(
     if exists(target):
         raise ConvertError(f"{target} exists and is not overwritten; give another target")
     form = _form(source, target, to)
-    if push and form != "huggingface":
-        raise ConvertError(
-            f"only the Hugging Face form can be uploaded to {push}, and {target} is to be a "
-            f"{form}; add --to huggingface"
-        )
-    if push:
-        require_hub()
+    _check_push(push, form, target)
     read = read_source(
         source,
         None if config is None else _read_config(config),
@@ -90,6 +84,17 @@ def convert(
         contents += f"; uploaded: {push_to_hub(Path(target), push)}"
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(read.model, nnx.Param)))
     return f"wrote {target}: {count:,} parameters from {source} ({contents})"
+
+
+def _check_push(push: str, form: Form, target: AnyPath) -> None:
+    if not push:
+        return
+    if form != "huggingface":
+        raise ConvertError(
+            f"only the Hugging Face form can be uploaded to {push}, and {target} is to be a "
+            f"{form}; add --to huggingface"
+        )
+    require_hub()
 
 
 def _form(source: AnyPath, target: AnyPath, to: Form | None) -> Form:

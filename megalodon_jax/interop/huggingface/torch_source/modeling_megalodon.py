@@ -521,16 +521,7 @@ class MegalodonForCausalLM(PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
-        asked_for_cache = bool(use_cache)
-        if use_cache is None:
-            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
-        cache = MegalodonCache() if past_key_values is None else past_key_values
-        if not isinstance(cache, MegalodonCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}; pass a MegalodonCache")
-        ends_in_padding = _read_mask(attention_mask, x.shape[1], cache)
-        if ends_in_padding and (past_key_values is not None or asked_for_cache):
-            raise ValueError("rows padded on the right have no cache; pad them on the left")
-        use_cache = use_cache and not ends_in_padding
+        cache, use_cache = self._open_cache(attention_mask, past_key_values, use_cache, x.shape[1])
         if self.config.scale_emb:
             x = x * math.sqrt(self.config.model_dim)
         x = F.dropout(x, self.config.dropout, self.training)
@@ -547,9 +538,8 @@ class MegalodonForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.output.output(x[:, kept]).float()
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.num_outputs, **kwargs
-            )
+            size = self.config.num_outputs
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **kwargs)
         out = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -558,6 +548,19 @@ class MegalodonForCausalLM(PreTrainedModel, GenerationMixin):
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return out if as_dict else out.to_tuple()
+
+    def _open_cache(self, attention_mask, past_key_values, use_cache, length):
+        """The cache before the new tokens, and whether it is returned after them."""
+        asked_for_cache = bool(use_cache)
+        if use_cache is None:
+            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
+        cache = MegalodonCache() if past_key_values is None else past_key_values
+        if not isinstance(cache, MegalodonCache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}; pass a MegalodonCache")
+        ends_in_padding = _read_mask(attention_mask, length, cache)
+        if ends_in_padding and (past_key_values is not None or asked_for_cache):
+            raise ValueError("rows padded on the right have no cache; pad them on the left")
+        return cache, use_cache and not ends_in_padding
 
     def _positions(self, length, device, cache):
         size = self.config.chunk_size
