@@ -19,15 +19,21 @@ if TYPE_CHECKING:
         load_config,
     )
     from megalodon_jax.errors import ConfigError
+    from megalodon_jax.generate import Completion, generate_text
+    from megalodon_jax.inference.engine import Engine
+    from megalodon_jax.inference.sampling_params import SamplingParams
     from megalodon_jax.language_model import HiddenOutput, LanguageModel, ModelOutput
     from megalodon_jax.loss import LossOutput, cross_entropy
     from megalodon_jax.model import Megalodon
+    from megalodon_jax.pretrained import Pretrained, load, save
     from megalodon_jax.typing import Batch
 
 _MODULES = {
     "Batch": "typing",
     "Cache": "cache",
+    "Completion": "generate",
     "ConfigError": "errors",
+    "Engine": "inference.engine",
     "HiddenOutput": "language_model",
     "LanguageModel": "language_model",
     "LayerCache": "cache",
@@ -36,17 +42,24 @@ _MODULES = {
     "MeshConfig": "config",
     "ModelConfig": "config",
     "ModelOutput": "language_model",
+    "Pretrained": "pretrained",
+    "SamplingParams": "inference.sampling_params",
     "TrainConfig": "config",
     "Transformer": "baselines.transformer",
     "TransformerConfig": "config",
     "cross_entropy": "loss",
+    "generate_text": "generate",
+    "load": "pretrained",
     "load_config": "config",
+    "save": "pretrained",
 }
 
 __all__ = [
     "Batch",
     "Cache",
+    "Completion",
     "ConfigError",
+    "Engine",
     "HiddenOutput",
     "LanguageModel",
     "LayerCache",
@@ -55,12 +68,17 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "ModelOutput",
+    "Pretrained",
+    "SamplingParams",
     "TrainConfig",
     "Transformer",
     "TransformerConfig",
     "__version__",
     "cross_entropy",
+    "generate_text",
+    "load",
     "load_config",
+    "save",
 ]
 
 

@@ -13,7 +13,7 @@ from megalodon_jax.config import TrainConfig
 from megalodon_jax.models import abstract_model, build_model
 from megalodon_jax.optimizer import first_moments, make_optimizer
 from megalodon_jax.parallel.mesh import resolve_mesh
-from megalodon_jax.parallel.sharding import shardings_of
+from megalodon_jax.parallel.sharding import shardings_of, with_shardings
 from megalodon_jax.typing import Array, Int32
 from megalodon_jax.update_guard import GuardState, init_guard
 
@@ -164,12 +164,7 @@ def abstract_state(
 
     The arguments are those of `init_state`.
     """
-    mesh = resolve_mesh(config, mesh)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        _abstract_state(config, optimizer),
-        state_shardings(config, mesh, optimizer=optimizer),
-    )
+    return with_shardings(_abstract_state(config, optimizer), resolve_mesh(config, mesh))
 
 
 def _abstract_state(

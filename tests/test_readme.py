@@ -3,14 +3,28 @@
 import re
 from pathlib import Path
 
+import megalodon_jax
 from megalodon_jax.cli.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+LOAD_EXAMPLE, FRESH_EXAMPLE = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_load_example_runs(trained_run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "first").symlink_to(trained_run.run_dir)
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    exec(LOAD_EXAMPLE, scope)
+    assert capsys.readouterr().out
+    assert megalodon_jax.load("first_hf").model.config == scope["model"].config
+
+
 def test_library_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    example = FRESH_EXAMPLE
     preset = 'ModelConfig.from_preset("mega200M", dtype="bfloat16")'
     assert preset in example
     # The same lines on a model that a test can afford.

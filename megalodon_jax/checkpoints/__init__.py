@@ -2,10 +2,12 @@
 
 from megalodon_jax.checkpoints.load import (
     LoadedModel,
+    LoadedRun,
     TrainedModel,
     load_latest_valid,
     load_model,
     load_params,
+    load_run,
     load_trained,
     resolve_auto_resume,
     restore_for_resume,
@@ -20,6 +22,7 @@ from megalodon_jax.checkpoints.verify import CheckpointReport, verify_run
 __all__ = [
     "CheckpointReport",
     "LoadedModel",
+    "LoadedRun",
     "RestoredRun",
     "RunCheckpoints",
     "TrainedModel",
@@ -27,6 +30,7 @@ __all__ = [
     "load_latest_valid",
     "load_model",
     "load_params",
+    "load_run",
     "load_run_tokenizer",
     "load_trained",
     "resolve_auto_resume",

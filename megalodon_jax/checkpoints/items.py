@@ -10,25 +10,22 @@ import jax
 import orbax.checkpoint as ocp
 
 from megalodon_jax.parameter_names import by_name, name_of
-from megalodon_jax.storage.location import AnyPath
 
 
-def reader(directory: AnyPath) -> ocp.CheckpointManager:
-    """An Orbax manager that reads in this process only.
+def reader() -> ocp.Checkpointer:
+    """Orbax's reader of one checkpoint, in this process only.
 
-    A process that fails to read does not leave the others waiting at a barrier.
+    A process that fails to read does not leave the others waiting at a barrier. Orbax's manager of
+    checkpoints is for runs that save: opened to read only, it warns of each of its settings for
+    saving and looks for metrics that these checkpoints do not have.
     """
     index = jax.process_index()
-    return ocp.CheckpointManager(
-        directory,
-        options=ocp.CheckpointManagerOptions(
-            read_only=True,
-            create=False,
-            multiprocessing_options=ocp.options.MultiprocessingOptions(
-                primary_host=index,
-                active_processes={index},
-                barrier_sync_key_prefix=f"reader_{index}",
-            ),
+    return ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(),
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=index,
+            active_processes={index},
+            barrier_sync_key_prefix=f"reader_{index}",
         ),
     )
 

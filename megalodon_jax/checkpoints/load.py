@@ -31,6 +31,15 @@ class LoadedModel(NamedTuple):
     config: TrainConfig
 
 
+class LoadedRun(NamedTuple):
+    """A checkpoint of a run: model, training configuration, tokenizer, and its step."""
+
+    model: LanguageModel
+    config: TrainConfig
+    tokenizer: Tokenizer
+    step: int
+
+
 class TrainedModel(NamedTuple):
     """A trained model and the tokenizer it was trained with."""
 
@@ -98,14 +107,15 @@ def load_model(
         return load_latest_valid(checkpoints, load, step=step)
 
 
-def load_trained(
+def load_run(
     run_dir: str | AnyPath,
     step: int | None = None,
     *,
     allow_unverified: bool = False,
     tokenizer: str = "",
-) -> TrainedModel:
-    """The model of a training run and its tokenizer.
+    mesh: Mesh | None = None,
+) -> LoadedRun:
+    """A checkpoint of a run with its tokenizer.
 
     Args:
       run_dir: the run's directory or URL.
@@ -113,6 +123,7 @@ def load_trained(
       allow_unverified: also load a checkpoint without manifest, with a warning.
       tokenizer: file to use instead of the run's own copy; another tokenizer than that of training
         gives a warning.
+      mesh: devices over which the parameters are sharded; None: this process's first device.
 
     Raises:
       CheckpointError: the run has no readable checkpoint.
@@ -122,14 +133,27 @@ def load_trained(
     """
     with RunCheckpoints(run_dir, read_only=True, allow_unverified=allow_unverified) as checkpoints:
 
-        def load(at: int) -> TrainedModel:
+        def load(at: int) -> LoadedRun:
             config, fingerprint = checkpoints.config_with_own_tokenizer(at)
             loaded = load_tokenizer(tokenizer or config.data.tokenizer)
             if loaded.fingerprint() != fingerprint:
                 _report_other_tokenizer(run_dir, config, fingerprint, loaded, override=tokenizer)
-            return TrainedModel(checkpoints.restore_model(at, config.model), loaded)
+            model = checkpoints.restore_model(at, config.model, mesh)
+            return LoadedRun(model, config, loaded, at)
 
         return load_latest_valid(checkpoints, load, step=step)
+
+
+def load_trained(
+    run_dir: str | AnyPath,
+    step: int | None = None,
+    *,
+    allow_unverified: bool = False,
+    tokenizer: str = "",
+) -> TrainedModel:
+    """The model of a training run and its tokenizer; arguments and errors as for `load_run`."""
+    run = load_run(run_dir, step, allow_unverified=allow_unverified, tokenizer=tokenizer)
+    return TrainedModel(run.model, run.tokenizer)
 
 
 def _report_other_tokenizer(

@@ -41,6 +41,7 @@ from megalodon_jax.errors import (
 from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel.distributed import all_processes_ok, is_main
+from megalodon_jax.parallel.sharding import with_shardings
 from megalodon_jax.storage.location import AnyPath, as_path
 from megalodon_jax.storage.scratch import scratch_directory
 from megalodon_jax.train_state import TrainState, abstract_state, resumed_state
@@ -254,8 +255,15 @@ class CheckpointReader:
         params = abstract_state(config, mesh).params
         return self._restore_evaluated(step, saved, params)
 
-    def restore_model(self, step: int, config: AnyModelConfig) -> LanguageModel:
-        """Restores the parameters only, as a model on this process's first device.
+    def restore_model(
+        self, step: int, config: AnyModelConfig, mesh: Mesh | None = None
+    ) -> LanguageModel:
+        """Restores the parameters only, as a model.
+
+        Args:
+          step: step of the checkpoint.
+          config: the model's configuration.
+          mesh: devices over which the parameters are sharded; None: this process's first device.
 
         Of a run with `optim.ema_decay` these are the averaged parameters.
 
@@ -263,6 +271,8 @@ class CheckpointReader:
           CheckpointError: the checkpoint is damaged.
         """
         graphdef, params = abstract_model(config)
+        if mesh is not None:
+            params = with_shardings(params, mesh)
         return nnx.merge(graphdef, self._restore_evaluated(step, self.read_run(step)[0], params))
 
     def _restore_evaluated(self, step: int, saved: TrainConfig, params: nnx.State) -> nnx.State:
@@ -314,9 +324,9 @@ class CheckpointReader:
             with (
                 suppress_orphaned_read_errors(),
                 self._readable(step, items) as directory,
-                reader(directory) as orbax,
+                reader() as orbax,
             ):
-                restored = orbax.restore(step, args=ocp.args.Composite(**items))
+                restored = orbax.restore(directory / str(step), args=ocp.args.Composite(**items))
             missing = [name for name in items if restored[name] is None]
         # Orbax, TensorStore and JSON raise various types for truncated or missing files.
         except Exception as error:

@@ -136,18 +136,27 @@ class Verify:
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Converts between released checkpoints, .safetensors files and run directories.
+    """Converts between released checkpoints, .safetensors files, runs and the Hugging Face form.
 
-    Example: megalodon convert released_checkpoint/ mega.safetensors
+    Example: megalodon convert runs/first first_hf/
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A released checkpoint, a .safetensors file, or a run_dir (also a URL gs:// or s3://)."""
+    """A run_dir or one of its checkpoints (also a URL gs:// or s3://), a .safetensors file, a
+    folder in the Hugging Face form, or a released checkpoint."""
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
-    """Where to write: a .safetensors file or a new run_dir (also a URL); nothing is
-    overwritten."""
+    """Where to write: a .safetensors file or a new folder; nothing is overwritten. A run_dir may
+    be a URL."""
     config: str | None = None
     """TOML file or preset with the model's shape, if the source has no config."""
+    to: Literal["run", "huggingface"] | None = None
+    """Form of a folder; by default that of Hugging Face from a run, and a run_dir from others."""
+    tokenizer: str = ""
+    """File of the model's tokenizer, or "bytes", if the source has none."""
+    max_shard_bytes: int = 5_000_000_000
+    """Most bytes of a file of weights in the Hugging Face form."""
+    push: str = ""
+    """Repository OWNER/NAME of the Hugging Face hub to which the folder is uploaded."""
     allow_unverified: bool = False
     """Also read a run's checkpoint without manifest, which an older version wrote."""
 
@@ -155,9 +164,17 @@ class Convert:
         """Says what was written."""
         from megalodon_jax.interop.convert import convert
 
-        print(
-            convert(self.source, self.target, self.config, allow_unverified=self.allow_unverified)
+        line = convert(
+            self.source,
+            self.target,
+            self.config,
+            to=self.to,
+            tokenizer=self.tokenizer,
+            max_shard_bytes=self.max_shard_bytes,
+            push=self.push,
+            allow_unverified=self.allow_unverified,
         )
+        print(line)
         return 0
 
 

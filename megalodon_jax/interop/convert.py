@@ -1,40 +1,31 @@
-"""Conversion of weights between released checkpoints, safetensors files and run directories."""
+"""Conversion between released checkpoints, .safetensors files, runs and the Hugging Face form."""
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
+from typing import Literal, get_args
 
 import jax
-import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from megalodon_jax.checkpoints import load_model, save_model
-from megalodon_jax.checkpoints.directory import open_directory
-from megalodon_jax.config import (
-    AnyModelConfig,
-    ModelConfig,
-    TrainConfig,
-    config_from_dict,
-    load_config,
-    model_preset,
+from megalodon_jax.checkpoints import save_model
+from megalodon_jax.config import TrainConfig, load_config, model_preset
+from megalodon_jax.errors import ConvertError
+from megalodon_jax.interop.huggingface import MAX_SHARD_BYTES, push_to_hub, write_huggingface
+from megalodon_jax.interop.huggingface.model_card import RunFacts, read_run_facts
+from megalodon_jax.interop.huggingface.push import require_hub
+from megalodon_jax.interop.safetensors_files import (
+    read_safetensors,
+    require_megalodon,
+    write_safetensors,
 )
-from megalodon_jax.errors import ConfigError, ConvertError
-from megalodon_jax.file_limits import FileLimitError, check_regular
-from megalodon_jax.interop.released import (
-    from_state_dict,
-    read_released_checkpoint,
-    to_state_dict,
-)
-from megalodon_jax.interop.torch_file import read_torch_file
-from megalodon_jax.model import Megalodon
+from megalodon_jax.interop.sources import Source, is_run, read_source, require_local
 from megalodon_jax.presets import preset_names
 from megalodon_jax.storage.files import exists
-from megalodon_jax.storage.location import AnyPath, as_path, is_store
+from megalodon_jax.storage.location import AnyPath, as_path
 
-CONFIG_KEY = "megalodon_config"
+__all__ = ["convert", "read_safetensors"]
+
+Form = Literal["safetensors", "run", "huggingface"]
 
 
 def convert(
@@ -42,149 +33,114 @@ def convert(
     target: str | AnyPath,
     config: str | None = None,
     *,
+    to: Form | None = None,
+    tokenizer: str = "",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    push: str = "",
     allow_unverified: bool = False,
 ) -> str:
     """Converts a model's weights; never overwrites a file or directory.
 
     Args:
       source: a released checkpoint directory (config.json and consolidated*.pth, model-parallel
-        shards included), one released .pth file, a .safetensors file with released names, or a
-        run_dir of this project, also a URL of an object store.
+        shards included), one released .pth file, a .safetensors file with released names, a
+        folder in the Hugging Face form, or a run_dir of this project, also a URL of an object
+        store.
       target: a new .safetensors file (released names, configuration in the metadata), or a new
-        run_dir for `generate`, `evaluate` and `train`, also a URL.
+        folder; a run_dir may be a URL.
       config: a TOML file or the name of a preset, for a source without a configuration.
+      to: form of a folder: "run", for `generate`, `evaluate` and `train`, or "huggingface"; None:
+        "huggingface" from a run_dir, else "run". A name with .safetensors is "safetensors".
+      tokenizer: the model's tokenizer file, for a source that has none; empty: the source's own.
+      max_shard_bytes: most bytes of a file of weights in the Hugging Face form.
+      push: repository "owner/name" to which the folder in the Hugging Face form is uploaded; empty:
+        none.
       allow_unverified: also read a run's checkpoint without manifest, with a warning.
 
     Returns:
       A line that describes what was written.
 
     Raises:
-      ConvertError: the source is of another kind or has no configuration, or the target exists.
+      ConvertError: the source is of another kind or has no configuration, the target exists, or the
+        upload failed.
+      ConfigError: `push` needs a package that is not installed.
       StateDictError: the weights do not match the configuration; the entries are named.
     """
     source, target = as_path(source), as_path(target)
     if exists(target):
         raise ConvertError(f"{target} exists and is not overwritten; give another target")
-    run = TrainConfig() if config is None else _read_config(config)
-    model, run = _read(
-        source, run, has_config=config is not None, allow_unverified=allow_unverified
+    form = _form(source, target, to)
+    _check_push(push, form, target)
+    read = read_source(
+        source,
+        None if config is None else _read_config(config),
+        tokenizer=tokenizer,
+        reads_tokenizer=form == "huggingface",
+        allow_unverified=allow_unverified,
     )
-    if target.suffix == ".safetensors":
-        _require_local(target)
-        target = Path(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {CONFIG_KEY: json.dumps(dataclasses.asdict(run)), "format": "np"}
-        save_file(to_state_dict(model), str(target), metadata=metadata)
-        contents = f"released names, {target.stat().st_size / 1e6:,.1f} MB"
-    elif target.suffix:
-        raise ConvertError(
-            f"cannot write {target}; give a name that ends in .safetensors, or a run directory"
-        )
-    else:
-        save_model(model, target, dataclasses.replace(run, run_dir=str(target)))
-        contents = "a run directory for generate, evaluate and init_from"
-    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    require_megalodon(read.config.model)
+    contents = _write(read, target, form, max_shard_bytes)
+    if push:
+        contents += f"; uploaded: {push_to_hub(Path(target), push)}"
+    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(read.model, nnx.Param)))
     return f"wrote {target}: {count:,} parameters from {source} ({contents})"
 
 
-def read_safetensors(
-    path: str | Path, config: ModelConfig | None = None
-) -> tuple[Megalodon, TrainConfig]:
-    """Reads a model and its configuration from a .safetensors file with released names.
-
-    Args:
-      path: the file.
-      config: the model's configuration; None: that of the file's metadata, where `convert` writes
-        it.
-
-    Raises:
-      ConvertError: the file cannot be read, or has no configuration.
-    """
-    try:
-        check_regular(path)
-        with safe_open(str(path), framework="np") as file:
-            metadata = file.metadata() or {}
-            state_dict = {name: _tensor(file, name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, FileLimitError) as error:
-        raise ConvertError(f"cannot read {path} as safetensors: {error}") from error
-    if config is not None:
-        run = TrainConfig(model=config)
-    elif CONFIG_KEY in metadata:
-        run = _config_of_metadata(path, metadata[CONFIG_KEY])
-    else:
-        raise ConvertError(f"{path} has no model configuration; give --config")
-    return from_state_dict(_megalodon(run.model), state_dict), run
-
-
-def _tensor(file: Any, name: str) -> np.ndarray:
-    try:
-        return file.get_tensor(name)
-    # The library raises several types for dtypes that NumPy has not.
-    except (SafetensorError, TypeError, AttributeError, KeyError, ValueError) as error:
-        dtype = file.get_slice(name).get_dtype()
+def _check_push(push: str, form: Form, target: AnyPath) -> None:
+    if not push:
+        return
+    if form != "huggingface":
         raise ConvertError(
-            f"cannot read entry {name!r:.80} of dtype {dtype} as an array: {error}"
-        ) from error
-
-
-def _config_of_metadata(path: str | Path, text: str) -> TrainConfig:
-    where = f"{path}: the configuration in the metadata"
-    try:
-        table = json.loads(text)
-    # ValueError: also of numbers with thousands of digits; RecursionError: of nested brackets.
-    except (ValueError, RecursionError) as error:
-        raise ConvertError(f"{where} is not JSON: {error}") from error
-    if not isinstance(table, dict):
-        raise ConvertError(f"{where} is a {type(table).__name__}; it must be a table")
-    try:
-        return config_from_dict(table)
-    except ConfigError as error:
-        raise ConvertError(f"{where}: {error}") from error
-
-
-def _megalodon(config: AnyModelConfig) -> ModelConfig:
-    """The configuration, if it is a MEGALODON's; the released format has no other models."""
-    if not isinstance(config, ModelConfig):
-        raise ConvertError(
-            f"model.kind is {config.kind!r}, but the released format holds only MEGALODON; use the "
-            "run directory itself"
+            f"only the Hugging Face form can be uploaded to {push}, and {target} is to be a "
+            f"{form}; add --to huggingface"
         )
-    return config
+    require_hub()
 
 
-def _require_local(path: AnyPath) -> None:
-    if is_store(path):
+def _form(source: AnyPath, target: AnyPath, to: Form | None) -> Form:
+    if to is not None and to not in get_args(Form):
+        raise ConvertError(f"to is {to!r}; use {', '.join(get_args(Form))}")
+    if target.suffix == ".safetensors":
+        if to not in (None, "safetensors"):
+            raise ConvertError(f"{target} is the name of a file; give a folder for {to!r}")
+        return "safetensors"
+    if target.suffix or to == "safetensors":
         raise ConvertError(
-            f"{path} is in an object store, where only run directories are read and written; use a "
-            "local path"
+            f"cannot write {target}; give a name that ends in .safetensors, or a folder"
         )
+    if to is not None:
+        return to
+    return "huggingface" if is_run(source) else "run"
 
 
-def _read(
-    source: AnyPath, run: TrainConfig, *, has_config: bool, allow_unverified: bool
-) -> tuple[Megalodon, TrainConfig]:
-    if open_directory(source).child("checkpoints").exists():
-        model, saved = load_model(source, allow_unverified=allow_unverified)
-        _megalodon(saved.model)
-        assert isinstance(model, Megalodon)
-        return model, saved
-    _require_local(source)
-    source = Path(source)
-    if source.suffix == ".safetensors":
-        return read_safetensors(source, _megalodon(run.model) if has_config else None)
-    if source.suffix in (".pth", ".pt"):
-        if not has_config:
-            raise ConvertError(f"{source} has no model configuration; give --config")
-        return from_state_dict(_megalodon(run.model), read_torch_file(source)), run
-    if source.is_dir():
-        shape, state_dict = read_released_checkpoint(source)
-        return from_state_dict(shape, state_dict), dataclasses.replace(run, model=shape)
-    if not source.exists():
-        raise ConvertError(f"{source} does not exist; give an existing source")
-    raise ConvertError(
-        f"cannot convert {source}; give a released checkpoint directory, a .pth or .safetensors "
-        "file, or a run_dir"
+def _write(read: Source, target: AnyPath, form: Form, max_shard_bytes: int) -> str:
+    """Writes one form; returns a few words on it."""
+    if form == "run":
+        save_model(read.model, target, dataclasses.replace(read.config, run_dir=str(target)))
+        return "a run directory for generate, evaluate and init_from"
+    require_local(target)
+    target = Path(target)
+    if form == "safetensors":
+        write_safetensors(
+            read.model, target, read.config, has_tokenizer=read.tokenizer_name is not None
+        )
+        return f"released names, {target.stat().st_size / 1e6:,.1f} MB"
+    write_huggingface(
+        read.model,
+        target,
+        config=read.config,
+        tokenizer=read.tokenizer,
+        facts=_facts(read),
+        max_shard_bytes=max_shard_bytes,
     )
+    has = "" if read.tokenizer is not None else ", without a tokenizer"
+    return f"the Hugging Face form{has}"
+
+
+def _facts(read: Source) -> RunFacts | None:
+    if read.run is None or read.run.step is None:
+        return None
+    return read_run_facts(read.run.directory, read.config, read.run.step)
 
 
 def _read_config(name: str) -> TrainConfig:

@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from megalodon_jax.errors import ConfigError
 from megalodon_jax.parallel.mesh import AXES
 from megalodon_jax.typing import Array, PRNGKey
 
@@ -71,6 +72,27 @@ def shardings_of(tree: Any, mesh: Mesh) -> Any:
         return leaf.replace(NamedSharding(mesh, partition_spec(*names)))
 
     return jax.tree.map(sharding, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def with_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Shapes and dtypes of a tree of Params, with their shardings over `mesh`.
+
+    Raises:
+      ConfigError: an array does not divide over the mesh.
+    """
+
+    def with_sharding(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        try:
+            sharding.shard_shape(leaf.shape)
+        except ValueError as error:
+            axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+            raise ConfigError(
+                f"an array of shape {leaf.shape} does not divide over mesh {axes}, sharded as "
+                f"{sharding.spec}; use another mesh"
+            ) from error
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(with_sharding, tree, shardings_of(tree, mesh))
 
 
 def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:

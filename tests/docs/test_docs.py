@@ -43,8 +43,10 @@ API_PACKAGES = (
     "megalodon_jax.inference.sessions",
     "megalodon_jax.inference.text",
     "megalodon_jax.interop.convert",
+    "megalodon_jax.interop.huggingface",
     "megalodon_jax.interop.released",
     "megalodon_jax.interop.torch_file",
+    "megalodon_jax.pretrained",
     "megalodon_jax.training.loop",
     "megalodon_jax.training.step",
     "pallas_kernels.cema",
@@ -65,7 +67,7 @@ def with_python() -> list[Path]:
 
 
 # Pages whose code compiles for more than ten seconds.
-LONG_PAGES = {"inference.md", "modules.md", "operations.md", "streaming.md"}
+LONG_PAGES = {"huggingface.md", "inference.md", "modules.md", "operations.md", "streaming.md"}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ Special = Literal["zero", "pipe", "directory", "sparse"]
 SUFFIXES = {
     "torch": ".pt", "safetensors": ".safetensors", "released": "", "config": ".toml",
     "tokenizers": ".json", "sentencepiece": ".model", "text": ".txt", "jsonl": ".jsonl",
-    "gzip": ".txt.gz", "parquet": ".parquet",
+    "gzip": ".txt.gz", "parquet": ".parquet", "huggingface": "",
 }  # fmt: skip
 
 

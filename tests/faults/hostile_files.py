@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from tests.faults.hostile import Hostile, Runner
+from tests.faults.hostile_folders import huggingface_folders
 from tests.faults.hostile_tables import config_files, released_folders, safetensors_files
 from tests.faults.hostile_texts import text_files, tokenizer_files
 from tests.faults.hostile_torch import torch_files
@@ -29,6 +30,7 @@ def all_files(folder: Path, random_count: int, seed: int = 0) -> list[Hostile]:
         *torch_files(folder, each, seed),
         *safetensors_files(each, seed),
         *released_folders(),
+        *huggingface_folders(),
         *config_files(each, seed),
         *tokenizer_files(each, seed),
         *text_files(each, seed),

@@ -54,6 +54,7 @@ def read_text(path: Path, _out: Path) -> None:
 
 READERS: dict[str, Callable[[Path, Path], None]] = {
     "torch": read_torch, "safetensors": read_released, "released": read_released,
+    "huggingface": read_released,
     "config": read_config, "tokenizers": read_tokenizer, "sentencepiece": read_tokenizer,
     "text": read_text, "jsonl": read_text, "gzip": read_text, "parquet": read_text,
 }  # fmt: skip

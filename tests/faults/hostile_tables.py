@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save as save_safetensors
 
-from megalodon_jax.interop.convert import CONFIG_KEY
+from megalodon_jax.interop.safetensors_files import CONFIG_KEY
 from tests.faults.hostile import Hostile, Special, refused
 from tests.faults.hostile_torch import mutations
 from tests.torch_files import write_torch_file

@@ -13,6 +13,7 @@ from megalodon_jax.file_limits import LIMITS_VARIABLE, FileLimitError, check_siz
 from megalodon_jax.interop.torch_file import read_torch_file
 from tests.faults import hostile_torch as torch
 from tests.faults.hostile import Hostile, Runner, Verdict
+from tests.faults.hostile_folders import huggingface_folders
 from tests.faults.hostile_tables import config_files, released_folders, safetensors_files
 from tests.faults.hostile_texts import text_files, tokenizer_files
 from tests.faults.hostile_torch import torch_files
@@ -31,6 +32,7 @@ SHORT_FORM = {
         "name with line breaks", "all of bool", "pipe",
     ),
     "released": ("config: deep", "config: model is a text", "shards: shapes differ"),
+    "huggingface": ("config: layers are a text", "index: a file outside", "weights: cut off"),
     "config": ("deep list", "digits", "zero", "100,000 keys", "text for a list"),
     "tokenizers": ("zero", "charsmap is short", "charsmap is damaged", "boundary tokens: deep"),
     "sentencepiece": ("pipe", "empty", "half"),
@@ -46,7 +48,7 @@ def verdicts(tmp_path_factory) -> list[Verdict]:
     folder = tmp_path_factory.mktemp("hostile")
     every = [
         *torch_files(folder, 2), *safetensors_files(0), *released_folders(), *config_files(0),
-        *tokenizer_files(0), *text_files(0),
+        *huggingface_folders(), *tokenizer_files(0), *text_files(0),
     ]  # fmt: skip
     chosen = [file for file in every if file.name in SHORT_FORM.get(file.kind, ())]
     assert len(chosen) == sum(map(len, SHORT_FORM.values()))

@@ -69,6 +69,9 @@ def test_wheel_holds_types_and_configurations(wheel):
     assert {"megalodon_jax/py.typed", "pallas_kernels/py.typed"} <= packed
     for file in (ROOT / "configs").rglob("*.toml"):
         assert f"megalodon_jax/{file.relative_to(ROOT).as_posix()}" in packed
+    # The code that goes into folders of the Hugging Face form.
+    code = "megalodon_jax/interop/huggingface/torch_source"
+    assert {f"{code}/modeling_megalodon.py", f"{code}/configuration_megalodon.py"} <= packed
     assert not any(name.startswith(("tests/", "docs/")) for name in packed)
 
 

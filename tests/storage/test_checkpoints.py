@@ -8,9 +8,11 @@ import jax
 import pytest
 from flax import nnx
 
+import megalodon_jax
 from megalodon_jax.checkpoints import RunCheckpoints, load_model, restore_for_resume, verify_run
 from megalodon_jax.checkpoints.directory import open_directory
 from megalodon_jax.checkpoints.lock import FOLDER, RunLock
+from megalodon_jax.data.tokenizer import ByteTokenizer
 from megalodon_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -52,6 +54,12 @@ def test_restore_is_bitwise_and_old_ones_go(stored, state):
     assert saved == stored
     chex.assert_trees_all_equal(nnx.split(model, nnx.Param)[1], at_step(state, 2).params)
     assert [report.state for report in verify_run(stored.run_dir)] == ["good", "good"]
+    for source, step in ((stored.run_dir, 3), (f"{stored.run_dir}/checkpoints/2", 2)):
+        loaded = megalodon_jax.load(source)
+        chex.assert_trees_all_equal(
+            nnx.split(loaded.model, nnx.Param)[1], at_step(state, step).params
+        )
+        assert isinstance(loaded.tokenizer, ByteTokenizer)
 
 
 @pytest.mark.slow
