@@ -15,7 +15,13 @@ from megalodon_jax.modules.collective_matmul import (
     is_row_parallel,
     row_parallel_matmul,
 )
-from megalodon_jax.modules.matmul import PRODUCT, LogicalAxes, mixed_matmul
+from megalodon_jax.modules.matmul import (
+    PRODUCT,
+    LogicalAxes,
+    interceptable_matmul,
+    is_wrapped_by_qwix,
+    mixed_matmul,
+)
 from megalodon_jax.modules.parameters import kernel_initializer, parameter
 from megalodon_jax.typing import Array, Float, Float32
 
@@ -33,6 +39,8 @@ class Linear(nnx.Module):
       param_dtype: of W and b.
       reduce_dtype: in which devices sum their gradients of W.
       rngs: source of initial values.
+
+    Qwix may add LoRA factors beside `kernel`, or put a quantized array in its place.
     """
 
     def __init__(
@@ -118,6 +126,8 @@ class SharedInput:
         self._linears = linears
         self._products: tuple[Array, ...] | None = None
         first, axes = linears[0], tuple(linear.axes for linear in linears)
+        if is_wrapped_by_qwix(first):
+            return
         if all(is_column_parallel(each, x.ndim) for each in axes):
             kernels = tuple(linear.kernel[...] for linear in linears)
             self._products = column_parallel_matmul(
@@ -145,5 +155,7 @@ class SharedInput:
         if self._products is not None:
             index = next(i for i, each in enumerate(self._linears) if each is linear)
             return self._products[index]
+        if is_wrapped_by_qwix(linear):
+            return interceptable_matmul(self.x, linear.kernel[...], linear.dtype, linear.axes)
         matmul = row_parallel_matmul if is_row_parallel(linear.axes, self.x.ndim) else mixed_matmul
         return matmul(self.x, linear.kernel[...], linear.dtype, linear.axes, linear.reduce_dtype)
