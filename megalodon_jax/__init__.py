@@ -19,7 +19,12 @@ if TYPE_CHECKING:
         load_config,
     )
     from megalodon_jax.errors import ConfigError
-    from megalodon_jax.language_model import HiddenOutput, LanguageModel, ModelOutput
+    from megalodon_jax.language_model import (
+        HiddenOutput,
+        HiddenStatesOutput,
+        LanguageModel,
+        ModelOutput,
+    )
     from megalodon_jax.loss import LossOutput, cross_entropy
     from megalodon_jax.model import Megalodon
     from megalodon_jax.typing import Batch
@@ -29,6 +34,7 @@ _MODULES = {
     "Cache": "cache",
     "ConfigError": "errors",
     "HiddenOutput": "language_model",
+    "HiddenStatesOutput": "language_model",
     "LanguageModel": "language_model",
     "LayerCache": "cache",
     "LossOutput": "loss",
@@ -48,6 +54,7 @@ __all__ = [
     "Cache",
     "ConfigError",
     "HiddenOutput",
+    "HiddenStatesOutput",
     "LanguageModel",
     "LayerCache",
     "LossOutput",

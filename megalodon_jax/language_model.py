@@ -82,11 +82,13 @@ class ModelInputs(NamedTuple):
         if (tokens is None) == (embeddings is None):
             given = "neither" if tokens is None else "both"
             raise ValueError(f"pass tokens or inputs_embeds, one of the two; {given} came in")
-        if tokens is not None:
-            check_tokens(tokens, config.vocab_size)
         if embeddings is not None:
             check_embeddings(embeddings, config.model_dim)
-        shape = (tokens if embeddings is None else embeddings).shape
+            shape = embeddings.shape
+        else:
+            assert tokens is not None
+            check_tokens(tokens, config.vocab_size)
+            shape = tokens.shape
         if jax.export.is_symbolic_dim(shape[1]):
             raise ValueError(
                 f"the length {shape[1]} is symbolic; chunks and scans are laid out for a length "
@@ -187,7 +189,9 @@ class LanguageModel(nnx.Module):
     ) -> HiddenStatesOutput:
         """Like `hidden`, with the features of every layer, which are differentiable."""
         inputs = ModelInputs(tokens, inputs_embeds, segment_ids, cache, dropout_key)
-        return HiddenStatesOutput(*self._run(inputs, hidden_states=True))
+        hidden, states, cache = self._run(inputs, hidden_states=True)
+        assert states is not None
+        return HiddenStatesOutput(hidden, states, cache)
 
     @abc.abstractmethod
     def _run(

@@ -47,7 +47,7 @@ class _LayerOutput(NamedTuple):
 
 
 class StackOutput(NamedTuple):
-    """Features after the last block, the blocks' new states, and the features before and after all.
+    """Features after the last block, the blocks' new states, and the features of every layer.
 
     Attributes:
       x: features after the last block.
@@ -133,8 +133,9 @@ def run_blocks(
             layers = [layer._replace(cache=each) for layer, each in zip(layers, cache, strict=True)]
         x, outputs = _run_written_out(run_block, x, layers)
         caches = None if cache is None else tuple(output.cache for output in outputs)
-        states = jnp.stack([each.hidden_state for each in outputs]) if hidden_states else None
-        changed = jax.tree.map(_stack, *(output.changes for output in outputs))
+        states, changed = jax.tree.map(
+            _stack, *((output.hidden_state, output.changes) for output in outputs)
+        )
     changes.write(blocks, changed)
     if states is not None:
         states = jnp.concatenate([first[None], states])

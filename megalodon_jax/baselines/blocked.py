@@ -94,7 +94,7 @@ def _attend(
     while tile * keys > _MAX_SCORES and 2 * sizes.block_size <= _MAX_TILES * tile:
         tile //= 2
     most = max(1, _MAX_SCORES // (tile * keys))
-    divisible = H if is_symbolic else B * H
+    divisible = int(H if is_symbolic else B * H)
     lanes = max(n for n in range(1, min(most, divisible) + 1) if divisible % n == 0)
     sizes = dataclasses.replace(sizes, tile_size=tile, blocks_per_group=1)
 
