@@ -23,9 +23,10 @@ def test_tabulate_counts_every_parameter(model, tokens):
 @pytest.mark.filterwarnings("ignore:The chararray class:DeprecationWarning")
 def test_treescope_renders_every_parameter(model):
     treescope = pytest.importorskip("treescope")
-    html = treescope.render_to_html(model)
+    assert treescope.render_to_html(model)
+    text = treescope.render_to_text(model)
     for name in ("wh2", "omega", "final_norm"):
-        assert name in html
+        assert name in text
 
 
 def test_optimizer_takes_the_step_of_the_pure_form(model, tokens):

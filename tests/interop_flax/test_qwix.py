@@ -83,8 +83,8 @@ def test_lora_starts_at_the_base_and_learns_alone(bases, expected, tokens, scan)
 @pytest.mark.parametrize(
     ("scan", "qtype"),
     [
-        (True, "int8"),
         (False, "int4"),
+        pytest.param(True, "int8", marks=pytest.mark.slow),
         pytest.param(True, "int4", marks=pytest.mark.slow),
         pytest.param(False, "int8", marks=pytest.mark.slow),
     ],
