@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 from megalodon_jax.config import AnyModelConfig
 from megalodon_jax.modules.embedding import Embedding, check_embeddings, check_tokens
-from megalodon_jax.modules.matmul import interceptable_matmul, is_wrapped_by_qwix
+from megalodon_jax.modules.matmul import interceptable_matmul, is_quantized, is_wrapped_by_qwix
 from megalodon_jax.modules.parameters import axis_names, embedding_initializer
 from megalodon_jax.typing import Array, Bool, Float, Float32, Int32, PRNGKey
 
@@ -218,14 +218,17 @@ class LanguageModel(nnx.Module):
           TypeError: Qwix has changed the output layer: call `logits`.
         """
         if self.output is None:
-            kernel = self.embed.embedding[...].T
-        elif is_wrapped_by_qwix(self.output):
+            return self.embed.embedding[...].T.astype(self.config.dtype)
+        if is_wrapped_by_qwix(self.output):
             raise TypeError(
                 "Qwix wraps this model, whose output layer may have LoRA factors or quantized "
                 "weights; call the model, which gives logits, in place of output_matrix()"
             )
-        else:
-            kernel = self.output.kernel[...]
+        kernel: Any = self.output.kernel[...]
+        if is_quantized(kernel):
+            import qwix
+
+            kernel = qwix.dequantize(kernel)
         return kernel.astype(self.config.dtype)
 
     @abc.abstractmethod

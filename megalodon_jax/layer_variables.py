@@ -54,9 +54,12 @@ class LayerChanges:
         """Writes values with a leading axis of layers into the stacked blocks."""
         nodes = dict(_nodes(blocks))
         for (path, name), value in zip(self._keys, stacked, strict=True):
-            if isinstance(value, nnx.RngCount):
-                # Counts are those after the last layer: all layers draw equally often.
-                getattr(nodes[path], name).set_value(value.get_value()[-1])
+            existing = getattr(nodes[path], name, None)
+            if isinstance(value, nnx.RngState):
+                # A count is that after the last layer: all layers draw equally often.
+                value = value.replace(value.get_value()[-1])
+            if isinstance(existing, nnx.Variable) and type(existing) is type(value):
+                existing.set_value(value.get_value())
             else:
                 setattr(nodes[path], name, _map_variables(_add_axis, value))
 

@@ -19,8 +19,10 @@ from megalodon_jax.modules.matmul import (
     PRODUCT,
     LogicalAxes,
     interceptable_matmul,
+    is_quantized,
     is_wrapped_by_qwix,
     mixed_matmul,
+    quantized_matmul,
 )
 from megalodon_jax.modules.parameters import kernel_initializer, parameter
 from megalodon_jax.typing import Array, Float, Float32
@@ -40,7 +42,7 @@ class Linear(nnx.Module):
       reduce_dtype: in which devices sum their gradients of W.
       rngs: source of initial values.
 
-    Qwix may add LoRA factors beside `kernel`, or put a quantized array in its place.
+    `kernel` may hold a `qwix.QArray`; Qwix may also add LoRA factors beside it (`docs/flax.md`).
     """
 
     def __init__(
@@ -126,7 +128,7 @@ class SharedInput:
         self._linears = linears
         self._products: tuple[Array, ...] | None = None
         first, axes = linears[0], tuple(linear.axes for linear in linears)
-        if is_wrapped_by_qwix(first):
+        if any(is_wrapped_by_qwix(each) or is_quantized(each.kernel[...]) for each in linears):
             return
         if all(is_column_parallel(each, x.ndim) for each in axes):
             kernels = tuple(linear.kernel[...] for linear in linears)
@@ -157,5 +159,7 @@ class SharedInput:
             return self._products[index]
         if is_wrapped_by_qwix(linear):
             return interceptable_matmul(self.x, linear.kernel[...], linear.dtype, linear.axes)
+        if is_quantized(linear.kernel[...]):
+            return quantized_matmul(self.x, linear.kernel[...], linear.dtype, linear.axes)
         matmul = row_parallel_matmul if is_row_parallel(linear.axes, self.x.ndim) else mixed_matmul
         return matmul(self.x, linear.kernel[...], linear.dtype, linear.axes, linear.reduce_dtype)

@@ -103,10 +103,26 @@ def interceptable_matmul(
             "methods=('hidden',)"
         )
     x = _constrain_features(x.astype(dtype), axes[0])
-    if isinstance(kernel, jax.Array):
+    if not hasattr(kernel, "array"):  # Qwix's box round a quantized weight
         kernel = constrain(kernel.astype(dtype), *map(_gathered_axis, axes))
     numbers = (((x.ndim - 1,), (0,)), ((), ()))
     y = jax.lax.dot_general(x, kernel, numbers, preferred_element_type=jnp.dtype(dtype))
+    return _constrain_features(y.astype(dtype), _reduced_axis(axes[1]))
+
+
+def is_quantized(kernel: Any) -> bool:
+    """Whether a weight is a `qwix.QArray`: integer codes and scales."""
+    return hasattr(kernel, "qvalue")
+
+
+def quantized_matmul(
+    x: Float[Array, "... in"], kernel: Any, dtype: DTypeLike, axes: LogicalAxes = (None, None)
+) -> Float[Array, "... out"]:
+    """x @ kernel in `dtype` for a `qwix.QArray`; arguments as for `mixed_matmul`."""
+    import qwix
+
+    x = _constrain_features(x.astype(dtype), axes[0])
+    y = qwix.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
     return _constrain_features(y.astype(dtype), _reduced_axis(axes[1]))
 
 

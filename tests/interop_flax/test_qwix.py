@@ -8,6 +8,8 @@ from flax import nnx
 from jax import numpy as jnp
 
 from megalodon_jax.language_model import ModelOutput
+from megalodon_jax.modules import Linear
+from megalodon_jax.parallel.sharding import shardings_of
 from tests.interop_flax.conftest import TRANSFORMER, make_model, next_token_loss
 
 qwix = pytest.importorskip("qwix")
@@ -159,3 +161,46 @@ def test_dropout_of_lora_differs_in_every_call(tokens):
     run = nnx.jit(lambda model: model(tokens).logits)
     first, second = run(model), run(model)
     assert not np.allclose(first, second)
+
+
+@pytest.mark.parametrize("qtype", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
+def test_kernels_may_hold_quantized_arrays(bases, tokens, qtype):
+    """Without Qwix's interception, so that every method of the model takes them."""
+    held, rounded = nnx.clone(bases[True]), nnx.clone(bases[True])
+    targets = dict(nnx.iter_modules(rounded))
+    for path, module in nnx.iter_modules(held):
+        if not isinstance(module, Linear | nnx.Linear):
+            continue
+        weight = module.kernel[...]
+        channels = [axis for axis in range(weight.ndim) if axis != weight.ndim - 2]
+        codes = qwix.quantize(weight, qtype, channelwise_axes=channels)
+        module.kernel = module.kernel.replace(codes)
+        targets[path].kernel[...] = qwix.dequantize(codes)
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(held))}
+    assert jnp.dtype(qtype) in dtypes
+    run = nnx.jit(lambda model: (model(tokens).logits, model.hidden(tokens).hidden))
+    for got, want in zip(run(held), run(rounded), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_lora_and_int8_on_several_devices(bases, tokens):
+    """Tensor parallelism and FSDP: rows, channels and weights are sharded."""
+    rows = tokens[:, :12]
+    mesh = jax.make_mesh(
+        (1, 2, 1, 2), ("replica", "data", "chunk", "model"), (jax.sharding.AxisType.Auto,) * 4
+    )
+    base = make_model(vocab_size=32)
+    for model in (with_lora(base, tokens), quantized(base, tokens, "int8")):
+        for _, leaf in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
+            leaf[...] = leaf[...] + 0.1
+        graphdef, state = nnx.split(model)
+
+        def apply(state, graphdef=graphdef):
+            return nnx.merge(graphdef, state)(rows).logits
+
+        expected = jax.jit(apply)(state)
+        sharded = jax.device_put(state, shardings_of(state, mesh))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            got = jax.jit(lambda state: apply(state))(sharded)
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
