@@ -103,8 +103,7 @@ def run_blocks(
       dropout_key: turns dropout on.
       hidden_states: whether to return the features of every layer.
     """
-    stacked, changes = split_blocks(blocks), LayerChanges()
-    count = config.num_layers
+    stacked, changes, count = split_blocks(blocks), LayerChanges(), config.num_layers
     keys = None if dropout_key is None else jax.random.split(dropout_key, count)
     numbers = jnp.arange(count) if stacked.has_random else None
 
@@ -113,15 +112,15 @@ def run_blocks(
         before = snapshot(block)
         out, cache = block(x, positions=positions, cache=layer.cache, dropout_key=layer.dropout_key)
         out = constrain(out, "batch", "length", "channels")
-        hidden_state = out if hidden_states else None
-        return out, _LayerOutput(cache, hidden_state, changes.find(block, before))
+        state = out if hidden_states else None
+        return out, _LayerOutput(cache, state, changes.find(block, before))
 
     run_block = jax.checkpoint(
         run_block,
         policy=jax.checkpoint_policies.save_only_these_names(*_saved_names(config)),
         prevent_cse=not config.scan_layers,
     )
-    first = x
+    embeddings = x
     if config.scan_layers and (cache is None or x.shape[1] > 1):
         stacked_cache = None if cache is None else jax.tree.map(_stack, *cache)
         layers = _Layer(stacked.params, stacked_cache, keys, numbers)
@@ -137,8 +136,7 @@ def run_blocks(
             _stack, *((output.hidden_state, output.changes) for output in outputs)
         )
     changes.write(blocks, changed)
-    if states is not None:
-        states = jnp.concatenate([first[None], states])
+    states = None if states is None else jnp.concatenate([embeddings[None], states])
     return StackOutput(x, caches, states)
 
 

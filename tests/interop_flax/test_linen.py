@@ -71,6 +71,7 @@ def test_gradients_equal_those_of_nnx(tokens):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_block_gives_what_it_gives_in_nnx():
     x = jax.random.normal(jax.random.key(0), (2, 13, TINY.model_dim))
     bridge = nnx.bridge.to_linen(Block.from_config, TINY)

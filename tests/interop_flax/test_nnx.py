@@ -29,6 +29,7 @@ def test_treescope_renders_every_parameter(model):
         assert name in text
 
 
+@pytest.mark.slow
 def test_optimizer_takes_the_step_of_the_pure_form(model, tokens):
     changed = nnx.clone(model)
     optimizer = nnx.Optimizer(changed, optax.sgd(0.5), wrt=nnx.Param)
