@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from megalodon_jax.generate import Completion, generate_text
     from megalodon_jax.inference.engine import Engine
     from megalodon_jax.inference.sampling_params import SamplingParams
-    from megalodon_jax.language_model import HiddenOutput, LanguageModel, ModelOutput
+    from megalodon_jax.language_model import (
+        HiddenOutput,
+        HiddenStatesOutput,
+        LanguageModel,
+        ModelOutput,
+    )
     from megalodon_jax.loss import LossOutput, cross_entropy
     from megalodon_jax.model import Megalodon
     from megalodon_jax.pretrained import Pretrained, load, save
@@ -35,6 +40,7 @@ _MODULES = {
     "ConfigError": "errors",
     "Engine": "inference.engine",
     "HiddenOutput": "language_model",
+    "HiddenStatesOutput": "language_model",
     "LanguageModel": "language_model",
     "LayerCache": "cache",
     "LossOutput": "loss",
@@ -61,6 +67,7 @@ __all__ = [
     "ConfigError",
     "Engine",
     "HiddenOutput",
+    "HiddenStatesOutput",
     "LanguageModel",
     "LayerCache",
     "LossOutput",

@@ -3,11 +3,14 @@
 import abc
 from typing import Any, NamedTuple, Protocol, Self
 
+import jax
+import jax.export
 from flax import nnx
 from jax import numpy as jnp
 
 from megalodon_jax.config import AnyModelConfig
-from megalodon_jax.modules.embedding import Embedding
+from megalodon_jax.modules.embedding import Embedding, check_embeddings, check_tokens
+from megalodon_jax.modules.matmul import interceptable_matmul, is_quantized, is_wrapped_by_qwix
 from megalodon_jax.modules.parameters import axis_names, embedding_initializer
 from megalodon_jax.typing import Array, Bool, Float, Float32, Int32, PRNGKey
 
@@ -42,11 +45,66 @@ class HiddenOutput(NamedTuple):
     cache: Any
 
 
+class HiddenStatesOutput(NamedTuple):
+    """Features of every layer, and those after the final norm.
+
+    Attributes:
+      hidden: after the final norm, the argument of `LanguageModel.logits`.
+      hidden_states: the embeddings, then the output of every block, in `config.dtype`: S is the
+        number of layers + 1. The last one is before the final norm.
+      cache: the new cache if one came in.
+    """
+
+    hidden: Float[Array, "B L D"]
+    hidden_states: Float[Array, "S B L D"]
+    cache: Any
+
+
 class ModelOutput(NamedTuple):
     """Scores of the next token, and the new cache if one came in."""
 
     logits: Float32[Array, "B L V"]
     cache: Any
+
+
+class ModelInputs(NamedTuple):
+    """The arguments of a call of a model, see `LanguageModel.__call__`."""
+
+    tokens: Int32[Array, "B L"] | None
+    inputs_embeds: Float[Array, "B L D"] | None
+    segment_ids: Int32[Array, "B L"] | None
+    cache: Any
+    dropout_key: PRNGKey | None
+
+    def check(self, config: AnyModelConfig) -> tuple[int, int]:
+        """Rows B and tokens L; raises ValueError as `LanguageModel.__call__` does."""
+        tokens, embeddings = self.tokens, self.inputs_embeds
+        if (tokens is None) == (embeddings is None):
+            given = "neither" if tokens is None else "both"
+            raise ValueError(f"pass tokens or inputs_embeds, one of the two; {given} came in")
+        if embeddings is not None:
+            check_embeddings(embeddings, config.model_dim)
+            shape = embeddings.shape
+        else:
+            assert tokens is not None
+            check_tokens(tokens, config.vocab_size)
+            shape = tokens.shape
+        if jax.export.is_symbolic_dim(shape[1]):
+            raise ValueError(
+                f"the length {shape[1]} is symbolic; chunks and scans are laid out for a length "
+                "that is a number: export one (rows may be symbolic), and pad shorter rows or "
+                "stream longer ones through a cache"
+            )
+        return shape[0], shape[1]
+
+
+class OutputLayer(nnx.Linear):
+    """The output matrix of a model, not tied to the embedding."""
+
+    def interceptable_scores(self, hidden: Float[Array, "... D"]) -> Float32[Array, "... V"]:
+        """Scores by a product that Qwix intercepts."""
+        dtype = self.dtype or jnp.float32
+        return interceptable_matmul(hidden, self.kernel[...], dtype).astype(jnp.float32)
 
 
 class LanguageModel(nnx.Module):
@@ -62,7 +120,7 @@ class LanguageModel(nnx.Module):
 
     config: AnyModelConfig
     embed: Embedding
-    output: nnx.Linear | None
+    output: OutputLayer | None
 
     @property
     def piece_length(self) -> int:
@@ -71,8 +129,9 @@ class LanguageModel(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int32[Array, "B L"],
+        tokens: Int32[Array, "B L"] | None = None,
         *,
+        inputs_embeds: Float[Array, "B L D"] | None = None,
         segment_ids: Int32[Array, "B L"] | None = None,
         cache: Any = None,
         dropout_key: PRNGKey | None = None,
@@ -82,6 +141,8 @@ class LanguageModel(nnx.Module):
         Args:
           tokens: token ids in [0, vocab_size), any length L >= 1. An id out of range raises where
             ids are known on the host (numpy); inside `jit` it gives NaN.
+          inputs_embeds: embeddings in place of tokens, such as `model.embed(tokens)` with some
+            vectors replaced; `config.dtype`, and `scale_emb` applies to them.
           segment_ids: documents of each row, numbered from 1; 0 is padding. Every document is
             computed as if it were alone. None: a row is one document.
           cache: state of the tokens before these; the first document of a row continues it if its
@@ -90,30 +151,84 @@ class LanguageModel(nnx.Module):
 
         Returns:
           float32 logits (B, L, V) and, if a cache came in, the cache after the last token.
+
+        Raises:
+          ValueError: tokens and inputs_embeds are both given or both missing, or have wrong shapes.
         """
         hidden, cache = self.hidden(
-            tokens, segment_ids=segment_ids, cache=cache, dropout_key=dropout_key
+            tokens,
+            inputs_embeds=inputs_embeds,
+            segment_ids=segment_ids,
+            cache=cache,
+            dropout_key=dropout_key,
         )
         return ModelOutput(self.logits(hidden), cache)
 
-    @abc.abstractmethod
     def hidden(
         self,
-        tokens: Int32[Array, "B L"],
+        tokens: Int32[Array, "B L"] | None = None,
         *,
+        inputs_embeds: Float[Array, "B L D"] | None = None,
         segment_ids: Int32[Array, "B L"] | None = None,
         cache: Any = None,
         dropout_key: PRNGKey | None = None,
     ) -> HiddenOutput:
         """Like calling the model, but stops before the output matrix: (B, L, D)."""
+        inputs = ModelInputs(tokens, inputs_embeds, segment_ids, cache, dropout_key)
+        hidden, _, cache = self._run(inputs, hidden_states=False)
+        return HiddenOutput(hidden, cache)
+
+    def hidden_states(
+        self,
+        tokens: Int32[Array, "B L"] | None = None,
+        *,
+        inputs_embeds: Float[Array, "B L D"] | None = None,
+        segment_ids: Int32[Array, "B L"] | None = None,
+        cache: Any = None,
+        dropout_key: PRNGKey | None = None,
+    ) -> HiddenStatesOutput:
+        """Like `hidden`, with the features of every layer, which are differentiable."""
+        inputs = ModelInputs(tokens, inputs_embeds, segment_ids, cache, dropout_key)
+        hidden, states, cache = self._run(inputs, hidden_states=True)
+        assert states is not None
+        return HiddenStatesOutput(hidden, states, cache)
+
+    @abc.abstractmethod
+    def _run(
+        self, inputs: ModelInputs, *, hidden_states: bool
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "S B L D"] | None, Any]:
+        """Features after the final norm, those of every layer if asked for, the new cache."""
+
+    def _embed_inputs(self, inputs: ModelInputs) -> Float[Array, "B L D"]:
+        if inputs.tokens is not None:
+            return self.embed(inputs.tokens)
+        assert inputs.inputs_embeds is not None
+        return inputs.inputs_embeds.astype(self.config.dtype)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float32[Array, "... V"]:
         """Scores from features after the final norm: `config.dtype` products, float32 sums."""
+        if self.output is not None and is_wrapped_by_qwix(self.output):
+            return self.output.interceptable_scores(hidden)
         return jnp.matmul(hidden, self.output_matrix(), preferred_element_type=jnp.float32)
 
     def output_matrix(self) -> Float[Array, "D V"]:
-        """The matrix from features to scores, in `config.dtype`."""
-        kernel = self.embed.embedding[...].T if self.output is None else self.output.kernel[...]
+        """The matrix from features to scores, in `config.dtype`.
+
+        Raises:
+          TypeError: Qwix has changed the output layer: call `logits`.
+        """
+        if self.output is None:
+            return self.embed.embedding[...].T.astype(self.config.dtype)
+        if is_wrapped_by_qwix(self.output):
+            raise TypeError(
+                "Qwix wraps this model, whose output layer may have LoRA factors or quantized "
+                "weights; call the model, which gives logits, in place of output_matrix()"
+            )
+        kernel: Any = self.output.kernel[...]
+        if is_quantized(kernel):
+            import qwix
+
+            kernel = qwix.dequantize(kernel)
         return kernel.astype(self.config.dtype)
 
     @abc.abstractmethod
@@ -151,11 +266,11 @@ class LanguageModel(nnx.Module):
         return self.reset_rows(cache, (first != 0) & (first != cache.segment))
 
 
-def make_output_layer(config: AnyModelConfig, *, rngs: nnx.Rngs) -> nnx.Linear | None:
+def make_output_layer(config: AnyModelConfig, *, rngs: nnx.Rngs) -> OutputLayer | None:
     """The output matrix of a model; None if `share_emb` ties it to the embedding."""
     if config.share_emb:
         return None
-    return nnx.Linear(
+    return OutputLayer(
         config.model_dim,
         config.num_outputs,
         use_bias=False,

@@ -8,10 +8,11 @@ from flax import nnx
 from jax import numpy as jnp
 
 from megalodon_jax.config import AnyModelConfig, Remat
+from megalodon_jax.layer_variables import LayerChanges, merge_layer, snapshot, split_blocks
 from megalodon_jax.modules.matmul import GATHERED, PRODUCT, PROJECTION, STATISTICS, WEIGHT
 from megalodon_jax.modules.positions import PositionInfo
 from megalodon_jax.parallel.sharding import constrain, has_multiple_devices, weight_axes
-from megalodon_jax.typing import Array, Float, Float32, PRNGKey
+from megalodon_jax.typing import Array, Float, Float32, Int32, PRNGKey
 from pallas_kernels.common.residuals import Operation
 
 # Checkpoint names that the backward pass of a block reads besides the block's input; it recomputes
@@ -26,11 +27,37 @@ SAVED_NAMES: dict[Remat, tuple[str, ...]] = {
 
 
 class _Layer(NamedTuple):
-    """One block's parameters, streaming state and dropout key; stacked along axis 0 for a scan."""
+    """One block's parameters, streaming state and dropout key; stacked along axis 0 for a scan.
+
+    `number` is that of the layer, for blocks with random streams of their own.
+    """
 
     params: nnx.State
     cache: Any
     dropout_key: PRNGKey | None
+    number: Int32[Array, ""] | None
+
+
+class _LayerOutput(NamedTuple):
+    """What one block returns besides its features; None and () where nothing was asked for."""
+
+    cache: Any
+    hidden_state: Float[Array, "B L D"] | None
+    changes: tuple[Any, ...]
+
+
+class StackOutput(NamedTuple):
+    """Features after the last block, the blocks' new states, and the features of every layer.
+
+    Attributes:
+      x: features after the last block.
+      cache: new states, None if none came in.
+      hidden_states: the embeddings and the output of every block; None if not asked for.
+    """
+
+    x: Float[Array, "B L D"]
+    cache: tuple[Any, ...] | None
+    hidden_states: Float[Array, "S B L D"] | None
 
 
 def stack_blocks[B: nnx.Module](
@@ -60,50 +87,72 @@ def run_blocks(
     *,
     cache: tuple[Any, ...] | None = None,
     dropout_key: PRNGKey | None = None,
-) -> tuple[Float[Array, "B L D"], Any]:
+    hidden_states: bool = False,
+) -> StackOutput:
     """Runs x through all blocks.
 
     Args:
       blocks: from `stack_blocks`; called as `block(x, positions=, cache=, dropout_key=)`, a block
-        returns its output and its new streaming state.
+        returns its output and its new streaming state. Variables that a call adds to a block or
+        replaces are written into `blocks`.
       config: how to run them: `remat`, `scan_layers`. A decoding step (a cache and one token a row)
         writes the blocks out: a loop would copy their states in and out.
       x: embeddings.
       positions: of the tokens.
       cache: states of all blocks.
       dropout_key: turns dropout on.
-
-    Returns:
-      Features after the last block, and the new states if some came in.
+      hidden_states: whether to return the features of every layer.
     """
-    graphdef, params = nnx.split(blocks)
-    keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
+    stacked, changes, count = split_blocks(blocks), LayerChanges(), config.num_layers
+    keys = None if dropout_key is None else jax.random.split(dropout_key, count)
+    numbers = jnp.arange(count) if stacked.has_random else None
 
-    def run_block(x: Array, layer: _Layer) -> tuple[Array, Any]:
-        block: Any = nnx.merge(graphdef, layer.params)
+    def run_block(x: Array, layer: _Layer) -> tuple[Array, _LayerOutput]:
+        block = merge_layer(stacked, layer.params, layer.number)
+        before = snapshot(block)
         out, cache = block(x, positions=positions, cache=layer.cache, dropout_key=layer.dropout_key)
-        return constrain(out, "batch", "length", "channels"), cache
+        out = constrain(out, "batch", "length", "channels")
+        state = out if hidden_states else None
+        return out, _LayerOutput(cache, state, changes.find(block, before))
 
     run_block = jax.checkpoint(
         run_block,
         policy=jax.checkpoint_policies.save_only_these_names(*_saved_names(config)),
         prevent_cse=not config.scan_layers,
     )
+    embeddings = x
     if config.scan_layers and (cache is None or x.shape[1] > 1):
         stacked_cache = None if cache is None else jax.tree.map(_stack, *cache)
-        x, caches = jax.lax.scan(run_block, x, _Layer(params, stacked_cache, keys))
-        return x, None if cache is None else tuple(unstack_layers(caches, config.num_layers))
-    layers = unstack_layers(_Layer(params, None, keys), config.num_layers)
-    if cache is not None:
-        layers = [layer._replace(cache=each) for layer, each in zip(layers, cache, strict=True)]
-    caches = []
+        layers = _Layer(stacked.params, stacked_cache, keys, numbers)
+        x, (caches, states, changed) = jax.lax.scan(run_block, x, layers)
+        caches = None if cache is None else tuple(unstack_layers(caches, count))
+    else:
+        layers = unstack_layers(_Layer(stacked.params, None, keys, numbers), count)
+        if cache is not None:
+            layers = [layer._replace(cache=each) for layer, each in zip(layers, cache, strict=True)]
+        x, outputs = _run_written_out(run_block, x, layers)
+        caches = None if cache is None else tuple(output.cache for output in outputs)
+        states, changed = jax.tree.map(
+            _stack, *((output.hidden_state, output.changes) for output in outputs)
+        )
+    changes.write(blocks, changed)
+    states = None if states is None else jnp.concatenate([embeddings[None], states])
+    return StackOutput(x, caches, states)
+
+
+def _run_written_out(
+    run_block: Callable[[Array, _Layer], tuple[Array, _LayerOutput]],
+    x: Array,
+    layers: list[_Layer],
+) -> tuple[Array, list[_LayerOutput]]:
+    outputs = []
     for number, layer in enumerate(layers, start=1):
         if has_multiple_devices() and number < len(layers):
             x, next_params = _serialize_grad_reduction(x, layers[number].params)
             layers[number] = layers[number]._replace(params=next_params)
-        x, layer_cache = run_block(x, layer)
-        caches.append(layer_cache)
-    return x, None if cache is None else tuple(caches)
+        x, output = run_block(x, layer)
+        outputs.append(output)
+    return x, outputs
 
 
 def _stack(*leaves: Array) -> Array:

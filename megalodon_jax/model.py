@@ -7,14 +7,15 @@ from jax import numpy as jnp
 
 from megalodon_jax.cache import Cache, LayerCache
 from megalodon_jax.config import ModelConfig
-from megalodon_jax.language_model import HiddenOutput, LanguageModel, make_output_layer
+from megalodon_jax.language_model import LanguageModel, ModelInputs, make_output_layer
 from megalodon_jax.layer_stack import run_blocks, stack_blocks, unstack_layers
+from megalodon_jax.layer_variables import merge_layer, split_blocks
 from megalodon_jax.modules.block import Block
 from megalodon_jax.modules.dropout import dropout, split_key
-from megalodon_jax.modules.embedding import Embedding, check_tokens
+from megalodon_jax.modules.embedding import Embedding
 from megalodon_jax.modules.positions import after_last_token, position_info
 from megalodon_jax.modules.time_norm import init_norm_state, normalize, time_norm_from_config
-from megalodon_jax.typing import Array, Float32, Int32, PRNGKey
+from megalodon_jax.typing import Array, Float, Float32
 from pallas_kernels.chunk_attention import KeyValueCache
 
 
@@ -47,39 +48,34 @@ class Megalodon(LanguageModel):
     def _make_block(self, layer: Float32[Array, ""], rngs: nnx.Rngs) -> Block:
         return Block.from_config(self.config, rescale_start=0.1 * 0.5**layer, rngs=rngs)
 
-    def hidden(
-        self,
-        tokens: Int32[Array, "B L"],
-        *,
-        segment_ids: Int32[Array, "B L"] | None = None,
-        cache: Cache | None = None,
-        dropout_key: PRNGKey | None = None,
-    ) -> HiddenOutput:
-        """Like calling the model, but stops before the output matrix: (B, L, D)."""
-        config = self.config
-        check_tokens(tokens, config.vocab_size)
+    def _run(
+        self, inputs: ModelInputs, *, hidden_states: bool
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "S B L D"] | None, Cache | None]:
+        config, shape = self.config, inputs.check(self.config)
+        segment_ids, cache = inputs.segment_ids, inputs.cache
         if cache is not None and segment_ids is not None:
             cache = self.start_new_documents(cache, segment_ids)
         positions = position_info(
-            (tokens.shape[0], tokens.shape[1]),
+            shape,
             chunk_size=config.chunk_size,
             head_dim=config.head_dim,
             rope_base=config.rope_base,
             segment_ids=segment_ids,
             start=None if cache is None else cache.position,
         )
-        embed_key, layers_key = split_key(dropout_key, 2)
-        x = self.embed(tokens)
+        embed_key, layers_key = split_key(inputs.dropout_key, 2)
+        x = self._embed_inputs(inputs)
         if config.scale_emb:
             x = x * jnp.asarray(math.sqrt(config.model_dim), x.dtype)
         x = dropout(x, config.dropout, embed_key)
-        x, layer_caches = run_blocks(
+        x, layer_caches, states = run_blocks(
             self.layers,
             config,
             x,
             positions,
             cache=None if cache is None else cache.layers,
             dropout_key=layers_key,
+            hidden_states=hidden_states,
         )
         hidden, final_norm = normalize(
             self.final_norm,
@@ -88,9 +84,9 @@ class Megalodon(LanguageModel):
             initial_state=None if cache is None else cache.final_norm,
         )
         if cache is None or layer_caches is None:
-            return HiddenOutput(hidden, None)
+            return hidden, states, None
         position, segment = after_last_token(positions, cache.position, cache.segment)
-        return HiddenOutput(hidden, Cache(position, segment, layer_caches, final_norm))
+        return hidden, states, Cache(position, segment, layer_caches, final_norm)
 
     def init_cache(self, batch_size: int, *, max_length: int | None = None) -> Cache:
         """The cache of `batch_size` rows before their first token; `max_length` changes nothing.
@@ -104,7 +100,7 @@ class Megalodon(LanguageModel):
         dtype = jnp.dtype(config.dtype)
         slots = (batch_size, config.num_heads, config.chunk_size)
         states = (batch_size, 2 * config.cema_ndim, config.model_dim)
-        graphdef, params = nnx.split(self.layers)
+        blocks = split_blocks(self.layers)
 
         def init_layer(layer: nnx.State) -> LayerCache:
             return LayerCache(
@@ -112,14 +108,14 @@ class Megalodon(LanguageModel):
                     jnp.zeros((*slots, config.head_dim), dtype),
                     jnp.zeros((*slots, config.value_head_dim), dtype),
                 ),
-                init_norm_state(nnx.merge(graphdef, layer).mega.timenorm, batch_size),
+                init_norm_state(merge_layer(blocks, layer, None).mega.timenorm, batch_size),
                 None if config.moving_average == "none" else jnp.zeros(states, jnp.float32),
             )
 
         return Cache(
             position=jnp.zeros(batch_size, jnp.int32),
             segment=jnp.zeros(batch_size, jnp.int32),
-            layers=tuple(init_layer(layer) for layer in unstack_layers(params, config.num_layers)),
+            layers=tuple(map(init_layer, unstack_layers(blocks.params, config.num_layers))),
             final_norm=init_norm_state(self.final_norm, batch_size),
         )
 

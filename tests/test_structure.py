@@ -24,6 +24,7 @@ LAYERS = [
     ("megalodon_jax.parallel",),
     ("megalodon_jax.cache",),
     ("megalodon_jax.modules",),
+    ("megalodon_jax.layer_variables",),
     ("megalodon_jax.layer_stack", "megalodon_jax.language_model", "megalodon_jax.loss"),
     ("megalodon_jax.model", "megalodon_jax.baselines"),
     ("megalodon_jax.models", "megalodon_jax.optimizer", "megalodon_jax.update_guard"),

@@ -11,7 +11,7 @@ from megalodon_jax.baselines.documents import document_numbers, repeat_heads, ze
 from megalodon_jax.config import AttentionImplementation
 from megalodon_jax.typing import Array, Float, Int32
 from pallas_kernels.chunk_attention.types import accumulation_dtype, matmul_precision
-from pallas_kernels.common.dispatch import check_implementation
+from pallas_kernels.common.dispatch import check_implementation, has_symbolic_shape
 from pallas_kernels.common.target import find_target
 
 
@@ -106,6 +106,8 @@ _WHY_UNSUPPORTED: dict[str, Callable[[Array, Any], str | None]] = {
 def _choose_implementation(
     q: Array, segment_ids: Int32[Array, "B L"] | None
 ) -> AttentionImplementation:
+    if has_symbolic_shape(q):
+        return "xla"
     platform = find_target().platform
     if platform == "gpu" and cudnn.why_unsupported(q, segment_ids) is None:
         return "cudnn"

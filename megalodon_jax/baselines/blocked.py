@@ -8,6 +8,7 @@ import dataclasses
 import math
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from megalodon_jax.baselines.documents import (
@@ -84,7 +85,8 @@ def _attend(
     """`attend_blocks`, for all rows and heads at once or in a loop over some of them."""
     B, Lq, H, d = q.shape
     keys = sizes.key_offset + sizes.block_size
-    if B * H * sizes.tile_size * keys <= _MAX_SCORES:
+    is_symbolic = jax.export.is_symbolic_dim(B)
+    if not is_symbolic and B * H * sizes.tile_size * keys <= _MAX_SCORES:
         return attend_blocks(sizes, q, k, v, start, None)
     if start is None:
         start = jnp.zeros((B, Lq), jnp.int32)
@@ -92,7 +94,8 @@ def _attend(
     while tile * keys > _MAX_SCORES and 2 * sizes.block_size <= _MAX_TILES * tile:
         tile //= 2
     most = max(1, _MAX_SCORES // (tile * keys))
-    lanes = max(n for n in range(1, most + 1) if B * H % n == 0)
+    divisible = int(H if is_symbolic else B * H)
+    lanes = max(n for n in range(1, min(most, divisible) + 1) if divisible % n == 0)
     sizes = dataclasses.replace(sizes, tile_size=tile, blocks_per_group=1)
 
     def split(x: Array) -> Array:

@@ -16,17 +16,17 @@ from megalodon_jax.baselines.attention import causal_attention
 from megalodon_jax.baselines.cache import TransformerCache
 from megalodon_jax.baselines.cached import cached_attention
 from megalodon_jax.config import TransformerConfig
-from megalodon_jax.language_model import HiddenOutput, LanguageModel, make_output_layer
+from megalodon_jax.language_model import LanguageModel, ModelInputs, make_output_layer
 from megalodon_jax.layer_stack import run_blocks, stack_blocks
 from megalodon_jax.modules.activations import silu_gate
-from megalodon_jax.modules.embedding import Embedding, check_tokens
+from megalodon_jax.modules.embedding import Embedding
 from megalodon_jax.modules.linear import Linear, SharedInput
 from megalodon_jax.modules.matmul import PRODUCT, PROJECTION
 from megalodon_jax.modules.norms import RMSNorm
 from megalodon_jax.modules.positions import PositionInfo, after_last_token, document_positions
 from megalodon_jax.modules.rotary import rotate, rotation
 from megalodon_jax.parallel.sharding import partition_spec, shard_map_logical
-from megalodon_jax.typing import Array, Float, Float32, Int32, PRNGKey
+from megalodon_jax.typing import Array, Float, Float32, PRNGKey
 from pallas_kernels.chunk_attention import KeyValueCache
 
 # The slots of a growing cache are a multiple: few sizes are compiled, and copies are aligned.
@@ -179,42 +179,37 @@ class Transformer(LanguageModel):
         self.final_norm = _norm(config)
         self.output = make_output_layer(config, rngs=rngs)
 
-    def hidden(
-        self,
-        tokens: Int32[Array, "B L"],
-        *,
-        segment_ids: Int32[Array, "B L"] | None = None,
-        cache: TransformerCache | None = None,
-        dropout_key: PRNGKey | None = None,
-    ) -> HiddenOutput:
-        """Like calling the model, but stops before the output matrix: (B, L, D)."""
-        config = self.config
-        check_tokens(tokens, config.vocab_size)
+    def _run(
+        self, inputs: ModelInputs, *, hidden_states: bool
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "S B L D"] | None, TransformerCache | None]:
+        config, shape = self.config, inputs.check(self.config)
+        segment_ids, cache = inputs.segment_ids, inputs.cache
         if cache is not None and segment_ids is not None:
             cache = self.start_new_documents(cache, segment_ids)
         positions = document_positions(
-            (tokens.shape[0], tokens.shape[1]),
+            shape,
             segment_ids,
             None if cache is None else cache.position,
         )
         angles = None
         if config.rope_base is not None:
-            in_document = jnp.arange(tokens.shape[1])[None] if positions is None else positions
+            in_document = jnp.arange(shape[1])[None] if positions is None else positions
             angles = rotation(in_document, config.head_dim, config.rope_base)
         info = PositionInfo(angles, positions, segment_ids)
-        x, layers = run_blocks(
+        x, layers, states = run_blocks(
             self.layers,
             config,
-            self.embed(tokens),
+            self._embed_inputs(inputs),
             info,
             cache=None if cache is None else cache.layers,
-            dropout_key=dropout_key,
+            dropout_key=inputs.dropout_key,
+            hidden_states=hidden_states,
         )
         hidden = self.final_norm(x)
-        if cache is None:
-            return HiddenOutput(hidden, None)
+        if cache is None or layers is None:
+            return hidden, states, None
         position, segment = after_last_token(info, cache.position, cache.segment)
-        return HiddenOutput(hidden, TransformerCache(position, segment, layers, cache.is_ring))
+        return hidden, states, TransformerCache(position, segment, layers, cache.is_ring)
 
     def init_cache(self, batch_size: int, *, max_length: int | None = None) -> TransformerCache:
         """The cache of `batch_size` rows before their first token.

@@ -94,3 +94,12 @@ def check_tokens(tokens: Array | np.ndarray, vocab_size: int) -> None:
                 f"token ids run from {low} to {high}, but the model knows 0 to {vocab_size - 1}; "
                 "use the tokenizer the model was trained with"
             )
+
+
+def check_embeddings(embeddings: Array, model_dim: int) -> None:
+    """Raises ValueError unless the shape is (B, L, D) with L >= 1."""
+    shape = embeddings.shape
+    if len(shape) != 3 or shape[1] == 0 or shape[2] != model_dim:
+        raise ValueError(
+            f"inputs_embeds have shape {shape}; need (batch, length >= 1, {model_dim})"
+        )

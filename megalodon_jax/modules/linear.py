@@ -15,7 +15,15 @@ from megalodon_jax.modules.collective_matmul import (
     is_row_parallel,
     row_parallel_matmul,
 )
-from megalodon_jax.modules.matmul import PRODUCT, LogicalAxes, mixed_matmul
+from megalodon_jax.modules.matmul import (
+    PRODUCT,
+    LogicalAxes,
+    interceptable_matmul,
+    is_quantized,
+    is_wrapped_by_qwix,
+    mixed_matmul,
+    quantized_matmul,
+)
 from megalodon_jax.modules.parameters import kernel_initializer, parameter
 from megalodon_jax.typing import Array, Float, Float32
 
@@ -33,6 +41,8 @@ class Linear(nnx.Module):
       param_dtype: of W and b.
       reduce_dtype: in which devices sum their gradients of W.
       rngs: source of initial values.
+
+    `kernel` may hold a `qwix.QArray`; Qwix may also add LoRA factors beside it (`docs/flax.md`).
     """
 
     def __init__(
@@ -118,6 +128,8 @@ class SharedInput:
         self._linears = linears
         self._products: tuple[Array, ...] | None = None
         first, axes = linears[0], tuple(linear.axes for linear in linears)
+        if any(is_wrapped_by_qwix(each) or is_quantized(each.kernel[...]) for each in linears):
+            return
         if all(is_column_parallel(each, x.ndim) for each in axes):
             kernels = tuple(linear.kernel[...] for linear in linears)
             self._products = column_parallel_matmul(
@@ -145,5 +157,9 @@ class SharedInput:
         if self._products is not None:
             index = next(i for i, each in enumerate(self._linears) if each is linear)
             return self._products[index]
+        if is_wrapped_by_qwix(linear):
+            return interceptable_matmul(self.x, linear.kernel[...], linear.dtype, linear.axes)
+        if is_quantized(linear.kernel[...]):
+            return quantized_matmul(self.x, linear.kernel[...], linear.dtype, linear.axes)
         matmul = row_parallel_matmul if is_row_parallel(linear.axes, self.x.ndim) else mixed_matmul
         return matmul(self.x, linear.kernel[...], linear.dtype, linear.axes, linear.reduce_dtype)

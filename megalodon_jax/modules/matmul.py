@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from flax import nnx
 from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -71,6 +72,63 @@ def _backward(
 
 
 mixed_matmul.defvjp(_forward, _backward)
+
+
+# Qwix replaces this function while a method that it wraps runs.
+_dot_general = jax.lax.dot_general
+_DOT_GENERAL_CODE = _dot_general.__code__
+
+
+def interceptable_matmul(
+    x: Float[Array, "... in"], kernel: Any, dtype: DTypeLike, axes: LogicalAxes = (None, None)
+) -> Float[Array, "... out"]:
+    """x @ kernel by one plain `jax.lax.dot_general`, which Qwix intercepts (LoRA, quantization).
+
+    Qwix adds Variables to the module whose method calls the product, and these must not come from
+    the trace inside a `custom_vjp`: `mixed_matmul` would hide them.
+
+    Args:
+      x: features.
+      kernel: an array, or what Qwix puts in its place.
+      dtype: of operands and result.
+      axes: logical names of the kernel's axes.
+
+    Raises:
+      RuntimeError: called while Qwix intercepts nothing: its LoRA would be left out.
+    """
+    if jax.lax.dot_general is _dot_general and _dot_general.__code__ is _DOT_GENERAL_CODE:
+        raise RuntimeError(
+            "a layer that Qwix wraps was called outside the wrapped method, where its LoRA and "
+            "quantized weights have no effect; call the model itself, or name the method to Qwix: "
+            "methods=('hidden',)"
+        )
+    x = _constrain_features(x.astype(dtype), axes[0])
+    if not hasattr(kernel, "array"):  # Qwix's box round a quantized weight
+        kernel = constrain(kernel.astype(dtype), *map(_gathered_axis, axes))
+    numbers = (((x.ndim - 1,), (0,)), ((), ()))
+    y = jax.lax.dot_general(x, kernel, numbers, preferred_element_type=jnp.dtype(dtype))
+    return _constrain_features(y.astype(dtype), _reduced_axis(axes[1]))
+
+
+def is_quantized(kernel: Any) -> bool:
+    """Whether a weight is a `qwix.QArray`: integer codes and scales."""
+    return hasattr(kernel, "qvalue")
+
+
+def quantized_matmul(
+    x: Float[Array, "... in"], kernel: Any, dtype: DTypeLike, axes: LogicalAxes = (None, None)
+) -> Float[Array, "... out"]:
+    """x @ kernel in `dtype` for a `qwix.QArray`; arguments as for `mixed_matmul`."""
+    import qwix
+
+    x = _constrain_features(x.astype(dtype), axes[0])
+    y = qwix.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    return _constrain_features(y.astype(dtype), _reduced_axis(axes[1]))
+
+
+def is_wrapped_by_qwix(module: nnx.Module) -> bool:
+    """Whether the module is part of a model that `qwix.quantize_model` returned."""
+    return hasattr(module, "qwix_path")
 
 
 def _gathered_axis(axis: str | None) -> str | None:

@@ -11,7 +11,7 @@ from pallas_kernels.cema.pallas_tpu.op import cema_pallas_tpu, final_state_palla
 from pallas_kernels.cema.reference import cema_reference
 from pallas_kernels.cema.types import CemaOutput, CemaParams
 from pallas_kernels.cema.xla import cema_xla
-from pallas_kernels.common.dispatch import Implementation, check_implementation
+from pallas_kernels.common.dispatch import Implementation, check_implementation, has_symbolic_shape
 from pallas_kernels.common.target import find_target
 
 LARGEST_ORDER = 32
@@ -90,6 +90,8 @@ def _choose_implementation(x: Array, params: CemaParams) -> Implementation:
 
     float32 x on a GPU takes the more exact `xla`, which keeps the last bits of a long memory.
     """
+    if has_symbolic_shape(x):
+        return "xla"
     target, length = find_target(), x.shape[1]
     if params.alpha.dtype == jnp.float64:
         return "xla"

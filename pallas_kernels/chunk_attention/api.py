@@ -19,7 +19,7 @@ from pallas_kernels.chunk_attention.types import (
     DropoutMode,
     KeyValueCache,
 )
-from pallas_kernels.common.dispatch import Implementation, check_implementation
+from pallas_kernels.common.dispatch import Implementation, check_implementation, has_symbolic_shape
 from pallas_kernels.common.target import find_target
 
 # All called as f(q, k, v, chunk_size, positions, segment_ids, cache, dropout).
@@ -97,6 +97,8 @@ def _choose_implementation(
     q: Array, v: Array, chunk_size: int, dropout: AttentionDropout | None
 ) -> Implementation:
     """The fastest by measurement (Hopper) and by the TPU compiler's estimates (README.md)."""
+    if has_symbolic_shape(q):
+        return "xla"
     dtypes, target = {q.dtype, v.dtype}, find_target()
     if (
         target.is_hopper

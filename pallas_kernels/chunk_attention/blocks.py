@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, Self
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -64,8 +65,11 @@ class AttentionBlocks:
         # 8 tiles do 9/16 of a dense chunk's work (the minimum is 1/2). Tiles of fewer than 128
         # queries are slower.
         tile = min(block, max(128, -(-block // 8)))
-        scores = B * H * tile * (key_offset + block)
-        most = min(blocks, max(1, _MAX_SCORES // scores))
+        if jax.export.is_symbolic_dim(B):
+            most = 1  # the rows are not known: the smallest group
+        else:
+            scores = B * H * tile * (key_offset + block)
+            most = min(blocks, max(1, _MAX_SCORES // scores))
         group = max(size for size in range(1, most + 1) if blocks % size == 0)
         return cls(chunk_size, key_offset, block, blocks, group, tile)
 

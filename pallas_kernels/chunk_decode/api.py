@@ -9,7 +9,7 @@ from pallas_kernels.chunk_attention.types import KeyValueCache
 from pallas_kernels.chunk_decode import reference, xla
 from pallas_kernels.chunk_decode.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.chunk_decode.types import ChunkDecodeOutput
-from pallas_kernels.common.dispatch import Implementation, check_implementation
+from pallas_kernels.common.dispatch import Implementation, check_implementation, has_symbolic_shape
 from pallas_kernels.common.target import find_target
 
 # All called as f(q, k, v, cache, positions, gate).
@@ -67,6 +67,8 @@ def chunk_decode(
 
 def _choose_implementation(q: Array, v: Array, cache: KeyValueCache) -> Implementation:
     """The kernels where they run: they read the filled slots, XLA on a GPU reads all of them."""
+    if has_symbolic_shape(q):
+        return "xla"
     can_run = find_target().is_hopper and mosaic_gpu.find_obstacle(q, v, cache) is None
     return "mosaic_gpu" if can_run else "xla"
 

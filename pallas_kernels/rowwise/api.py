@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.common.dispatch import Implementation, check_implementation
+from pallas_kernels.common.dispatch import Implementation, check_implementation, has_symbolic_shape
 from pallas_kernels.common.target import find_target
 from pallas_kernels.rowwise import reference, xla
 from pallas_kernels.rowwise.mosaic_gpu import op as mosaic_gpu
@@ -140,6 +140,8 @@ def _choose_implementation(
     operation: RowwiseOperation, rows: Rows, vectors: Vectors
 ) -> Implementation:
     """The fastest by measurement (README.md)."""
+    if has_symbolic_shape(rows[0]):
+        return "xla"
     # Without sums along rows or over rows, XLA's fused loop is as fast.
     has_sums = operation in NORMS or any(vector is not None for vector in vectors)
     is_large = rows[0].size >= SMALLEST_SIZE and rows[0].shape[-1] % DEFAULT_WIDTH == 0

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.common.dispatch import Implementation, check_implementation
+from pallas_kernels.common.dispatch import Implementation, check_implementation, has_symbolic_shape
 from pallas_kernels.common.target import find_target
 from pallas_kernels.state_step import reference, xla
 from pallas_kernels.state_step.mosaic_gpu import op as mosaic_gpu
@@ -60,6 +60,8 @@ def state_step(
 
 def _choose_implementation(x: Array, tables: CemaStepTables) -> Implementation:
     """The kernel where it runs: XLA moves the state twice, as it cannot update it in place."""
+    if has_symbolic_shape(x):
+        return "xla"
     can_run = find_target().is_hopper and mosaic_gpu.find_obstacle(x, tables) is None
     return "mosaic_gpu" if can_run else "xla"
 
