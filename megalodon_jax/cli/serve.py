@@ -1,0 +1,63 @@
+"""`megalodon serve`: answers requests over HTTP."""
+
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Annotated
+
+import tyro
+
+from megalodon_jax.cli.command import WithCompilationCache
+from megalodon_jax.cli.progress import Progress
+from megalodon_jax.errors import ConfigError
+from megalodon_jax.serve.settings import ServerSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve(WithCompilationCache, ServerSettings):
+    """Serves a trained model over HTTP, with the endpoints of OpenAI's API and a page to try it.
+
+    Example: megalodon serve runs/first --port 8000
+    """
+
+    run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
+    """The run_dir of a training run; a path, or a URL gs:// or s3://."""
+    step: int | None = None
+    """Step of the checkpoint; the newest if not set."""
+    allow_unverified: bool = False
+    """Also load a checkpoint without manifest, which an older version wrote."""
+    tokenizer: str = ""
+    """Tokenizer file to use instead of the copy in the run."""
+    warm_up: bool = True
+    """Compiles all programs before the server answers; otherwise first requests are slow."""
+
+    def run(self) -> int:
+        """Serves until SIGTERM or Ctrl-C."""
+        # Errors of the settings come before the model is loaded.
+        self.api_keys()
+        name = self.model_name or PurePosixPath(self.run_dir.rstrip("/")).name or "model"
+        with Progress() as progress, self.keep_programs():
+            progress.show("starting")
+            try:
+                from megalodon_jax.serve.server import Server, make_engine
+            except ImportError as error:
+                raise ConfigError(
+                    f"serve needs more packages ({error.name} is missing): pip install "
+                    "'megalodon-flax[serve]'"
+                ) from error
+            from megalodon_jax.checkpoints import load_trained
+
+            progress.show(f"loading {self.run_dir}")
+            model, tokenizer = load_trained(
+                self.run_dir,
+                self.step,
+                allow_unverified=self.allow_unverified,
+                tokenizer=self.tokenizer,
+            )
+            engine = make_engine(model, tokenizer, self)
+            server = Server(engine, self, model_name=name)
+            if self.warm_up:
+                progress.show("compiling")
+                engine.warm_up()
+            progress.clear()
+            print(f"{name} at {server.address}", flush=True)
+            return server.run()
