@@ -23,6 +23,11 @@ MAX_PROMPT = 3000
 MAX_ANSWER = 2000
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _tiny_programs(shared_compilation):
+    pass
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Megalodon:
     return perturbed(dataclasses.replace(TINY_MODEL, num_layers=1))

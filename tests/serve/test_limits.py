@@ -206,9 +206,9 @@ def test_a_client_that_goes_frees_its_slot(server, client, is_streaming):
 
 
 def test_a_full_queue(tiny_model):
-    engine = make_test_engine(tiny_model, slots=2, max_waiting=1)
-    with running(engine, settings(slots=2)) as server, client_of(server) as client:
-        fields = {"model": MODEL, "prompt": "a", "max_tokens": MAX_ANSWER, "n": 2, "stream": True,
+    engine = make_test_engine(tiny_model, max_waiting=1)
+    with running(engine, settings()) as server, client_of(server) as client:
+        fields = {"model": MODEL, "prompt": "a", "max_tokens": MAX_ANSWER, "n": 4, "stream": True,
                   "logit_bias": {"256": -100}}  # fmt: skip
         first = client.completions.create(**fields)
         next(iter(first))

@@ -40,7 +40,7 @@ def test_a_continued_session_is_one_long_prompt(client, direct, is_streaming):
                 stream=True,
                 logit_bias=no_end,
                 stream_options={"include_usage": True},
-            )  # fmt: skip
+            )
         )
         text = "".join(chunk.choices[0].text for chunk in chunks[:-1])
         return chunks[0].session, text, chunks[-1].usage.prompt_tokens
@@ -155,9 +155,12 @@ def test_sessions_on_disk_outlive_the_server(tiny_model, tmp_path, key_file):
         assert again.choices[0].text == expected_turns[0].choices[0].text
     for file in files:
         file.write_bytes(b"damaged")
-    with running(make_test_engine(tiny_model), settings(**changes)) as server:
-        with client_of(server) as client, pytest.raises(openai.NotFoundError, match="its file"):
-            continue_text(client, session, "b")
+    with (
+        running(make_test_engine(tiny_model), settings(**changes)) as server,
+        client_of(server) as client,
+        pytest.raises(openai.NotFoundError, match="its file"),
+    ):
+        continue_text(client, session, "b")
 
 
 def test_a_model_without_a_chat_template(tiny_model):
