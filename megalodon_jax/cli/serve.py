@@ -27,8 +27,8 @@ class Serve(WithCompilationCache, ServerSettings):
     """Also load a checkpoint without manifest, which an older version wrote."""
     tokenizer: str = ""
     """Tokenizer file to use instead of the copy in the run."""
-    warm_up: bool = True
-    """Compiles all programs before the server answers; otherwise first requests are slow."""
+    skip_warm_up: bool = False
+    """Serves without compiling all programs before: first requests are slow."""
 
     def run(self) -> int:
         """Serves until SIGTERM or Ctrl-C."""
@@ -55,7 +55,7 @@ class Serve(WithCompilationCache, ServerSettings):
             )
             engine = make_engine(model, tokenizer, self)
             server = Server(engine, self, model_name=name)
-            if self.warm_up:
+            if not self.skip_warm_up:
                 progress.show("compiling")
                 engine.warm_up()
             progress.clear()
