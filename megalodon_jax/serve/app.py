@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import importlib.resources
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from megalodon_jax.errors import EngineBusyError, MegalodonError, RequestError, SessionError
+from megalodon_jax.errors import DataError, EngineBusyError, RequestError, SessionError
 from megalodon_jax.serve import fields
 from megalodon_jax.serve.calls import Planner
 from megalodon_jax.serve.engine_thread import Answer, Delta, EngineThread
@@ -28,7 +29,7 @@ from megalodon_jax.serve.errors import ApiError
 from megalodon_jax.serve.metrics import Metrics
 from megalodon_jax.serve.responses import Envelope, Form, Usage
 from megalodon_jax.serve.session_store import Lease, SessionStore
-from megalodon_jax.serve.settings import ServerSettings
+from megalodon_jax.serve.settings import LOOPBACK_HOSTS, ServerSettings
 
 _OUTCOMES = {401: "unauthorized", 429: "busy"}
 # Of HTTP servers for a client that has gone; nobody reads it.
@@ -114,7 +115,7 @@ class Api:
                 if isinstance(error, asyncio.CancelledError):
                     raise
                 return Response(status_code=_CLIENT_GONE)
-            except (ApiError, MegalodonError) as error:
+            except Exception as error:
                 known = _as_api_error(error)
                 self._count(name, _outcome(known))
                 return known.response()
@@ -132,6 +133,12 @@ class Api:
     def _owner(self, request: Request) -> str:
         """What identifies the API key of a call; "" without keys."""
         if not self._keys:
+            # A page of another origin whose name resolves to this machine reads what it answers.
+            if request.url.hostname not in LOOPBACK_HOSTS:
+                raise ApiError(
+                    403, f"the server has no API key and is called {request.url.hostname}; call "
+                    "127.0.0.1 or localhost", code="invalid_host",
+                )  # fmt: skip
             return ""
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         given = _digest(key.strip())
@@ -377,9 +384,10 @@ def _as_api_error(error: Exception) -> ApiError:
             429, f"the queue is full: {error}", code="queue_full",
             headers={"Retry-After": str(_RETRY_SECONDS)},
         )  # fmt: skip
-    if isinstance(error, RequestError | SessionError):
+    if isinstance(error, RequestError | SessionError | DataError):
         return ApiError(400, str(error), code="invalid_value")
-    raise error
+    logging.getLogger(__name__).error("a call failed", exc_info=error)
+    return ApiError(500, "the call failed; the server's log says why")
 
 
 def _outcome(error: ApiError) -> str:

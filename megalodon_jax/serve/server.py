@@ -30,6 +30,7 @@ from megalodon_jax.serve.settings import ServerSettings
 
 # Seconds in which answers that were cancelled reach their clients.
 _LAST_SECONDS = 5.0
+_BACKLOG = 2048
 
 
 def make_engine(model: LanguageModel, tokenizer: Tokenizer, settings: ServerSettings) -> Engine:
@@ -44,6 +45,20 @@ def make_engine(model: LanguageModel, tokenizer: Tokenizer, settings: ServerSett
     )
 
 
+def bind(settings: ServerSettings) -> socket.socket:
+    """Takes the address of a server; connections are refused until the server is made.
+
+    Raises:
+      ConfigError: the address is in use, or not one of this machine.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with _naming_address(settings, listener):
+        listener.bind((settings.host, settings.port))
+    return listener
+
+
 class Server:
     """Serves one model over HTTP.
 
@@ -51,13 +66,21 @@ class Server:
       engine: with a tokenizer; only the server may use it from here on.
       settings: address, keys and limits.
       model_name: name of the model in calls.
+      listener: from `bind`; None: the server binds its address itself.
 
     Raises:
       ConfigError: the address is in use, or the settings cannot be used.
       DataError: the chat template cannot be used.
     """
 
-    def __init__(self, engine: Engine, settings: ServerSettings, *, model_name: str):
+    def __init__(
+        self,
+        engine: Engine,
+        settings: ServerSettings,
+        *,
+        model_name: str,
+        listener: socket.socket | None = None,
+    ):
         tokenizer = engine.tokenizer
         if tokenizer is None:
             raise ConfigError("the engine has no tokenizer: pass Engine(..., tokenizer=)")
@@ -76,7 +99,9 @@ class Server:
         planner = Planner(TokenTexts(tokenizer), template, settings)
         self._settings = settings
         self._api = Api(self.thread, planner, sessions, metrics, settings, model_name)
-        self._socket = _listen(settings)
+        self._socket = bind(settings) if listener is None else listener
+        with _naming_address(settings, self._socket):
+            self._socket.listen(_BACKLOG)
         config = uvicorn.Config(
             self._api.application(),
             access_log=False,
@@ -84,7 +109,7 @@ class Server:
             lifespan="off",
             ws="none",
             server_header=False,
-            # Calls in the backlog of the socket are admitted or answered with 429 by the engine.
+            backlog=_BACKLOG,
             timeout_graceful_shutdown=int(settings.shutdown_seconds + _LAST_SECONDS) + 1,
         )
         # It would end all streams at the signal.
@@ -166,16 +191,12 @@ def _session_directory(settings: ServerSettings) -> Path | None:
     return directory
 
 
-def _listen(settings: ServerSettings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+@contextlib.contextmanager
+def _naming_address(settings: ServerSettings, listener: socket.socket) -> Iterator[None]:
     try:
-        listener.bind((settings.host, settings.port))
-        listener.listen(2048)
+        yield
     except OSError as error:
         listener.close()
         raise ConfigError(
             f"cannot listen at {settings.host}:{settings.port}: {error.strerror or error}"
         ) from error
-    return listener

@@ -9,7 +9,7 @@ import tyro
 from megalodon_jax.errors import ConfigError
 
 KEY_VARIABLE = "MEGALODON_API_KEY"
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class ServerSettings:
         found = tuple(key for key in keys if key)
         if self.api_key_file and not found:
             raise ConfigError(f"--api_key_file {self.api_key_file} has no key")
-        if not found and self.host not in _LOOPBACK:
+        if not found and self.host not in LOOPBACK_HOSTS:
             raise ConfigError(
                 f"host {self.host} can be reached by others; give an --api_key_file, or set "
                 f"{KEY_VARIABLE}"

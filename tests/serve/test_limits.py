@@ -167,6 +167,31 @@ def test_the_second_key_and_open_endpoints(server, other_client):
     assert "<textarea" in httpx.get(f"{server.address}/").text
 
 
+def test_a_name_that_resolves_to_this_machine(server, tiny_model):
+    with running(make_test_engine(tiny_model), settings()) as other:
+        answer = httpx.get(f"{other.address}/v1/models", headers={"Host": "example.org"})
+        assert answer.status_code == 403
+        assert answer.json()["error"]["code"] == "invalid_host"
+        assert httpx.get(f"{other.address}/v1/models").status_code == 200
+    # A key is enough: a proxy passes its own name on.
+    answer = httpx.get(f"{server.address}/v1/models", headers={"Host": "a.org", **HEADERS})
+    assert answer.status_code == 200
+
+
+def test_an_error_of_the_server_itself(tiny_model, monkeypatch):
+    from megalodon_jax.serve.calls import Planner
+
+    def plan(*arguments):
+        raise KeyError("a mistake")
+
+    monkeypatch.setattr(Planner, "plan", plan)
+    with running(make_test_engine(tiny_model), settings()) as server, client_of(server) as client:
+        with pytest.raises(openai.InternalServerError, match="log says why"):
+            client.completions.create(model=MODEL, prompt="a")
+        assert httpx.get(f"{server.address}/health").status_code == 200
+        assert metric(server, "megalodon_requests_total", outcome="error") == 1
+
+
 def test_no_cors_unless_allowed(server, tiny_model):
     headers = {"Origin": "http://example.org", **HEADERS}
     answer = httpx.get(f"{server.address}/v1/models", headers=headers)

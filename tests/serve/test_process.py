@@ -28,6 +28,8 @@ def serving(run_dir: str, *options: str) -> Iterator[tuple[subprocess.Popen, ope
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     try:
+        assert process.stdout is not None
+        assert process.stderr is not None
         line = process.stdout.readline()
         found = re.fullmatch(r"tiny at (http://127\.0\.0\.1:\d+)\n", line)
         assert found, line + process.stderr.read()
@@ -58,6 +60,7 @@ def test_sigterm_lets_a_stream_end(trained_run):
         with pytest.raises((openai.APIConnectionError, openai.InternalServerError)):
             client.models.list()
         assert process.wait(30) == 0
+        assert process.stderr is not None
         assert process.stderr.read() == ""
 
 
@@ -91,15 +94,15 @@ def test_sigterm_cancels_after_its_seconds_and_a_second_one_exits(trained_run):
         (["--chat_template", "none.jinja"], "cannot read the chat template none.jinja"),
     ],
 )
-def test_errors_before_it_serves(trained_run, capsys, monkeypatch, options, message):
+def test_errors_before_the_model_is_loaded(capsys, monkeypatch, options, message):
     monkeypatch.delenv("MEGALODON_API_KEY", raising=False)
-    assert main(["serve", trained_run.run_dir, *options]) != 0
+    assert main(["serve", "none", *options]) != 0
     assert message in capsys.readouterr().err
 
 
-def test_a_port_in_use(server, trained_run, capsys):
+def test_a_port_in_use(server, capsys):
     port = str(httpx.URL(server.address).port)
-    assert main(["serve", trained_run.run_dir, "--port", port]) == 2
+    assert main(["serve", "none", "--port", port]) == 2
     assert f"cannot listen at 127.0.0.1:{port}" in capsys.readouterr().err
 
 
