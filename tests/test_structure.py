@@ -32,6 +32,7 @@ LAYERS = [
     ("megalodon_jax.data",),
     ("megalodon_jax.inference",),
     ("megalodon_jax.checkpoints", "megalodon_jax.generate"),
+    ("megalodon_jax.serve",),
     ("megalodon_jax.evaluation",),
     ("megalodon_jax.tasks",),
     ("megalodon_jax.training",),

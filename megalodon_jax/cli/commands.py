@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from megalodon_jax.bench import options as bench
+from megalodon_jax.cli.chat import Chat
 from megalodon_jax.cli.command import Command, WithCompilationCache
 from megalodon_jax.cli.generate import Generate
 from megalodon_jax.cli.help import described
 from megalodon_jax.cli.run_config import RunSettings, to_config
+from megalodon_jax.cli.serve import Serve
 from megalodon_jax.plan.options import PlanOptions
 
 Config = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
@@ -285,6 +287,8 @@ COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "evaluate": Evaluate,
     "generate": Generate,
+    "chat": Chat,
+    "serve": Serve,
     "verify": Verify,
     "convert": Convert,
     "plan": Plan,

@@ -25,7 +25,8 @@ BYTE_VALUES = 256
 MAX_VOCAB_SIZE = 100_000_000
 # Names under which a run keeps a tokenizer's file.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-_CONFIG_FILE = "tokenizer_config.json"
+CONFIG_FILE = "tokenizer_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 # The character that sentencepiece and related tokenizers write for a space.
 WORD_START = "\u2581"
 
@@ -137,8 +138,9 @@ class JsonTokenizer:
         self._path = path
         self._json = _read_bytes(path)
         self._load()
-        config_path = path.with_name(_CONFIG_FILE)
-        self._config = _read_bytes(config_path) if exists(config_path) else None
+        config_path = path.with_name(CONFIG_FILE)
+        self._beside = _files_beside(path)
+        self._config = self._beside.get(CONFIG_FILE)
         names = _boundary_tokens(self._config, config_path)
         bos = self._find_boundary_token(names.get("bos_token"), self._BOS_NAMES)
         eos = self._find_boundary_token(names.get("eos_token"), self._EOS_NAMES)
@@ -214,8 +216,7 @@ class JsonTokenizer:
         return _file_fingerprint("tokenizers", self._json, self.bos_id, self.eos_id)
 
     def files(self) -> dict[str, bytes]:
-        config = {} if self._config is None else {_CONFIG_FILE: self._config}
-        return {TOKENIZER_FILES[0]: self._json, **config}
+        return {TOKENIZER_FILES[0]: self._json, **self._beside}
 
 
 class SentencePieceTokenizer:
@@ -225,6 +226,7 @@ class SentencePieceTokenizer:
         from sentencepiece import SentencePieceProcessor
 
         self._proto = _read_bytes(path)
+        self._beside = _files_beside(path)
         try:
             self._processor = SentencePieceProcessor(model_proto=self._proto)
             self.vocab_size = int(self._processor.vocab_size())
@@ -278,7 +280,7 @@ class SentencePieceTokenizer:
         return _file_fingerprint("sentencepiece", self._proto, self.bos_id, self.eos_id)
 
     def files(self) -> dict[str, bytes]:
-        return {TOKENIZER_FILES[1]: self._proto}
+        return {TOKENIZER_FILES[1]: self._proto, **self._beside}
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
@@ -334,6 +336,12 @@ def _read_bytes(path: AnyPath) -> bytes:
     if not content:
         raise DataError(f"tokenizer {path} is empty")
     return content
+
+
+def _files_beside(path: AnyPath) -> dict[str, bytes]:
+    """The configuration and the chat template in a tokenizer's directory."""
+    known = {name: path.with_name(name) for name in (CONFIG_FILE, CHAT_TEMPLATE_FILE)}
+    return {name: _read_bytes(each) for name, each in known.items() if exists(each)}
 
 
 @contextlib.contextmanager

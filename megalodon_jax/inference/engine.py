@@ -210,6 +210,7 @@ class Engine:
         """Ends a stream; its tokens so far stay."""
         if not stream.is_finished:
             stream.finish("cancelled")
+            self._waiting.drop(lambda samples: all(each.is_finished for each in samples))
             with self._devices():
                 self._free(stream)
 

@@ -129,7 +129,18 @@ class Stream:
         Raises:
           ValueError: the engine has no tokenizer.
         """
-        return "".join(self._text_pieces())
+        return "".join(self.text_pieces())
+
+    @property
+    def num_settled_tokens(self) -> int:
+        """Tokens that stay in the answer, whatever follows.
+
+        A stop string removes its own tokens, so that the newest ones may be removed until the text
+        after them is known.
+        """
+        if self.is_finished or self._text is None or not self._text.has_stops:
+            return len(self.tokens)
+        return min(self._text.num_tokens, len(self.tokens))
 
     @property
     def is_finished(self) -> bool:
@@ -149,7 +160,7 @@ class Stream:
         """New text as it comes; steps the engine like iterating over tokens."""
         num_read = 0
         while True:
-            pieces = self._text_pieces()
+            pieces = self.text_pieces()
             if num_read < len(pieces):
                 new = "".join(pieces[num_read:])
                 num_read = len(pieces)
@@ -197,7 +208,8 @@ class Stream:
             del self.tokens[kept:], self.logprobs[kept:]
             self.finish_reason = "stop"
 
-    def _text_pieces(self) -> list[str]:
+    def text_pieces(self) -> Sequence[str]:
+        """The text so far, in the pieces in which it came; it only grows. Raises as `text`."""
         if self._text is None:
             raise ValueError("the engine has no tokenizer: pass Engine(..., tokenizer=)")
         if self.is_finished:

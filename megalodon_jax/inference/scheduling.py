@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from megalodon_jax.inference.sampling import MAX_LOGPROBS, Features
 
@@ -53,15 +53,14 @@ class FairQueue[T]:
             self._by_client[client] = items
         return item
 
-    def remove(self, item: T) -> bool:
-        """Removes an item; False if it is not in the queue."""
-        for client, items in self._by_client.items():
-            if item in items:
-                items.remove(item)
-                if not items:
-                    del self._by_client[client]
-                return True
-        return False
+    def drop(self, is_dropped: Callable[[T], bool]) -> None:
+        """Removes the items for which the function is true; the others keep their turns."""
+        for client, items in list(self._by_client.items()):
+            kept = collections.deque(item for item in items if not is_dropped(item))
+            if kept:
+                self._by_client[client] = kept
+            else:
+                del self._by_client[client]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,256 @@
+"""Chat templates: the messages of a conversation as token ids.
+
+A template is a Jinja text, rendered in a sandbox. Special tokens count only where the template
+itself writes them: the same text in a message is ordinary text.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+from jaxtyping import Int32
+
+from megalodon_jax.data.tokenizer import CHAT_TEMPLATE_FILE, CONFIG_FILE, Tokenizer
+from megalodon_jax.errors import DataError
+from megalodon_jax.file_limits import FileLimitError, read_bytes
+
+MAX_TEMPLATE_BYTES = 1_000_000
+ROLES = ("system", "user", "assistant")
+_PLAIN = (
+    "{% for message in messages %}"
+    "{{ {'system': 'System', 'user': 'User', 'assistant': 'Assistant'}[message.role] }}: "
+    "{{ message.content | trim }}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+# Unicode noncharacters, which are never part of an exchanged text: the boundary tokens, whose text
+# a tokenizer may not have, and a mark inside texts that are not special tokens.
+_BOS, _EOS, _MARK = "\ufdd0", "\ufdd1", "\ufdd2"
+# The end of an answer that the template has not seen, as letters that no filter changes.
+_ANSWER = "ANSWERzq7Xk2"
+
+
+class Message(NamedTuple):
+    """One message of a conversation.
+
+    Attributes:
+      role: "system", "user" or "assistant".
+      content: its text.
+    """
+
+    role: str
+    content: str
+
+
+class ChatTemplate:
+    """A chat template.
+
+    Args:
+      source: the Jinja text. It sees `messages` (with `role` and `content`),
+        `add_generation_prompt`, `bos_token` and `eos_token`.
+      name: of the template in messages of errors.
+      stop: texts that end an answer, for a template without a special token after a message.
+
+    Raises:
+      DataError: the text is not a template, or jinja2 is not installed.
+    """
+
+    def __init__(self, source: str, *, name: str = "the chat template", stop: Sequence[str] = ()):
+        self.name = name
+        self.stop = tuple(stop)
+        try:
+            from jinja2 import TemplateError
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError as error:
+            raise DataError(
+                "chat templates need jinja2: pip install 'megalodon-flax[serve]'"
+            ) from error
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            autoescape=False,
+            extensions=["jinja2.ext.loopcontrols"],
+        )
+        environment.globals["raise_exception"] = _raise_exception
+        environment.filters["tojson"] = _to_json
+        try:
+            self._template = environment.from_string(source)
+        except (TemplateError, RecursionError) as error:
+            raise DataError(f"{name} is no Jinja template: {error}") from error
+
+    @classmethod
+    def load(cls, spec: str) -> "ChatTemplate":
+        """The template that `--chat_template` names.
+
+        Args:
+          spec: "plain" ("User: ..." and "Assistant: ..." in lines), or the path of a Jinja file.
+
+        Raises:
+          DataError: the file cannot be read or is no template.
+        """
+        if spec == "plain":
+            return cls(_PLAIN, name="the chat template 'plain'", stop=("\nUser:", "\nSystem:"))
+        path = Path(spec).expanduser()
+        try:
+            text = read_bytes(path, max_bytes=MAX_TEMPLATE_BYTES).decode("utf-8")
+        except (OSError, FileLimitError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read the chat template {spec}: {error}") from error
+        return cls(text, name=f"the chat template {spec}")
+
+    @classmethod
+    def of_tokenizer(cls, tokenizer: Tokenizer) -> "ChatTemplate | None":
+        """The template in the tokenizer's files; None: it has none.
+
+        `chat_template.jinja` comes before `chat_template` in `tokenizer_config.json`; of several
+        templates there it is the one with the name "default".
+
+        Raises:
+          DataError: the files hold something else.
+        """
+        files = tokenizer.files()
+        try:
+            if CHAT_TEMPLATE_FILE in files:
+                text = files[CHAT_TEMPLATE_FILE].decode("utf-8")
+                return cls(text, name=f"the tokenizer's {CHAT_TEMPLATE_FILE}")
+            found = json.loads(files.get(CONFIG_FILE, b"{}")).get("chat_template")
+            if isinstance(found, list):
+                found = {each["name"]: each["template"] for each in found}.get("default")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise DataError(f"cannot read the tokenizer's chat template: {error!r:.200}") from error
+        if found is None:
+            return None
+        if not isinstance(found, str):
+            raise DataError(f"chat_template in {CONFIG_FILE} is {found!r:.80}; it must be a text")
+        return cls(found, name=f"the chat template in {CONFIG_FILE}")
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The text of a conversation, for reading: boundary tokens are left out.
+
+        Raises:
+          DataError: the template refuses the messages.
+        """
+        text = self._render(messages, (), add_generation_prompt)
+        return text.translate(dict.fromkeys(map(ord, (_BOS, _EOS, _MARK))))
+
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+    ) -> Int32[np.ndarray, " n"]:
+        """Token ids of a conversation; the first is the tokenizer's `bos_id`, as in training.
+
+        Args:
+          tokenizer: the model's.
+          messages: at least one.
+          add_generation_prompt: ends with what begins the assistant's answer.
+
+        Raises:
+          DataError: the template refuses the messages.
+        """
+        special = special_tokens(tokenizer)
+        ids = _encode(tokenizer, self._render(messages, special, add_generation_prompt), special)
+        if not ids or ids[0] != tokenizer.bos_id:
+            ids.insert(0, tokenizer.bos_id)
+        return np.asarray(ids, np.int32)
+
+    def encode_turn(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], *, answer_has_eos: bool
+    ) -> Int32[np.ndarray, " n"]:
+        """Token ids that continue a conversation with new messages.
+
+        They begin with what the template writes at the end of an answer, and end with what begins
+        the next one. The earlier messages are not needed.
+
+        Args:
+          tokenizer: the model's.
+          messages: the new ones.
+          answer_has_eos: whether the answer before ended with `eos_id`, which is then not repeated.
+
+        Raises:
+          DataError: the template refuses the messages, or drops earlier answers.
+        """
+        special = special_tokens(tokenizer)
+        before = [Message("user", "a"), Message("assistant", _ANSWER)]
+        text = self._render([*before, *messages], special, True)
+        if text.count(_ANSWER) != 1:
+            raise DataError(
+                f"{self.name} does not write an earlier answer once; send all messages in one "
+                "request without a session"
+            )
+        ids = _encode(tokenizer, text.partition(_ANSWER)[2], special)
+        if answer_has_eos and ids and ids[0] == tokenizer.eos_id:
+            del ids[0]
+        return np.asarray(ids, np.int32)
+
+    def _render(
+        self, messages: Sequence[Message], special: Mapping[str, int] | tuple[()], prompt: bool
+    ) -> str:
+        from jinja2 import TemplateError
+
+        if not messages:
+            raise DataError("messages is empty; give at least one")
+        marked = [
+            {"role": role, "content": _mark_special(_checked(content), special)}
+            for role, content in messages
+        ]
+        try:
+            return self._template.render(
+                messages=marked, add_generation_prompt=prompt, bos_token=_BOS, eos_token=_EOS
+            )
+        # A template is a program: its expressions raise these.
+        except (
+            TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError,
+            RecursionError, OverflowError, MemoryError,
+        ) as error:  # fmt: skip
+            raise DataError(f"{self.name} refuses the messages: {error}") from error
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """Special tokens of a `tokenizer.json` by their text; none of other tokenizers."""
+    content = tokenizer.files().get("tokenizer.json")
+    if content is None:
+        return {}
+    added = json.loads(content).get("added_tokens") or ()
+    return {each["content"]: each["id"] for each in added if each.get("special")}
+
+
+def _checked(content: str) -> str:
+    if found := next((mark for mark in (_BOS, _EOS, _MARK) if mark in content), None):
+        raise DataError(f"a message has the noncharacter U+{ord(found):04X}; remove it")
+    return content
+
+
+def _mark_special(content: str, special: Mapping[str, int] | tuple[()]) -> str:
+    """Puts a mark into texts that look like special tokens."""
+    if not special:
+        return content
+    pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+    return re.sub(pattern, lambda match: match[0][0] + _MARK + match[0][1:], content)
+
+
+def _encode(tokenizer: Tokenizer, text: str, special: Mapping[str, int]) -> list[int]:
+    known = {**special, _BOS: tokenizer.bos_id, _EOS: tokenizer.eos_id}
+    pattern = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
+    ids: list[int] = []
+    for piece in re.split(f"({pattern})", text):
+        if piece in known:
+            ids.append(known[piece])
+        elif piece:
+            ids += tokenizer.encode(piece.replace(_MARK, "")).tolist()
+    return ids
+
+
+def _raise_exception(message: str) -> NoReturn:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """Jinja's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
