@@ -66,7 +66,8 @@ class Evaluate(WithCompilationCache):
     """
 
     checkpoint: str
-    """The run_dir of a training run; a path, or a URL gs:// or s3://."""
+    """The run_dir of a training run, a path or a URL gs:// or s3://; a .safetensors file; or a
+    folder in the Hugging Face form."""
     files: tuple[str, ...]
     """Paths, folders, globs or URLs of text: plain, .jsonl (both also .gz, .zst), .parquet."""
     text_field: str = "text"
@@ -96,10 +97,10 @@ class Evaluate(WithCompilationCache):
         return 0
 
     def _evaluate(self) -> "Evaluation":
-        from megalodon_jax.checkpoints import load_trained
+        from megalodon_jax.cli.model import load_named_model
         from megalodon_jax.evaluation.streaming import evaluate_files
 
-        model, tokenizer = load_trained(
+        model, tokenizer = load_named_model(
             self.checkpoint,
             self.step,
             allow_unverified=self.allow_unverified,

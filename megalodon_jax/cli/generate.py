@@ -34,7 +34,8 @@ class Generate(WithCompilationCache):
     """
 
     run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
-    """The run_dir of a training run; a path, or a URL gs:// or s3://."""
+    """The run_dir of a training run, a path or a URL gs:// or s3://; a .safetensors file; or a
+    folder in the Hugging Face form."""
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = ()
     """Starts of texts; `-`, or no prompt: the text of standard input."""
     prompts_file: str = ""
@@ -118,10 +119,10 @@ class Generate(WithCompilationCache):
 
 def _load(command: Generate, progress: Progress) -> "TrainedModel":
     # Local imports: help and errors come without JAX.
-    from megalodon_jax.checkpoints import load_trained
+    from megalodon_jax.cli.model import load_named_model
 
     progress.show(f"loading {command.run_dir}")
-    return load_trained(
+    return load_named_model(
         command.run_dir,
         command.step,
         allow_unverified=command.allow_unverified,
