@@ -49,9 +49,9 @@ class OptimConfig:
     weight_decay: Weight = 0.1
     """Decoupled weight decay, multiplied by the learning rate."""
     no_weight_decay: tuple[str, ...] = ()
-    """Parameters without weight decay: patterns of dotted names, such as "*.bias"."""
+    """Parameters without weight decay: patterns of dotted names, such as ``*.bias``."""
     frozen: tuple[str, ...] = ()
-    """Parameters that are not trained: patterns of dotted names, such as "embed.*"; they have no
+    """Parameters that are not trained: patterns of dotted names, such as ``embed.*``; they have no
     optimizer state."""
     muon_momentum: Decay = 0.95
     """Decay rate of Muon's momentum."""

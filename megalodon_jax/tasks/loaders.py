@@ -143,7 +143,8 @@ class OwnHeldout:
     """A `HeldoutLoader` of batches from a function.
 
     Args:
-      make_batches: starts a pass: batches or `CountedBatch`es with this process's rows.
+      make_batches: starts a pass over instances of `Batch` or `CountedBatch` with this process's
+        rows.
       rows: rows of this process.
       seq_len: tokens of a row.
     """
