@@ -17,7 +17,6 @@ from megalodon_jax.inference.engine import Engine
 from megalodon_jax.inference.positions import commit, decode_positions
 from megalodon_jax.inference.requests import Request
 from megalodon_jax.inference.sampling import Features, SamplingParams, empty_state, sampling_row
-from megalodon_jax.inference.sampling import set_row as set_sampling
 from megalodon_jax.inference.speculation import (
     SpeculationSettings,
     append_tokens,
@@ -29,6 +28,7 @@ from megalodon_jax.inference.weights import prepare
 from tests.ablations import VARIANTS
 from tests.golden_files import relative_error
 from tests.inference.models import CHUNK, CONFIG, VOCAB, greedy, random_prompt, small_model
+from tests.inference.models import set_row as set_sampling
 from tests.inference.test_engine import Compilations
 from tests.inference.test_step import OTHERS
 from tests.model.conftest import perturbed
