@@ -207,10 +207,11 @@ def test_max_length_limits_what_a_token_sees(model, full):
     with pytest.raises(DataError, match="has 21 tokens, max_length is 20"):
         lm.loglikelihood(instances("loglikelihood", [("a", "b" * 21)]), disable_tqdm=True)
 
-    requests = instances("generate_until", [("The sky" + "." * 20, {"max_gen_toks": 8})])
-    assert lm.generate_until(requests, disable_tqdm=True) == [
-        bytes(full.continue_tokens(tokens_of("." * 12), 8)).decode()
-    ]
+    prompt = "The quick brown fox jumps"
+    requests = instances("generate_until", [(prompt, {"max_gen_toks": 8})])
+    continued = [bytes(full.continue_tokens(tokens_of(prompt[-n:]), 8)) for n in (11, 12, 13)]
+    assert continued[1] not in (continued[0], continued[2])
+    assert lm.generate_until(requests, disable_tqdm=True) == [continued[1].decode()]
 
 
 @pytest.mark.parametrize(
