@@ -1,7 +1,9 @@
 """Evaluation of documents of any length in constant device memory."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -11,10 +13,10 @@ from megalodon_jax.config import DataConfig
 from megalodon_jax.data.open_source import open_source
 from megalodon_jax.data.tokenizer import Tokenizer
 from megalodon_jax.evaluation.summary import Evaluation, summarize
-from megalodon_jax.inference.prefill import empty_prefill_state
+from megalodon_jax.inference.prefill import empty_prefill_state, score_hidden
 from megalodon_jax.language_model import LanguageModel, StreamingCache
 from megalodon_jax.loss import LossOutput, cross_entropy
-from megalodon_jax.typing import Batch
+from megalodon_jax.typing import Array, Batch, Bool, Float32, Int32
 
 
 def evaluate_files(
@@ -92,14 +94,93 @@ def evaluate_documents(
     return summarize(sums, counter.num_bytes)
 
 
+class TokenScores(NamedTuple):
+    """How a model scores the tokens of one sequence, from the second token on.
+
+    Attributes:
+      index: the sequence's index in the input.
+      logprobs: natural logarithm of each token's probability after all tokens before it.
+      is_greedy: whether the token is the most probable one; ties prefer lower ids.
+    """
+
+    index: int
+    logprobs: Float32[np.ndarray, " n-1"]
+    is_greedy: Bool[np.ndarray, " n-1"]
+
+
+def score_sequences(
+    model: LanguageModel,
+    sequences: Iterable[Int32[np.ndarray, " n"]],
+    *,
+    batch_size: int = 8,
+    piece_length: int = 1024,
+) -> Iterator[TokenScores]:
+    """Scores every token of token sequences of any length, in the order in which they end.
+
+    Sequences are streamed like documents, see `evaluate_documents`: every token sees all previous
+    tokens of its sequence, and no other sequence.
+
+    Args:
+      model: the model.
+      sequences: token ids, at least two each.
+      batch_size: maximum number of sequences in parallel.
+      piece_length: tokens per row and model call.
+
+    Raises:
+      ValueError: a sequence has fewer than two tokens.
+      OverflowError: a sequence exceeds the largest 32-bit position.
+    """
+    lengths: dict[int, int] = {}
+    open_scores: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+    graphdef, params = nnx.split(model)
+    cache = empty_prefill_state(graphdef, params, batch_size, piece_length).cache
+    streams = _checked_sequences(sequences, lengths)
+    for batch in streaming_batches(streams, batch_size=batch_size, length=piece_length):
+        cache = model.with_room(cache, piece_length)
+        scores, cache = _scoring_step(graphdef, params, cache, batch)
+        logprobs, is_greedy = jax.device_get(scores)
+        for number, where in _documents_of(np.asarray(batch.segment_ids)):
+            parts = open_scores.setdefault(number, [])
+            parts.append((logprobs[where], is_greedy[where]))
+            if sum(len(part) for part, _ in parts) == lengths[number] - 1:
+                joined = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+                yield TokenScores(number - 1, *joined)
+                del open_scores[number], lengths[number]
+
+
+def _checked_sequences(
+    sequences: Iterable[np.ndarray], lengths: dict[int, int]
+) -> Iterator[np.ndarray]:
+    """The sequences, whose lengths are put into `lengths` by their numbers from 1."""
+    for number, tokens in enumerate(sequences, start=1):
+        if len(tokens) < 2:
+            raise ValueError(
+                f"sequence {number - 1} has {len(tokens)} tokens; a score needs a token and one "
+                "before it (a text begins with the tokenizer's bos_id)"
+            )
+        lengths[number] = len(tokens)
+        yield tokens
+
+
+def _documents_of(
+    segment_ids: np.ndarray,
+) -> Iterator[tuple[int, tuple[int, slice]]]:
+    """Every segment id in a batch but 0, and its row and columns."""
+    for row, ids in enumerate(segment_ids):
+        starts = np.flatnonzero(np.diff(ids, prepend=0))
+        for start, stop in itertools.pairwise([*starts, len(ids)]):
+            if ids[start] != 0:
+                yield int(ids[start]), (row, slice(start, stop))
+
+
 def streaming_batches(
     streams: Iterator[np.ndarray], *, batch_size: int, length: int
 ) -> Iterator[Batch]:
     """Cuts documents into consecutive batches (batch_size, length).
 
-    Row b of a batch continues row b of the previous batch. A document has the same segment id in
-    all batches, and the next document of a row has another one, so that the model's cache is
-    continued within a document and reset between documents.
+    Row b of a batch continues row b of the previous batch. A document's segment id is its number in
+    `streams`, from 1, in all batches: the model's cache is continued within a document and reset
+    between documents.
 
     Args:
       streams: documents as bos, tokens, eos.
@@ -107,12 +188,13 @@ def streaming_batches(
       length: tokens per row.
     """
     rows = [_StreamRow() for _ in range(batch_size)]
+    numbered = enumerate(streams, start=1)
     while True:
         shape = (batch_size, length)
         ids = (np.zeros(shape, np.int32) for _ in range(3))
         batch = Batch(*ids, weights=np.zeros(shape, np.float32))  # type: ignore[arg-type]
         filled = [
-            row.fill(Batch(*(array[index] for array in batch)), streams)
+            row.fill(Batch(*(array[index] for array in batch)), numbered)
             for index, row in enumerate(rows)
         ]
         if not any(filled):
@@ -128,7 +210,7 @@ class _StreamRow:
         self._offset = 0
         self._segment = 0
 
-    def fill(self, row: Batch, streams: Iterator[np.ndarray]) -> int:
+    def fill(self, row: Batch, streams: Iterator[tuple[int, np.ndarray]]) -> int:
         """Fills the row's arrays from the left; returns the number of tokens."""
         column, length = 0, row.tokens.shape[0]
         while column < length:
@@ -144,12 +226,12 @@ class _StreamRow:
             self._offset += count
         return column
 
-    def _next(self, streams: Iterator[np.ndarray]) -> bool:
-        stream = next(streams, None)
-        if stream is None:
+    def _next(self, streams: Iterator[tuple[int, np.ndarray]]) -> bool:
+        numbered = next(streams, None)
+        if numbered is None:
             return False
-        self._stream, self._offset = stream, 0
-        self._segment += 1
+        self._segment, self._stream = numbered
+        self._offset = 0
         return True
 
 
@@ -178,3 +260,14 @@ def _streaming_step(
     assert new_cache is not None
     sums = cross_entropy(hidden, model.output_matrix(), batch.targets, batch.weights)
     return sums, new_cache
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _scoring_step(
+    graphdef: nnx.GraphDef, params: nnx.State, cache: StreamingCache, batch: Batch
+) -> tuple[tuple[Float32[Array, "B L"], Bool[Array, "B L"]], StreamingCache]:
+    model: LanguageModel = nnx.merge(graphdef, params)
+    hidden, new_cache = model.hidden(batch.tokens, segment_ids=batch.segment_ids, cache=cache)
+    assert new_cache is not None
+    scores = score_hidden(model, hidden, batch.targets, 1)
+    return (scores.token, scores.top_ids[..., 0] == batch.targets), new_cache

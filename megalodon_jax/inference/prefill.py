@@ -123,8 +123,25 @@ def prefill_scored(
 ) -> tuple[PrefillState, Logprobs]:
     """`prefill_padded`, and the log-probability of the token that follows each token."""
     model: LanguageModel = nnx.merge(graphdef, params)
-    B, L = tokens.shape
     state, hidden = _prefill_padded(model, state, tokens, counts)
+    return state, score_hidden(model, hidden, targets, MAX_LOGPROBS)
+
+
+def score_hidden(
+    model: LanguageModel,
+    hidden: Float[Array, "B L D"],
+    targets: Int32[Array, "B L"],
+    num_top: int,
+) -> Logprobs:
+    """Log-probabilities of `targets` under the scores of `hidden`, and of the most probable tokens.
+
+    Args:
+      model: the model, for its output matrix.
+      hidden: features after the final norm.
+      targets: token ids.
+      num_top: static; the number of most probable tokens.
+    """
+    B, L = targets.shape
     # Scores of all tokens at once would be larger than everything else.
     size = min(L, _SCORED_TOKENS)
     after = -L % size
@@ -134,13 +151,10 @@ def prefill_scored(
         return jnp.moveaxis(x.reshape(B, -1, size, *x.shape[2:]), 1, 0)
 
     def score(operands: tuple[Array, Array]) -> Logprobs:
-        return token_logprobs(model.logits(operands[0]), operands[1], MAX_LOGPROBS)
+        return token_logprobs(model.logits(operands[0]), operands[1], num_top)
 
     scored = jax.lax.map(score, (split(hidden), split(targets)))
-    joined = jax.tree.map(
-        lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :L], scored
-    )
-    return state, joined
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :L], scored)
 
 
 def _prefill_padded(

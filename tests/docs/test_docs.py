@@ -46,6 +46,7 @@ API_PACKAGES = (
     "megalodon_jax.inference.text",
     "megalodon_jax.interop.convert",
     "megalodon_jax.interop.huggingface",
+    "megalodon_jax.interop.lm_eval",
     "megalodon_jax.interop.released",
     "megalodon_jax.interop.torch_file",
     "megalodon_jax.pretrained",

@@ -9,7 +9,12 @@ from flax import nnx
 
 from megalodon_jax.data import ByteTokenizer
 from megalodon_jax.errors import DataError
-from megalodon_jax.evaluation.streaming import evaluate_documents, evaluate_files, streaming_batches
+from megalodon_jax.evaluation.streaming import (
+    evaluate_documents,
+    evaluate_files,
+    score_sequences,
+    streaming_batches,
+)
 from megalodon_jax.model import Megalodon
 from megalodon_jax.train_state import init_state
 
@@ -66,6 +71,31 @@ def test_files_are_split_into_documents(model, nats, tmp_path):
         batch_size=2, piece_length=16,
     )  # fmt: skip
     assert result.loss == pytest.approx(nats / result.num_tokens, rel=1e-6)
+
+
+def test_scores_of_tokens_equal_one_call(model):
+    """Sequences end in another order than they begin; a row without one ends earlier."""
+    streams = [np.array([256, *text.encode()], np.int32) for text in TEXTS]
+    found = {
+        scores.index: scores
+        for scores in score_sequences(model, streams, batch_size=4, piece_length=16)
+    }
+    assert sorted(found) == list(range(len(streams)))
+    graphdef, state = nnx.split(model)
+    call = jax.jit(lambda tokens: nnx.merge(graphdef, state)(tokens).logits)
+    for index, stream in enumerate(streams):
+        padded = np.pad(stream[None], ((0, 0), (0, 100 - len(stream))))
+        logits = np.asarray(call(padded), np.float64)[0, : len(stream) - 1]
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        expected = logprobs[np.arange(len(logits)), stream[1:]]
+        np.testing.assert_allclose(found[index].logprobs, expected, rtol=1e-5)
+        assert np.array_equal(found[index].is_greedy, logits.argmax(-1) == stream[1:])
+
+
+def test_a_sequence_without_a_prediction_is_an_error(model):
+    sequences = [np.arange(3, dtype=np.int32), np.arange(1, dtype=np.int32)]
+    with pytest.raises(ValueError, match="sequence 1 has 1 tokens"):
+        list(score_sequences(model, sequences, batch_size=4, piece_length=16))
 
 
 def test_no_text_is_an_error(model, tmp_path):
