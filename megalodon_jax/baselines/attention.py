@@ -11,7 +11,8 @@ from megalodon_jax.baselines.documents import document_numbers, repeat_heads, ze
 from megalodon_jax.config import AttentionImplementation
 from megalodon_jax.typing import Array, Float, Int32
 from pallas_kernels.chunk_attention.types import accumulation_dtype, matmul_precision
-from pallas_kernels.common.dispatch import check_implementation, has_symbolic_shape
+from pallas_kernels.common.dispatch import check_implementation
+from pallas_kernels.common.symbolic import has_symbolic_shape
 from pallas_kernels.common.target import find_target
 
 

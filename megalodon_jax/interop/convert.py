@@ -21,7 +21,7 @@ from megalodon_jax.interop.safetensors_files import (
 from megalodon_jax.interop.sources import Source, is_run, read_source, require_local
 from megalodon_jax.presets import preset_names
 from megalodon_jax.storage.files import exists
-from megalodon_jax.storage.location import AnyPath, as_path
+from megalodon_jax.storage.location import AnyPath, as_path, is_store
 
 __all__ = ["convert", "read_safetensors"]
 
@@ -50,7 +50,7 @@ def convert(
         folder; a run_dir may be a URL.
       config: a TOML file or the name of a preset, for a source without a configuration.
       to: form of a folder: "run", for `generate`, `evaluate` and `train`, or "huggingface"; None:
-        "huggingface" from a run_dir, else "run". A name with .safetensors is "safetensors".
+        "huggingface" from a run_dir to a local folder, else "run". A name with .safetensors is "safetensors".
       tokenizer: the model's tokenizer file, for a source that has none; empty: the source's own.
       max_shard_bytes: most bytes of a file of weights in the Hugging Face form.
       push: repository "owner/name" to which the folder in the Hugging Face form is uploaded; empty:
@@ -110,7 +110,8 @@ def _form(source: AnyPath, target: AnyPath, to: Form | None) -> Form:
         )
     if to is not None:
         return to
-    return "huggingface" if is_run(source) else "run"
+    # Only run directories are written to an object store.
+    return "huggingface" if is_run(source) and not is_store(target) else "run"
 
 
 def _write(read: Source, target: AnyPath, form: Form, max_shard_bytes: int) -> str:

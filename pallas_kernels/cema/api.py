@@ -11,7 +11,8 @@ from pallas_kernels.cema.pallas_tpu.op import cema_pallas_tpu, final_state_palla
 from pallas_kernels.cema.reference import cema_reference
 from pallas_kernels.cema.types import CemaOutput, CemaParams
 from pallas_kernels.cema.xla import cema_xla
-from pallas_kernels.common.dispatch import Implementation, check_implementation, has_symbolic_shape
+from pallas_kernels.common.dispatch import Implementation, check_implementation
+from pallas_kernels.common.symbolic import has_symbolic_shape
 from pallas_kernels.common.target import find_target
 
 LARGEST_ORDER = 32

@@ -19,7 +19,8 @@ from pallas_kernels.chunk_attention.types import (
     DropoutMode,
     KeyValueCache,
 )
-from pallas_kernels.common.dispatch import Implementation, check_implementation, has_symbolic_shape
+from pallas_kernels.common.dispatch import Implementation, check_implementation
+from pallas_kernels.common.symbolic import has_symbolic_shape
 from pallas_kernels.common.target import find_target
 
 # All called as f(q, k, v, chunk_size, positions, segment_ids, cache, dropout).

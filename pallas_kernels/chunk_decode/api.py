@@ -9,7 +9,8 @@ from pallas_kernels.chunk_attention.types import KeyValueCache
 from pallas_kernels.chunk_decode import reference, xla
 from pallas_kernels.chunk_decode.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.chunk_decode.types import ChunkDecodeOutput
-from pallas_kernels.common.dispatch import Implementation, check_implementation, has_symbolic_shape
+from pallas_kernels.common.dispatch import Implementation, check_implementation
+from pallas_kernels.common.symbolic import has_symbolic_shape
 from pallas_kernels.common.target import find_target
 
 # All called as f(q, k, v, cache, positions, gate).

@@ -3,9 +3,6 @@
 from collections.abc import Collection
 from typing import Literal
 
-import jax
-import jax.export
-
 Implementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
 
 
@@ -24,11 +21,3 @@ def check_implementation(
             f"{operation} has no implementation {implementation!r}; "
             f"use one of {', '.join(map(repr, known))} or None"
         )
-
-
-def has_symbolic_shape(x: jax.Array) -> bool:
-    """Whether `jax.export` traces x with a dimension whose size is not a number.
-
-    The grids of kernels need numbers: the default choice of such a trace is `xla`.
-    """
-    return any(jax.export.is_symbolic_dim(size) for size in x.shape)

@@ -4,7 +4,8 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.common.dispatch import Implementation, check_implementation, has_symbolic_shape
+from pallas_kernels.common.dispatch import Implementation, check_implementation
+from pallas_kernels.common.symbolic import has_symbolic_shape
 from pallas_kernels.common.target import find_target
 from pallas_kernels.rowwise import reference, xla
 from pallas_kernels.rowwise.mosaic_gpu import op as mosaic_gpu

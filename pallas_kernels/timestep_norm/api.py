@@ -5,7 +5,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.common.dispatch import Implementation, check_implementation, has_symbolic_shape
+from pallas_kernels.common.dispatch import Implementation, check_implementation
+from pallas_kernels.common.symbolic import has_symbolic_shape
 from pallas_kernels.common.target import find_target
 from pallas_kernels.timestep_norm import reference, xla
 from pallas_kernels.timestep_norm.context_parallel import with_sequence_axis

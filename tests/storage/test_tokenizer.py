@@ -65,7 +65,7 @@ def test_a_moved_run_needs_no_original(with_tokenizer, original, tmp_path):
     assert load_trained(moved).tokenizer.fingerprint() == expected
     # `convert` gives the tokenizer on.
     assert load_model(moved).config.data.tokenizer == str(moved / "tokenizer" / stored[0])
-    assert main(["convert", str(moved), str(tmp_path / "again")]) == 0
+    assert main(["convert", str(moved), str(tmp_path / "again"), "--to", "run"]) == 0
     shutil.rmtree(moved)
     assert load_trained(tmp_path / "again").tokenizer.fingerprint() == expected
 
