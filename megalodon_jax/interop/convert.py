@@ -50,7 +50,8 @@ def convert(
         folder; a run_dir may be a URL.
       config: a TOML file or the name of a preset, for a source without a configuration.
       to: form of a folder: "run", for `generate`, `evaluate` and `train`, or "huggingface"; None:
-        "huggingface" from a run_dir to a local folder, else "run". A name with .safetensors is "safetensors".
+        "huggingface" from a run_dir to a local folder, else "run". A name with .safetensors is
+        "safetensors".
       tokenizer: the model's tokenizer file, for a source that has none; empty: the source's own.
       max_shard_bytes: most bytes of a file of weights in the Hugging Face form.
       push: repository "owner/name" to which the folder in the Hugging Face form is uploaded; empty:
