@@ -110,6 +110,7 @@ def test_slots_after_a_piece_are_those_of_the_last_document():
             np.testing.assert_array_equal(slots[0, position % 6], tokens[0, 9 + position])
 
 
+@pytest.mark.slow
 def test_blocks_of_queries_change_nothing(monkeypatch):
     *qkv, _ = draw(5, 2, 23, **HEADS)
     segment_ids = lay_out([(1, 4), (2, 19)], [(1, 20), (0, 3)])

@@ -29,6 +29,7 @@ def answer(engine: Engine, prompt: list[int]) -> list[int]:
     return engine.submit(Request(prompt=prompt, params=PARAMS)).result()
 
 
+@pytest.mark.slow
 def test_turns_are_one_long_prompt(engine):
     talk = Conversation(engine, PARAMS, None)
     texts = ["".join(talk.say(text)) for text in ("one", " two", " three")]

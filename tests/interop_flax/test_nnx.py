@@ -82,6 +82,7 @@ def test_layer_slices_name_their_own_axes(model):
     assert names == ("layers", "embed", "value")
 
 
+@pytest.mark.slow
 def test_vmap_over_models_and_over_rows(tokens, forward):
     create = nnx.vmap(lambda key: make_model(seed=key))
     models = create(jax.random.split(jax.random.key(5), 3))

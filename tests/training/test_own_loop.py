@@ -186,6 +186,7 @@ class EveryOther(LanguageModeling):
         return super().loss(model, batch._replace(weights=weights), config=config)
 
 
+@pytest.mark.slow
 def test_a_loss_of_your_own(config):
     graphdef, state = init_state(config)
     batch = jax.tree.map(lambda a: np.asarray(a)[None], batch_of(0))

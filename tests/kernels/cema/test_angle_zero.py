@@ -11,7 +11,7 @@ TOLERANCES = {"reference": (1e-6, 3e-6), "xla": (5e-7, 3e-6), "mosaic_gpu": (3e-
 CASES = [
     pytest.param("reference", 3, 65, 2),
     pytest.param("xla", 3, 65, 2),
-    pytest.param("mosaic_gpu", 3, 65, 2),
+    pytest.param("mosaic_gpu", 3, 65, 2, marks=pytest.mark.slow),
     pytest.param("pallas_tpu", 3, 65, 2, marks=pytest.mark.device_only),
 ]
 

@@ -219,7 +219,7 @@ def test_padding_leaves_the_state_unchanged(implementation, make_case, relative_
     assert not np.asarray(out.y[0, :7]).any()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", SLOW_KERNELS)
 def test_padding_values_have_no_influence(implementation, make_case, outputs_and_gradients):
     segment_ids = segments_of([(0, 7), (1, 40), (0, 18)], [(0, 65)], [(1, 30), (0, 35)])
     case = make_case(3, 65, 3, 2, with_state=True, segment_ids=segment_ids)

@@ -126,6 +126,7 @@ def test_matches_definition(L, attend_token_by_token):
             assert relative(grads[1], exact_grads[1]) <= 5e-6
 
 
+@pytest.mark.slow
 def test_result_is_independent_of_tiles_and_groups(monkeypatch):
     """Several query tiles in a block, blocks in a loop: sizes that small inputs do not reach."""
     C, L = 260, 1040

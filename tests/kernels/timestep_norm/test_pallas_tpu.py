@@ -196,6 +196,7 @@ def test_rows_far_from_zero_are_accurate():
     )
 
 
+@pytest.mark.slow
 def test_bfloat16_rounds_only_the_result():
     L, D, G = 200, 128, 2
     inputs, cotangents = draw(5, 1, L, D, G, offset=4.0)
