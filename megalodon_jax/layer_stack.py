@@ -39,7 +39,7 @@ class _Layer(NamedTuple):
 
 
 class _LayerOutput(NamedTuple):
-    """What one block returns besides its features; None and () where nothing was asked for."""
+    """Results of one block besides its features; None and () where nothing was asked for."""
 
     cache: Any
     hidden_state: Float[Array, "B L D"] | None

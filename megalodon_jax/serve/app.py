@@ -32,7 +32,7 @@ from megalodon_jax.serve.session_store import Lease, SessionStore
 from megalodon_jax.serve.settings import LOOPBACK_HOSTS, ServerSettings
 
 _OUTCOMES = {401: "unauthorized", 429: "busy"}
-# Of HTTP servers for a client that has gone; nobody reads it.
+# The status that HTTP servers log for a client that has gone; nobody reads it.
 _CLIENT_GONE = 499
 _PING_SECONDS = 15
 _RETRY_SECONDS = 1
@@ -131,7 +131,7 @@ class Api:
         self._metrics.requests.labels(endpoint, outcome).inc()
 
     def _owner(self, request: Request) -> str:
-        """What identifies the API key of a call; "" without keys."""
+        """The identity of a call's API key; "" without keys."""
         if not self._keys:
             # A page of another origin whose name resolves to this machine reads what it answers.
             if request.url.hostname not in LOOPBACK_HOSTS:

@@ -18,7 +18,7 @@ from megalodon_jax.serve.settings import ServerSettings
 
 
 class Plan(NamedTuple):
-    """What a call asks of the engine, and how its answer is written.
+    """The requests of a call, and how its answer is written.
 
     Attributes:
       requests: one for every prompt.

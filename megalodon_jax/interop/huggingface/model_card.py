@@ -28,7 +28,7 @@ class HeldoutResult(NamedTuple):
 
 
 class RunFacts(NamedTuple):
-    """What a run's files say about its training; None: they do not say it.
+    """The facts of a training that a run's files state; None: they do not state it.
 
     Attributes:
       config: the resolved configuration.
