@@ -37,7 +37,7 @@ class Delta(NamedTuple):
 
 
 class _Sample:
-    """What the event loop knows of a stream; it belongs to the engine's thread."""
+    """The part of a stream that the event loop reads; the engine's thread writes it."""
 
     def __init__(self, stream: Stream, index: int):
         self.stream, self.index = stream, index
@@ -45,7 +45,7 @@ class _Sample:
         self.is_closed = False
 
     def new(self) -> Delta | None:
-        """What has come since the last call."""
+        """The tokens and text since the last call."""
         stream = self.stream
         if self.is_closed:
             return None

@@ -84,7 +84,7 @@ class Form(Protocol):
 
 
 class Envelope:
-    """What all objects of one answer share."""
+    """The fields that all objects of one answer share."""
 
     def __init__(self, form: Form, model: str, session_id: str | None):
         self._form = form

@@ -36,7 +36,7 @@ def chat(trained_run, capsys, monkeypatch):
 
 @pytest.fixture
 def answers(trained_run):
-    """What a conversation in the library answers."""
+    """The answers of a conversation in the library."""
 
     def run(*texts: str, template: str = "") -> list[str]:
         model, tokenizer = load_trained(trained_run.run_dir)

@@ -1,4 +1,4 @@
-"""What users of Flax NNX and JAX do with a module: tables, optimizers, transformations, export."""
+"""Uses of a module in Flax NNX and JAX: tables, optimizers, transformations, export."""
 
 import jax
 import numpy as np

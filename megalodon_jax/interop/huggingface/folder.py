@@ -38,7 +38,7 @@ _SHARED_FIELDS = (
 
 
 class FolderContents(NamedTuple):
-    """What a folder holds.
+    """The contents of a folder.
 
     Attributes:
       model: the model, with arrays on the host.
