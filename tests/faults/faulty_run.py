@@ -213,8 +213,8 @@ def in_compilation(fault: FaultAt) -> None:
     """The first step begins to compile."""
     make = loop.make_train_step
 
-    def make_step(*arguments: Any) -> Any:
-        step = make(*arguments)
+    def make_step(*arguments: Any, **options: Any) -> Any:
+        step = make(*arguments, **options)
 
         def call(*values: Any) -> Any:
             fault()

@@ -33,8 +33,8 @@ loop.stream_text = endless
 # Like XLA's compiler: compiled code that no signal interrupts. Here 3 to 10 seconds.
 SLOW_COMPILATION = """
 make_train_step = loop.make_train_step
-def make_slowly(*arguments):
-    step, compiled = make_train_step(*arguments), []
+def make_slowly(*arguments, **options):
+    step, compiled = make_train_step(*arguments, **options), []
     def compile_first(*arguments):
         if not compiled:
             import hashlib

@@ -256,8 +256,8 @@ def test_a_second_process_compiles_nothing(config, tmp_path):
 
 HANG = """
 make_train_step = loop.make_train_step
-def make_hanging(*arguments):
-    step, count = make_train_step(*arguments), []
+def make_hanging(*arguments, **options):
+    step, count = make_train_step(*arguments, **options), []
     def hang(*arguments):
         count.append(None)
         if len(count) == 4:
