@@ -1,4 +1,4 @@
-"""What the server refuses, and that it stays free: fields, keys, sizes, the queue, disconnects."""
+"""Refusals of the server, which stays free after them: fields, keys, sizes, queue, disconnects."""
 
 import http.client
 import json
