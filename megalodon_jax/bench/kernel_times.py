@@ -19,7 +19,7 @@ _KINDS = {
     "norms and gates": r"rowwise",
     "chunk decoding": r"chunk_decode",
     "CEMA step": r"state_step",
-    "matrix products": r"gemm|nvjet|cutlass|xmma|cublas",
+    "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|skinny_matmul",
     "copies": r"memcpy|memset|dynamic_update_slice|dynamic_slice",
     "other": r"",
 }

@@ -18,6 +18,7 @@ from megalodon_jax.typing import Array, Bool, Float, Float32, Int32
 from pallas_kernels.chunk_attention import KeyValueCache
 from pallas_kernels.chunk_attention.types import accumulation_dtype, matmul_precision
 from pallas_kernels.common.target import find_target
+from pallas_kernels.norm_state_step import NormStateStepOutput
 from pallas_kernels.state_step import CemaStepTables, state_step
 from pallas_kernels.timestep_norm import TimestepNormState, timestep_norm_steps
 
@@ -156,6 +157,18 @@ class _SeveralTokens(NamedTuple):
         is_fed = jnp.ones(self.position.shape, bool)
         y, _ = _average(inputs, tables, state[: len(self.position)], is_fed)
         return y.reshape(u.shape), inputs
+
+    def normalize_and_average(
+        self,
+        vectors: NormVectors,
+        x: Float[Array, "R D"],
+        norm: TimestepNormState,
+        tables: CemaStepTables,
+        cema: Float32[Array, "S 2N D"],
+    ) -> NormStateStepOutput:
+        u, states = self.normalize(vectors, x, norm)
+        averaged, inputs = self.average(u, tables, cema)
+        return NormStateStepOutput(u, averaged, states, inputs)
 
     def attend(
         self,

@@ -12,7 +12,6 @@ from megalodon_jax.config import ModelConfig
 from megalodon_jax.inference.weights import (
     DecodeLayer,
     DecodeWeights,
-    Int8Matrix,
     NormVectors,
     Projection,
 )
@@ -22,8 +21,12 @@ from megalodon_jax.parallel.sharding import constrain, partition_spec, shard_map
 from megalodon_jax.typing import Array, Bool, Float, Float32, Int32
 from pallas_kernels.chunk_attention import KeyValueCache
 from pallas_kernels.chunk_decode import ChunkDecodeOutput, chunk_decode
+from pallas_kernels.norm_state_step import NormStateStepOutput, StepNorm, norm_state_step
+from pallas_kernels.norm_state_step.separate import norm_step
+from pallas_kernels.skinny_matmul import Epilogue, Part, RowNorm, skinny_matmul
+from pallas_kernels.skinny_matmul.xla import normalize
 from pallas_kernels.state_step import CemaStepTables, StateStepOutput, state_step
-from pallas_kernels.timestep_norm import TimestepNormState, timestep_norm_step
+from pallas_kernels.timestep_norm import TimestepNormState
 
 
 class DecodeOutput(NamedTuple):
@@ -88,20 +91,10 @@ def forward(
         x, layer_cache = _block(config, layer, layer_cache, constrain(x, "batch", "channels"), rows)
         layers.append(layer_cache)
     hidden, final_norm = _time_norm(config, weights.final_norm, x, cache.final_norm, rows)
-    logits = constrain(multiply(hidden, weights.output), "batch", "vocab")
+    logits = constrain(
+        _product(config, hidden, weights.output, config.num_outputs, jnp.float32), "batch", "vocab"
+    )
     return Forwarded(logits, tuple(layers), final_norm)
-
-
-def multiply(x: Float[Array, "B in"], projection: Projection) -> Float32[Array, "B out"]:
-    """x W + b in float32; the operands of the product have the dtype of x."""
-    kernel, bias = projection
-    if isinstance(kernel, Int8Matrix):
-        # Integers up to 127 are exact in bfloat16; the scale of a column leaves the sum.
-        product = jnp.matmul(x, kernel.values.astype(x.dtype), preferred_element_type=jnp.float32)
-        product = product * kernel.scale
-    else:
-        product = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
-    return product if bias is None else product + bias
 
 
 class RotaryFactors(NamedTuple):
@@ -131,6 +124,17 @@ class RowOperations(Protocol):
         """CEMA or EMA."""
         ...
 
+    def normalize_and_average(
+        self,
+        vectors: NormVectors,
+        x: Float[Array, "R D"],
+        norm: TimestepNormState,
+        tables: CemaStepTables,
+        cema: Float32[Array, "S 2N D"],
+    ) -> NormStateStepOutput:
+        """TimestepNorm, and CEMA or EMA of its result."""
+        ...
+
     def attend(
         self,
         query: Float[Array, "R H Dk"],
@@ -154,18 +158,31 @@ class _OneToken(NamedTuple):
     def normalize(
         self, vectors: NormVectors, x: Float[Array, "B D"], state: TimestepNormState
     ) -> tuple[Float[Array, "B D"], TimestepNormState]:
-        config, B = self.config, x.shape[0]
-        old = TimestepNormState(*(field[:B] for field in state))
-        y, new = timestep_norm_step(
-            x, *vectors, num_groups=config.norm_num_groups, eps=config.norm_eps, state=old
-        )
-        new = jax.tree.map(lambda new, old: _select(self.active, new, old), new, old)
-        return y, TimestepNormState(*map(set_rows, state, new))
+        return norm_step(x, self.norm(vectors), state, self.active)
+
+    def norm(self, vectors: NormVectors) -> StepNorm:
+        """TimestepNorm's parameters."""
+        return StepNorm(*vectors, self.config.norm_num_groups, self.config.norm_eps)
 
     def average(
         self, u: Float[Array, "B D"], tables: CemaStepTables, state: Float32[Array, "S 2N D"]
     ) -> StateStepOutput:
         return _average(u, tables, state, self.active)
+
+    def normalize_and_average(
+        self,
+        vectors: NormVectors,
+        x: Float[Array, "B D"],
+        norm: TimestepNormState,
+        tables: CemaStepTables,
+        cema: Float32[Array, "S 2N D"],
+    ) -> NormStateStepOutput:
+        # Every count of a row is its position. One array for all layers leaves their counts to one
+        # kernel of the compiler, and their updates in place need not wait for the step's kernel.
+        shared = norm._replace(count=set_rows(norm.count, self.position))
+        out = _normalize_and_average(x, self.norm(vectors), shared, tables, cema, self.active)
+        count = set_rows(norm.count, norm.count[: len(x)] + self.active)
+        return out._replace(norm=out.norm._replace(count=count))
 
     def attend(
         self,
@@ -196,30 +213,104 @@ def _block(
     x: Float[Array, "R D"],
     rows: RowOperations,
 ) -> tuple[Float[Array, "R D"], LayerCache]:
+    u, averaged, norm, cema = _normalize_and_average_if_any(config, layer, x, cache, rows)
+    bias, dtype = layer.values.bias, x.dtype
+    (value,) = skinny_matmul(
+        u,
+        layer.values.kernel,
+        parts=[Part(config.value_dim, dtype)],
+        epilogue=Epilogue(bias, "silu"),
+        dtype=dtype,
+    )
+    query, key, gate, linear = _mixed(config, layer, averaged, rows.rotation, dtype)
+    by_head = (x.shape[0], config.num_heads, -1)
+    gated, keys_and_values = rows.attend(
+        query,
+        key,
+        value.reshape(by_head),
+        gate.reshape(by_head),
+        cache.keys_and_values,
+    )
+    # x and the output of attention: the input of the feed-forward network.
+    y = _product(
+        config,
+        gated.reshape(value.shape),
+        layer.attention_output,
+        config.model_dim,
+        jnp.float32,
+        added=(linear, x),
+    )
+    # The second residual skips both sub-layers ("two_hop"), see `modules.block.Block`.
+    residual = y if config.residual_connection == "pre_norm" else x
+    out = _feed_forward(config, layer, y, residual, dtype)
+    return out, LayerCache(keys_and_values, norm, cema)
+
+
+def _product(
+    config: ModelConfig,
+    x: Float[Array, "R K"],
+    projection: Projection,
+    width: int,
+    dtype: Any,
+    **epilogue: Any,
+) -> Float[Array, "R N"]:
+    """x Wᵀ + b, and what `Epilogue` adds, as one array."""
+    kernel, bias = projection
+    (y,) = skinny_matmul(
+        x,
+        kernel,
+        parts=[Part(width, dtype)],
+        epilogue=Epilogue(bias, **epilogue),
+        dtype=jnp.dtype(config.dtype),
+    )
+    return y
+
+
+def _normalize_and_average_if_any(
+    config: ModelConfig,
+    layer: DecodeLayer,
+    x: Float[Array, "R D"],
+    cache: LayerCache,
+    rows: RowOperations,
+) -> NormStateStepOutput:
+    """TimestepNorm or another norm, then CEMA, EMA or nothing."""
+    if cache.norm is not None and layer.average is not None and cache.cema is not None:
+        return rows.normalize_and_average(layer.norm, x, cache.norm, layer.average, cache.cema)
     u, norm = _time_norm(config, layer.norm, x, cache.norm, rows)
     averaged, cema = u, None
     if layer.average is not None:
         assert cache.cema is not None
         averaged, cema = rows.average(u, layer.average, cache.cema)
-    m = _scaled(rms_normalize(averaged, config.norm_eps), layer.rms_scale).astype(x.dtype)
-    z, gate, linear = _split(m, layer.mixed, config.z_dim, config.value_dim)
-    value = jax.nn.silu(multiply(u, layer.values)).astype(x.dtype)
-    query, key = _queries_and_keys(config, layer, z, rows.rotation)
-    by_head = (x.shape[0], config.num_heads, -1)
-    gated, keys_and_values = rows.attend(
-        query.astype(x.dtype),
-        key.astype(x.dtype),
-        value.reshape(by_head),
-        gate.astype(x.dtype).reshape(by_head),
-        cache.keys_and_values,
-    )
-    attended = linear + multiply(gated.reshape(value.shape), layer.attention_output)
-    hidden = _feed_forward(config, layer, x + attended, x.dtype)
-    # The second residual skips both sub-layers ("two_hop"), see `modules.block.Block`.
-    out = x + hidden
-    if config.residual_connection == "pre_norm":
-        out = out + attended
-    return out.astype(x.dtype), LayerCache(keys_and_values, norm, cema)
+    return NormStateStepOutput(u, averaged, norm, cema)  # pyright: ignore[reportArgumentType]
+
+
+def _mixed(
+    config: ModelConfig,
+    layer: DecodeLayer,
+    averaged: Float[Array, "R D"],
+    by: RotaryFactors | None,
+    dtype: Any,
+) -> tuple[Array, ...]:
+    """Queries, keys, the gate and the linear path: products with the normalized averages."""
+    of_z = [Part(config.z_dim, jnp.float32)]
+    if by is not None:
+        of_z.append(Part(config.z_dim, jnp.float32, is_swapped=True))
+    parts = [of_z, [Part(config.value_dim, dtype)], [Part(config.model_dim, jnp.float32)]]
+    if len(layer.mixed) == 1:
+        parts = [[*parts[0], *parts[1], *parts[2]]]
+    results = []
+    for projection, its_parts in zip(layer.mixed, parts, strict=True):
+        results += skinny_matmul(
+            averaged,
+            projection.kernel,
+            parts=its_parts,
+            norm=RowNorm("rms", layer.rms_scale, None, config.norm_eps),
+            epilogue=Epilogue(projection.bias),
+            dtype=dtype,
+        )
+    z = results[: len(of_z)]
+    query, key = _queries_and_keys(config, layer, z, by)
+    return query.astype(dtype), key.astype(dtype), *results[len(of_z) :]
 
 
 def _time_norm(
@@ -234,10 +325,44 @@ def _time_norm(
         normed = (
             rms_normalize(x, config.norm_eps)
             if config.time_norm == "rms"
-            else _layer_normalize(x, config.norm_eps)
+            else normalize(x, RowNorm("layer", None, None, config.norm_eps))
         )
         return _offset(_scaled(normed, scale), bias).astype(x.dtype), None
     return rows.normalize(vectors, x, state)
+
+
+def _normalize_and_average(
+    x: Float[Array, "B D"],
+    norm: StepNorm,
+    norm_state: TimestepNormState,
+    tables: CemaStepTables,
+    state: Float32[Array, "S 2N D"],
+    active: Bool[Array, " B"],
+) -> NormStateStepOutput:
+    channels, rows = partition_spec("batch", "channels"), partition_spec("batch")
+    table, vector = partition_spec(None, "channels"), partition_spec("channels")
+    groups = partition_spec("batch", "norm_groups")
+    moments = TimestepNormState(rows, groups, groups)  # pyright: ignore[reportArgumentType]
+    states = partition_spec("batch", None, "channels")
+
+    def step(x, vectors, norm_state, tables, state, active) -> NormStateStepOutput:
+        # The groups of this device.
+        here = StepNorm(*vectors, norm_state.mean.shape[1], norm.eps)
+        return norm_state_step(x, here, norm_state, tables, state, active)
+
+    vectors = (norm.scale, norm.bias)
+    return shard_map_logical(
+        step,
+        in_specs=(
+            channels,
+            tuple(None if each is None else vector for each in vectors),
+            moments,
+            CemaStepTables(table, table, table, table, table, vector),
+            states,
+            rows,
+        ),
+        out_specs=NormStateStepOutput(channels, channels, moments, states),  # pyright: ignore[reportArgumentType]
+    )(x, vectors, norm_state, tables, state, active)
 
 
 def _average(
@@ -264,20 +389,25 @@ def _average(
 
 
 def _queries_and_keys(
-    config: ModelConfig, layer: DecodeLayer, z: Float32[Array, "B Z"], by: RotaryFactors | None
+    config: ModelConfig, layer: DecodeLayer, z: Sequence[Array], by: RotaryFactors | None
 ) -> list[Float32[Array, "B H Dk"]]:
+    """From z (B, Z), and for a rotary embedding z with the two of every pair exchanged."""
     heads = (config.num_heads, config.head_dim)
-    z = z.reshape(-1, *heads)
-    z = rms_normalize(z, config.norm_eps) if config.qk_norm else jax.nn.silu(z)
+    wide = [each.reshape(-1, *heads) for each in z]
+    if config.qk_norm:
+        factor = jax.lax.rsqrt(jnp.square(wide[0]).mean(axis=-1, keepdims=True) + config.norm_eps)
+        wide = [each * factor for each in wide]
+    else:
+        wide = list(map(jax.nn.silu, wide))
 
-    def transform(scale: Array, offset: Array) -> Array:
-        projected = z * scale.reshape(heads) + offset.reshape(heads)
+    def transform(scale: Array, offset: Array, other_scale: Array, other_offset: Array) -> Array:
+        projected = wide[0] * scale.reshape(heads) + offset.reshape(heads)
         if by is None:
             return projected
-        pairs = projected.reshape(*projected.shape[:-1], -1, 2)
-        return projected * by.own + pairs[..., ::-1].reshape(projected.shape) * by.other
+        other = wide[1] * other_scale.reshape(heads) + other_offset.reshape(heads)
+        return projected * by.own + other * by.other
 
-    return list(map(transform, layer.query_key_scale, layer.query_key_offset))
+    return [transform(*vectors) for vectors in zip(*layer.queries_and_keys, strict=True)]
 
 
 def _attend(
@@ -304,33 +434,41 @@ def _attend(
 
 
 def _feed_forward(
-    config: ModelConfig, layer: DecodeLayer, y: Float32[Array, "B D"], dtype: Any
-) -> Float32[Array, "B D"]:
-    scale, bias = layer.ffn_norm
-    normed = _offset(_scaled(_layer_normalize(y, config.norm_eps), scale), bias).astype(dtype)
-    if config.swiglu:
-        hidden, gate = _split(normed, layer.ffn_input, config.ffn_hidden_dim)
-        hidden = jax.nn.silu(hidden) * gate
+    config: ModelConfig,
+    layer: DecodeLayer,
+    y: Float32[Array, "B D"],
+    residual: Float[Array, "B D"],
+    dtype: Any,
+) -> Float[Array, "B D"]:
+    """The feed-forward network of y, and the residual."""
+
+    def into(projection: Projection, activation: Any, dtype: Any) -> Array:
+        (hidden,) = skinny_matmul(
+            y,
+            projection.kernel,
+            parts=[Part(config.ffn_hidden_dim, dtype)],
+            norm=RowNorm("layer", *layer.ffn_norm, config.norm_eps),
+            epilogue=Epilogue(projection.bias, activation),
+            dtype=jnp.dtype(config.dtype),
+        )
+        return hidden
+
+    if not config.swiglu:
+        hidden = into(layer.ffn_input[0], "silu", dtype)
+    elif len(layer.ffn_input) == 1:
+        hidden = into(layer.ffn_input[0], "swiglu", dtype)
     else:
-        hidden = jax.nn.silu(multiply(normed, layer.ffn_input[0]))
-    out = multiply(hidden.astype(dtype), layer.ffn_output)
-    return _scaled(out, layer.ffn_scale)
-
-
-def _split(
-    x: Float[Array, "B D"], projections: Sequence[Projection], *widths: int
-) -> list[Float32[Array, "B _"]]:
-    """Products with one projection of several layers, or with one for each."""
-    if len(projections) > 1:
-        return [multiply(x, projection) for projection in projections]
-    borders = [sum(widths[: i + 1]) for i in range(len(widths))]
-    return jnp.split(multiply(x, projections[0]), borders, axis=1)
-
-
-def _layer_normalize(x: Float[Array, "B D"], eps: float) -> Float32[Array, "B D"]:
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    x = x - x.mean(axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + eps)
+        hidden, gate = (into(each, None, jnp.float32) for each in layer.ffn_input)
+        hidden = (jax.nn.silu(hidden) * gate).astype(dtype)
+    return _product(
+        config,
+        hidden,
+        layer.ffn_output,
+        config.model_dim,
+        dtype,
+        scale=layer.ffn_scale,
+        added=(residual,),
+    )
 
 
 def _scaled(x: Array, scale: Array | None) -> Array:
@@ -339,10 +477,6 @@ def _scaled(x: Array, scale: Array | None) -> Array:
 
 def _offset(x: Array, bias: Array | None) -> Array:
     return x if bias is None else x + bias
-
-
-def _select(rows: Bool[Array, " B"], new: Array, old: Array) -> Array:
-    return jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
 
 def set_rows(old: Array, new: Array) -> Array:

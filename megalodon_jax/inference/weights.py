@@ -17,23 +17,17 @@ from megalodon_jax.modules.linear import Linear
 from megalodon_jax.modules.matmul import LogicalAxes
 from megalodon_jax.modules.time_norm import TimeNormModule
 from megalodon_jax.parallel.sharding import axis_size, constrain
-from megalodon_jax.typing import Array, Float, Float32, Int8
+from megalodon_jax.typing import Array, Float, Float32
+from pallas_kernels.skinny_matmul import Int8Matrix, Matrix
 from pallas_kernels.state_step import CemaStepTables, cema_step_tables
 
 WeightFormat = Literal["model", "int8"]
 
 
-class Int8Matrix(NamedTuple):
-    """A matrix of 8-bit integers with a scale for every column: W ≈ values * scale."""
-
-    values: Int8[Array, "in out"]
-    scale: Float32[Array, " out"]
-
-
 class Projection(NamedTuple):
-    """x W + b of one or several linear layers side by side."""
+    """x Wᵀ + b of one or several linear layers side by side."""
 
-    kernel: Float[Array, "in out"] | Int8Matrix
+    kernel: Matrix
     bias: Float32[Array, " out"] | None
 
 
@@ -42,6 +36,22 @@ class NormVectors(NamedTuple):
 
     scale: Float32[Array, " D"] | None
     bias: Float32[Array, " D"] | None
+
+
+class QueryKeyVectors(NamedTuple):
+    """Scale and offset that make queries (row 0) and keys (row 1) from the normalized z.
+
+    Attributes:
+      scale: of a feature.
+      offset: of a feature.
+      other_scale: of the other feature in its rotary pair.
+      other_offset: of the other feature.
+    """
+
+    scale: Float32[Array, "2 Z"]
+    offset: Float32[Array, "2 Z"]
+    other_scale: Float32[Array, "2 Z"]
+    other_offset: Float32[Array, "2 Z"]
 
 
 class DecodeLayer(NamedTuple):
@@ -54,8 +64,7 @@ class DecodeLayer(NamedTuple):
       values: D to E.
       mixed: D to Z, E, D (queries and keys, gate, linear path): one projection, or three under
         tensor parallelism.
-      query_key_scale: of the normalized z for queries (row 0) and keys (row 1).
-      query_key_offset: the same for the offsets.
+      queries_and_keys: from the normalized z.
       attention_output: E to D.
       ffn_norm: LayerNorm before the feed-forward network.
       ffn_input: D to F, or D to 2F with SwiGLU (two projections under tensor parallelism).
@@ -68,8 +77,7 @@ class DecodeLayer(NamedTuple):
     rms_scale: Float32[Array, " D"] | None
     values: Projection
     mixed: Sequence[Projection]
-    query_key_scale: Float32[Array, "2 Z"]
-    query_key_offset: Float32[Array, "2 Z"]
+    queries_and_keys: QueryKeyVectors
     attention_output: Projection
     ffn_norm: NormVectors
     ffn_input: Sequence[Projection]
@@ -103,8 +111,8 @@ def prepare(model: Megalodon, weights: WeightFormat = "model") -> DecodeWeights:
     Args:
       model: the model.
       weights: "model": matrices in `config.dtype`; "int8": matrices of blocks and output as 8-bit
-        integers with a float32 scale for every column, half the bytes of bfloat16. Norms, biases,
-        CEMA and the embedding are not quantized.
+        integers with a float32 scale for every output feature, half the bytes of bfloat16. Norms,
+        biases, CEMA and the embedding are not quantized.
 
     Raises:
       ValueError: there is no such format.
@@ -127,12 +135,12 @@ def prepare(model: Megalodon, weights: WeightFormat = "model") -> DecodeWeights:
     )
 
 
-def quantize(matrix: Float[Array, "in out"]) -> Int8Matrix:
-    """Rounds each column to 255 levels, symmetric about 0, up to its largest magnitude."""
+def quantize(matrix: Float[Array, "out in"]) -> Int8Matrix:
+    """Rounds each row to 255 levels, symmetric about 0, up to its largest magnitude."""
     wide = matrix.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=0) / 127
-    # A column of zeros has scale 0.
-    values = jnp.round(wide / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
+    scale = jnp.max(jnp.abs(wide), axis=1) / 127
+    # A row of zeros has scale 0.
+    values = jnp.round(wide / jnp.where(scale > 0, scale, 1)[:, None]).astype(jnp.int8)
     return Int8Matrix(values, scale)
 
 
@@ -149,8 +157,9 @@ class _Preparation(NamedTuple):
             rms_scale=_one_plus(mega.rmsnorm.weight),
             values=self.join(mega.wv)[0],
             mixed=self.join(mega.wz, mega.wr, mega.wh1),
-            query_key_scale=scale,
-            query_key_offset=offset,
+            queries_and_keys=QueryKeyVectors(
+                scale, offset, _swap_pairs(scale), _swap_pairs(offset)
+            ),
             attention_output=self.join(mega.wh2)[0],
             ffn_norm=_norm_vectors(ffn.norm),
             ffn_input=self.join(*_ffn_inputs(ffn)),
@@ -173,12 +182,12 @@ class _Preparation(NamedTuple):
         self, kernel: Array, bias: Array | None, axes: LogicalAxes = (None, None)
     ) -> Projection:
         # Sharded over `model` alone: a step would gather what FSDP shards.
-        rows, columns = (None if axis == "embed" else axis for axis in axes)
-        bias = None if bias is None else constrain(bias, columns)
+        inputs, outputs = (None if axis == "embed" else axis for axis in axes)
+        bias = None if bias is None else constrain(bias, outputs)
         if not self.is_int8:
-            return Projection(constrain(kernel.astype(self.dtype), rows, columns), bias)
-        values, scale = quantize(kernel)
-        matrix = Int8Matrix(constrain(values, rows, columns), constrain(scale, columns))
+            return Projection(constrain(kernel.astype(self.dtype).T, outputs, inputs), bias)
+        values, scale = quantize(kernel.T)
+        matrix = Int8Matrix(constrain(values, outputs, inputs), constrain(scale, outputs))
         return Projection(matrix, bias)
 
 
@@ -191,6 +200,10 @@ def _norm_vectors(norm: TimeNormModule) -> NormVectors:
     return NormVectors(
         _one_plus(norm.weight), None if bias is None else bias[...].astype(jnp.float32)
     )
+
+
+def _swap_pairs(x: Float32[Array, "2 Z"]) -> Float32[Array, "2 Z"]:
+    return x.reshape(len(x), -1, 2)[..., ::-1].reshape(x.shape)
 
 
 def _one_plus(weight: nnx.Param | None) -> Float32[Array, " D"] | None:

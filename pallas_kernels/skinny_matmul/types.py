@@ -1,0 +1,94 @@
+"""Operands and results of products of a few rows with a matrix.
+
+B rows, K input and N output features; a matrix is stored as (N, K), each output feature's weights
+side by side.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from jaxtyping import Array, Float, Float32, Int8
+
+NormKind = Literal["rms", "layer"]
+Activation = Literal["silu", "swiglu"]
+
+
+class Int8Matrix(NamedTuple):
+    """A matrix of 8-bit integers with a scale for every output feature: W ≈ values * scale."""
+
+    values: Int8[Array, "N K"]
+    scale: Float32[Array, " N"]
+
+
+Matrix = Float[Array, "N K"] | Int8Matrix
+
+
+class RowNorm(NamedTuple):
+    """A norm of every row before the product; the normalized row has the dtype of the product.
+
+    Attributes:
+      kind: "rms" divides by the root of the mean square, "layer" subtracts the mean first.
+      scale: multiplies the normalized row; None: 1.
+      bias: added to it; None: 0.
+      eps: added to the mean square or the variance.
+    """
+
+    kind: NormKind
+    scale: Float32[Array, " K"] | None
+    bias: Float32[Array, " K"] | None
+    eps: float
+
+
+class Epilogue(NamedTuple):
+    """What follows the product, in float32: scale * f(x Wᵀ + b) + Σ added.
+
+    Attributes:
+      bias: b; None: 0.
+      activation: f: "silu"; "swiglu", silu of the first N/2 output features times the others; None.
+      scale: of the output features; None: 1.
+      added: arrays of the output's shape, float32 or the dtype of x.
+    """
+
+    bias: Float32[Array, " N"] | None = None
+    activation: Activation | None = None
+    scale: Float32[Array, " M"] | None = None
+    added: Sequence[Float[Array, "B M"]] = ()
+
+
+class Part(NamedTuple):
+    """Adjacent output features that become an array of their own.
+
+    Attributes:
+      width: their number.
+      dtype: of the array.
+      is_swapped: instead of the next features, those of the part before once more, the two of every
+        pair (2i, 2i + 1) exchanged: a rotary embedding then needs no permutation.
+    """
+
+    width: int
+    dtype: Any
+    is_swapped: bool = False
+
+
+def starts_of(parts: Sequence[Part]) -> list[int]:
+    """The first output feature of every part, and the number of all of them."""
+    starts, end = [], 0
+    for part in parts:
+        if part.is_swapped:
+            starts.append(starts[-1])
+        else:
+            starts.append(end)
+            end += part.width
+    return [*starts, end]
+
+
+def check_parts(parts: Sequence[Part]) -> None:
+    """Raises ValueError for a swapped part that does not follow one of its own width."""
+    for before, part in zip([None, *parts], parts, strict=False):
+        if part.is_swapped and (
+            before is None or before.is_swapped or before.width != part.width or part.width % 2
+        ):
+            raise ValueError(
+                f"part {part} is swapped: needs a part of the same even width before it, "
+                f"which is {before}"
+            )
