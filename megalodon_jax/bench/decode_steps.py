@@ -32,6 +32,7 @@ from megalodon_jax.inference.blocks import (
     start_row,
 )
 from megalodon_jax.inference.decoders import AnyDecodeWeights, cast_matrices, prepare_decoding
+from megalodon_jax.inference.graph import HashedGraphDef
 from megalodon_jax.inference.prefill import (
     PieceSizes,
     PrefillState,
@@ -101,7 +102,8 @@ class BenchModel:
             model: LanguageModel = nnx.merge(graphdef, params)
             return nnx.state(cast_matrices(model)), prepare_decoding(model, weights)
 
-        graphdef, params = nnx.split(model)
+        structure, params = nnx.split(model)
+        graphdef = HashedGraphDef(structure)
         return cls(graphdef, *prepared(graphdef, params))
 
     @property

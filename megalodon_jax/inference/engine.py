@@ -27,6 +27,7 @@ from megalodon_jax.inference.blocks import (
 )
 from megalodon_jax.inference.decoders import ModelWeights
 from megalodon_jax.inference.engine_state import check_mesh, make_slots, prepare_weights
+from megalodon_jax.inference.graph import HashedGraphDef
 from megalodon_jax.inference.prefill import PieceSizes
 from megalodon_jax.inference.prefill_job import Prefiller, PrefillJob, PromptRow
 from megalodon_jax.inference.prefix_cache import PrefixCache
@@ -145,7 +146,8 @@ class Engine:
             config.vocab_size, self._num_outputs, num_tokens, max_length, tokenizer is not None
         )
         self._fill_slots_first, self._short_blocks = fill_slots_first, short_blocks
-        graphdef, params = nnx.split(model)
+        structure, params = nnx.split(model)
+        graphdef = HashedGraphDef(structure)
         if mesh is not None:
             params = jax.device_put(params, shardings_of(params, mesh))
         with self._devices():

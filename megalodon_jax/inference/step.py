@@ -304,7 +304,7 @@ def _mixed(
             averaged,
             projection.kernel,
             parts=its_parts,
-            norm=RowNorm("rms", layer.rms_scale, None, config.norm_eps),
+            norm=RowNorm("rms", config.norm_eps),
             epilogue=Epilogue(projection.bias),
             dtype=dtype,
         )
@@ -325,7 +325,7 @@ def _time_norm(
         normed = (
             rms_normalize(x, config.norm_eps)
             if config.time_norm == "rms"
-            else normalize(x, RowNorm("layer", None, None, config.norm_eps))
+            else normalize(x, RowNorm("layer", config.norm_eps))
         )
         return _offset(_scaled(normed, scale), bias).astype(x.dtype), None
     return rows.normalize(vectors, x, state)
@@ -447,7 +447,7 @@ def _feed_forward(
             y,
             projection.kernel,
             parts=[Part(config.ffn_hidden_dim, dtype)],
-            norm=RowNorm("layer", *layer.ffn_norm, config.norm_eps),
+            norm=RowNorm("layer", config.norm_eps),
             epilogue=Epilogue(projection.bias, activation),
             dtype=jnp.dtype(config.dtype),
         )

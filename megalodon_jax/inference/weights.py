@@ -60,13 +60,11 @@ class DecodeLayer(NamedTuple):
     Attributes:
       norm: TimestepNorm, LayerNorm or RMSNorm before attention.
       average: tables of CEMA or EMA; None without a moving average.
-      rms_scale: of the RMSNorm behind it.
       values: D to E.
       mixed: D to Z, E, D (queries and keys, gate, linear path): one projection, or three under
         tensor parallelism.
       queries_and_keys: from the normalized z.
       attention_output: E to D.
-      ffn_norm: LayerNorm before the feed-forward network.
       ffn_input: D to F, or D to 2F with SwiGLU (two projections under tensor parallelism).
       ffn_output: F to D.
       ffn_scale: `alpha`; None without `rescale_nffn`.
@@ -74,12 +72,10 @@ class DecodeLayer(NamedTuple):
 
     norm: NormVectors
     average: CemaStepTables | None
-    rms_scale: Float32[Array, " D"] | None
     values: Projection
     mixed: Sequence[Projection]
     queries_and_keys: QueryKeyVectors
     attention_output: Projection
-    ffn_norm: NormVectors
     ffn_input: Sequence[Projection]
     ffn_output: Projection
     ffn_scale: Float32[Array, " D"] | None
@@ -154,28 +150,43 @@ class _Preparation(NamedTuple):
         return DecodeLayer(
             norm=_norm_vectors(mega.timenorm),
             average=None if mega.cema is None else cema_step_tables(mega.cema.params),
-            rms_scale=_one_plus(mega.rmsnorm.weight),
             values=self.join(mega.wv)[0],
-            mixed=self.join(mega.wz, mega.wr, mega.wh1),
+            mixed=self.join(
+                mega.wz, mega.wr, mega.wh1, norm=NormVectors(_one_plus(mega.rmsnorm.weight), None)
+            ),
             queries_and_keys=QueryKeyVectors(
                 scale, offset, _swap_pairs(scale), _swap_pairs(offset)
             ),
             attention_output=self.join(mega.wh2)[0],
-            ffn_norm=_norm_vectors(ffn.norm),
-            ffn_input=self.join(*_ffn_inputs(ffn)),
+            ffn_input=self.join(*_ffn_inputs(ffn), norm=_norm_vectors(ffn.norm)),
             ffn_output=self.join(ffn.fc2)[0],
             ffn_scale=None if ffn.alpha is None else ffn.alpha[...].astype(jnp.float32),
         )
 
-    def join(self, *linears: Linear) -> tuple[Projection, ...]:
-        """One projection of several layers, or one for each where columns are sharded."""
+    def join(self, *linears: Linear, norm: NormVectors | None = None) -> tuple[Projection, ...]:
+        """One projection of several layers, or one for each where columns are sharded.
+
+        Args:
+          *linears: layers of the same input.
+          norm: vectors of the norm of this input, which the projection takes in: the rows of the
+            kernel are scaled, and the norm's bias becomes part of the layer's.
+        """
+        norm = NormVectors(None, None) if norm is None else norm
         kernels = [linear.kernel[...] for linear in linears]
-        offsets = [linear.offset for linear in linears]
+        biases = [
+            _with_norm_bias(linear.offset, kernel, norm.bias)
+            for linear, kernel in zip(linears, kernels, strict=True)
+        ]
+        if norm.scale is not None:
+            kernels = [kernel.astype(jnp.float32) * norm.scale[:, None] for kernel in kernels]
         if axis_size("model") > 1:
             axes = [linear.axes for linear in linears]
-            return tuple(map(self.projection, kernels, offsets, axes))
-        biases = [bias for bias in offsets if bias is not None]
-        bias = jnp.concatenate(biases) if biases else None
+            return tuple(map(self.projection, kernels, biases, axes))
+        offsets = [
+            jnp.zeros(kernel.shape[1], jnp.float32) if bias is None else bias
+            for kernel, bias in zip(kernels, biases, strict=True)
+        ]
+        bias = None if all(bias is None for bias in biases) else jnp.concatenate(offsets)
         return (self.projection(jnp.concatenate(kernels, axis=1), bias),)
 
     def projection(
@@ -200,6 +211,17 @@ def _norm_vectors(norm: TimeNormModule) -> NormVectors:
     return NormVectors(
         _one_plus(norm.weight), None if bias is None else bias[...].astype(jnp.float32)
     )
+
+
+def _with_norm_bias(bias: Array | None, kernel: Array, norm_bias: Array | None) -> Array | None:
+    if norm_bias is None:
+        return bias
+    taken_in = jnp.matmul(
+        norm_bias.astype(jnp.float32),
+        kernel.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return taken_in if bias is None else bias + taken_in
 
 
 def _swap_pairs(x: Float32[Array, "2 Z"]) -> Float32[Array, "2 Z"]:

@@ -47,9 +47,10 @@ def skinny_matmul(
       norm: of the rows; None: the rows as they are.
       epilogue: b, f, scale and what is added.
       dtype: operands of the product are rounded to it; None: W's, or x's if W has integers. Sums
-        are float32, or float64 for float64.
+        are float32, or float64 for float64. The kernel applies the norm to the sums, and rounds
+        no float32 row.
       implementation: "reference" (by definition), "xla" (any platform and dtype), "mosaic_gpu" (one
-        kernel for NVIDIA Hopper; bfloat16, up to 8 rows, a multiple of 256 input features, parts of
+        kernel for NVIDIA Hopper; bfloat16, up to 4 rows, a multiple of 256 input features, parts of
         a multiple of 8), or None for the fastest known here.
 
     Returns:
@@ -63,17 +64,17 @@ def skinny_matmul(
     dtype = jnp.dtype(dtype or (x.dtype if isinstance(matrix, Int8Matrix) else values.dtype))
     _check_operands(x, values, epilogue, parts)
     check_implementation("skinny_matmul", implementation, IMPLEMENTATIONS)
-    name = implementation or _choose_implementation(x, matrix, norm, parts, dtype)
+    name = implementation or _choose_implementation(x, matrix, parts, dtype)
     return IMPLEMENTATIONS[name](x, matrix, norm, epilogue, parts, dtype)
 
 
 def _choose_implementation(
-    x: Array, matrix: Matrix, norm: RowNorm | None, parts: Sequence[Part], dtype: jnp.dtype
+    x: Array, matrix: Matrix, parts: Sequence[Part], dtype: jnp.dtype
 ) -> Implementation:
     """The kernel where it runs: it needs no kernels for the norm, the bias and the residuals."""
     if has_symbolic_shape(x):
         return "xla"
-    obstacle = mosaic_gpu.find_obstacle(x, matrix, norm, parts, dtype)
+    obstacle = mosaic_gpu.find_obstacle(x, matrix, parts, dtype)
     return "mosaic_gpu" if find_target().is_hopper and obstacle is None else "xla"
 
 

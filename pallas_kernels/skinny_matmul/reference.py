@@ -37,8 +37,6 @@ def skinny_matmul(
             if norm.kind == "layer":
                 row = row - jnp.mean(row)
             row = row / jnp.sqrt(jnp.mean(row**2) + norm.eps)
-            row = row * (1.0 if norm.scale is None else norm.scale)
-            row = row + (0.0 if norm.bias is None else norm.bias)
         row = row.astype(dtype).astype(wide)
         y = jnp.sum(weights * row, axis=1)
         y = y + (0.0 if epilogue.bias is None else epilogue.bias)

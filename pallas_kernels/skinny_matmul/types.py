@@ -24,18 +24,14 @@ Matrix = Float[Array, "N K"] | Int8Matrix
 
 
 class RowNorm(NamedTuple):
-    """A norm of every row before the product; the normalized row has the dtype of the product.
+    """A norm of every row before the product. Its scale and bias belong into the matrix and b.
 
     Attributes:
       kind: "rms" divides by the root of the mean square, "layer" subtracts the mean first.
-      scale: multiplies the normalized row; None: 1.
-      bias: added to it; None: 0.
       eps: added to the mean square or the variance.
     """
 
     kind: NormKind
-    scale: Float32[Array, " K"] | None
-    bias: Float32[Array, " K"] | None
     eps: float
 
 

@@ -50,9 +50,7 @@ def normalize(x: Float[Array, "B K"], norm: RowNorm) -> Float[Array, "B K"]:
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if norm.kind == "layer":
         x = x - x.mean(axis=-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + norm.eps)
-    x = x if norm.scale is None else x * norm.scale
-    return x if norm.bias is None else x + norm.bias
+    return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + norm.eps)
 
 
 def _multiply(x: Float[Array, "B K"], matrix: Float[Array, "N K"]) -> Float[Array, "B N"]:

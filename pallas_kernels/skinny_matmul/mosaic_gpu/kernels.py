@@ -5,6 +5,7 @@ cores, whose smallest tile has 64 output features: too few blocks to read with a
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,7 +13,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.skinny_matmul.block_sizes import WARPS, WIDTH, SkinnyTiling
+from pallas_kernels.skinny_matmul.block_sizes import (
+    MAX_LOADED_AHEAD,
+    WARPS,
+    WIDTH,
+    SkinnyTiling,
+)
 from pallas_kernels.skinny_matmul.types import Epilogue, Int8Matrix, Part, RowNorm, starts_of
 
 
@@ -22,43 +28,44 @@ class SkinnyOperands(NamedTuple):
     Attributes:
       x: (B, K).
       matrix: (N, K).
-      norm_scale: of the norm, (K,) float32, or None.
-      norm_bias: of the norm, (K,) float32, or None.
       epilogue: vectors (N,) and arrays (B, M).
     """
 
     x: Any
     matrix: Any
-    norm_scale: Any
-    norm_bias: Any
     epilogue: Epilogue
 
 
 def matrix_layout(rows_per_warp: int) -> Any:
     """Rows of the matrix over warps, WIDTH columns over threads."""
-    if rows_per_warp == 1:
-        return row_layout(WARPS)
+    rows = WARPS * rows_per_warp
+    tiles = ((rows, WIDTH), (8,)) if rows_per_warp == 1 else (
+        (rows, WIDTH), (rows_per_warp, WIDTH), (8,)
+    )  # fmt: skip
     return plgpu.Layout.TILED(
-        plgpu.Tiling(((WARPS * rows_per_warp, WIDTH), (rows_per_warp, WIDTH), (8,))),
-        warp_dims=(-5,),
+        plgpu.Tiling(tiles),
+        warp_dims=(-3 if rows_per_warp == 1 else -5,),
         lane_dims=(-2,),
         vector_dim=-1,
     )
 
 
-def row_layout(rows: int) -> Any:
-    """WIDTH columns of one row in every warp, or of four rows, one in each warp."""
-    return plgpu.Layout.TILED(
-        plgpu.Tiling(((rows, WIDTH), (8,))),
-        warp_dims=(-3,) if rows == WARPS else (plgpu.Replicated(WARPS),),
-        lane_dims=(-2,),
-        vector_dim=-1,
-    )
+class _Sums(NamedTuple):
+    """Sums over the columns seen so far, a term in every thread, (rows, WIDTH).
+
+    Attributes:
+      products: of a row of x with the block's weights, by half.
+      x: of the row; None where the norm needs none.
+      squares: of the row's squares, or None.
+    """
+
+    products: tuple[Any, ...]
+    x: Any
+    squares: Any
 
 
 class _SkinnyKernelCall(NamedTuple):
     operands: SkinnyOperands
-    normalized_smem: Any
     tiling: SkinnyTiling
     norm: RowNorm | None
 
@@ -71,133 +78,104 @@ class _SkinnyKernelCall(NamedTuple):
         return 2 if self.operands.epilogue.activation == "swiglu" else 1
 
     @property
+    def subtracts_mean(self) -> bool:
+        return self.norm is not None and self.norm.kind == "layer"
+
+    @property
     def first(self) -> Any:
         """The block's first output feature."""
         return lax.axis_index("n") * self.tiling.rows
 
     def run(self) -> list[Any]:
-        """The output features of the block for every row of x, float32."""
-        loaded = self.load_weights(0)
-        if self.norm is not None:
-            self.normalize()
-            plgpu.commit_smem()
-        sums = self.sum_products(loaded)
-        return [self.finish(row, by_half) for row, by_half in enumerate(sums)]
+        """The output features of the block for every row of x, float32.
 
-    def sum_products(self, loaded: list[list[Any]]) -> list[list[Any]]:
-        """Products of the block's weights with every row of x, by row and half."""
+        With factor r = rsqrt(mean(x²) + eps), or of the variance, and mean μ of a row,
+
+            norm(x) Wᵀ = r (x Wᵀ - μ Σ_k W_k)
+
+        so that no product waits for the norm.
+        """
         num_rows, in_features = self.operands.x.shape
-        shape, layout = (self.tiling.rows, WIDTH), self.layout
-        sums: list[list[Any]] = [[None] * self.halves for _ in range(num_rows)]
+        sums = [_Sums((None,) * self.halves, None, None)] * num_rows
+        weight_sums: tuple[Any, ...] = (None,) * self.halves
+        loaded = self.load_step(0)
         for start in range(0, in_features, self.tiling.step):
-            weights, next_start = loaded, start + self.tiling.step
+            tiles, next_start = loaded, start + self.tiling.step
             # The next weights are on their way while these are used.
-            loaded = self.load_weights(next_start) if next_start < in_features else []
-            for i, by_half in enumerate(weights):
-                column = start + i * WIDTH
-                wide = [weight.astype(jnp.float32) for weight in by_half]
-                for row in range(num_rows):
-                    x = lax.broadcast_in_dim(self.load_x(row, column), shape, [1])
-                    x = plgpu.layout_cast(x, layout)
-                    for half, weight in enumerate(wide):
-                        product, old = x * weight, sums[row][half]
-                        sums[row][half] = product if old is None else old + product
-        return [[total.sum(axis=1) for total in by_half] for by_half in sums]
+            loaded = self.load_step(next_start) if next_start < in_features else []
+            for weights, rows in tiles:
+                wide = [weight.astype(jnp.float32) for weight in weights]
+                if self.subtracts_mean:
+                    weight_sums = tuple(map(_add, weight_sums, wide))
+                for row, load in enumerate(rows):
+                    sums[row] = self.add(sums[row], load(), wide)
+        totals = [None if each is None else each.sum(axis=1) for each in weight_sums]
+        return [self.finish(row, each, totals) for row, each in enumerate(sums)]
 
-    def load_weights(self, start: int) -> list[list[Any]]:
-        """Weights of a step, by tile of columns and by half."""
+    def add(self, sums: _Sums, x: Any, weights: Sequence[Any]) -> _Sums:
+        x = x.astype(jnp.float32)
+        x = lax.broadcast_in_dim(x, (self.tiling.rows, WIDTH), [1])
+        x = plgpu.layout_cast(x, self.layout)
+        products = tuple(
+            _add(old, x * weight) for old, weight in zip(sums.products, weights, strict=True)
+        )
+        return _Sums(
+            products,
+            _add(sums.x, x) if self.subtracts_mean else None,
+            None if self.norm is None else _add(sums.squares, x * x),
+        )
+
+    def load_step(self, start: int) -> list[tuple[list[Any], list[Callable[[], Any]]]]:
+        """Weights of a step by tile of columns and half, and loads of the rows of x."""
+        num_rows, in_features = self.operands.x.shape
+        columns = range(start, min(start + self.tiling.step, in_features), WIDTH)
+        weights = [self.load_weights(column) for column in columns]
+        rows = [
+            [partial(self.load_x, row, column) for row in range(num_rows)] for column in columns
+        ]
+        if num_rows * len(columns) * WIDTH <= MAX_LOADED_AHEAD:
+            # Few rows are loaded together with the weights: one wait for memory.
+            rows = [[_already(load()) for load in loads] for loads in rows]
+        return list(zip(weights, rows, strict=True))
+
+    def load_weights(self, column: int) -> list[Any]:
+        """Weights of a tile of columns, by half."""
         matrix = self.operands.matrix
         values = matrix.values if isinstance(matrix, Int8Matrix) else matrix
-        out_features, in_features = values.shape
         loaded = []
-        for column in range(start, min(start + self.tiling.step, in_features), WIDTH):
-            rows = [
-                pl.ds(self.first + half * (out_features // 2), self.tiling.rows)
-                for half in range(self.halves)
-            ]
-            loaded.append(
-                [
-                    plgpu.load(
-                        values.at[each, pl.ds(column, WIDTH)], layout=self.layout, optimized=False
-                    )
-                    for each in rows
-                ]
-            )
+        for half in range(self.halves):
+            rows = pl.ds(self.first + half * (values.shape[0] // 2), self.tiling.rows)
+            ref = values.at[rows, pl.ds(column, WIDTH)]
+            loaded.append(plgpu.load(ref, layout=self.layout, optimized=False))
         return loaded
 
     def load_x(self, row: int, column: int) -> Any:
-        source = self.operands.x if self.norm is None else self.normalized_smem
-        ref = source.at[row, pl.ds(column, WIDTH)]
-        return plgpu.load(ref, layout=self.layout.reduce(0), optimized=False).astype(jnp.float32)
+        ref = self.operands.x.at[row, pl.ds(column, WIDTH)]
+        return plgpu.load(ref, layout=self.layout.reduce(0), optimized=False)
 
-    def normalize(self) -> None:
-        """Stores the normalized rows of x in shared memory."""
-        num_rows = self.operands.x.shape[0]
-        together = WARPS if num_rows % WARPS == 0 else 1
-        for row in range(0, num_rows, together):
-            self.normalize_rows(row, together)
-
-    def normalize_rows(self, first: int, together: int) -> None:
-        assert self.norm is not None
-        operands, layout = self.operands, row_layout(together)
-        in_features = operands.x.shape[1]
-        columns = range(0, in_features, WIDTH)
-        shape = (together, WIDTH)
-
-        def load(column: int) -> Any:
-            ref = operands.x.at[pl.ds(first, together), pl.ds(column, WIDTH)]
-            return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
-
-        def vector(ref: Any, column: int) -> Any:
-            loaded = plgpu.load(
-                ref.at[pl.ds(column, WIDTH)], layout=layout.reduce(0), optimized=False
-            )
-            return plgpu.layout_cast(lax.broadcast_in_dim(loaded, shape, [1]), layout)
-
-        def over_columns(values: Any) -> Any:
-            return plgpu.layout_cast(lax.broadcast_in_dim(values, shape, [0]), layout)
-
-        def mean(of: Callable[[Any], Any]) -> Any:
-            total = None
-            for column in columns:
-                term = of(load(column))
-                total = term if total is None else total + term
-            assert total is not None
-            return over_columns(total.sum(axis=1) * (1 / in_features))
-
-        def center(x: Any) -> Any:
-            return x
-
-        if self.norm.kind == "layer":
-            average = mean(lambda x: x)
-
-            def center(x: Any) -> Any:
-                return x - average
-
-        factor = lax.rsqrt(mean(lambda x: center(x) * center(x)) + self.norm.eps)
-        for column in columns:
-            y = center(load(column)) * factor
-            if operands.norm_scale is not None:
-                y = y * vector(operands.norm_scale, column)
-            if operands.norm_bias is not None:
-                y = y + vector(operands.norm_bias, column)
-            smem = self.normalized_smem.at[pl.ds(first, together), pl.ds(column, WIDTH)]
-            smem[...] = y.astype(smem.dtype)
-
-    def finish(self, row: int, sums: list[Any]) -> Any:
-        """The output features of a row of x after the epilogue."""
+    def finish(self, row: int, sums: _Sums, weight_sums: Sequence[Any]) -> Any:
+        """The output features of a row of x after norm and epilogue."""
         epilogue, matrix = self.operands.epilogue, self.operands.matrix
-        offsets = [0, _num_features(matrix) // 2][: self.halves]
-        for half, offset in enumerate(offsets):
+        by_half = [products.sum(axis=1) for products in sums.products]
+        if self.norm is not None:
+            share = 1 / self.operands.x.shape[1]
+            mean_square = sums.squares.sum(axis=1) * share
+            if self.subtracts_mean:
+                mean = sums.x.sum(axis=1) * share
+                mean_square = jnp.maximum(mean_square - mean * mean, 0.0)
+                by_half = [y - mean * w for y, w in zip(by_half, weight_sums, strict=True)]
+            factor = lax.rsqrt(mean_square + self.norm.eps)
+            by_half = [y * factor for y in by_half]
+        for half, offset in enumerate([0, _num_features(matrix) // 2][: self.halves]):
             if isinstance(matrix, Int8Matrix):
-                sums[half] = sums[half] * self.vector(matrix.scale, offset)
+                by_half[half] = by_half[half] * self.vector(matrix.scale, offset)
             if epilogue.bias is not None:
-                sums[half] = sums[half] + self.vector(epilogue.bias, offset)
-        y = sums[0]
+                by_half[half] = by_half[half] + self.vector(epilogue.bias, offset)
+        y = by_half[0]
         if epilogue.activation is not None:
             y = y / (1 + jnp.exp(-y))
         if epilogue.activation == "swiglu":
-            y = y * sums[1]
+            y = y * by_half[1]
         if epilogue.scale is not None:
             y = y * self.vector(epilogue.scale)
         for added in epilogue.added:
@@ -210,6 +188,14 @@ class _SkinnyKernelCall(NamedTuple):
         return plgpu.load(ref, layout=self.layout.reduce(1), optimized=False).astype(jnp.float32)
 
 
+def _add(total: Any, term: Any) -> Any:
+    return term if total is None else total + term
+
+
+def _already(loaded: Any) -> Callable[[], Any]:
+    return lambda: loaded
+
+
 def _num_features(matrix: Any) -> int:
     return (matrix.values if isinstance(matrix, Int8Matrix) else matrix).shape[0]
 
@@ -217,15 +203,14 @@ def _num_features(matrix: Any) -> int:
 def skinny_kernel(
     operands: SkinnyOperands,
     results: Sequence[Any],
-    scratch: tuple[Any, Any],
+    outputs_smem: Any,
     *,
     tiling: SkinnyTiling,
     norm: RowNorm | None,
     parts: Sequence[Part],
 ) -> None:
     """Some output features of every row of x."""
-    outputs_smem, normalized_smem = scratch
-    call = _SkinnyKernelCall(operands, normalized_smem, tiling, norm)
+    call = _SkinnyKernelCall(operands, tiling, norm)
     for row, output in enumerate(call.run()):
         outputs_smem[row] = output
     plgpu.commit_smem()
