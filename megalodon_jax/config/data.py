@@ -159,8 +159,9 @@ _RULES = (
     ),
     Rule(
         lambda c: not (c.carry_state and c.num_workers > 1),
-        "data.carry_state is set with data.num_workers = {c.num_workers}, whose batches take turns: "
-        "rows would not follow each other; use 0 or 1, and more data.num_shards",
+        "data.carry_state is set with data.num_workers = {c.num_workers}, which read "
+        "batches in turn, so that rows do not follow each other; use 0 or 1, and more "
+        "data.num_shards",
     ),
     Rule(
         lambda c: _are_unique_names(c.sources),
