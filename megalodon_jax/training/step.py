@@ -1,7 +1,8 @@
 """The train step and the evaluation step as pure jitted functions."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -171,13 +172,38 @@ def make_train_step(
             carried=None if num_carried is None else num_carried / weight,
         )
 
-    return jax.jit(
-        step,
+    jit = partial(
+        jax.jit,
         donate_argnums=0,
-        in_shardings=(shardings, batch_sharding(mesh, leading=1)),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         compiler_options=_GPU_OPTIONS if on_gpu else None,
     )
+    rows = batch_sharding(mesh, leading=1)
+    if shardings.carried is None:
+        return jit(step, in_shardings=(shardings, rows))
+
+    def step_from(state: TrainState, carried: CarriedState, batches: Batch):
+        return step(state._replace(carried=carried), batches)
+
+    others = shardings._replace(carried=None)
+    return _StepWithState(jit(step_from, in_shardings=(others, shardings.carried, rows)))
+
+
+class _StepWithState:
+    """A jitted step that donates everything but the state of the rows.
+
+    The backward pass reads the old state after the forward pass has written the new one: in one
+    buffer, the new one would be written elsewhere and copied at the end of the step.
+    """
+
+    def __init__(self, jitted: Any) -> None:
+        self._jitted = jitted
+
+    def __call__(self, state: TrainState, batches: Batch) -> tuple[TrainState, StepMetrics]:
+        return self._jitted(state._replace(carried=None), state.carried, batches)
+
+    def lower(self, state: TrainState, batches: Batch) -> jax.stages.Lowered:
+        return self._jitted.lower(state._replace(carried=None), state.carried, batches)
 
 
 def _injected_learning_rate(opt_state: optax.OptState) -> Float32[Array, ""]:
