@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import chex
 import jax
@@ -12,12 +13,14 @@ import pytest
 
 from megalodon_jax.cache import CarriedState
 from megalodon_jax.checkpoints import RunCheckpoints
+from megalodon_jax.compiled.hlo import parse_program
 from megalodon_jax.config import MeshConfig, OptimConfig, TrainConfig, TransformerConfig
 from megalodon_jax.errors import ConfigError
 from megalodon_jax.loss import LossOutput
+from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel.mesh import make_mesh
 from megalodon_jax.tasks import LanguageModeling
-from megalodon_jax.train_state import TrainState, init_state
+from megalodon_jax.train_state import TrainState, abstract_state, init_state
 from megalodon_jax.training.callbacks import Callback, RunView
 from megalodon_jax.training.loop import train
 from megalodon_jax.training.step import make_train_step
@@ -169,6 +172,29 @@ def test_a_skipped_spike_keeps_the_state_of_its_rows(step_and_state):
     chex.assert_trees_all_equal(spiked.carried, applied.carried)
     np.testing.assert_array_equal(carried_of(spiked).segment, 1)
     np.testing.assert_array_equal(carried_of(spiked).position, LENGTH - 20)
+
+
+@pytest.mark.slow
+def test_a_step_makes_no_copy_of_the_state(carrying):
+    """With the state donated, the program copies the new one into the old one's buffer."""
+    model = dataclasses.replace(carrying.model, num_layers=3)
+    config = dataclasses.replace(carrying, model=model)
+    step: Any = make_train_step(abstract_model(model)[0], config)
+    state = abstract_state(config)
+    lowered = step.lower(state, batch_of(0, first=2))
+    others, carried, _ = lowered.args_info[0]
+    assert all(info.donated for info in jax.tree.leaves(others))
+    assert not any(info.donated for info in jax.tree.leaves(carried))
+    program = parse_program(lowered.compile().as_text())
+    key, value = state.carried.layers.keys_and_values
+    copied = [
+        shape.dims
+        for instruction, *_ in program.executed()
+        if instruction.opcode == "copy"
+        for shape in instruction.shapes
+    ]
+    assert copied
+    assert not {key.shape, value.shape} & set(copied)
 
 
 class OwnLoss(LanguageModeling):
