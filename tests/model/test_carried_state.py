@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,13 @@ def loss_function(model: Megalodon) -> Callable:
         return out.sums.loss_sum, out
 
     return jax.jit(jax.value_and_grad(run, has_aux=True))
+
+
+def with_settings(model: Megalodon, **settings: Any) -> Megalodon:
+    """A model with the same parameters that is computed in another way."""
+    config = dataclasses.replace(model.config, **settings)
+    abstract = nnx.eval_shape(lambda: Megalodon(config, rngs=nnx.Rngs(0)))
+    return nnx.merge(nnx.graphdef(abstract), nnx.state(model, nnx.Param))
 
 
 class Rows(NamedTuple):
@@ -144,8 +151,9 @@ def test_carried_tokens_are_those_of_documents_from_earlier_rows(rows):
 
 
 def test_gradients_are_those_of_long_rows_that_stop_at_the_borders(rows):
-    """The independent version runs the plain cache, a call per row, with stopped gradients."""
-    graphdef, params = nnx.split(rows.model, nnx.Param)
+    """The independent version: definitions of the operations, the plain cache, a call per row."""
+    model = with_settings(rows.model, implementation="reference")
+    graphdef, params = nnx.split(model, nnx.Param)
     long = long_rows()
 
     pieces = jax.tree.map(
@@ -171,6 +179,20 @@ def test_gradients_are_those_of_long_rows_that_stop_at_the_borders(rows):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max()),
         found,
         expected,
+    )
+
+
+@pytest.mark.slow
+def test_rematerialization_changes_no_gradient(rows):
+    model = with_settings(rows.model, remat="block")
+    batch = short_rows(long_rows())[1]
+    (loss, out), gradient = loss_function(model)(nnx.state(model, nnx.Param), batch, rows.states[1])
+    np.testing.assert_allclose(loss, rows.outputs[1].sums.loss_sum, rtol=1e-6)
+    np.testing.assert_array_equal(out.state.position, rows.states[2].position)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max()),
+        gradient,
+        rows.gradients[1],
     )
 
 

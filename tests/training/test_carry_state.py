@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megalodon_jax.cache import CarriedState
+from megalodon_jax.cache import CarriedState, LayerCache
 from megalodon_jax.checkpoints import RunCheckpoints
 from megalodon_jax.compiled.hlo import parse_program
 from megalodon_jax.config import MeshConfig, OptimConfig, TrainConfig, TransformerConfig
@@ -186,7 +186,9 @@ def test_a_step_makes_no_copy_of_the_state(carrying):
     assert all(info.donated for info in jax.tree.leaves(others))
     assert not any(info.donated for info in jax.tree.leaves(carried))
     program = parse_program(lowered.compile().as_text())
-    key, value = state.carried.layers.keys_and_values
+    stacked = carried_of(state).layers
+    assert isinstance(stacked, LayerCache)
+    key, value = stacked.keys_and_values
     copied = [
         shape.dims
         for instruction, *_ in program.executed()
