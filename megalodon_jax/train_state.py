@@ -9,9 +9,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from megalodon_jax.cache import CarriedState, carried_shardings
-from megalodon_jax.config import ModelConfig, TrainConfig
-from megalodon_jax.model import Megalodon
+from megalodon_jax.cache import CarriedState
+from megalodon_jax.carried_state import (
+    abstract_carried_state,
+    fresh_carried_state,
+    resumed_carried_state,
+)
+from megalodon_jax.config import TrainConfig
 from megalodon_jax.models import abstract_model, build_model
 from megalodon_jax.optimizer import first_moments, make_optimizer
 from megalodon_jax.parallel.mesh import resolve_mesh
@@ -77,21 +81,9 @@ def init_state(
     # A program of its own: fused into the initialization it would change how weights are rounded.
     guard = fresh_guard(config, params, opt_state, mesh)
     average = fresh_average(config, params, mesh)
-    state = TrainState(step, params, opt_state, guard, average, fresh_carried_state(config, mesh))
+    carried = fresh_carried_state(config, mesh)
+    state = TrainState(step, params, opt_state, guard, average, carried)
     return abstract_model(config.model)[0], state
-
-
-def fresh_carried_state(config: TrainConfig, mesh: Mesh | None = None) -> CarriedState | None:
-    """The state of rows that start with a new document; None without `data.carry_state`."""
-    abstract = abstract_state(config, mesh).carried
-    if abstract is None:
-        return None
-
-    def zeros() -> CarriedState:
-        # Segment 0 is no document's, so that every row starts from the model's initial state.
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
-
-    return jax.jit(zeros, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
 
 
 def fresh_average(
@@ -134,7 +126,7 @@ def resumed_state(
     opt_state: optax.OptState,
     guard: GuardState | None,
     average: nnx.State | None,
-    carried: CarriedState | None,
+    carried: CarriedState | None = None,
 ) -> TrainState:
     """The state of a resumed run, from restored arrays.
 
@@ -156,12 +148,7 @@ def resumed_state(
         guard = fresh._replace(**{name: getattr(guard, name) for name in counts})
     if average is None:
         average = fresh_average(config, params, mesh)
-    if carried is None:
-        carried = fresh_carried_state(config, mesh)
-    elif isinstance(config.model, ModelConfig):
-        layout = partial(CarriedState.with_layout, stacked=config.model.scan_layers)
-        shardings = carried_shardings(resolve_mesh(config, mesh), config.model)
-        carried = jax.jit(layout, out_shardings=shardings)(carried)
+    carried = resumed_carried_state(config, mesh, carried)
     return TrainState(step, params, opt_state, guard, average, carried)
 
 
@@ -178,11 +165,9 @@ def state_shardings(
     config: TrainConfig, mesh: Mesh, *, optimizer: optax.GradientTransformation | None = None
 ) -> TrainState:
     """The shardings of a run's state; `optimizer` as in `init_state`."""
-    abstract = _abstract_state(config, optimizer)
-    shardings = shardings_of(abstract, mesh)
-    if abstract.carried is None or not isinstance(config.model, ModelConfig):
-        return shardings
-    return shardings._replace(carried=carried_shardings(mesh, config.model))
+    shardings = shardings_of(_abstract_state(config, optimizer), mesh)
+    carried = abstract_carried_state(config, mesh)
+    return shardings._replace(carried=jax.tree.map(lambda leaf: leaf.sharding, carried))
 
 
 def abstract_state(
@@ -195,33 +180,21 @@ def abstract_state(
 
     The arguments are those of `init_state`.
     """
-    mesh, abstract = resolve_mesh(config, mesh), _abstract_state(config, optimizer)
-    state = with_shardings(abstract, mesh)
-    if abstract.carried is None or not isinstance(config.model, ModelConfig):
-        return state
-    shardings = carried_shardings(mesh, config.model)
-    carried = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract.carried,
-        shardings,
-    )
-    return state._replace(carried=carried)
+    mesh = resolve_mesh(config, mesh)
+    state = with_shardings(_abstract_state(config, optimizer), mesh)
+    return state._replace(carried=abstract_carried_state(config, mesh))
 
 
 def _abstract_state(
     config: TrainConfig, optimizer: optax.GradientTransformation | None
 ) -> TrainState:
+    """Shapes and dtypes of all but the state of the rows."""
     used = optimizer_of(config, optimizer)
-    graphdef, abstract_params = abstract_model(config.model)
 
     def init(params: nnx.State) -> TrainState:
         opt_state = used.init(params)
         guard = init_guard(config, params, first_moments(opt_state))
         average = _float32_copy(params) if config.optim.ema_decay else None
-        model = nnx.merge(graphdef, params) if config.data.carry_state else None
-        carried = None
-        if isinstance(model, Megalodon):
-            carried = model.init_carried_state(config.data.batch_size)
-        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, guard, average, carried)
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, guard, average)
 
-    return jax.eval_shape(init, abstract_params)
+    return jax.eval_shape(init, abstract_model(config.model)[1])

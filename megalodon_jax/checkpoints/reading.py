@@ -14,6 +14,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
+from megalodon_jax.cache import CarriedState
+from megalodon_jax.carried_state import abstract_carried_state
 from megalodon_jax.checkpoints.compatibility import (
     GUARD_FORMAT,
     check_format,
@@ -361,10 +363,12 @@ class CheckpointReader:
         return self.directory / str(step)
 
 
-def _abstract_carried(saved: TrainConfig, config: TrainConfig, mesh: Mesh | None) -> Any:
+def _abstract_carried(
+    saved: TrainConfig, config: TrainConfig, mesh: Mesh | None
+) -> CarriedState | None:
     """The saved state of the rows, in the layout that it was saved in; None if rows start anew."""
     is_same = saved.data.carry_state and saved.data.batch_size == config.data.batch_size
     if not (is_same and config.data.carry_state):
         return None
     model = dataclasses.replace(config.model, scan_layers=saved.model.scan_layers)
-    return abstract_state(dataclasses.replace(config, model=model), mesh).carried
+    return abstract_carried_state(dataclasses.replace(config, model=model), mesh)
