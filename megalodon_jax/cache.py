@@ -1,6 +1,7 @@
-"""The streaming cache: its size is independent of the context length."""
+"""The streaming cache and its form between training steps: of one size at any context length."""
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -69,22 +70,96 @@ class Cache:
 
         Keys and values are not replaced, because a row at position 0 reads none of them.
         """
-
-        def select(new: Array, old: Array) -> Array:
-            return jnp.where(rows.reshape(-1, *[1] * (old.ndim - 1)), new, old)
-
-        def select_states(new: LayerCache, old: LayerCache) -> LayerCache:
-            norm, cema = jax.tree.map(select, (new.norm, new.cema), (old.norm, old.cema))
-            return old._replace(norm=norm, cema=cema)
-
         layers = zip(initial.layers, self.layers, strict=True)
-        return dataclasses.replace(
-            self,
-            position=select(initial.position, self.position),
-            segment=select(initial.segment, self.segment),
-            layers=tuple(select_states(new, old) for new, old in layers),
-            final_norm=jax.tree.map(select, initial.final_norm, self.final_norm),
+        return _replace_rows(
+            self, initial, rows, tuple(_replace_states(rows, new, old) for new, old in layers)
         )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CarriedState:
+    """The streaming state of training rows between two batches (`data.carry_state`).
+
+    It holds what a `Cache` holds, in the layout of a training step, so that nothing is copied
+    between steps. No gradient passes through a state that a call of the model returns.
+
+    Attributes:
+      position: tokens seen of each row's current document.
+      segment: segment id of each row's current document, 0 before the first token.
+      layers: the blocks' states, stacked along a leading axis as their parameters are; a tuple of
+        them for a model with `scan_layers = false`.
+      final_norm: running moments of the final TimestepNorm; None for another norm.
+    """
+
+    position: Int32[Array, " B"]
+    segment: Int32[Array, " B"]
+    layers: LayerCache | tuple[LayerCache, ...]
+    final_norm: TimestepNormState | None
+
+    @classmethod
+    def from_cache(cls, cache: Cache, *, stacked: bool) -> Self:
+        """A cache as the state of training rows, with stacked layers or a tuple of them."""
+        layers = jax.tree.map(_stack, *cache.layers) if stacked else cache.layers
+        return cls(cache.position, cache.segment, layers, cache.final_norm)
+
+    def with_layout(self, *, stacked: bool) -> Self:
+        """The same state with stacked layers or with a tuple of them."""
+        layers = self.layers
+        if isinstance(layers, LayerCache):
+            if stacked:
+                return self
+            count = layers.keys_and_values.key.shape[0]
+            single = (jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count))
+            return dataclasses.replace(self, layers=tuple(single))
+        if not stacked:
+            return self
+        return dataclasses.replace(self, layers=jax.tree.map(_stack, *layers))
+
+    def check_room(self, length: int) -> None:
+        """Does nothing: a training step starts documents anew before their position overflows."""
+
+    def replace_rows(self, rows: Bool[Array, " B"], initial: Self) -> Self:
+        """A copy in which the rows where `rows` is true come from `initial`, as in `Cache`."""
+        if isinstance(self.layers, LayerCache):
+            return _replace_rows(
+                self, initial, rows, _replace_states(rows, initial.layers, self.layers, axis=1)
+            )
+        layers = zip(initial.layers, self.layers, strict=True)
+        return _replace_rows(
+            self, initial, rows, tuple(_replace_states(rows, new, old) for new, old in layers)
+        )
+
+
+def _stack(*leaves: Array) -> Array:
+    return jnp.stack(leaves)
+
+
+def _select_rows(rows: Bool[Array, " B"], new: Array, old: Array, *, axis: int = 0) -> Array:
+    shape = [1] * old.ndim
+    shape[axis] = -1
+    return jnp.where(rows.reshape(shape), new, old)
+
+
+def _replace_states(
+    rows: Bool[Array, " B"], new: Any, old: LayerCache, *, axis: int = 0
+) -> LayerCache:
+    select = partial(_select_rows, rows, axis=axis)
+    norm, cema = jax.tree.map(select, (new.norm, new.cema), (old.norm, old.cema))
+    return old._replace(norm=norm, cema=cema)
+
+
+def _replace_rows[C: Cache | CarriedState](
+    cache: C, initial: C, rows: Bool[Array, " B"], layers: Any
+) -> C:
+    select = partial(_select_rows, rows)
+    return dataclasses.replace(
+        cache,
+        position=select(initial.position, cache.position),
+        segment=select(initial.segment, cache.segment),
+        layers=layers,
+        final_norm=jax.tree.map(select, initial.final_norm, cache.final_norm),
+    )
 
 
 def cache_shardings(mesh: Mesh, config: ModelConfig) -> Cache:
@@ -97,15 +172,35 @@ def cache_shardings(mesh: Mesh, config: ModelConfig) -> Cache:
     Returns:
       A `Cache` with a `NamedSharding` in place of every array, for `jax.device_put` and `jax.jit`.
     """
+    layers = (_layer_shardings(mesh, config),) * config.num_layers
+    rows, norm = _sharding(mesh, "batch"), _norm_shardings(mesh, config)
+    return Cache(rows, rows, layers, norm)  # type: ignore[arg-type]
 
-    def sharding(*names: str | None) -> NamedSharding:
-        return NamedSharding(mesh, partition_spec(*names))
 
-    groups, slots = sharding("batch", "norm_groups"), sharding("batch", "heads", None, None)
-    norm: Any = None
-    if config.time_norm == "timestep":
-        norm = TimestepNormState(sharding("batch"), groups, groups)  # type: ignore[arg-type]
-    cema: Any = None if config.moving_average == "none" else sharding("batch", None, "channels")
-    layer = LayerCache(KeyValueCache(slots, slots), norm, cema)  # type: ignore[arg-type]
-    layers = (layer,) * config.num_layers
-    return Cache(sharding("batch"), sharding("batch"), layers, norm)  # type: ignore[arg-type]
+def carried_shardings(mesh: Mesh, config: ModelConfig) -> CarriedState:
+    """The shardings of a `CarriedState`, as `cache_shardings`."""
+    layers: Any = (_layer_shardings(mesh, config),) * config.num_layers
+    if config.scan_layers:
+        layers = _layer_shardings(mesh, config, None)
+    rows, norm = _sharding(mesh, "batch"), _norm_shardings(mesh, config)
+    return CarriedState(rows, rows, layers, norm)  # type: ignore[arg-type]
+
+
+def _layer_shardings(mesh: Mesh, config: ModelConfig, *leading: str | None) -> LayerCache:
+    slots = _sharding(mesh, *leading, "batch", "heads", None, None)
+    cema: Any = None
+    if config.moving_average != "none":
+        cema = _sharding(mesh, *leading, "batch", None, "channels")
+    norm = _norm_shardings(mesh, config, *leading)
+    return LayerCache(KeyValueCache(slots, slots), norm, cema)  # type: ignore[arg-type]
+
+
+def _norm_shardings(mesh: Mesh, config: ModelConfig, *leading: str | None) -> Any:
+    if config.time_norm != "timestep":
+        return None
+    groups = _sharding(mesh, *leading, "batch", "norm_groups")
+    return TimestepNormState(_sharding(mesh, *leading, "batch"), groups, groups)  # type: ignore[arg-type]
+
+
+def _sharding(mesh: Mesh, *names: str | None) -> NamedSharding:
+    return NamedSharding(mesh, partition_spec(*names))

@@ -56,7 +56,7 @@ class StackOutput(NamedTuple):
     """
 
     x: Float[Array, "B L D"]
-    cache: tuple[Any, ...] | None
+    cache: Any
     hidden_states: Float[Array, "S B L D"] | None
 
 
@@ -85,7 +85,8 @@ def run_blocks(
     x: Float[Array, "B L D"],
     positions: PositionInfo,
     *,
-    cache: tuple[Any, ...] | None = None,
+    cache: Any = None,
+    carries: bool = False,
     dropout_key: PRNGKey | None = None,
     hidden_states: bool = False,
 ) -> StackOutput:
@@ -99,7 +100,9 @@ def run_blocks(
         writes the blocks out: a loop would copy their states in and out.
       x: embeddings.
       positions: of the tokens.
-      cache: states of all blocks.
+      cache: states of all blocks, a tuple.
+      carries: the states are those of training rows (`CarriedState`): with `scan_layers` they come
+        and go stacked along a leading axis, and gradients stop at the new ones.
       dropout_key: turns dropout on.
       hidden_states: whether to return the features of every layer.
     """
@@ -112,6 +115,8 @@ def run_blocks(
         before = snapshot(block)
         out, cache = block(x, positions=positions, cache=layer.cache, dropout_key=layer.dropout_key)
         out = constrain(out, "batch", "length", "channels")
+        # Inside the loop: outside it, zero gradients of all new states would be computed with.
+        cache = jax.lax.stop_gradient(cache) if carries else cache
         state = out if hidden_states else None
         return out, _LayerOutput(cache, state, changes.find(block, before))
 
@@ -120,12 +125,13 @@ def run_blocks(
         policy=jax.checkpoint_policies.save_only_these_names(*_saved_names(config)),
         prevent_cse=not config.scan_layers,
     )
-    embeddings = x
-    if config.scan_layers and (cache is None or x.shape[1] > 1):
-        stacked_cache = None if cache is None else jax.tree.map(_stack, *cache)
+    embeddings, is_stacked = x, carries and config.scan_layers
+    if config.scan_layers and (cache is None or is_stacked or x.shape[1] > 1):
+        stacked_cache = cache if cache is None or is_stacked else jax.tree.map(_stack, *cache)
         layers = _Layer(stacked.params, stacked_cache, keys, numbers)
         x, (caches, states, changed) = jax.lax.scan(run_block, x, layers)
-        caches = None if cache is None else tuple(unstack_layers(caches, count))
+        if cache is not None and not is_stacked:
+            caches = tuple(unstack_layers(caches, count))
     else:
         layers = unstack_layers(_Layer(stacked.params, None, keys, numbers), count)
         if cache is not None:

@@ -2,10 +2,11 @@
 
 import math
 
+import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from megalodon_jax.cache import Cache, LayerCache
+from megalodon_jax.cache import Cache, CarriedState, LayerCache
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.language_model import LanguageModel, ModelInputs, make_output_layer
 from megalodon_jax.layer_stack import run_blocks, stack_blocks, unstack_layers
@@ -50,7 +51,7 @@ class Megalodon(LanguageModel):
 
     def _run(
         self, inputs: ModelInputs, *, hidden_states: bool
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "S B L D"] | None, Cache | None]:
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "S B L D"] | None, Cache | CarriedState | None]:
         config, shape = self.config, inputs.check(self.config)
         segment_ids, cache = inputs.segment_ids, inputs.cache
         if cache is not None and segment_ids is not None:
@@ -74,6 +75,7 @@ class Megalodon(LanguageModel):
             x,
             positions,
             cache=None if cache is None else cache.layers,
+            carries=isinstance(cache, CarriedState),
             dropout_key=layers_key,
             hidden_states=hidden_states,
         )
@@ -86,7 +88,10 @@ class Megalodon(LanguageModel):
         if cache is None or layer_caches is None:
             return hidden, states, None
         position, segment = after_last_token(positions, cache.position, cache.segment)
-        return hidden, states, Cache(position, segment, layer_caches, final_norm)
+        if isinstance(cache, CarriedState):
+            final_norm = jax.lax.stop_gradient(final_norm)
+        kind = type(cache)
+        return hidden, states, kind(position, segment, layer_caches, final_norm)
 
     def init_cache(self, batch_size: int, *, max_length: int | None = None) -> Cache:
         """The cache of `batch_size` rows before their first token; `max_length` changes nothing.
@@ -119,5 +124,16 @@ class Megalodon(LanguageModel):
             final_norm=init_norm_state(self.final_norm, batch_size),
         )
 
-    def _initial_rows(self, cache: Cache) -> Cache:
-        return self.init_cache(cache.position.shape[0])
+    def init_carried_state(self, batch_size: int) -> CarriedState:
+        """The state of `batch_size` training rows before their first token (`data.carry_state`).
+
+        Its layout follows `config.scan_layers`. A call of the model takes it as `cache`.
+        """
+        cache = self.init_cache(batch_size)
+        return CarriedState.from_cache(cache, stacked=self.config.scan_layers)
+
+    def _initial_rows(self, cache: Cache | CarriedState) -> Cache | CarriedState:
+        rows = cache.position.shape[0]
+        if isinstance(cache, CarriedState):
+            return self.init_carried_state(rows)
+        return self.init_cache(rows)

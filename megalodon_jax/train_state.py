@@ -9,6 +9,12 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from megalodon_jax.cache import CarriedState
+from megalodon_jax.carried_state import (
+    abstract_carried_state,
+    fresh_carried_state,
+    resumed_carried_state,
+)
 from megalodon_jax.config import TrainConfig
 from megalodon_jax.models import abstract_model, build_model
 from megalodon_jax.optimizer import first_moments, make_optimizer
@@ -27,6 +33,8 @@ class TrainState(NamedTuple):
       opt_state: the optimizer's moments (float32) and counts.
       guard: recent losses and gradient norms, and counts of skipped updates and of spikes.
       average: the exponential moving average of the parameters (float32); None without.
+      carried: the streaming state at the end of every training row, see `data.carry_state`; None
+        without.
     """
 
     step: Int32[Array, ""]
@@ -34,6 +42,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     guard: GuardState
     average: nnx.State | None = None
+    carried: CarriedState | None = None
 
     @property
     def evaluated_params(self) -> nnx.State:
@@ -72,7 +81,9 @@ def init_state(
     # A program of its own: fused into the initialization it would change how weights are rounded.
     guard = fresh_guard(config, params, opt_state, mesh)
     average = fresh_average(config, params, mesh)
-    return abstract_model(config.model)[0], TrainState(step, params, opt_state, guard, average)
+    carried = fresh_carried_state(config, mesh)
+    state = TrainState(step, params, opt_state, guard, average, carried)
+    return abstract_model(config.model)[0], state
 
 
 def fresh_average(
@@ -115,6 +126,7 @@ def resumed_state(
     opt_state: optax.OptState,
     guard: GuardState | None,
     average: nnx.State | None,
+    carried: CarriedState | None = None,
 ) -> TrainState:
     """The state of a resumed run, from restored arrays.
 
@@ -128,6 +140,7 @@ def resumed_state(
       opt_state: the optimizer's state.
       guard: the saved guard; None: the checkpoint has none.
       average: the saved average; None: it begins with these parameters, if the run has one.
+      carried: the saved state of the rows; None: rows start anew, if the run carries a state.
     """
     if guard is None or guard.losses.shape != (config.spike_window,):
         fresh = fresh_guard(config, params, opt_state, mesh)
@@ -135,7 +148,8 @@ def resumed_state(
         guard = fresh._replace(**{name: getattr(guard, name) for name in counts})
     if average is None:
         average = fresh_average(config, params, mesh)
-    return TrainState(step, params, opt_state, guard, average)
+    carried = resumed_carried_state(config, mesh, carried)
+    return TrainState(step, params, opt_state, guard, average, carried)
 
 
 def optimizer_of(
@@ -151,7 +165,9 @@ def state_shardings(
     config: TrainConfig, mesh: Mesh, *, optimizer: optax.GradientTransformation | None = None
 ) -> TrainState:
     """The shardings of a run's state; `optimizer` as in `init_state`."""
-    return shardings_of(_abstract_state(config, optimizer), mesh)
+    shardings = shardings_of(_abstract_state(config, optimizer), mesh)
+    carried = abstract_carried_state(config, mesh)
+    return shardings._replace(carried=jax.tree.map(lambda leaf: leaf.sharding, carried))
 
 
 def abstract_state(
@@ -164,12 +180,15 @@ def abstract_state(
 
     The arguments are those of `init_state`.
     """
-    return with_shardings(_abstract_state(config, optimizer), resolve_mesh(config, mesh))
+    mesh = resolve_mesh(config, mesh)
+    state = with_shardings(_abstract_state(config, optimizer), mesh)
+    return state._replace(carried=abstract_carried_state(config, mesh))
 
 
 def _abstract_state(
     config: TrainConfig, optimizer: optax.GradientTransformation | None
 ) -> TrainState:
+    """Shapes and dtypes of all but the state of the rows."""
     used = optimizer_of(config, optimizer)
 
     def init(params: nnx.State) -> TrainState:

@@ -18,7 +18,9 @@ class Batch(NamedTuple):
     Attributes:
       tokens: input tokens.
       targets: the token that follows each input token in its document; anything at weight 0.
-      segment_ids: documents of a row numbered 1, 2, ... in order; 0 is padding.
+      segment_ids: documents of a row numbered 1, 2, ... in order; 0 is padding. With
+        `data.carry_state` document 1 continues the last one of the same row of the batch before,
+        and a row that starts with a new document is numbered from 2.
       weights: 1.0 where the loss counts, 0.0 at padding and where no next token is known.
     """
 

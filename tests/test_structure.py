@@ -27,7 +27,12 @@ LAYERS = [
     ("megalodon_jax.layer_variables",),
     ("megalodon_jax.layer_stack", "megalodon_jax.language_model", "megalodon_jax.loss"),
     ("megalodon_jax.model", "megalodon_jax.baselines"),
-    ("megalodon_jax.models", "megalodon_jax.optimizer", "megalodon_jax.update_guard"),
+    (
+        "megalodon_jax.models",
+        "megalodon_jax.optimizer",
+        "megalodon_jax.update_guard",
+        "megalodon_jax.carried_state",
+    ),
     ("megalodon_jax.train_state",),
     ("megalodon_jax.data",),
     ("megalodon_jax.inference",),

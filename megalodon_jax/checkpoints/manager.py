@@ -2,12 +2,12 @@
 
 `<run_dir>/checkpoints/<step>/` has five Orbax items: `params`, `opt_state` and `guard` (arrays by
 dotted name), `loader` (the data loader's state, JSON) and `run` (step, resolved configuration,
-tokenizer fingerprint and format number, JSON); with `optim.ema_decay` also `average`. A directory
-gets its final name when it is complete; then its manifest is written (`manifest`), with which every
-restore compares the files. While checkpoints are open for writing, this process owns the run
-directory (`lock`). In an object store a checkpoint is complete with its commit marker
-(`store_directory`): Orbax writes to gs:// itself; for s3:// it writes to a scratch directory, from
-which the files are uploaded.
+tokenizer fingerprint and format number, JSON); with `optim.ema_decay` also `average`, with
+`data.carry_state` also `carried`. A directory gets its final name when it is complete; then its
+manifest is written (`manifest`), with which every restore compares the files. While checkpoints are
+open for writing, this process owns the run directory (`lock`). In an object store a checkpoint is
+complete with its commit marker (`store_directory`): Orbax writes to gs:// itself; for s3:// it
+writes to a scratch directory, from which the files are uploaded.
 
 In a multi-process run all processes save and restore together in a shared directory. Each process
 writes and reads the shards of its own devices, and a checkpoint restores with any number of
@@ -202,7 +202,7 @@ class RunCheckpoints(CheckpointReader):
         """
         items = {
             name: by_name(getattr(state, name))
-            for name in ("params", "opt_state", "guard", "average")
+            for name in ("params", "opt_state", "guard", "average", "carried")
         }
         # Orbax saves no empty item: a run may have no average, an optimizer no state.
         self._save(

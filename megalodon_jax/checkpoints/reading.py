@@ -14,6 +14,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
+from megalodon_jax.cache import CarriedState
+from megalodon_jax.carried_state import abstract_carried_state
 from megalodon_jax.checkpoints.compatibility import (
     GUARD_FORMAT,
     check_format,
@@ -222,6 +224,9 @@ class CheckpointReader:
             wanted["guard"] = ocp.args.StandardRestore(abstract_by_name(abstract.guard))
         if saved.optim.ema_decay and abstract.average is not None:
             wanted["average"] = ocp.args.StandardRestore(abstract_by_name(abstract.average))
+        carried = _abstract_carried(saved, config, mesh)
+        if carried is not None:
+            wanted["carried"] = ocp.args.StandardRestore(abstract_by_name(carried))
         items = self._restore(step, **wanted)
         average = from_names(abstract.average, items["average"]) if "average" in wanted else None
         guard = from_names(abstract.guard, items["guard"]) if "guard" in wanted else None
@@ -235,6 +240,7 @@ class CheckpointReader:
             opt_state=from_names(abstract.opt_state, items["opt_state"] if has_state else {}),
             guard=guard,
             average=average,
+            carried=None if carried is None else from_names(carried, items["carried"]),
         )
         return RestoredRun(state, items["loader"], saved)
 
@@ -355,3 +361,14 @@ class CheckpointReader:
 
     def _path(self, step: int) -> AnyPath:
         return self.directory / str(step)
+
+
+def _abstract_carried(
+    saved: TrainConfig, config: TrainConfig, mesh: Mesh | None
+) -> CarriedState | None:
+    """The saved state of the rows, in the layout that it was saved in; None if rows start anew."""
+    is_same = saved.data.carry_state and saved.data.batch_size == config.data.batch_size
+    if not (is_same and config.data.carry_state):
+        return None
+    model = dataclasses.replace(config.model, scan_layers=saved.model.scan_layers)
+    return abstract_carried_state(dataclasses.replace(config, model=model), mesh)

@@ -124,6 +124,9 @@ class DataConfig(TextSource):
     """Rows of a global batch, over all devices."""
     packing: Literal["pack", "pad"] = "pack"
     """Pack several documents into a row as segments, or pad rows that hold one document."""
+    carry_state: bool = False
+    """Documents that are longer than a row go on in the same row of the next batch, with the
+    model's state at the end of the row; gradients stop there. Rows of training only."""
     shuffle_seed: Seed = 0
     """Seed of the document order."""
     num_shards: Interval = 0
@@ -148,6 +151,17 @@ _RULES = (
     Rule(
         lambda c: not (c.heldout_files and c.heldout_sets),
         "data.heldout_files and [[data.heldout_sets]] are both set; make the files a set too",
+    ),
+    Rule(
+        lambda c: not (c.carry_state and c.sources),
+        "data.carry_state is set with [[data.sources]], whose rows do not follow each other; use "
+        "one source, or carry_state = false",
+    ),
+    Rule(
+        lambda c: not (c.carry_state and c.num_workers > 1),
+        "data.carry_state is set with data.num_workers = {c.num_workers}, which read "
+        "batches in turn, so that rows do not follow each other; use 0 or 1, and more "
+        "data.num_shards",
     ),
     Rule(
         lambda c: _are_unique_names(c.sources),

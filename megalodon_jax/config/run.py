@@ -39,6 +39,21 @@ RULES = (
         "resume_step is {c.resume_step}, but resume is not set; add --resume",
     ),
     Rule(
+        lambda c: not c.data.carry_state or c.model.kind == "megalodon",
+        "data.carry_state is set for model.kind = {c.model.kind!r}, whose state grows with the "
+        "document; use a megalodon, or carry_state = false",
+    ),
+    Rule(
+        lambda c: not c.data.carry_state or c.mesh.chunk == 1,
+        "data.carry_state is set with mesh.chunk = {c.mesh.chunk}, but sequence shards start from "
+        "the empty state; use mesh.data, mesh.replica or mesh.model",
+    ),
+    Rule(
+        lambda c: not c.data.carry_state or c.task == "language",
+        "data.carry_state is set for task {c.task!r}, whose rows do not follow each other; use "
+        "task = 'language', or carry_state = false",
+    ),
+    Rule(
         lambda c: not c.profile_steps or _is_step_range(c.profile_steps),
         "profile_steps is {c.profile_steps!r}; use FIRST:END with 1 <= FIRST < END, such as "
         '"10:13"',

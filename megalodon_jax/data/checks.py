@@ -25,6 +25,12 @@ def check_shards(source: Source | StreamedSource, config: DataConfig, num_shards
             f"{config.num_workers} workers each; lower data.num_shards or data.num_workers, or set "
             "data.document_separator"
         )
+    if config.carry_state and isinstance(source, Source) and len(source) < config.batch_size:
+        raise DataError(
+            f"{len(source)} documents are fewer than the {config.batch_size} rows of "
+            "data.batch_size, and data.carry_state gives every row documents of its own; lower "
+            "data.batch_size, or set data.document_separator or carry_state = false"
+        )
     if config.num_workers < 0:
         raise DataError(f"data.num_workers is {config.num_workers}; must not be negative")
     if not 0 <= config.shuffle_seed < 2**32:

@@ -4,7 +4,7 @@ import functools
 import json
 import threading
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
@@ -26,6 +26,7 @@ from megalodon_jax.typing import Batch, CountedBatch
 if TYPE_CHECKING:
     import grain
 
+    from megalodon_jax.data import pipeline
     from megalodon_jax.data.packing import PackedRows
 
 STATE_VERSION = 3
@@ -300,7 +301,8 @@ def make_loader(
     the rows from s·batch_size/S on, so batches do not depend on which process loads which rows. The
     last row of an epoch is padded, so that an epoch has every target exactly once. `num_workers`
     processes help where tokenization is slow (bytes are faster without: 6 to 30 MB/s on one core).
-    With `config.sources`, rows of all sources are mixed by their weights.
+    With `config.sources`, rows of all sources are mixed by their weights. With `config.carry_state`
+    a row continues the same row of the batch before (`streams`): its documents keep their order.
 
     Without `repeat` it is a single pass in a fixed random order, so that the first batches are
     representative; padding rows complete the last batch. Every loader packs all rows and returns
@@ -337,7 +339,9 @@ def make_loader(
     settings = {
         "split": split, "repeat": repeat, **_data_settings(sources, entries),
         "tokenizer": tokenizer.fingerprint(), "seq_len": config.seq_len,
-        "batch_size": config.batch_size, "packing": config.packing,
+        "batch_size": config.batch_size,
+        # One text: checkpoints of versions without carry_state have no setting of its name.
+        "packing": config.packing + (", carry_state" if repeat and config.carry_state else ""),
         "shuffle_seed": config.shuffle_seed,
         "num_readers": max(1, config.num_workers) if repeat else 1,
         "num_shards": num_shards,
@@ -379,11 +383,53 @@ def _reader_opener(
     repeat: bool,
 ) -> OpenReader:
     # A local import: this package imports without grain.
+    from megalodon_jax.data import pipeline, streams
+
+    options = ReadOptions(
+        tokenizer=tokenizer,
+        seq_len=config.seq_len,
+        packing=config.packing,
+        count_bytes=not repeat,
+        on_bad_document=config.on_bad_document,
+        carry_state=repeat and config.carry_state,
+    )
+    open_batches: "Callable[..., grain.IterDataset[PackedRows]]"
+    if options.carry_state:
+        open_batches = functools.partial(
+            streams.StreamDataset, sources[0], options, seed=config.shuffle_seed
+        )
+    else:
+        open_batches = functools.partial(
+            pipeline.BatchDataset,
+            _mixed_sources(sources, entries, repeat=repeat),
+            options,
+            window=max(1, pipeline.WINDOW_TOKENS // config.seq_len) if repeat else 1,
+            document_seed=config.shuffle_seed if repeat else pipeline.SINGLE_PASS_SEED,
+            row_seed=config.shuffle_seed,
+        )
+
+    def open_reader(
+        *, shard: int, num_shards: int, reader: int, num_readers: int, state: str | None
+    ) -> "grain.IterDataset[PackedRows]":
+        num_rows = config.batch_size // num_shards
+        part = Slice(shard + num_shards * reader, num_shards * num_readers)
+        return pipeline.prefetched(
+            open_batches(num_rows=num_rows, part=part, state=state),
+            tokens_per_batch=num_rows * config.seq_len,
+            in_process=repeat and config.num_workers > 0,
+        )
+
+    return open_reader
+
+
+def _mixed_sources(
+    sources: Sequence[Source | StreamedSource], entries: Sequence[TextSource], *, repeat: bool
+) -> "list[pipeline.MixedSource]":
     from megalodon_jax.data import pipeline
 
     mixture = [entry if isinstance(entry, MixtureSource) else None for entry in entries]
     mixture = mixture or [None] * len(sources)
-    mixed = [
+    return [
         pipeline.MixedSource(
             source,
             weight=entry.weight if entry else 1.0,
@@ -391,32 +437,3 @@ def _reader_opener(
         )
         for source, entry in zip(sources, mixture, strict=True)
     ]
-    options = ReadOptions(
-        tokenizer=tokenizer,
-        seq_len=config.seq_len,
-        packing=config.packing,
-        count_bytes=not repeat,
-        on_bad_document=config.on_bad_document,
-    )
-
-    def open_reader(
-        *, shard: int, num_shards: int, reader: int, num_readers: int, state: str | None
-    ) -> "grain.IterDataset[PackedRows]":
-        num_rows = config.batch_size // num_shards
-        batches = pipeline.BatchDataset(
-            mixed,
-            options,
-            num_rows=num_rows,
-            window=max(1, pipeline.WINDOW_TOKENS // config.seq_len) if repeat else 1,
-            document_seed=config.shuffle_seed if repeat else pipeline.SINGLE_PASS_SEED,
-            row_seed=config.shuffle_seed,
-            part=Slice(shard + num_shards * reader, num_shards * num_readers),
-            state=state,
-        )
-        return pipeline.prefetched(
-            batches,
-            tokens_per_batch=num_rows * config.seq_len,
-            in_process=repeat and config.num_workers > 0,
-        )
-
-    return open_reader

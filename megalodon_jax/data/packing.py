@@ -69,13 +69,14 @@ class RowBuilder:
     Args:
       seq_len: tokens of the row.
       dtype: type of the token ids.
+      first_segment: number of the first document.
     """
 
-    def __init__(self, seq_len: int, dtype: np.dtype):
+    def __init__(self, seq_len: int, dtype: np.dtype, *, first_segment: int = 1):
         self._tokens, self._targets = np.zeros((2, seq_len), dtype)
-        self._segment_ids = np.zeros(seq_len, np.min_scalar_type(seq_len))
+        self._segment_ids = np.zeros(seq_len, np.min_scalar_type(seq_len + 1))
         self._num_filled = 0
-        self._num_segments = 0
+        self._num_segments = first_segment - 1
         self._num_documents = 0
         self._num_bytes = 0
 

@@ -213,7 +213,7 @@ class _Mixture:
 
 
 def prefetched(
-    batches: BatchDataset, *, tokens_per_batch: int, in_process: bool
+    batches: grain.IterDataset[PackedRows], *, tokens_per_batch: int, in_process: bool
 ) -> grain.IterDataset[PackedRows]:
     """Reads batches ahead in a thread, or in a process of its own."""
     fitting = PREFETCHED_TOKENS // tokens_per_batch

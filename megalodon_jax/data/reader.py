@@ -31,6 +31,8 @@ class ReadOptions(NamedTuple):
       packing: see `DataConfig.packing`.
       count_bytes: whether to count the text bytes of every token.
       on_bad_document: see `DataConfig.on_bad_document`.
+      carry_state: rows follow each other: documents are numbered as `Batch` says of
+        `data.carry_state`.
     """
 
     tokenizer: Tokenizer
@@ -38,6 +40,7 @@ class ReadOptions(NamedTuple):
     packing: Literal["pack", "pad"]
     count_bytes: bool
     on_bad_document: BadDocuments
+    carry_state: bool = False
 
 
 class _Place(NamedTuple):
@@ -109,16 +112,17 @@ class RowReader:
         """The epoch of the next row; None at the end of the data."""
         return self._document.epoch if self._has_token() and self._document else None
 
-    def next_row(self, epoch: int) -> Row:
-        """The next row, padded at the end of the epoch.
+    def next_row(self, epoch: int | None) -> Row:
+        """The next row, padded at the end of the epoch; None: it goes on with the next epoch.
 
         With packing `pad` a row holds tokens of one document only.
         """
-        row = RowBuilder(self._options.seq_len, self._dtype)
+        first_segment = 2 if self._options.carry_state and not self._continues_document() else 1
+        row = RowBuilder(self._options.seq_len, self._dtype, first_segment=first_segment)
         last_added: NextDocument | None = None
         while not row.is_full and self._has_token():
             document = self._document
-            if document is None or document.epoch != epoch:
+            if document is None or epoch not in (None, document.epoch):
                 break
             self._offset = row.add(self._piece, self._offset, continues=document is last_added)
             last_added = document
@@ -128,6 +132,10 @@ class RowReader:
                     break
         bad_documents, self._bad_documents = self._bad_documents, 0
         return row.build(source=self._source, bad_documents=bad_documents)
+
+    def _continues_document(self) -> bool:
+        """Whether the next token is not the first one of its document."""
+        return self._has_token() and (self._place.has_tokens or self._offset > 0)
 
     def _has_token(self) -> bool:
         """Opens documents and pieces until there is an unread token; False at the end."""

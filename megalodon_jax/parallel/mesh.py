@@ -108,6 +108,11 @@ def check_fits(config: TrainConfig, sizes: dict[str, int]) -> None:
         for name, value, size, axis in sharded
         if value % size
     ]
+    if data.carry_state and sequence_shards > 1:
+        problems.append(
+            f"data.carry_state needs whole rows, but mesh.chunk is {sequence_shards}: sequence "
+            "shards start from the empty state; use mesh.data, mesh.replica or mesh.model"
+        )
     shard_length = data.seq_len // sequence_shards
     if not isinstance(model, ModelConfig):
         if sequence_shards > 1:

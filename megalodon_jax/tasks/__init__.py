@@ -8,7 +8,7 @@ from megalodon_jax.tasks.loaders import (
     TrainingLoader,
     own_loaders,
 )
-from megalodon_jax.tasks.task import Task
+from megalodon_jax.tasks.task import StatefulTask, Task, find_stateful
 
 TASKS: dict[str, Task] = {"language": LanguageModeling()}
 
@@ -20,6 +20,6 @@ def find_task(name: str) -> Task:
 
 __all__ = [
     "TASKS", "HeldoutLoader", "LanguageModeling", "OwnBatches", "OwnHeldout",
-    "Task", "TrainingLoader", "find_task",
+    "StatefulTask", "Task", "TrainingLoader", "find_stateful", "find_task",
     "own_loaders",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megalodon_jax.cache import CarriedState
 from megalodon_jax.config import TrainConfig
 from megalodon_jax.errors import ConfigError
 from megalodon_jax.evaluation.summary import Evaluation, summarize
@@ -45,10 +46,32 @@ class LanguageModeling:
         dropout_key: PRNGKey | None = None,
     ) -> LossOutput:
         """Cross-entropy of the next token."""
-        hidden = model.hidden(
-            batch.tokens, segment_ids=batch.segment_ids, dropout_key=dropout_key
-        ).hidden
-        return cross_entropy(
+        return self._loss_and_state(model, batch, None, config, dropout_key)[0]
+
+    def loss_with_state(
+        self,
+        model: LanguageModel,
+        batch: Batch,
+        state: CarriedState,
+        *,
+        config: TrainConfig,
+        dropout_key: PRNGKey | None = None,
+    ) -> tuple[LossOutput, CarriedState]:
+        """Cross-entropy of the next token in rows that continue those of the batch before."""
+        return self._loss_and_state(model, batch, state, config, dropout_key)
+
+    def _loss_and_state[S: CarriedState | None](
+        self,
+        model: LanguageModel,
+        batch: Batch,
+        state: S,
+        config: TrainConfig,
+        dropout_key: PRNGKey | None,
+    ) -> tuple[LossOutput, S]:
+        hidden, state = model.hidden(
+            batch.tokens, segment_ids=batch.segment_ids, cache=state, dropout_key=dropout_key
+        )
+        sums = cross_entropy(
             hidden,
             model.output_matrix(),
             batch.targets,
@@ -56,6 +79,7 @@ class LanguageModeling:
             z_loss=config.z_loss,
             chunk_size=config.loss_chunk_size,
         )
+        return sums, state
 
     def metric(self, sums: Sequence[LossOutput], num_bytes: int | None) -> Evaluation:
         """Loss, perplexity and bits per byte."""

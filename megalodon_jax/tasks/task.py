@@ -1,9 +1,11 @@
 """The protocol of a task."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
+from megalodon_jax.cache import CarriedState
 from megalodon_jax.config import TrainConfig
+from megalodon_jax.errors import ConfigError
 from megalodon_jax.evaluation.summary import Evaluation
 from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.loss import LossOutput
@@ -56,3 +58,46 @@ class Task(Protocol):
           num_bytes: UTF-8 bytes of the text in them; None: not known.
         """
         ...
+
+
+class StatefulTask(Task, Protocol):
+    """A task whose training rows may continue those of the batch before (`data.carry_state`)."""
+
+    def loss_with_state(
+        self,
+        model: LanguageModel,
+        batch: Batch,
+        state: CarriedState,
+        *,
+        config: TrainConfig,
+        dropout_key: PRNGKey | None = None,
+    ) -> tuple[LossOutput, CarriedState]:
+        """Sums of the loss, and the state after the rows.
+
+        Args:
+          model: the model.
+          batch: numbered as `Batch` says of `data.carry_state`.
+          state: the state before the rows; the model takes it as `cache` and returns the next one.
+          config: the run.
+          dropout_key: turns dropout on.
+        """
+        ...
+
+
+def find_stateful(task: Task) -> StatefulTask:
+    """The task as one with `loss_with_state`.
+
+    Raises:
+      ConfigError: it has none, or changes `loss` and not `loss_with_state`.
+    """
+    kinds = type(task).__mro__
+    first = {
+        name: next((i for i, kind in enumerate(kinds) if name in vars(kind)), len(kinds))
+        for name in ("loss", "loss_with_state")
+    }
+    if not hasattr(task, "loss_with_state") or first["loss"] < first["loss_with_state"]:
+        raise ConfigError(
+            f"data.carry_state is set, but {type(task).__name__} defines its loss for rows that do "
+            "not follow each other; define loss_with_state too, or use carry_state = false"
+        )
+    return cast(StatefulTask, task)

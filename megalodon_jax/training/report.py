@@ -126,4 +126,12 @@ def mean_metrics(window: list[StepMetrics]) -> dict[str, float]:
         "skipped_updates": float(last.skipped),
         "spiked_updates": float(last.spiked),
         "tokens": float(np.sum([metrics.tokens for metrics in window])),
+        **({} if last.carried is None else {"carried_tokens": _carried_fraction(window)}),
     }
+
+
+def _carried_fraction(window: list[StepMetrics]) -> float:
+    """The fraction of the window's tokens in documents that began in an earlier row."""
+    tokens = np.array([metrics.tokens for metrics in window], np.float64)
+    carried = np.array([metrics.carried for metrics in window], np.float64)
+    return float(carried @ tokens) / max(float(tokens.sum()), 1.0)

@@ -129,12 +129,14 @@ def name_checkpoint_of_failure(config: TrainConfig, checkpoints: RunCheckpoints)
 
 
 def changed_settings(saved: TrainConfig, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Settings of the optimizer, its schedule and the guard that differ: old and new values."""
+    """Settings of the optimizer, its schedule, the guard and the rows that differ: old and new."""
     names = (
         "steps", "seed", "z_loss", "max_skipped_updates", "on_spike", "spike_window",
         "spike_threshold",
     )  # fmt: skip
     pairs = {name: (getattr(saved, name), getattr(config, name)) for name in names}
+    for name in ("carry_state", "batch_size"):
+        pairs[f"data.{name}"] = (getattr(saved.data, name), getattr(config.data, name))
     for entry in dataclasses.fields(config.optim):
         values = (getattr(saved.optim, entry.name), getattr(config.optim, entry.name))
         pairs[f"optim.{entry.name}"] = values

@@ -1,7 +1,8 @@
 """The train step and the evaluation step as pure jitted functions."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from megalodon_jax.cache import CarriedState
 from megalodon_jax.config import TrainConfig
 from megalodon_jax.evaluation.summary import EvalStep
 from megalodon_jax.loss import LossOutput
@@ -23,6 +25,7 @@ from megalodon_jax.parallel.mesh import resolve_mesh
 from megalodon_jax.parallel.sharding import batch_sharding
 from megalodon_jax.tasks import Task, find_task
 from megalodon_jax.train_state import TrainState, optimizer_of, state_shardings
+from megalodon_jax.training.carried_rows import RowsLoss, make_loss, start_new
 from megalodon_jax.typing import Array, Batch, Float32, Int32, PRNGKey
 from megalodon_jax.update_guard import Verdict, judge, max_abs, record
 
@@ -42,6 +45,8 @@ class StepMetrics(NamedTuple):
       skipped: number of skipped updates of the run so far.
       skipped_in_row: number of them since the last update that was applied.
       spiked: number of spikes of the run so far.
+      carried: fraction of weighted targets in documents that began in an earlier row, see
+        `data.carry_state`; None without.
     """
 
     loss: Float32[Array, ""]
@@ -55,6 +60,7 @@ class StepMetrics(NamedTuple):
     skipped: Int32[Array, ""]
     skipped_in_row: Int32[Array, ""]
     spiked: Int32[Array, ""]
+    carried: Float32[Array, ""] | None = None
 
 
 _GPU_OPTIONS = {
@@ -86,8 +92,10 @@ def make_train_step(
 
         (sum of weighted token losses + z-losses, over all A batches) / (sum of weights)
 
-    so that accumulation equals one batch of A * B rows. The dropout key is folded from the seed,
-    the step and the index of the batch, so that a resumed run equals an uninterrupted one.
+    so that accumulation equals one batch of A * B rows. With `data.carry_state` batch a + 1 of a
+    step continues the rows of batch a, and the first batch those of the step before. The dropout
+    key is folded from the seed, the step and the index of the batch, so that a resumed run equals
+    an uninterrupted one.
 
     An update that is not finite, and a spike if `on_spike` is "skip", leaves parameters and
     optimizer state as they are; the step counts. The schedule counts applied updates. With an
@@ -111,7 +119,9 @@ def make_train_step(
     def step(state: TrainState, batches: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            sums, gradient = sums_and_gradient(state.params, batches, key)
+            (sums, num_carried, carried), gradient = sums_and_gradient(
+                state.params, batches, state.carried, key
+            )
         gradient = jax.lax.with_sharding_constraint(gradient, shardings.params)
         if on_gpu and mesh.size > 1:
             gradient = jax.tree.map(_row_major, gradient)
@@ -144,7 +154,11 @@ def make_train_step(
         )
         max_param = max_abs(params)
         guard = record(state.guard, config, verdict, max_param=max_param, **metrics)
-        return TrainState(state.step + 1, params, opt_state, guard, average), StepMetrics(
+        if carried is not None:
+            # The state follows the rows, whether or not the update is applied. What a loss that is
+            # not finite leaves in it is not used: documents that go on begin anew.
+            carried = start_new(carried, ~jnp.isfinite(metrics["loss"]))
+        return TrainState(state.step + 1, params, opt_state, guard, average, carried), StepMetrics(
             **metrics,
             z_loss=sums.z_loss_sum / weight,
             accuracy=sums.correct_sum / weight,
@@ -155,15 +169,41 @@ def make_train_step(
             skipped=guard.skipped,
             skipped_in_row=guard.skipped_in_row,
             spiked=guard.spiked,
+            carried=None if num_carried is None else num_carried / weight,
         )
 
-    return jax.jit(
-        step,
+    jit = partial(
+        jax.jit,
         donate_argnums=0,
-        in_shardings=(shardings, batch_sharding(mesh, leading=1)),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         compiler_options=_GPU_OPTIONS if on_gpu else None,
     )
+    rows = batch_sharding(mesh, leading=1)
+    if shardings.carried is None:
+        return jit(step, in_shardings=(shardings, rows))
+
+    def step_from(state: TrainState, carried: CarriedState, batches: Batch):
+        return step(state._replace(carried=carried), batches)
+
+    others = shardings._replace(carried=None)
+    return _StepWithState(jit(step_from, in_shardings=(others, shardings.carried, rows)))
+
+
+class _StepWithState:
+    """A jitted step that donates everything but the state of the rows.
+
+    The backward pass reads the old state after the forward pass has written the new one: in one
+    buffer, the new one would be written elsewhere and copied at the end of the step.
+    """
+
+    def __init__(self, jitted: Any) -> None:
+        self._jitted = jitted
+
+    def __call__(self, state: TrainState, batches: Batch) -> tuple[TrainState, StepMetrics]:
+        return self._jitted(state._replace(carried=None), state.carried, batches)
+
+    def lower(self, state: TrainState, batches: Batch) -> jax.stages.Lowered:
+        return self._jitted.lower(state._replace(carried=None), state.carried, batches)
 
 
 def _injected_learning_rate(opt_state: optax.OptState) -> Float32[Array, ""]:
@@ -204,38 +244,50 @@ def make_eval_step(
     )
 
 
+class _SumsAndGradient(Protocol):
+    def __call__(
+        self, params: nnx.State, batches: Batch, state: CarriedState | None, key: PRNGKey
+    ) -> tuple[RowsLoss, nnx.State]: ...
+
+
 def _make_sums_and_gradient(
     graphdef: nnx.GraphDef, config: TrainConfig, task: Task
-) -> Callable[[nnx.State, Batch, PRNGKey], tuple[LossOutput, nnx.State]]:
-    has_dropout = config.model.has_dropout
+) -> _SumsAndGradient:
+    has_dropout, loss = config.model.has_dropout, make_loss(task, config)
 
     def objective(
-        params: nnx.State, batch: Batch, key: PRNGKey | None
-    ) -> tuple[Float32[Array, ""], LossOutput]:
+        params: nnx.State, batch: Batch, state: CarriedState | None, key: PRNGKey | None
+    ) -> tuple[Float32[Array, ""], RowsLoss]:
         params = stop_frozen_gradients(params, config.optim)
-        sums = task.loss(nnx.merge(graphdef, params), batch, config=config, dropout_key=key)
-        return sums.loss_sum + sums.z_loss_sum, sums
+        out = loss(nnx.merge(graphdef, params), batch, state, key)
+        return out.sums.loss_sum + out.sums.z_loss_sum, out
 
     gradient_of = jax.grad(objective, has_aux=True)
 
-    def of_batch(params: nnx.State, batch: Batch, index: Array | int, key: PRNGKey):
-        gradient, sums = gradient_of(
-            params, batch, jax.random.fold_in(key, index) if has_dropout else None
+    def of_batch(params: nnx.State, batch: Batch, state, index: Array | int, key: PRNGKey):
+        gradient, out = gradient_of(
+            params, batch, state, jax.random.fold_in(key, index) if has_dropout else None
         )
-        return sums, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient)
+        return out, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient)
 
-    def accumulate(params: nnx.State, batches: Batch, key: PRNGKey) -> tuple[LossOutput, nnx.State]:
+    def accumulate(params, batches, state, key) -> tuple[RowsLoss, nnx.State]:
+        first = jax.tree.map(lambda array: array[0], batches)
         if batches.tokens.shape[0] == 1:
-            return of_batch(params, jax.tree.map(lambda array: array[0], batches), 0, key)
+            return of_batch(params, first, state, 0, key)
 
         def add(total, entry):
+            (out, gradient), state = total
             index, batch = entry
-            return jax.tree.map(jnp.add, total, of_batch(params, batch, index, key)), None
+            new, new_gradient = of_batch(params, batch, state, index, key)
+            added = jax.tree.map(jnp.add, (out, gradient), (new._replace(state=None), new_gradient))
+            return (added, new.state), None
 
-        first = jax.tree.map(lambda array: array[0], batches)
-        shapes = jax.eval_shape(of_batch, params, first, 0, key)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        out, gradient = jax.eval_shape(of_batch, params, first, state, 0, key)
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (out._replace(state=None), gradient)
+        )
         indices = jnp.arange(batches.tokens.shape[0])
-        return jax.lax.scan(add, zeros, (indices, batches))[0]
+        (total, state), _ = jax.lax.scan(add, (zeros, state), (indices, batches))
+        return total[0]._replace(state=state), total[1]
 
     return accumulate

@@ -166,7 +166,8 @@ def test_saved_hugging_face_data_sets(tmp_path: Path, datasets):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_streamed_hugging_face_data_sets(tmp_path: Path, datasets, monkeypatch):
+@pytest.mark.parametrize("carry_state", [False, True])
+def test_streamed_hugging_face_data_sets(tmp_path: Path, datasets, monkeypatch, carry_state):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     texts = [f"document {i}" for i in range(30)]
     for part in range(2):
@@ -174,7 +175,7 @@ def test_streamed_hugging_face_data_sets(tmp_path: Path, datasets, monkeypatch):
         (tmp_path / f"{part}.jsonl").write_text("".join(lines))
     config = DataConfig(
         files=(str(tmp_path / "*.jsonl"),), hf_path="json", hf_streaming=True, seq_len=16,
-        batch_size=2, heldout_fraction=0.2,
+        batch_size=2, heldout_fraction=0.2, carry_state=carry_state,
     )  # fmt: skip
     tokenizer = load_tokenizer("bytes")
     parts = []

@@ -79,7 +79,11 @@ def finished_runs(root: Path) -> Path:
     one = _Launcher(root, text, num_processes=1)
     two = _Launcher(root, text, num_processes=2)
     init_from = str(root / "one")
-    one.run(one.config("one", num_shards=2), one.config("one_chunk", chunk=4, init_from=init_from))
+    one.run(
+        one.config("one", num_shards=2),
+        one.config("one_chunk", chunk=4, init_from=init_from),
+        one.config("one_carry", chunk=1, num_shards=2, carry_state=True),
+    )
     _copy_first_checkpoint(root / "one", root / "one_then_two")
     shutil.copytree(root / "one" / "checkpoints" / "6", root / "one_then_two" / "checkpoints" / "6")
     shutil.rmtree(root / "one_then_two" / "checkpoints" / "6" / "opt_state")
@@ -87,11 +91,14 @@ def finished_runs(root: Path) -> Path:
         two.config("two", sample_tokens=4),
         two.config("one_then_two", resume=True),
         two.config("stopped_chunk", chunk=4, init_from=init_from),
+        two.config("two_carry", chunk=1, carry_state=True),
     )
     _copy_first_checkpoint(root / "two", root / "two_then_one")
+    _copy_first_checkpoint(root / "two_carry", root / "carry_then_one")
     shutil.copytree(root / "stopped_chunk", root / "stopped")
     one.run(
         one.config("two_then_one", resume=True),
+        one.config("carry_then_one", chunk=1, carry_state=True, resume=True),
         one.config("stopped_chunk", chunk=4, resume=True),
     )
     return root
@@ -104,8 +111,9 @@ class _Launcher:
         self.root, self.text, self.num_processes = root, text, num_processes
 
     def config(
-        self, name: str, *, chunk: int = 2, num_shards: int = 0, **settings: Any
-    ) -> TrainConfig:
+        self, name: str, *, chunk: int = 2, num_shards: int = 0, carry_state: bool = False,
+        **settings: Any,
+    ) -> TrainConfig:  # fmt: skip
         return TrainConfig(
             model=ModelConfig(
                 cema_implementation="reference", timestep_norm_implementation="reference",
@@ -116,6 +124,7 @@ class _Launcher:
             data=DataConfig(
                 source="files", files=(str(self.text),), document_separator="\0", seq_len=64,
                 batch_size=4, heldout_fraction=0.2, num_shards=num_shards,
+                carry_state=carry_state,
             ),
             mesh=MeshConfig(data=4 // chunk, chunk=chunk),
             optim=OptimConfig(lr=1e-2, warmup_steps=2),
@@ -224,6 +233,13 @@ def check_checkpoints_resume_with_another_number_of_processes(runs: Path) -> Non
         _assert_same_weights(runs / name, runs / "one")
 
 
+def check_rows_of_two_processes_continue_each_other_as_in_one(runs: Path) -> None:
+    for name, after in (("two_carry", 0), ("carry_then_one", 3)):
+        _assert_same_metrics(runs / name, runs / "one_carry", after=after)
+        _assert_same_weights(runs / name, runs / "one_carry")
+    assert _lines(runs / "carry_then_one")[0]["carried_tokens"] > 0.5
+
+
 def check_only_process_0_logs(runs: Path) -> None:
     steps = [line["step"] for line in _lines(runs / "two") if "loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6]
@@ -264,6 +280,7 @@ def test_two_processes(tmp_path):
     runs = finished_runs(tmp_path)
     check_two_processes_train_as_one(runs)
     check_checkpoints_resume_with_another_number_of_processes(runs)
+    check_rows_of_two_processes_continue_each_other_as_in_one(runs)
     check_only_process_0_logs(runs)
     check_both_processes_skip_a_damaged_checkpoint(runs)
     check_a_signal_to_one_process_stops_both(runs)

@@ -163,3 +163,38 @@ def test_what_the_kernels_cannot_do_is_refused(dtype, width, dropout, message):
     drops = None if dropout is None else AttentionDropout(dropout, jax.random.key(0))
     with pytest.raises(ValueError, match=message):
         chunk_attention(*arguments, chunk_size=8, dropout=drops, implementation="mosaic_gpu")
+
+
+@pytest.mark.slow
+def test_packed_rows_after_a_cache_equal_float64():
+    """Training rows that continue documents: both passes, rows at different positions."""
+    chunk_size, length, num_cached = 96, 130, (40, 0)
+    rows = [lay_out((1, 40, 70), (2, 0, 60)), lay_out((1, 192, 3), (2, 0, 120), (0, 0, 7))]
+    positions, segment_ids = (jnp.concatenate(arrays) for arrays in zip(*rows, strict=True))
+    operands = random_operands(2, length, 1, 64, 64)
+    before = random_operands(2, chunk_size, 1, 64, 64, seed=1)
+    filled = np.arange(chunk_size) < np.array(num_cached)[:, None]
+
+    def run_with_cache(implementation, dtype, empty):
+        slots = (
+            np.where(filled[..., None, None], np.asarray(before[name], np.float64), empty)
+            for name in ("k", "v")
+        )
+        cache = KeyValueCache(*(np.swapaxes(a, 1, 2).astype(dtype) for a in slots))
+        return run(
+            operands, implementation, dtype, chunk_size=chunk_size, positions=positions,
+            segment_ids=segment_ids, cache=cache,
+        )  # fmt: skip
+
+    want = run_with_cache("reference", jnp.float64, 0.0)
+    got = run_with_cache("mosaic_gpu", jnp.bfloat16, np.nan)
+    for name, allowed in LARGEST_ERROR.items():
+        error = np.linalg.norm(got[name] - want[name]) / np.linalg.norm(want[name])
+        assert error <= allowed, (name, error)
+    # The cache matters to the first document only.
+    without = run(
+        operands, "reference", jnp.float64, chunk_size=chunk_size, segment_ids=segment_ids,
+        positions=positions,
+    )  # fmt: skip
+    assert np.abs(without["out"][0, :56] - want["out"][0, :56]).max() > 0.1
+    np.testing.assert_array_equal(without["out"][0, 70:], want["out"][0, 70:])
