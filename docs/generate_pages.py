@@ -33,6 +33,8 @@ INCLUDED = {
     "pallas_kernels/rowwise/README.md": "rowwise",
     "pallas_kernels/chunk_decode/README.md": "chunk_decode",
     "pallas_kernels/state_step/README.md": "state_step",
+    "pallas_kernels/norm_state_step/README.md": "norm_state_step",
+    "pallas_kernels/skinny_matmul/README.md": "skinny_matmul",
     "megalodon_jax/bench/README.md": "benchmarks",
     "megalodon_jax/plan/README.md": "plan",
     "CHANGELOG.md": "changelog",

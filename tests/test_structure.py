@@ -50,9 +50,14 @@ LAYERS = [
 TORCH_MODEL = "megalodon_jax.interop.huggingface.torch_source.modeling_megalodon"
 OPERATIONS = (
     "cema", "timestep_norm", "chunk_attention", "rowwise", "chunk_decode", "state_step",
+    "norm_state_step", "skinny_matmul",
 )  # fmt: skip
-# The operation whose step a decoding kernel is, with which it shares types and coefficients.
-SEQUENCE_OPERATIONS = {"chunk_decode": "chunk_attention", "state_step": "cema"}
+# The operations whose step a decoding kernel is, with which it shares types and coefficients.
+SEQUENCE_OPERATIONS = {
+    "chunk_decode": {"chunk_attention"},
+    "state_step": {"cema"},
+    "norm_state_step": {"state_step", "timestep_norm"},
+}
 
 
 @functools.cache
@@ -135,7 +140,7 @@ def test_operations_do_not_import_each_other():
     for name in modules():
         operation = name.split(".")[1] if name.startswith("pallas_kernels.") else None
         if operation in OPERATIONS:
-            allowed = {operation, SEQUENCE_OPERATIONS.get(operation)}
+            allowed = {operation} | SEQUENCE_OPERATIONS.get(operation, set())
             others = {f"pallas_kernels.{other}" for other in OPERATIONS if other not in allowed}
             assert not {i for i in imports(name) if ".".join(i.split(".")[:2]) in others}, name
         if operation == "common":

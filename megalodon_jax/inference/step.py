@@ -22,7 +22,7 @@ from megalodon_jax.typing import Array, Bool, Float, Float32, Int32
 from pallas_kernels.chunk_attention import KeyValueCache
 from pallas_kernels.chunk_decode import ChunkDecodeOutput, chunk_decode
 from pallas_kernels.norm_state_step import NormStateStepOutput, StepNorm, norm_state_step
-from pallas_kernels.norm_state_step.separate import norm_step
+from pallas_kernels.norm_state_step.xla import norm_step
 from pallas_kernels.skinny_matmul import Epilogue, Part, RowNorm, skinny_matmul
 from pallas_kernels.skinny_matmul.xla import normalize
 from pallas_kernels.state_step import CemaStepTables, StateStepOutput, state_step

@@ -18,7 +18,8 @@ from megalodon_jax.modules.matmul import LogicalAxes
 from megalodon_jax.modules.time_norm import TimeNormModule
 from megalodon_jax.parallel.sharding import axis_size, constrain
 from megalodon_jax.typing import Array, Float, Float32
-from pallas_kernels.skinny_matmul import Int8Matrix, Matrix
+from pallas_kernels.skinny_matmul import Int8Matrix
+from pallas_kernels.skinny_matmul.types import Matrix
 from pallas_kernels.state_step import CemaStepTables, cema_step_tables
 
 WeightFormat = Literal["model", "int8"]

@@ -1,14 +1,13 @@
 """The public function of TimestepNorm and CEMA of one token: choose an implementation, call it."""
 
 from collections.abc import Callable
-from functools import partial
 
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.common.dispatch import Implementation, check_implementation
 from pallas_kernels.common.symbolic import has_symbolic_shape
 from pallas_kernels.common.target import find_target
-from pallas_kernels.norm_state_step import separate
+from pallas_kernels.norm_state_step import reference, xla
 from pallas_kernels.norm_state_step.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.norm_state_step.types import NormStateStepOutput, StepNorm
 from pallas_kernels.state_step import CemaStepTables
@@ -16,8 +15,8 @@ from pallas_kernels.timestep_norm import TimestepNormState
 
 # All called as f(x, norm, norm_state, tables, state, active).
 IMPLEMENTATIONS: dict[str, Callable[..., NormStateStepOutput]] = {
-    "reference": partial(separate.norm_state_step, implementation="reference"),
-    "xla": partial(separate.norm_state_step, implementation="xla"),
+    "reference": reference.norm_state_step,
+    "xla": xla.norm_state_step,
     "mosaic_gpu": mosaic_gpu.norm_state_step,
 }
 
@@ -61,7 +60,8 @@ def norm_state_step(
         return IMPLEMENTATIONS[implementation](x, norm, norm_state, tables, state, active)
     if _has_kernel(x, norm, tables):
         return mosaic_gpu.norm_state_step(x, norm, norm_state, tables, state, active)
-    return separate.norm_state_step(x, norm, norm_state, tables, state, active)
+    # CEMA's step may have its own kernel, for other groups of channels.
+    return xla.norm_state_step(x, norm, norm_state, tables, state, active, implementation=None)
 
 
 def _has_kernel(x: Array, norm: StepNorm, tables: CemaStepTables) -> bool:

@@ -61,6 +61,8 @@ API_PACKAGES = (
     "pallas_kernels.rowwise",
     "pallas_kernels.chunk_decode",
     "pallas_kernels.state_step",
+    "pallas_kernels.norm_state_step",
+    "pallas_kernels.skinny_matmul",
 )
 
 

@@ -1,15 +1,11 @@
 """Products of a few rows on Hopper: checks, the tiling and the launch."""
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.common.mosaic_gpu import interpret_params, launch
+from pallas_kernels.common.mosaic_gpu import interpret_params
 from pallas_kernels.common.target import check_hopper
 from pallas_kernels.skinny_matmul.block_sizes import (
     MAX_ROWS,
@@ -18,9 +14,8 @@ from pallas_kernels.skinny_matmul.block_sizes import (
     SkinnyTiling,
     choose_tiling,
 )
-from pallas_kernels.skinny_matmul.mosaic_gpu.kernels import SkinnyOperands, skinny_kernel
+from pallas_kernels.skinny_matmul.mosaic_gpu.kernels import SkinnyOperands
 from pallas_kernels.skinny_matmul.types import (
-    Activation,
     Epilogue,
     Int8Matrix,
     Matrix,
@@ -69,47 +64,11 @@ def skinny_matmul(
     out_features = starts_of(parts)[-1]
     is_paired = epilogue.activation == "swiglu"
     tiling = tiling or choose_tiling(out_features, x.shape[1], is_paired=is_paired)
-    return _launch(
+    return launch_skinny_matmul(
         SkinnyOperands(x, matrix, epilogue._replace(activation=None)),
         norm,
         epilogue.activation,
         tuple(parts),
         tiling,
         interpret_params(),
-    )
-
-
-# Traced and lowered once for all layers: a kernel of 8 rows takes a second or more.
-@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _launch(
-    operands: SkinnyOperands,
-    norm: RowNorm | None,
-    activation: Activation | None,
-    parts: tuple[Part, ...],
-    tiling: SkinnyTiling,
-    interpret: Any,
-) -> tuple[Array, ...]:
-    x, out_features = operands.x, starts_of(parts)[-1]
-
-    def kernel(operands: SkinnyOperands, results: Sequence[Any], outputs_smem: Any) -> None:
-        vectors = operands.epilogue._replace(activation=activation)
-        skinny_kernel(
-            operands._replace(epilogue=vectors),
-            results,
-            outputs_smem,
-            tiling=tiling,
-            norm=norm,
-            parts=parts,
-        )
-
-    return tuple(
-        launch(
-            kernel,
-            operands,
-            [jax.ShapeDtypeStruct((x.shape[0], part.width), part.dtype) for part in parts],
-            name="skinny_matmul",
-            grid={"n": out_features // tiling.rows},
-            scratch=plgpu.SMEM((x.shape[0], tiling.rows), jnp.float32),
-            interpret=interpret,
-        )
     )

@@ -132,7 +132,8 @@ def test_rows_that_are_not_active_keep_their_state(implementation, rows):
     np.testing.assert_allclose(new[:rows][active], exact_state[active], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(new[:rows][~active], state[:rows][~active])
     np.testing.assert_array_equal(new[rows:], state[rows:])
-    error = np.asarray(y, np.float64)[active] - exact_y[active]
+    # The y of other rows may be anything, signaling NaN included.
+    error = np.asarray(y[np.flatnonzero(active)], np.float64) - exact_y[active]
     assert np.linalg.norm(error) <= 2.5e-3 * np.linalg.norm(exact_y[active])
     with pytest.raises(ValueError, match=r"active is bool\(3,\)"):
         state_step(x, cema_step_tables(params), jnp.asarray(state), active[:3])
@@ -146,7 +147,7 @@ def test_token_by_token_equals_the_sequence(implementation):
     rng = np.random.default_rng(3)
     x = jnp.asarray(rng.normal(size=(rows, length, channels)), jnp.bfloat16)
     initial = unpack_state(jnp.asarray(make_state(rows, channels, order, np.float32)))
-    expected = cema(x, params, initial_state=initial, implementation="xla")
+    expected = cema(x, params, initial_state=initial, implementation="reference")
 
     @jax.jit
     def stream(x, params, state):

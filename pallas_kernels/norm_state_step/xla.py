@@ -1,4 +1,4 @@
-"""TimestepNorm and CEMA of one token a row, one after the other."""
+"""TimestepNorm and CEMA of one token a row in plain JAX, one after the other."""
 
 from functools import partial
 
@@ -20,9 +20,9 @@ def norm_state_step(
     state: Float[Array, "S 2N D"],
     active: Bool[Array, " B"] | None,
     *,
-    implementation: Implementation | None = None,
+    implementation: Implementation | None = "xla",
 ) -> NormStateStepOutput:
-    """Two operations. Arguments as in `api.norm_state_step`; `implementation` is `state_step`'s."""
+    """Two operations, of which CEMA's has the given implementation. Arguments as in `api`."""
     u, new_norm = norm_step(x, norm, norm_state, active)
     y, state = state_step(u, tables, state, active, implementation=implementation)
     return NormStateStepOutput(u, y, new_norm, state)

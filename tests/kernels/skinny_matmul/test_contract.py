@@ -1,0 +1,183 @@
+"""Contract of products of a few rows over all implementations, against NumPy in float64."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.common.target import find_target, interpreted
+from pallas_kernels.skinny_matmul import Epilogue, Int8Matrix, Part, RowNorm, skinny_matmul
+from pallas_kernels.skinny_matmul.api import IMPLEMENTATIONS
+
+EPS = 1e-3
+
+
+@pytest.fixture(autouse=True)
+def runnable() -> Iterator[None]:
+    """Kernels run on a Hopper GPU, elsewhere in their interpreter."""
+    if find_target().is_hopper:
+        yield
+        return
+    with interpreted():
+        yield
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def in_numpy(x, weights, norm, bias, activation, scale, added):
+    """The definition; x and weights as the product takes them, in float64."""
+    if norm == "layer":
+        x = x - x.mean(1, keepdims=True)
+    if norm is not None:
+        x = x / np.sqrt((x**2).mean(1, keepdims=True) + EPS)
+    y = x @ weights.T + bias
+    if activation == "silu":
+        y = silu(y)
+    if activation == "swiglu":
+        hidden, gate = np.split(y, 2, axis=1)
+        y = silu(hidden) * gate
+    return y * scale + added.sum(0)
+
+
+def make(rows, in_features, out_features, activation, seed=0):
+    rng = np.random.default_rng(seed)
+    width = out_features // 2 if activation == "swiglu" else out_features
+    x = rng.normal(size=(rows, in_features)) + 0.3
+    weights = rng.normal(size=(out_features, in_features)) / np.sqrt(in_features)
+    vectors = rng.normal(size=out_features), rng.normal(size=width)
+    return x, weights, *vectors, rng.normal(size=(2, rows, width))
+
+
+@pytest.mark.parametrize(
+    ("rows", "in_features", "out_features", "norm", "activation"),
+    [
+        (1, 256, 24, None, None),
+        (2, 768, 16, "rms", "silu"),
+        (3, 512, 48, "layer", None),
+        (4, 256, 16, "layer", "swiglu"),
+        # Two steps of columns, the last one shorter.
+        (2, 2816, 8, "layer", "silu"),
+    ],
+)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16(implementation, rows, in_features, out_features, norm, activation):
+    operands = make(rows, in_features, out_features, activation)
+    x, weights = (jnp.asarray(a, jnp.bfloat16) for a in operands[:2])
+    bias, scale, added = (jnp.asarray(a, jnp.float32) for a in operands[2:])
+    (y,) = jax.jit(
+        lambda x, weights: skinny_matmul(
+            x,
+            weights,
+            parts=[Part(scale.shape[0], jnp.float32)],
+            norm=None if norm is None else RowNorm(norm, EPS),
+            epilogue=Epilogue(bias, activation, scale, list(added)),
+            implementation=implementation,
+        )
+    )(x, weights)
+    exact = in_numpy(
+        np.asarray(x, np.float64), np.asarray(weights, np.float64), norm, bias, activation, scale,
+        np.asarray(added, np.float64),
+    )  # fmt: skip
+    error = np.linalg.norm(np.asarray(y) - exact) / np.linalg.norm(exact)
+    # Without a norm nothing is rounded but the sums; with one the rows may be.
+    assert error <= (1e-6 if norm is None else 2.5e-3)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_the_kernel_rounds_no_float32_row(norm):
+    operands = make(2, 512, 16, None)
+    weights = jnp.asarray(operands[1], jnp.bfloat16)
+    x = jnp.asarray(operands[0], jnp.float32)
+    (y,) = skinny_matmul(
+        x,
+        weights,
+        parts=[Part(16, jnp.float32)],
+        norm=RowNorm(norm, EPS),
+        implementation="mosaic_gpu",
+    )
+    exact = in_numpy(
+        np.asarray(x, np.float64), np.asarray(weights, np.float64), norm, 0, None, 1, np.zeros(1)
+    )
+    assert np.linalg.norm(np.asarray(y) - exact) <= 1e-6 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("norm", [None, "rms", "layer"])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_float64(implementation, norm):
+    x, weights, bias, scale, added = make(3, 7, 5, None)
+    with jax.enable_x64(True):
+        (y,) = skinny_matmul(
+            jnp.asarray(x),
+            jnp.asarray(weights),
+            parts=[Part(5, jnp.float64)],
+            norm=None if norm is None else RowNorm(norm, EPS),
+            epilogue=Epilogue(jnp.asarray(bias), None, jnp.asarray(scale), list(added)),
+            implementation=implementation,
+        )
+    exact = in_numpy(x, weights, norm, bias, None, scale, added)
+    np.testing.assert_allclose(y, exact, rtol=1e-12)
+
+
+@pytest.mark.parametrize("norm", [None, "layer"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_int8(implementation, norm):
+    rng = np.random.default_rng(3)
+    values, scale = rng.integers(-127, 128, (16, 512), dtype=np.int8), rng.random(16) / 100
+    x = jnp.asarray(rng.normal(size=(2, 512)), jnp.bfloat16)
+    (y,) = skinny_matmul(
+        x,
+        Int8Matrix(jnp.asarray(values), jnp.asarray(scale, jnp.float32)),
+        parts=[Part(16, jnp.float32)],
+        norm=None if norm is None else RowNorm(norm, EPS),
+        implementation=implementation,
+    )
+    weights = values * scale[:, None]
+    exact = in_numpy(np.asarray(x, np.float64), weights, norm, 0, None, 1, np.zeros(1))
+    error = np.linalg.norm(np.asarray(y) - exact) / np.linalg.norm(exact)
+    assert error <= (1e-6 if norm is None else 2.5e-3)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_parts_share_the_output_features(implementation):
+    x, weights, bias, *_ = make(3, 256, 40, None)
+    x, weights = jnp.asarray(x, jnp.bfloat16), jnp.asarray(weights, jnp.bfloat16)
+    multiply = partial(
+        skinny_matmul,
+        x,
+        weights,
+        epilogue=Epilogue(jnp.asarray(bias, jnp.float32)),
+        implementation=implementation,
+    )
+    (whole,) = multiply(parts=[Part(40, jnp.float32)])
+    parts = [
+        Part(8, jnp.float32),
+        Part(8, jnp.float32, is_swapped=True),
+        Part(24, jnp.bfloat16),
+        Part(8, jnp.float32),
+    ]
+    first, swapped, second, third = multiply(parts=parts)
+    np.testing.assert_array_equal(first, whole[:, :8])
+    np.testing.assert_array_equal(swapped, whole[:, [1, 0, 3, 2, 5, 4, 7, 6]])
+    np.testing.assert_array_equal(second, whole[:, 8:32].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(third, whole[:, 32:])
+    assert second.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_are_independent(implementation):
+    x, weights, *_ = make(3, 256, 8, None)
+    x, weights = jnp.asarray(x, jnp.float32), jnp.asarray(weights, jnp.bfloat16)
+    multiply = partial(
+        skinny_matmul,
+        parts=[Part(8, jnp.float32)],
+        norm=RowNorm("layer", EPS),
+        implementation=implementation,
+    )
+    (plain,), (disturbed,) = multiply(x, weights), multiply(x.at[1].set(jnp.nan), weights)
+    np.testing.assert_array_equal(plain[np.array([0, 2])], disturbed[np.array([0, 2])])
+    assert np.isnan(disturbed[1]).all()
