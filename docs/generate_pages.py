@@ -10,6 +10,7 @@ from megalodon_jax.cli.help import field_docs
 from megalodon_jax.config import (
     DataConfig,
     HeldoutSet,
+    LoraConfig,
     MeshConfig,
     MixtureSource,
     ModelConfig,
@@ -47,6 +48,7 @@ TABLES: tuple[tuple[str, type], ...] = (
     ("data.sources", MixtureSource),
     ("data.heldout_sets", HeldoutSet),
     ("optim", OptimConfig),
+    ("lora", LoraConfig),
     ("mesh", MeshConfig),
     ("processes", ProcessesConfig),
 )

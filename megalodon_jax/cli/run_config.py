@@ -10,6 +10,7 @@ import tyro
 from megalodon_jax.cli.help import described
 from megalodon_jax.config import (
     DataConfig,
+    LoraConfig,
     MeshConfig,
     OptimConfig,
     ProcessesConfig,
@@ -42,6 +43,7 @@ def _with_preset(config: type, kind: PresetKind) -> Any:
 _TABLES: dict[str, tuple[Any, Any]] = {
     "data": (DataConfig, described(DataConfig)),
     "optim": (OptimConfig, described(OptimConfig)),
+    "lora": (LoraConfig, described(LoraConfig)),
     "mesh": (MeshConfig, _with_preset(MeshConfig, "meshes")),
     "processes": (ProcessesConfig, described(ProcessesConfig)),
 }

@@ -11,6 +11,7 @@ from megalodon_jax.config.kinds import (
     model_config_class,
     model_preset,
 )
+from megalodon_jax.config.lora import LoraConfig
 from megalodon_jax.config.mesh import MeshConfig, ProcessesConfig
 from megalodon_jax.config.model import (
     DType,
@@ -34,6 +35,7 @@ __all__ = [
     "DataConfig",
     "HeldoutSet",
     "InitMode",
+    "LoraConfig",
     "MeshConfig",
     "MixtureSource",
     "ModelConfig",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from megalodon_jax.config.checks import Rule, check
 from megalodon_jax.config.data import DataConfig
 from megalodon_jax.config.kinds import AnyModelConfig
+from megalodon_jax.config.lora import LoraConfig
 from megalodon_jax.config.mesh import MeshConfig, ProcessesConfig
 from megalodon_jax.config.model import ModelConfig
 from megalodon_jax.config.optimizer import OptimConfig
@@ -43,6 +44,14 @@ RULES = (
         "profile_steps is {c.profile_steps!r}; use FIRST:END with 1 <= FIRST < END, such as "
         '"10:13"',
     ),
+    Rule(
+        lambda c: not c.lora.rank or bool(c.init_from),
+        "lora.rank is {c.lora.rank}, but init_from is empty; name the trained model to adapt",
+    ),
+    Rule(
+        lambda c: not c.lora.rank or c.optim.name == "adamw",
+        "lora.rank is {c.lora.rank} and optim.name {c.optim.name!r}; factors are trained by adamw",
+    ),
 )
 
 # Value of `compilation_cache`: the cache directory of the user.
@@ -57,6 +66,7 @@ class TrainConfig:
     model: AnyModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
     task: Literal["language"] = "language"

@@ -284,7 +284,7 @@ def _memory(compiled: jax.stages.Compiled, state: TrainState, machine: Machine) 
     if memory is None:
         raise RuntimeError(f"the compiler for {machine.chip.name} reports no memory")
     return StepMemory(
-        parameters=_local_bytes(state.params),
+        parameters=_local_bytes((state.params, state.base)),
         optimizer=_local_bytes(state.opt_state),
         **memory._asdict(),
         available=int(machine.memory_bytes),

@@ -4,26 +4,29 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from flax import nnx
 
 from megalodon_jax.config import DataConfig, TrainConfig
 from megalodon_jax.data.loader import total_counts
 from megalodon_jax.flops import model_flops_per_token, model_flops_utilization
 from megalodon_jax.parallel import distributed
 from megalodon_jax.tasks import TrainingLoader
+from megalodon_jax.train_state import TrainState
 
 
 def describe_run(
-    config: TrainConfig, params: nnx.State, devices: Sequence[Any], *, first_step: int
+    config: TrainConfig, state: TrainState, devices: Sequence[Any], *, first_step: int
 ) -> str:
     """One line: parameters, devices, directory, and the step of a resumed run."""
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    count = f"{sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters"
+    if state.base is not None:
+        frozen = sum(leaf.size for leaf in jax.tree.leaves(state.base))
+        count += f" of LoRA beside {frozen:,} frozen ones"
     text = f"{len(devices)} x {devices[0].device_kind}"
     text += f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     unused = len(jax.devices()) - len(devices)
     text += f" ({unused} more are not used: set mesh.data to -1)" if unused else ""
     resumed = f", resumed at step {first_step}" if first_step else ""
-    return f"{count:,} parameters on {text}, run_dir {config.run_dir}{resumed}"
+    return f"{count} on {text}, run_dir {config.run_dir}{resumed}"
 
 
 def data_counts(loader: TrainingLoader, data: DataConfig) -> dict[str, float]:
@@ -47,6 +50,9 @@ def utilization(
 ) -> float | None:
     """Model FLOPs utilization; None for a kind of device without known peak."""
     flops = model_flops_per_token(config.model, seq_len=config.data.seq_len)
+    if config.lora.rank:
+        # Of forward, gradients of activations and gradients of weights, the third is not computed.
+        flops = flops * 2 / 3
     return model_flops_utilization(
         tokens_per_second, flops, device_kind=devices[0].device_kind, device_count=len(devices)
     )

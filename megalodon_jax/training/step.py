@@ -22,7 +22,7 @@ from megalodon_jax.optimizer import (
 from megalodon_jax.parallel.mesh import resolve_mesh
 from megalodon_jax.parallel.sharding import batch_sharding
 from megalodon_jax.tasks import Task, find_task
-from megalodon_jax.train_state import TrainState, optimizer_of, state_shardings
+from megalodon_jax.train_state import TrainState, join_params, optimizer_of, state_shardings
 from megalodon_jax.typing import Array, Batch, Float32, Int32, PRNGKey
 from megalodon_jax.update_guard import Verdict, judge, max_abs, record
 
@@ -111,7 +111,7 @@ def make_train_step(
     def step(state: TrainState, batches: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            sums, gradient = sums_and_gradient(state.params, batches, key)
+            sums, gradient = sums_and_gradient(state.params, state.base, batches, key)
         gradient = jax.lax.with_sharding_constraint(gradient, shardings.params)
         if on_gpu and mesh.size > 1:
             gradient = jax.tree.map(_row_major, gradient)
@@ -144,7 +144,8 @@ def make_train_step(
         )
         max_param = max_abs(params)
         guard = record(state.guard, config, verdict, max_param=max_param, **metrics)
-        return TrainState(state.step + 1, params, opt_state, guard, average), StepMetrics(
+        new_state = TrainState(state.step + 1, params, opt_state, guard, average, state.base)
+        return new_state, StepMetrics(
             **metrics,
             z_loss=sums.z_loss_sum / weight,
             accuracy=sums.correct_sum / weight,
@@ -199,41 +200,45 @@ def make_eval_step(
 
     return jax.jit(
         evaluate,
-        in_shardings=(state_shardings(config, mesh).params, batch_sharding(mesh)),
+        in_shardings=(state_shardings(config, mesh).evaluated_params, batch_sharding(mesh)),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
 
 
 def _make_sums_and_gradient(
     graphdef: nnx.GraphDef, config: TrainConfig, task: Task
-) -> Callable[[nnx.State, Batch, PRNGKey], tuple[LossOutput, nnx.State]]:
-    has_dropout = config.model.has_dropout
+) -> Callable[[nnx.State, nnx.State | None, Batch, PRNGKey], tuple[LossOutput, nnx.State]]:
+    has_dropout = config.model.has_dropout or bool(config.lora.rank and config.lora.dropout)
 
     def objective(
-        params: nnx.State, batch: Batch, key: PRNGKey | None
+        params: nnx.State, base: nnx.State | None, batch: Batch, key: PRNGKey | None
     ) -> tuple[Float32[Array, ""], LossOutput]:
-        params = stop_frozen_gradients(params, config.optim)
+        params = join_params(stop_frozen_gradients(params, config.optim), base)
         sums = task.loss(nnx.merge(graphdef, params), batch, config=config, dropout_key=key)
         return sums.loss_sum + sums.z_loss_sum, sums
 
     gradient_of = jax.grad(objective, has_aux=True)
 
-    def of_batch(params: nnx.State, batch: Batch, index: Array | int, key: PRNGKey):
+    def of_batch(
+        params: nnx.State, base: nnx.State | None, batch: Batch, index: Array | int, key: PRNGKey
+    ):
         gradient, sums = gradient_of(
-            params, batch, jax.random.fold_in(key, index) if has_dropout else None
+            params, base, batch, jax.random.fold_in(key, index) if has_dropout else None
         )
         return sums, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient)
 
-    def accumulate(params: nnx.State, batches: Batch, key: PRNGKey) -> tuple[LossOutput, nnx.State]:
+    def accumulate(
+        params: nnx.State, base: nnx.State | None, batches: Batch, key: PRNGKey
+    ) -> tuple[LossOutput, nnx.State]:
         if batches.tokens.shape[0] == 1:
-            return of_batch(params, jax.tree.map(lambda array: array[0], batches), 0, key)
+            return of_batch(params, base, jax.tree.map(lambda array: array[0], batches), 0, key)
 
         def add(total, entry):
             index, batch = entry
-            return jax.tree.map(jnp.add, total, of_batch(params, batch, index, key)), None
+            return jax.tree.map(jnp.add, total, of_batch(params, base, batch, index, key)), None
 
         first = jax.tree.map(lambda array: array[0], batches)
-        shapes = jax.eval_shape(of_batch, params, first, 0, key)
+        shapes = jax.eval_shape(of_batch, params, base, first, 0, key)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         indices = jnp.arange(batches.tokens.shape[0])
         return jax.lax.scan(add, zeros, (indices, batches))[0]
