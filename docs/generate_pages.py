@@ -16,6 +16,7 @@ from megalodon_jax.config import (
     ModelConfig,
     OptimConfig,
     ProcessesConfig,
+    SftConfig,
     TrainConfig,
     TransformerConfig,
     model_preset,
@@ -49,6 +50,7 @@ TABLES: tuple[tuple[str, type], ...] = (
     ("data.heldout_sets", HeldoutSet),
     ("optim", OptimConfig),
     ("lora", LoraConfig),
+    ("sft", SftConfig),
     ("mesh", MeshConfig),
     ("processes", ProcessesConfig),
 )

@@ -14,6 +14,7 @@ from megalodon_jax.config import (
     MeshConfig,
     OptimConfig,
     ProcessesConfig,
+    SftConfig,
     TrainConfig,
     load_config,
     model_preset,
@@ -44,6 +45,7 @@ _TABLES: dict[str, tuple[Any, Any]] = {
     "data": (DataConfig, described(DataConfig)),
     "optim": (OptimConfig, described(OptimConfig)),
     "lora": (LoraConfig, described(LoraConfig)),
+    "sft": (SftConfig, described(SftConfig)),
     "mesh": (MeshConfig, _with_preset(MeshConfig, "meshes")),
     "processes": (ProcessesConfig, described(ProcessesConfig)),
 }

@@ -26,6 +26,7 @@ from megalodon_jax.config.model import (
 from megalodon_jax.config.optimizer import OptimConfig
 from megalodon_jax.config.parsing import config_from_dict, load_config
 from megalodon_jax.config.run import TrainConfig
+from megalodon_jax.config.sft import SftConfig
 from megalodon_jax.config.transformer import AttentionImplementation, TransformerConfig
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "ProcessesConfig",
     "Remat",
     "ResidualConnection",
+    "SftConfig",
     "TextSource",
     "TimeNorm",
     "TrainConfig",

@@ -23,6 +23,7 @@ from megalodon_jax.config.ranges import (
     Tokens,
     Weight,
 )
+from megalodon_jax.config.sft import SftConfig
 
 RULES = (
     Rule(
@@ -49,6 +50,11 @@ RULES = (
         "lora.rank is {c.lora.rank}, but init_from is empty; name the trained model to adapt",
     ),
     Rule(
+        lambda c: c.sft.max_length <= c.data.seq_len,
+        "sft.max_length is {c.sft.max_length}, more than the data.seq_len {c.data.seq_len} of a "
+        "row; an example is never cut by packing",
+    ),
+    Rule(
         lambda c: not c.lora.rank or c.optim.name == "adamw",
         "lora.rank is {c.lora.rank} and optim.name {c.optim.name!r}; factors are trained by adamw",
     ),
@@ -69,8 +75,10 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
-    task: Literal["language"] = "language"
-    """Task of the run: its examples, its loss and its metric."""
+    sft: SftConfig = field(default_factory=SftConfig)
+    task: Literal["language", "sft"] = "language"
+    """Task of the run: its examples, its loss and its metric. language: the next token of running
+    text; sft: supervised fine-tuning, the responses of prompts or of conversations in .jsonl."""
     run_dir: RequiredLocation = "runs/default"
     """Directory of the run's checkpoints, logs and resolved configuration; a path, or a URL gs://
     or s3://."""

@@ -335,10 +335,7 @@ class _Run:
         if sample:
             display.message(f"sample:\n{sample}")
         if heldout is not None:
-            display.message(
-                f"final held-out bits per byte {heldout.bits_per_byte:.4f} "
-                f"({heldout.num_bytes:,} bytes, loss {heldout.loss:.4f} nats per token)"
-            )
+            display.message(f"final held-out {heldout.describe()}")
         if self.stop_signal is None:
             display.message(f"step {self.step}; checkpoints and logs are in {config.run_dir}")
         run_time.write(self.step)
@@ -368,7 +365,7 @@ class _Run:
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
             **self.context.run_time.metrics(),
-            **data_counts(self.context.loader, self.config.data),
+            **data_counts(self.context.loader, self.config),
         }
         self._log(report)
         self._notify("on_report", report)
@@ -416,10 +413,9 @@ class _Run:
             logged[f"heldout_loss/{name}"] = evaluation.loss
             logged[f"heldout_bits_per_byte/{name}"] = evaluation.bits_per_byte
         self._log(logged)
-        text = "".join(f"  {name} {each.bits_per_byte:.4f}" for name, each in by_set.items())
+        text = "".join(f"  {name} {each.describe()}" for name, each in by_set.items())
         self.context.display.message(
-            f"step {self.step}/{self.config.steps}  held-out bits per byte "
-            f"{heldout.bits_per_byte:.4f}  loss {heldout.loss:.4f}{text}"
+            f"step {self.step}/{self.config.steps}  held-out {heldout.describe()}{text}"
         )
         self._notify("on_evaluation", heldout)
         return heldout

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from megalodon_jax.config import DataConfig, TrainConfig
+from megalodon_jax.config import TrainConfig
 from megalodon_jax.data.loader import total_counts
 from megalodon_jax.flops import model_flops_per_token, model_flops_utilization
 from megalodon_jax.parallel import distributed
@@ -29,15 +29,19 @@ def describe_run(
     return f"{count} on {text}, run_dir {config.run_dir}{resumed}"
 
 
-def data_counts(loader: TrainingLoader, data: DataConfig) -> dict[str, float]:
-    """Bad documents, and tokens and documents by source, since the run's first step."""
-    if data.on_bad_document == "stop" and not data.sources:
+def data_counts(loader: TrainingLoader, config: TrainConfig) -> dict[str, float]:
+    """Counts of what was left out, and of tokens and documents by source, since the first step."""
+    data, is_sft = config.data, config.task == "sft"
+    if data.on_bad_document == "stop" and not data.sources and not is_sft:
         return {}
     by_process = distributed.all_gather_json(loader.counts())
     if not any(by_process):
         return {}
     counts = total_counts(by_process)
     found: dict[str, float] = {"bad_documents": sum(entry.bad_documents for entry in counts)}
+    if is_sft:
+        found["dropped_examples"] = sum(entry.dropped for entry in counts)
+        found["truncated_examples"] = sum(entry.truncated for entry in counts)
     if data.sources:
         for name, entry in zip(loader.source_names, counts, strict=True):
             found[f"source_tokens/{name}"] = entry.tokens
