@@ -57,14 +57,27 @@ class TrainedModel(NamedTuple):
     tokenizer: Tokenizer
 
 
-def save_model(model: LanguageModel, run_dir: str | AnyPath, config: TrainConfig) -> None:
+def save_model(
+    model: LanguageModel,
+    run_dir: str | AnyPath,
+    config: TrainConfig,
+    *,
+    tokenizer: Tokenizer | None = None,
+) -> None:
     """Saves a model as a run directory for generation, evaluation and `init_from`.
+
+    Args:
+      model: the model.
+      run_dir: the new run's directory.
+      config: the training configuration.
+      tokenizer: the model's; None: that of `config`.
 
     Raises:
       CheckpointError: `run_dir` already has checkpoints, or the save failed.
       DataError: the tokenizer of `config` cannot be read.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(config.data.tokenizer)
     with RunCheckpoints(run_dir) as checkpoints:
         if steps := checkpoints.steps():
             raise CheckpointError(

@@ -167,6 +167,9 @@ class Convert:
     the files of PEFT."""
     base: str = ""
     """Where the base of a run with LoRA is now, if it has been moved."""
+    special_tokens: tuple[str, ...] = ()
+    """Special tokens to add to the tokenizer, such as "<|im_start|>" "<|im_end|>"; their rows in
+    the model are the mean of the old ones."""
 
     def run(self) -> int:
         """Says what was written."""
@@ -183,6 +186,7 @@ class Convert:
             allow_unverified=self.allow_unverified,
             merge=self.merge,
             base=self.base,
+            special_tokens=self.special_tokens,
         )
         print(line)
         return 0

@@ -1,6 +1,7 @@
 """Conversion between released checkpoints, .safetensors files, runs and the Hugging Face form."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -9,6 +10,7 @@ import jax
 from flax import nnx
 
 from megalodon_jax.checkpoints import save_model
+from megalodon_jax.checkpoints.tokenizer_files import relative_path
 from megalodon_jax.config import LoraConfig, TrainConfig, load_config, model_preset
 from megalodon_jax.errors import ConvertError
 from megalodon_jax.interop.huggingface import MAX_SHARD_BYTES, push_to_hub, write_huggingface
@@ -22,6 +24,7 @@ from megalodon_jax.interop.safetensors_files import (
     write_safetensors,
 )
 from megalodon_jax.interop.sources import Source, is_run, read_source, require_local
+from megalodon_jax.interop.vocabulary import add_special_tokens, grow_vocabulary
 from megalodon_jax.presets import preset_names
 from megalodon_jax.storage.files import exists
 from megalodon_jax.storage.location import AnyPath, as_path, is_store
@@ -43,6 +46,7 @@ def convert(
     allow_unverified: bool = False,
     merge: bool = False,
     base: str = "",
+    special_tokens: Sequence[str] = (),
 ) -> str:
     """Converts a model's weights; never overwrites a file or directory.
 
@@ -65,6 +69,8 @@ def convert(
       merge: merge the LoRA factors of a run into their kernels; False: a folder gets the factors
         alone, in the files of PEFT.
       base: where the base of a run with LoRA is now; empty: where the run has read it.
+      special_tokens: tokens to add to the tokenizer, with rows in the embedding and the output
+        matrix that are the mean of the old ones; scores of old tokens stay.
 
     Returns:
       A line that describes what was written.
@@ -85,12 +91,14 @@ def convert(
         source,
         None if config is None else _read_config(config),
         tokenizer=tokenizer,
-        reads_tokenizer=form == "huggingface",
+        reads_tokenizer=form == "huggingface" or bool(special_tokens),
         allow_unverified=allow_unverified,
         load_base=partial(load_base, path=base),
         merges_lora=merge,
     )
     require_megalodon(read.config.model)
+    if special_tokens:
+        read = _with_special_tokens(read, special_tokens, target, form, merge=merge)
     if read.lora is not None and not merge:
         contents = _write_adapter(read, target, form, read.lora, base)
     elif merge and read.lora is None:
@@ -134,7 +142,8 @@ def _form(source: AnyPath, target: AnyPath, to: Form | None) -> Form:
 def _write(read: Source, target: AnyPath, form: Form, max_shard_bytes: int) -> str:
     """Writes one form; returns a few words on it."""
     if form == "run":
-        save_model(read.model, target, dataclasses.replace(read.config, run_dir=str(target)))
+        config = dataclasses.replace(read.config, run_dir=str(target))
+        save_model(read.model, target, config, tokenizer=read.tokenizer)
         return "a run directory for generate, evaluate and init_from"
     require_local(target)
     target = Path(target)
@@ -153,6 +162,27 @@ def _write(read: Source, target: AnyPath, form: Form, max_shard_bytes: int) -> s
     )
     has = "" if read.tokenizer is not None else ", without a tokenizer"
     return f"the Hugging Face form{has}"
+
+
+def _with_special_tokens(
+    read: Source, tokens: Sequence[str], target: AnyPath, form: Form, *, merge: bool
+) -> Source:
+    """The source with a tokenizer and a model that know more tokens."""
+    if form == "safetensors" or read.tokenizer is None or (read.lora is not None and not merge):
+        reason = "the source has no tokenizer; name one with --tokenizer"
+        if form == "safetensors":
+            reason = f"{target} would keep no tokenizer; give a folder"
+        elif read.tokenizer is not None:
+            reason = "LoRA factors have no rows of tokens; add --merge"
+        raise ConvertError(f"cannot add special tokens: {reason}")
+    tokenizer = add_special_tokens(read.tokenizer, tokens)
+    model = grow_vocabulary(read.model, tokenizer.vocab_size, num_trained=read.tokenizer.vocab_size)
+    # The copy that a run keeps.
+    data = dataclasses.replace(
+        read.config.data, tokenizer=str(target / str(relative_path(tokenizer)))
+    )
+    config = dataclasses.replace(read.config, model=model.config, data=data)
+    return read._replace(model=model, config=config, tokenizer=tokenizer)
 
 
 def _write_adapter(read: Source, target: AnyPath, form: Form, lora: LoraConfig, base: str) -> str:
