@@ -117,8 +117,9 @@ class TrainConfig:
     """A spike is above the median by this number of deviations (1.4826 times the median absolute
     deviation, at least 1 % of the median)."""
     init_from: Location = ""
-    """Initialize the weights from this run_dir, trained or converted; a path, or a URL gs:// or
-    s3://; empty: random weights."""
+    """Initialize the weights from this run_dir or one of its checkpoints (also a URL gs:// or s3://),
+    .safetensors file, folder in the Hugging Face form or released checkpoint, of a model that
+    differs in chunk_size and rope_base at most; empty: random weights."""
     resume: bool = False
     """Resume from the newest checkpoint in `run_dir`; an error if there is none."""
     auto_resume: bool = False
