@@ -197,15 +197,20 @@ class SharedInput:
 
     def product(self, linear: Linear) -> Float[Array, "... out"]:
         """X W of one of the layers, in its `dtype`, with what LoRA adds."""
-        index = next(i for i, each in enumerate(self._linears) if each is linear)
-        y = self._base_product(linear, index)
+        y = self._base_product(linear)
         if linear.lora is None:
             return y
-        return y + linear.lora_product(self.x, fold_key(self._dropout_key, index))
+        key = self._dropout_key
+        key = None if key is None else fold_key(key, self._index(linear))
+        return y + linear.lora_product(self.x, key)
 
-    def _base_product(self, linear: Linear, index: int) -> Array:
+    def _index(self, linear: Linear) -> int:
+        # `nnx.tabulate` calls copies of the layers, which are none of these.
+        return next(i for i, each in enumerate(self._linears) if each is linear)
+
+    def _base_product(self, linear: Linear) -> Array:
         if self._products is not None:
-            return self._products[index]
+            return self._products[self._index(linear)]
         if is_wrapped_by_qwix(linear):
             return interceptable_matmul(self.x, linear.kernel[...], linear.dtype, linear.axes)
         if is_quantized(linear.kernel[...]):
