@@ -106,7 +106,21 @@ def _place(params: nnx.State, config: TrainConfig, mesh: Mesh | None) -> nnx.Sta
 def load_base(
     record: BaseRecord, config: TrainConfig, mesh: Mesh | None, *, path: str = ""
 ) -> nnx.State:
-    """The base of a run with LoRA (see `checkpoints.LoadBase`).
+    """The parameters that `read_base` gives; the `checkpoints.LoadBase` of every form."""
+    return read_base(record, config, mesh, path=path).params
+
+
+class Base(NamedTuple):
+    """The base of a run with LoRA, and the record of where it was found."""
+
+    params: nnx.State
+    record: BaseRecord
+
+
+def read_base(
+    record: BaseRecord, config: TrainConfig, mesh: Mesh | None, *, path: str = ""
+) -> Base:
+    """Reads the base that a checkpoint of LoRA factors needs.
 
     Args:
       record: of the checkpoint.
@@ -127,5 +141,6 @@ def load_base(
         raise MismatchError(
             f"the base of the LoRA run {config.run_dir} cannot be read from {path}: {error}"
         ) from error
-    check_same_base(record, weights.record(), config.run_dir)
-    return weights.params
+    found = weights.record()
+    check_same_base(record, found, config.run_dir)
+    return Base(weights.params, found)

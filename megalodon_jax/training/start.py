@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from megalodon_jax.checkpoints import RestoredRun, RunCheckpoints, restore_for_resume
 from megalodon_jax.config import TrainConfig
 from megalodon_jax.errors import CheckpointError, ConfigError
-from megalodon_jax.interop.initial_weights import load_base, read_initial_weights
+from megalodon_jax.interop.initial_weights import read_base, read_initial_weights
 from megalodon_jax.tasks import TrainingLoader
 from megalodon_jax.train_state import (
     TrainState,
@@ -83,6 +83,6 @@ def _base_of_resumed(
     if record is None:
         raise CheckpointError(f"the checkpoint in {config.run_dir} does not name its base")
     is_moved = config.init_from != restored.config.init_from
-    base = load_base(record, config, mesh, path=config.init_from if is_moved else "")
-    checkpoints.keep_base(record)
-    return base
+    base = read_base(record, config, mesh, path=config.init_from if is_moved else "")
+    checkpoints.keep_base(base.record)
+    return base.params

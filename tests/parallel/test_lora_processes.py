@@ -41,4 +41,4 @@ def test_two_processes_train_the_factors_of_one(text_file, tmp_path):
     with RunCheckpoints(tmp_path / "both", read_only=True) as checkpoints:
         restored = checkpoints.restore(6, dataclasses.replace(resumed, mesh=MeshConfig()))
     assert restored.base is not None
-    assert restored.base.path == str(tmp_path / "base" / "checkpoints" / "6")
+    assert restored.base.path == str(tmp_path / "base.safetensors")

@@ -178,7 +178,12 @@ def test_another_base_or_other_factors_are_refused(adapted, trained_run, tmp_pat
     chex.assert_trees_all_equal(nnx.state(moved), nnx.state(want))
     with pytest.raises(MismatchError, match=r"the base of the LoRA run .* cannot be read"):
         megalodon_jax.load(run.run_dir, base=str(tmp_path / "nothing"))
-    assert train(dataclasses.replace(run, init_from=str(tmp_path / "copy.safetensors"))).step == 7
+    copied = dataclasses.replace(run, init_from=str(tmp_path / "copy.safetensors"))
+    assert train(copied).step == 7
+    with RunCheckpoints(run.run_dir, read_only=True) as checkpoints:
+        record = checkpoints.restore(7, copied).base
+    assert record is not None
+    assert record.path == copied.init_from
 
 
 @pytest.mark.slow
