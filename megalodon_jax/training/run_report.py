@@ -55,7 +55,7 @@ def utilization(
     """Model FLOPs utilization; None for a kind of device without known peak."""
     flops = model_flops_per_token(config.model, seq_len=config.data.seq_len)
     if config.lora.rank:
-        # Of forward, gradients of activations and gradients of weights, the third is not computed.
+        # The gradients of frozen weights, a third of the products, are not computed.
         flops = flops * 2 / 3
     return model_flops_utilization(
         tokens_per_second, flops, device_kind=devices[0].device_kind, device_count=len(devices)

@@ -88,7 +88,7 @@ def test_a_template_without_agreeing_prefixes_is_refused():
     template = ChatTemplate(FORGETS, name="the template")
     with pytest.raises(DataError, match=r"the template renders message 1 .*% generation %"):
         encode_example(json.dumps({"messages": TALK[1:]}), ByteTokenizer(), template)
-    # Of a single answer nothing is forgotten.
+    # A conversation with a single answer has one way only.
     assert encode_example(json.dumps({"messages": TALK[1:3]}), ByteTokenizer(), template)
 
 
