@@ -192,7 +192,7 @@ class ChatTemplate:
         These are the `{% generation %}` blocks of the template. Without them they are, for every
         answer, what follows the rendered messages before it and the generation prompt. The text is
         tokenized in these spans, as a model that continues a prompt sees it. The last answer ends
-        with `eos_id`: it is added if the template writes none.
+        with `eos_id`: it is added if the template writes none in it or after it.
 
         Args:
           tokenizer: the model's.
@@ -206,15 +206,15 @@ class ChatTemplate:
         text = self._render(messages, special, False, keeps_marks=True)
         spans = split_at_marks(text) if START in text else self._spans(text, messages, special)
         ids, mask = [tokenizer.bos_id], [False]
-        last_answer: list[int] = []
+        after_answer: list[int] = []
         for span, is_assistant in spans:
             new = _encode(tokenizer, span, special)
             if len(ids) == 1 and new[:1] == ids:
                 del new[0]
             ids += new
             mask += [is_assistant] * len(new)
-            last_answer = new if is_assistant else last_answer
-        if messages[-1].role == "assistant" and tokenizer.eos_id not in last_answer:
+            after_answer = new if is_assistant else [*after_answer, *new]
+        if messages[-1].role == "assistant" and tokenizer.eos_id not in after_answer:
             ids.append(tokenizer.eos_id)
             mask.append(True)
         return ConversationTokens(np.asarray(ids, np.int32), np.asarray(mask))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalodon_jax.config import DataConfig, SftConfig, TrainConfig
+from megalodon_jax.config import DataConfig, HeldoutSet, MixtureSource, SftConfig, TrainConfig
 from megalodon_jax.data import ByteTokenizer, load_tokenizer, merge_states, total_counts
 from megalodon_jax.data.chat_template import ChatTemplate, Message
 from megalodon_jax.data.examples import encode_example
@@ -82,6 +82,16 @@ def test_the_plain_template_ends_the_last_answer():
     assert example.stream.tolist() == [256, *text, 256]
     responses = np.asarray(example.stream[1:])[example.is_response]
     assert responses.tolist() == [*b" Hello.\n", *b" Me.\n", 256]
+
+
+def test_an_end_outside_of_the_block_is_not_repeated(tmp_path):
+    outside = WITH_BLOCKS.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    assert outside != WITH_BLOCKS
+    tokenizer = load_tokenizer(str(write_tokenizer(tmp_path, {"chat_template": outside})))
+    found = own_template(tokenizer).encode_with_mask(tokenizer, [Message(**e) for e in TALK])
+    assert found.ids[-2:].tolist() == expected_ids(tokenizer, "<|im_end|>", "\n")
+    example = encode_example(json.dumps({"messages": TALK}), tokenizer, own_template(tokenizer))
+    assert example.stream[-3:].tolist() == expected_ids(tokenizer, "Me.")
 
 
 def test_a_template_without_agreeing_prefixes_is_refused():
@@ -264,3 +274,29 @@ def test_data_that_cannot_be_examples(config, tmp_path):
         loader_of(dataclasses.replace(config, data=data))
     with pytest.raises(ConfigError, match=r"sft.max_length is 32, more than the data.seq_len 31"):
         dataclasses.replace(config, sft=SftConfig(max_length=32))
+
+
+def test_a_mixture_with_a_heldout_set(config, tmp_path):
+    lines = [json.dumps({"prompt": "other", "response": f"x{i}"}) for i in range(7)]
+    for name in ("other", "check"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    sources = (
+        MixtureSource(name="main", files=config.data.files, weight=3.0),
+        MixtureSource(name="other", files=(str(tmp_path / "other.jsonl"),)),
+    )
+    heldout = HeldoutSet(name="check", files=(str(tmp_path / "check.jsonl"),))
+    data = DataConfig(
+        sources=sources, heldout_sets=(heldout,), seq_len=SEQ_LEN, batch_size=4
+    )  # fmt: skip
+    mixed = dataclasses.replace(config, data=data)
+    training, sets = find_task("sft").open_loaders(
+        mixed, ByteTokenizer(), rows=range(4), num_shards=1
+    )
+    for _ in range(20):
+        next(training)
+    main, other = total_counts([training.counts()])
+    assert 2.5 < main.tokens / other.tokens < 3.5
+    found = [each for batch, _ in sets["check"].with_bytes() for each in examples_of(batch)]
+    assert sorted(found) == [(b"other", f"x{i}".encode()) for i in range(7)]
+    for loader in (training, sets["check"]):
+        loader.close()
