@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from megalodon_jax.config import DataConfig, HeldoutSet, MixtureSource, SftConfig, TrainConfig
-from megalodon_jax.data import ByteTokenizer, load_tokenizer, merge_states, total_counts
+from megalodon_jax.data import (
+    ByteTokenizer,
+    load_tokenizer,
+    merge_states,
+    pipeline,
+    total_counts,
+)
 from megalodon_jax.data.chat_template import ChatTemplate, Message
 from megalodon_jax.data.examples import encode_example
 from megalodon_jax.errors import ConfigError, DataError
@@ -276,7 +282,8 @@ def test_data_that_cannot_be_examples(config, tmp_path):
         dataclasses.replace(config, sft=SftConfig(max_length=32))
 
 
-def test_a_mixture_with_a_heldout_set(config, tmp_path):
+def test_a_mixture_with_a_heldout_set(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "WINDOW_TOKENS", 1 << 10)
     lines = [json.dumps({"prompt": "other", "response": f"x{i}"}) for i in range(7)]
     for name in ("other", "check"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
@@ -295,7 +302,8 @@ def test_a_mixture_with_a_heldout_set(config, tmp_path):
     for _ in range(20):
         next(training)
     main, other = total_counts([training.counts()])
-    assert 2.5 < main.tokens / other.tokens < 3.5
+    # Rows are whole: their tokens differ from window to window.
+    assert 2.2 < main.tokens / other.tokens < 4.0
     found = [each for batch, _ in sets["check"].with_bytes() for each in examples_of(batch)]
     assert sorted(found) == [(b"other", f"x{i}".encode()) for i in range(7)]
     for loader in (training, sets["check"]):
