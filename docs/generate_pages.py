@@ -10,11 +10,13 @@ from megalodon_jax.cli.help import field_docs
 from megalodon_jax.config import (
     DataConfig,
     HeldoutSet,
+    LoraConfig,
     MeshConfig,
     MixtureSource,
     ModelConfig,
     OptimConfig,
     ProcessesConfig,
+    SftConfig,
     TrainConfig,
     TransformerConfig,
     model_preset,
@@ -49,6 +51,8 @@ TABLES: tuple[tuple[str, type], ...] = (
     ("data.sources", MixtureSource),
     ("data.heldout_sets", HeldoutSet),
     ("optim", OptimConfig),
+    ("lora", LoraConfig),
+    ("sft", SftConfig),
     ("mesh", MeshConfig),
     ("processes", ProcessesConfig),
 )

@@ -1,6 +1,7 @@
 """Trained models in Python: `load` reads every form that this package writes, `save` writes one."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,13 +14,16 @@ from megalodon_jax.config.model import DType
 from megalodon_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from megalodon_jax.errors import ConvertError
 from megalodon_jax.interop.huggingface import MAX_SHARD_BYTES, write_huggingface
+from megalodon_jax.interop.initial_weights import load_base
 from megalodon_jax.interop.safetensors_files import write_safetensors
 from megalodon_jax.interop.sources import read_source, require_local
 from megalodon_jax.language_model import LanguageModel
+from megalodon_jax.lora import has_lora
 from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel.sharding import with_shardings
 from megalodon_jax.storage.files import exists
 from megalodon_jax.storage.location import AnyPath, as_path
+from megalodon_jax.train_state import abstract_run_model
 
 
 class Pretrained(NamedTuple):
@@ -35,6 +39,8 @@ def load(
     mesh: Mesh | None = None,
     dtype: DType | None = None,
     tokenizer: str = "",
+    base: str = "",
+    merge_lora: bool = True,
 ) -> Pretrained:
     """A trained model and its tokenizer, of any form that this package writes.
 
@@ -48,6 +54,10 @@ def load(
       dtype: dtype of the computation, "float32" or "bfloat16"; None: as trained. The parameters
         keep theirs.
       tokenizer: "bytes" or a tokenizer file to use instead of the model's own.
+      base: where the base of a run with LoRA is now; empty: where the run has read it.
+      merge_lora: merge the factors of a run with LoRA into their kernels; False: they stay
+        `nnx.LoRAParam`s beside them, for a call of the model or training; `Engine` and `save` need
+        them merged.
 
     Returns:
       The model and its tokenizer. Released checkpoints, and models saved without a tokenizer, have
@@ -58,15 +68,29 @@ def load(
 
     Raises:
       ConvertError: there is no such source, it is of another kind, or its files are damaged.
-      CheckpointError: the run has no readable checkpoint.
+      CheckpointError: the run has no readable checkpoint, or the base of its factors is missing.
+      MismatchError: the base has other weights than those that the factors were trained for.
       DataError: the tokenizer cannot be read.
       ConfigError: the parameters do not divide over the mesh.
     """
-    read = read_source(source, tokenizer=tokenizer, reads_tokenizer=True, mesh=mesh)
+    read = read_source(
+        source,
+        tokenizer=tokenizer,
+        reads_tokenizer=True,
+        mesh=mesh,
+        load_base=partial(load_base, path=base),
+        merges_lora=merge_lora,
+    )
     graphdef, params = nnx.split(read.model, nnx.Param)
     if dtype is not None:
         # Only the static structure knows the dtype of the computation.
-        graphdef, _ = abstract_model(dataclasses.replace(read.model.config, dtype=dtype))
+        changed = dataclasses.replace(read.model.config, dtype=dtype)
+        graphdef, _ = abstract_model(changed)
+        if read.lora is not None and not merge_lora:
+            adapted = dataclasses.replace(
+                read.config, model=changed, lora=read.lora, init_from=str(source)
+            )
+            graphdef = abstract_run_model(adapted).graphdef
     place = jax.local_devices()[0]
     if mesh is not None:
         place = jax.tree.map(lambda leaf: leaf.sharding, with_shardings(params, mesh))
@@ -98,6 +122,11 @@ def save(
         Transformer: keep its run directory), or the file cannot keep the tokenizer.
       StateDictError: the model is an ablation.
     """
+    if has_lora(model):
+        raise ConvertError(
+            "the model has LoRA factors, for which this form has no names; save "
+            "megalodon_jax.lora.merge_lora(model)"
+        )
     path = as_path(path)
     require_local(path)
     path = Path(path)

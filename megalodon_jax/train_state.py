@@ -16,7 +16,8 @@ from megalodon_jax.carried_state import (
     resumed_carried_state,
 )
 from megalodon_jax.config import TrainConfig
-from megalodon_jax.models import abstract_model, build_model
+from megalodon_jax.lora import add_lora
+from megalodon_jax.models import build_model
 from megalodon_jax.optimizer import first_moments, make_optimizer
 from megalodon_jax.parallel.mesh import resolve_mesh
 from megalodon_jax.parallel.sharding import shardings_of, with_shardings
@@ -29,12 +30,13 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: number of updates so far.
-      params: the model's parameters, `nnx.split(model, nnx.Param)[1]`.
+      params: the parameters that an update may change: the model's, or the factors of LoRA.
       opt_state: the optimizer's moments (float32) and counts.
       guard: recent losses and gradient norms, and counts of skipped updates and of spikes.
-      average: the exponential moving average of the parameters (float32); None without.
+      average: the exponential moving average of `params` (float32); None without.
       carried: the streaming state at the end of every training row, see `data.carry_state`; None
         without.
+      base: the frozen parameters of a run with LoRA, which its checkpoints leave out; else None.
     """
 
     step: Int32[Array, ""]
@@ -43,11 +45,17 @@ class TrainState(NamedTuple):
     guard: GuardState
     average: nnx.State | None = None
     carried: CarriedState | None = None
+    base: nnx.State | None = None
 
     @property
     def evaluated_params(self) -> nnx.State:
-        """The parameters that evaluations take: their average if there is one."""
-        return self.params if self.average is None else self.average
+        """All parameters that evaluations take: the average where there is one."""
+        return join_params(self.params if self.average is None else self.average, self.base)
+
+
+def join_params(params: nnx.State, base: nnx.State | None) -> nnx.State:
+    """All parameters of a model, from the trained and the frozen ones of a `TrainState`."""
+    return params if base is None else nnx.merge_state(base, params)
 
 
 def init_state(
@@ -55,6 +63,7 @@ def init_state(
     mesh: Mesh | None = None,
     *,
     optimizer: optax.GradientTransformation | None = None,
+    base: nnx.State | None = None,
 ) -> tuple[nnx.GraphDef, TrainState]:
     """Initializes parameters from `config.seed` and the optimizer state, directly sharded.
 
@@ -64,6 +73,7 @@ def init_state(
       config: the run.
       mesh: devices; None: those of `config.mesh`.
       optimizer: an optimizer instead of that of `config.optim`; None: that one.
+      base: the sharded frozen parameters of a run with LoRA; None: random ones.
 
     Returns:
       The model's static structure and the state of step 0.
@@ -72,18 +82,60 @@ def init_state(
     shardings = state_shardings(config, mesh, optimizer=optimizer)
     used = optimizer_of(config, optimizer)
 
-    @partial(jax.jit, out_shardings=shardings[:3])
-    def create() -> tuple[Int32[Array, ""], nnx.State, optax.OptState]:
-        params = nnx.split(build_model(config.model, rngs=nnx.Rngs(config.seed)), nnx.Param)[1]
-        return jnp.zeros((), jnp.int32), params, used.init(params)
+    needs_base = base is None
 
-    step, params, opt_state = create()
+    @partial(jax.jit, out_shardings=(*shardings[:3], shardings.base if needs_base else None))
+    def create() -> tuple[Int32[Array, ""], nnx.State, optax.OptState, nnx.State | None]:
+        _, params, frozen = _split_model(config)
+        frozen = frozen if needs_base else None
+        return jnp.zeros((), jnp.int32), params, used.init(params), frozen
+
+    step, params, opt_state, frozen = create()
     # A program of its own: fused into the initialization it would change how weights are rounded.
     guard = fresh_guard(config, params, opt_state, mesh)
     average = fresh_average(config, params, mesh)
-    carried = fresh_carried_state(config, mesh)
-    state = TrainState(step, params, opt_state, guard, average, carried)
-    return abstract_model(config.model)[0], state
+    state = TrainState(
+        step,
+        params,
+        opt_state,
+        guard,
+        average,
+        carried=fresh_carried_state(config, mesh),
+        base=frozen if needs_base else base,
+    )
+    return abstract_run_model(config)[0], state
+
+
+class RunModel(NamedTuple):
+    """The model of a run: its static structure, the trained parameters, and the frozen base."""
+
+    graphdef: nnx.GraphDef
+    params: nnx.State
+    base: nnx.State | None
+
+
+def abstract_run_model(config: TrainConfig) -> RunModel:
+    """The model of a run, factors of LoRA included, with shapes and dtypes in place of arrays."""
+    found: list[nnx.GraphDef] = []
+
+    def split() -> tuple[nnx.State, nnx.State | None]:
+        graphdef, params, base = _split_model(config)
+        found.append(graphdef)
+        return params, base
+
+    params, base = jax.eval_shape(split)
+    return RunModel(found[0], params, base)
+
+
+def _split_model(config: TrainConfig) -> RunModel:
+    rngs = nnx.Rngs(config.seed)
+    model = build_model(config.model, rngs=rngs)
+    if not config.lora.rank:
+        graphdef, params = nnx.split(model, nnx.Param)
+        return RunModel(graphdef, params, None)
+    add_lora(model, config.lora, rngs=rngs)
+    graphdef, params, base = nnx.split(model, nnx.LoRAParam, nnx.Param)
+    return RunModel(graphdef, params, base)
 
 
 def fresh_average(
@@ -191,10 +243,11 @@ def _abstract_state(
     """Shapes and dtypes of all but the state of the rows."""
     used = optimizer_of(config, optimizer)
 
-    def init(params: nnx.State) -> TrainState:
+    def init(params: nnx.State, base: nnx.State | None) -> TrainState:
         opt_state = used.init(params)
         guard = init_guard(config, params, first_moments(opt_state))
         average = _float32_copy(params) if config.optim.ema_decay else None
-        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, guard, average)
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step, params, opt_state, guard, average, base=base)
 
-    return jax.eval_shape(init, abstract_model(config.model)[1])
+    return jax.eval_shape(init, *abstract_run_model(config)[1:])

@@ -19,6 +19,7 @@ from megalodon_jax.config import TransformerConfig
 from megalodon_jax.language_model import LanguageModel, ModelInputs, make_output_layer
 from megalodon_jax.layer_stack import run_blocks, stack_blocks
 from megalodon_jax.modules.activations import silu_gate
+from megalodon_jax.modules.dropout import split_key
 from megalodon_jax.modules.embedding import Embedding
 from megalodon_jax.modules.linear import Linear, SharedInput
 from megalodon_jax.modules.matmul import PRODUCT, PROJECTION
@@ -56,10 +57,16 @@ class SelfAttention(nnx.Module):
         self.wo = _linear(config, config.num_heads * d, D, axes=("value", "embed"), rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B L D"], *, positions: PositionInfo, cache: KeyValueCache | None
+        self,
+        x: Float[Array, "B L D"],
+        *,
+        positions: PositionInfo,
+        cache: KeyValueCache | None,
+        dropout_key: PRNGKey | None = None,
     ) -> tuple[Float32[Array, "B L D"], KeyValueCache | None]:
         """The sub-layer's output in float32, before the residual is added."""
-        normed = SharedInput(self.norm(x), self.wq, self.wk, self.wv)
+        inputs_key, output_key = split_key(dropout_key, 2)
+        normed = SharedInput(self.norm(x), self.wq, self.wk, self.wv, dropout_key=inputs_key)
 
         def heads(linear: Linear) -> Array:
             product = linear.product(normed, name=PROJECTION)
@@ -69,7 +76,8 @@ class SelfAttention(nnx.Module):
         if positions.rotation is not None:
             query, key = (rotate(each, positions.rotation) for each in (query, key))
         attended, cache = self._attend((query, key, heads(self.wv)), positions, cache)
-        return self.wo(attended.reshape(*x.shape[:2], -1)), cache
+        attended = attended.reshape(*x.shape[:2], -1)
+        return self.wo(attended, dropout_key=output_key), cache
 
     def _attend(
         self,
@@ -123,9 +131,12 @@ class SwiGLU(nnx.Module):
         self.fc2 = _linear(config, F, D, axes=("ffn", "embed"), rngs=rngs)
         self.fc3 = _linear(config, D, F, axes=("embed", "ffn"), rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B L D"]) -> Float32[Array, "B L D"]:
+    def __call__(
+        self, x: Float[Array, "B L D"], *, dropout_key: PRNGKey | None = None
+    ) -> Float32[Array, "B L D"]:
         """The sub-layer's output in float32, before the residual is added."""
-        normed = SharedInput(self.norm(x), self.fc1, self.fc3)
+        inputs_key, output_key = split_key(dropout_key, 2)
+        normed = SharedInput(self.norm(x), self.fc1, self.fc3, dropout_key=inputs_key)
         hidden = silu_gate(
             self.fc1.product(normed, name=PRODUCT),
             None,
@@ -134,7 +145,7 @@ class SwiGLU(nnx.Module):
             dtype=self.config.dtype,
             implementation=self.config.rowwise_implementation,
         )
-        return self.fc2(hidden)
+        return self.fc2(hidden, dropout_key=output_key)
 
 
 class TransformerBlock(nnx.Module):
@@ -152,12 +163,15 @@ class TransformerBlock(nnx.Module):
         cache: KeyValueCache | None = None,
         dropout_key: PRNGKey | None = None,
     ) -> TransformerBlockOutput:
-        """Transforms x; `dropout_key` is not used, because the model has no dropout."""
-        del dropout_key
-        attended, cache = self.attention(x, positions=positions, cache=cache)
+        """Transforms x; `dropout_key` is for LoRA, because the model itself has no dropout."""
+        attention_key, ffn_key = split_key(dropout_key, 2)
+        attended, cache = self.attention(
+            x, positions=positions, cache=cache, dropout_key=attention_key
+        )
         # Sums are rounded once, to the residual stream's dtype.
         y = (x + attended).astype(x.dtype)
-        return TransformerBlockOutput((y + self.feed_forward(y)).astype(x.dtype), cache)
+        hidden = self.feed_forward(y, dropout_key=ffn_key)
+        return TransformerBlockOutput((y + hidden).astype(x.dtype), cache)
 
 
 class Transformer(LanguageModel):

@@ -27,6 +27,8 @@ _COMPUTE_FIELDS = frozenset(
         "rowwise_implementation",
     }
 )
+# Fields that a run may change when it starts from trained weights: no parameter depends on them.
+CONTINUATION_FIELDS = frozenset({"chunk_size", "rope_base"})
 
 
 def check_format(found: Any, source: str | AnyPath) -> None:
@@ -40,14 +42,27 @@ def check_format(found: Any, source: str | AnyPath) -> None:
         )
 
 
-def check_same_model(saved: AnyModelConfig, wanted: AnyModelConfig, source: str | AnyPath) -> None:
-    """Raises `MismatchError`, which names the fields, if two configurations differ in the model."""
+def check_same_model(
+    saved: AnyModelConfig,
+    wanted: AnyModelConfig,
+    source: str | AnyPath,
+    *,
+    allowed: frozenset[str] = frozenset(),
+) -> None:
+    """Raises `MismatchError`, which names the fields, if two configurations differ in the model.
+
+    Args:
+      saved: of the checkpoint.
+      wanted: of the run.
+      source: the checkpoint.
+      allowed: fields that may differ, beside those that only say how to compute.
+    """
     if saved.kind != wanted.kind:
         raise MismatchError(
             f"checkpoint {source} is of a {saved.kind}, the run asks for a {wanted.kind}; set "
             "model.kind, or use another run_dir"
         )
-    differing = differing_fields(saved, wanted, ignored=_COMPUTE_FIELDS)
+    differing = differing_fields(saved, wanted, ignored=_COMPUTE_FIELDS | allowed)
     if differing:
         raise MismatchError(
             f"checkpoint {source} is of another model: {'; '.join(differing)}; use the values of "

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from megalodon_jax.checkpoints.base_model import LoadBase
 from megalodon_jax.checkpoints.manager import RunCheckpoints
 from megalodon_jax.checkpoints.reading import RestoredRun
 from megalodon_jax.config import TrainConfig
@@ -20,6 +21,7 @@ from megalodon_jax.errors import (
     StoreUnreachableError,
 )
 from megalodon_jax.language_model import LanguageModel
+from megalodon_jax.lora import merge_lora
 from megalodon_jax.parallel.distributed import all_gather_json, is_main
 from megalodon_jax.storage.location import AnyPath
 
@@ -29,6 +31,14 @@ class LoadedModel(NamedTuple):
 
     model: LanguageModel
     config: TrainConfig
+
+
+class LoadedWeights(NamedTuple):
+    """A checkpoint of a run: model, training configuration, and its step."""
+
+    model: LanguageModel
+    config: TrainConfig
+    step: int
 
 
 class LoadedRun(NamedTuple):
@@ -47,14 +57,27 @@ class TrainedModel(NamedTuple):
     tokenizer: Tokenizer
 
 
-def save_model(model: LanguageModel, run_dir: str | AnyPath, config: TrainConfig) -> None:
+def save_model(
+    model: LanguageModel,
+    run_dir: str | AnyPath,
+    config: TrainConfig,
+    *,
+    tokenizer: Tokenizer | None = None,
+) -> None:
     """Saves a model as a run directory for generation, evaluation and `init_from`.
+
+    Args:
+      model: the model.
+      run_dir: the new run's directory.
+      config: the training configuration.
+      tokenizer: the model's; None: that of `config`.
 
     Raises:
       CheckpointError: `run_dir` already has checkpoints, or the save failed.
       DataError: the tokenizer of `config` cannot be read.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(config.data.tokenizer)
     with RunCheckpoints(run_dir) as checkpoints:
         if steps := checkpoints.steps():
             raise CheckpointError(
@@ -70,21 +93,6 @@ def save_model(model: LanguageModel, run_dir: str | AnyPath, config: TrainConfig
         checkpoints.wait()
 
 
-def load_params(run_dir: str | AnyPath, config: TrainConfig, mesh: Mesh) -> nnx.State:
-    """The newest parameters of another run, sharded over `mesh` for a run of `config`.
-
-    Raises:
-      CheckpointError: the run has no readable checkpoint.
-      MismatchError: the checkpoint is of another model.
-    """
-    with RunCheckpoints(
-        run_dir, read_only=True, allow_unverified=config.allow_unverified
-    ) as checkpoints:
-        return load_latest_valid(
-            checkpoints, lambda step: checkpoints.restore_params(step, config, mesh)
-        )
-
-
 def load_model(
     run_dir: str | AnyPath, step: int | None = None, *, allow_unverified: bool = False
 ) -> LoadedModel:
@@ -97,12 +105,28 @@ def load_model(
 
     Raises:
       CheckpointError: the run has no readable checkpoint.
+      MismatchError: the run has LoRA factors without their base; `megalodon_jax.load` reads both.
     """
+    loaded = load_weights(run_dir, step, allow_unverified=allow_unverified)
+    return LoadedModel(loaded.model, loaded.config)
+
+
+def load_weights(
+    run_dir: str | AnyPath,
+    step: int | None = None,
+    *,
+    allow_unverified: bool = False,
+    mesh: Mesh | None = None,
+    load_base: LoadBase | None = None,
+    merges_lora: bool = True,
+) -> LoadedWeights:
+    """A checkpoint of a run without its tokenizer; arguments and errors as for `load_run`."""
     with RunCheckpoints(run_dir, read_only=True, allow_unverified=allow_unverified) as checkpoints:
 
-        def load(at: int) -> LoadedModel:
+        def load(at: int) -> LoadedWeights:
             config, _ = checkpoints.config_with_own_tokenizer(at)
-            return LoadedModel(checkpoints.restore_model(at, config.model), config)
+            model = checkpoints.restore_model(at, config.model, mesh, load_base=load_base)
+            return LoadedWeights(merge_lora(model) if merges_lora else model, config, at)
 
         return load_latest_valid(checkpoints, load, step=step)
 
@@ -114,6 +138,8 @@ def load_run(
     allow_unverified: bool = False,
     tokenizer: str = "",
     mesh: Mesh | None = None,
+    load_base: LoadBase | None = None,
+    merges_lora: bool = True,
 ) -> LoadedRun:
     """A checkpoint of a run with its tokenizer.
 
@@ -124,11 +150,13 @@ def load_run(
       tokenizer: file to use instead of the run's own copy; another tokenizer than that of training
         gives a warning.
       mesh: devices over which the parameters are sharded; None: this process's first device.
+      load_base: reads the base of a run with LoRA, such as `interop.sources.load_base`.
+      merges_lora: merge LoRA factors into their kernels.
 
     Raises:
       CheckpointError: the run has no readable checkpoint.
       MismatchError: the tokenizer file has changed since training, or `tokenizer` has ids that the
-        model lacks.
+        model lacks; or the run has LoRA factors and `load_base` is None or finds another base.
       DataError: the tokenizer file cannot be read.
     """
     with RunCheckpoints(run_dir, read_only=True, allow_unverified=allow_unverified) as checkpoints:
@@ -138,8 +166,8 @@ def load_run(
             loaded = load_tokenizer(tokenizer or config.data.tokenizer)
             if loaded.fingerprint() != fingerprint:
                 _report_other_tokenizer(run_dir, config, fingerprint, loaded, override=tokenizer)
-            model = checkpoints.restore_model(at, config.model, mesh)
-            return LoadedRun(model, config, loaded, at)
+            model = checkpoints.restore_model(at, config.model, mesh, load_base=load_base)
+            return LoadedRun(merge_lora(model) if merges_lora else model, config, loaded, at)
 
         return load_latest_valid(checkpoints, load, step=step)
 
@@ -150,9 +178,16 @@ def load_trained(
     *,
     allow_unverified: bool = False,
     tokenizer: str = "",
+    load_base: LoadBase | None = None,
 ) -> TrainedModel:
     """The model of a training run and its tokenizer; arguments and errors as for `load_run`."""
-    run = load_run(run_dir, step, allow_unverified=allow_unverified, tokenizer=tokenizer)
+    run = load_run(
+        run_dir,
+        step,
+        allow_unverified=allow_unverified,
+        tokenizer=tokenizer,
+        load_base=load_base,
+    )
     return TrainedModel(run.model, run.tokenizer)
 
 

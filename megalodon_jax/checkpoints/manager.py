@@ -27,6 +27,7 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from megalodon_jax.checkpoints.base_model import BaseRecord
 from megalodon_jax.checkpoints.compatibility import FORMAT
 from megalodon_jax.checkpoints.directory import open_directory
 from megalodon_jax.checkpoints.items import filter_orphaned_errors, reason
@@ -93,6 +94,7 @@ class RunCheckpoints(CheckpointReader):
         self._failed = False
         self._before_manifest = before_manifest
         self._tokenizer_file: str | None = None
+        self._base: BaseRecord | None = None
         # Saved steps that no loss has confirmed yet; -1 stands for those of earlier starts.
         self._unconfirmed = {-1}
         self._lock, self._orbax, self._upload = None, None, None
@@ -186,6 +188,10 @@ class RunCheckpoints(CheckpointReader):
         self._tokenizer_file = relative_path(tokenizer)
         if is_main():
             write_tokenizer(open_directory(self.directory.parent), tokenizer)
+
+    def keep_base(self, base: BaseRecord) -> None:
+        """Records the base of a run with LoRA in the checkpoints from now on."""
+        self._base = base
 
     def save(
         self,
@@ -368,6 +374,8 @@ class RunCheckpoints(CheckpointReader):
         }
         if self._tokenizer_file is not None:
             item["tokenizer_file"] = self._tokenizer_file
+        if self._base is not None:
+            item["base"] = self._base._asdict()
         return ocp.args.JsonSave(item)
 
     def _finish_save(self, step: int) -> None:

@@ -16,6 +16,12 @@ from jax.sharding import Mesh
 
 from megalodon_jax.cache import CarriedState
 from megalodon_jax.carried_state import abstract_carried_state
+from megalodon_jax.checkpoints.base_model import (
+    BaseRecord,
+    LoadBase,
+    check_same_lora,
+    record_from_json,
+)
 from megalodon_jax.checkpoints.compatibility import (
     GUARD_FORMAT,
     check_format,
@@ -38,6 +44,7 @@ from megalodon_jax.errors import (
     CheckpointError,
     ConfigError,
     IncompleteCheckpointError,
+    MismatchError,
     StoreUnreachableError,
 )
 from megalodon_jax.language_model import LanguageModel
@@ -46,7 +53,13 @@ from megalodon_jax.parallel.distributed import all_processes_ok, is_main
 from megalodon_jax.parallel.sharding import with_shardings
 from megalodon_jax.storage.location import AnyPath, as_path
 from megalodon_jax.storage.scratch import scratch_directory
-from megalodon_jax.train_state import TrainState, abstract_state, resumed_state
+from megalodon_jax.train_state import (
+    TrainState,
+    abstract_run_model,
+    abstract_state,
+    join_params,
+    resumed_state,
+)
 
 _TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
 
@@ -55,14 +68,16 @@ class RestoredRun(NamedTuple):
     """A restored run.
 
     Attributes:
-      state: the train state, sharded over the run's mesh.
+      state: the train state, sharded over the run's mesh; without the base of a run with LoRA.
       loader_state: for the loader's `load_state_dict`.
       config: the configuration that the checkpoint was saved with.
+      base: the base of a run with LoRA; else None.
     """
 
     state: TrainState
     loader_state: dict[str, Any]
     config: TrainConfig
+    base: BaseRecord | None
 
 
 class _SavedRun(NamedTuple):
@@ -72,6 +87,7 @@ class _SavedRun(NamedTuple):
     fingerprint: str
     format: int
     tokenizer_file: object
+    base: BaseRecord | None
 
 
 class CheckpointReader:
@@ -180,6 +196,7 @@ class CheckpointReader:
                 run["tokenizer_fingerprint"],
                 run["format"],
                 run.get("tokenizer_file"),
+                record_from_json(run.get("base"), self._path(step)),
             )
         except (ConfigError, KeyError, TypeError) as error:
             raise CheckpointError(
@@ -206,8 +223,10 @@ class CheckpointReader:
           CheckpointError: the checkpoint is damaged.
           MismatchError: the checkpoint is of another model or optimizer; what differs is named.
         """
-        saved, _, found, _ = self._read_run(step)
+        run = self._read_run(step)
+        saved, found = run.config, run.format
         check_same_model(saved.model, config.model, self._path(step))
+        check_same_lora(saved.lora, config.lora, self._path(step))
         if optimizer is None:
             check_same_optimizer(saved.optim, config.optim, self._path(step))
         # The arrays as they were saved; the guard's window may have another length now.
@@ -242,44 +261,46 @@ class CheckpointReader:
             average=average,
             carried=None if carried is None else from_names(carried, items["carried"]),
         )
-        return RestoredRun(state, items["loader"], saved)
-
-    def restore_params(self, step: int, config: TrainConfig, mesh: Mesh | None = None) -> nnx.State:
-        """Restores the parameters only, sharded for a run of `config`: the average if there is one.
-
-        Args:
-          step: step of the checkpoint.
-          config: the run that starts from these parameters.
-          mesh: devices; None: those of `config.mesh`.
-
-        Raises:
-          CheckpointError: the checkpoint is damaged.
-          MismatchError: the checkpoint is of another model; the differing fields are named.
-        """
-        saved, _ = self.read_run(step)
-        check_same_model(saved.model, config.model, self._path(step))
-        params = abstract_state(config, mesh).params
-        return self._restore_evaluated(step, saved, params)
+        return RestoredRun(state, items["loader"], saved, run.base)
 
     def restore_model(
-        self, step: int, config: AnyModelConfig, mesh: Mesh | None = None
+        self,
+        step: int,
+        config: AnyModelConfig,
+        mesh: Mesh | None = None,
+        *,
+        load_base: LoadBase | None = None,
     ) -> LanguageModel:
-        """Restores the parameters only, as a model.
+        """Restores the parameters only, as a model; of a run with LoRA with its factors.
 
         Args:
           step: step of the checkpoint.
           config: the model's configuration.
           mesh: devices over which the parameters are sharded; None: this process's first device.
+          load_base: reads the base of a run with LoRA.
 
         Of a run with `optim.ema_decay` these are the averaged parameters.
 
         Raises:
           CheckpointError: the checkpoint is damaged.
+          MismatchError: the run has LoRA factors, and `load_base` is missing or finds another base.
         """
-        graphdef, params = abstract_model(config)
-        if mesh is not None:
-            params = with_shardings(params, mesh)
-        return nnx.merge(graphdef, self._restore_evaluated(step, self.read_run(step)[0], params))
+        run = self._read_run(step)
+        if not run.config.lora.rank:
+            graphdef, params = abstract_model(config)
+            if mesh is not None:
+                params = with_shardings(params, mesh)
+            return nnx.merge(graphdef, self._restore_evaluated(step, run.config, params))
+        if load_base is None or run.base is None:
+            raise MismatchError(
+                f"checkpoint {self._path(step)} has LoRA factors without their base; read it with "
+                "megalodon_jax.load, or write the merged model with megalodon convert --merge"
+            )
+        adapted = abstract_run_model(dataclasses.replace(run.config, model=config))
+        params = adapted.params if mesh is None else with_shardings(adapted.params, mesh)
+        factors = self._restore_evaluated(step, run.config, params)
+        base = load_base(run.base, run.config, mesh)
+        return nnx.merge(adapted.graphdef, join_params(factors, base))
 
     def _restore_evaluated(self, step: int, saved: TrainConfig, params: nnx.State) -> nnx.State:
         """The average of the parameters if the run has one, else the parameters."""

@@ -162,6 +162,14 @@ class Convert:
     """Repository OWNER/NAME of the Hugging Face hub to which the folder is uploaded."""
     allow_unverified: bool = False
     """Also read a run's checkpoint without manifest, which an older version wrote."""
+    merge: bool = False
+    """Merge the LoRA factors of a run into its base; without it a folder gets the factors alone, in
+    the files of PEFT."""
+    base: str = ""
+    """Where the base of a run with LoRA is now, if it has been moved."""
+    special_tokens: tuple[str, ...] = ()
+    """Special tokens to add to the tokenizer, such as "<|im_start|>" "<|im_end|>"; their rows in
+    the model are the mean of the old ones."""
 
     def run(self) -> int:
         """Says what was written."""
@@ -176,6 +184,9 @@ class Convert:
             max_shard_bytes=self.max_shard_bytes,
             push=self.push,
             allow_unverified=self.allow_unverified,
+            merge=self.merge,
+            base=self.base,
+            special_tokens=self.special_tokens,
         )
         print(line)
         return 0

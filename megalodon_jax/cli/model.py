@@ -29,10 +29,17 @@ def load_named_model(
     """
     # Local imports: help and errors come without JAX.
     from megalodon_jax.checkpoints import TrainedModel, load_trained
+    from megalodon_jax.interop.initial_weights import load_base
     from megalodon_jax.pretrained import load
 
     if is_store(path) or not _is_saved_model(Path(path)):
-        return load_trained(path, step, allow_unverified=allow_unverified, tokenizer=tokenizer)
+        return load_trained(
+            path,
+            step,
+            allow_unverified=allow_unverified,
+            tokenizer=tokenizer,
+            load_base=load_base,
+        )
     if step is not None:
         raise ConfigError(f"--step {step} names a checkpoint of a run, and {path} is none")
     model, own = load(path, tokenizer=tokenizer)

@@ -10,9 +10,11 @@ import tyro
 from megalodon_jax.cli.help import described
 from megalodon_jax.config import (
     DataConfig,
+    LoraConfig,
     MeshConfig,
     OptimConfig,
     ProcessesConfig,
+    SftConfig,
     TrainConfig,
     load_config,
     model_preset,
@@ -42,6 +44,8 @@ def _with_preset(config: type, kind: PresetKind) -> Any:
 _TABLES: dict[str, tuple[Any, Any]] = {
     "data": (DataConfig, described(DataConfig)),
     "optim": (OptimConfig, described(OptimConfig)),
+    "lora": (LoraConfig, described(LoraConfig)),
+    "sft": (SftConfig, described(SftConfig)),
     "mesh": (MeshConfig, _with_preset(MeshConfig, "meshes")),
     "processes": (ProcessesConfig, described(ProcessesConfig)),
 }

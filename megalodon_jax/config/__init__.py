@@ -11,6 +11,7 @@ from megalodon_jax.config.kinds import (
     model_config_class,
     model_preset,
 )
+from megalodon_jax.config.lora import LoraConfig
 from megalodon_jax.config.mesh import MeshConfig, ProcessesConfig
 from megalodon_jax.config.model import (
     DType,
@@ -25,6 +26,7 @@ from megalodon_jax.config.model import (
 from megalodon_jax.config.optimizer import OptimConfig
 from megalodon_jax.config.parsing import config_from_dict, load_config
 from megalodon_jax.config.run import TrainConfig
+from megalodon_jax.config.sft import SftConfig
 from megalodon_jax.config.transformer import AttentionImplementation, TransformerConfig
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "DataConfig",
     "HeldoutSet",
     "InitMode",
+    "LoraConfig",
     "MeshConfig",
     "MixtureSource",
     "ModelConfig",
@@ -43,6 +46,7 @@ __all__ = [
     "ProcessesConfig",
     "Remat",
     "ResidualConnection",
+    "SftConfig",
     "TextSource",
     "TimeNorm",
     "TrainConfig",

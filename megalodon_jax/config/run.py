@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from megalodon_jax.config.checks import Rule, check
 from megalodon_jax.config.data import DataConfig
 from megalodon_jax.config.kinds import AnyModelConfig
+from megalodon_jax.config.lora import LoraConfig
 from megalodon_jax.config.mesh import MeshConfig, ProcessesConfig
 from megalodon_jax.config.model import ModelConfig
 from megalodon_jax.config.optimizer import OptimConfig
@@ -22,6 +23,7 @@ from megalodon_jax.config.ranges import (
     Tokens,
     Weight,
 )
+from megalodon_jax.config.sft import SftConfig
 
 RULES = (
     Rule(
@@ -58,6 +60,19 @@ RULES = (
         "profile_steps is {c.profile_steps!r}; use FIRST:END with 1 <= FIRST < END, such as "
         '"10:13"',
     ),
+    Rule(
+        lambda c: not c.lora.rank or bool(c.init_from),
+        "lora.rank is {c.lora.rank}, but init_from is empty; name the trained model to adapt",
+    ),
+    Rule(
+        lambda c: c.sft.max_length <= c.data.seq_len,
+        "sft.max_length is {c.sft.max_length}, more than the data.seq_len {c.data.seq_len} of a "
+        "row; an example is never cut by packing",
+    ),
+    Rule(
+        lambda c: not c.lora.rank or c.optim.name == "adamw",
+        "lora.rank is {c.lora.rank} and optim.name {c.optim.name!r}; factors are trained by adamw",
+    ),
 )
 
 # Value of `compilation_cache`: the cache directory of the user.
@@ -72,10 +87,13 @@ class TrainConfig:
     model: AnyModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
-    task: Literal["language"] = "language"
-    """Task of the run: its examples, its loss and its metric."""
+    sft: SftConfig = field(default_factory=SftConfig)
+    task: Literal["language", "sft"] = "language"
+    """Task of the run: its examples, its loss and its metric. language: the next token of running
+    text; sft: supervised fine-tuning, the responses of prompts or of conversations in .jsonl."""
     run_dir: RequiredLocation = "runs/default"
     """Directory of the run's checkpoints, logs and resolved configuration; a path, or a URL gs://
     or s3://."""
@@ -114,8 +132,9 @@ class TrainConfig:
     """A spike is above the median by this number of deviations (1.4826 times the median absolute
     deviation, at least 1 % of the median)."""
     init_from: Location = ""
-    """Initialize the weights from this run_dir, trained or converted; a path, or a URL gs:// or
-    s3://; empty: random weights."""
+    """Initialize the weights from this run_dir or one of its checkpoints (also a URL gs:// or s3://),
+    .safetensors file, folder in the Hugging Face form or released checkpoint, of a model that
+    differs in chunk_size and rope_base at most; empty: random weights."""
     resume: bool = False
     """Resume from the newest checkpoint in `run_dir`; an error if there is none."""
     auto_resume: bool = False

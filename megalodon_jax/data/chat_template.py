@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
+from megalodon_jax.data.generation_blocks import (
+    END,
+    START,
+    TextSpan,
+    generation_extension,
+    split_at_marks,
+    without_marks,
+)
 from megalodon_jax.data.tokenizer import CHAT_TEMPLATE_FILE, CONFIG_FILE, Tokenizer
 from megalodon_jax.errors import DataError
 from megalodon_jax.file_limits import FileLimitError, read_bytes
@@ -45,12 +53,25 @@ class Message(NamedTuple):
     content: str
 
 
+class ConversationTokens(NamedTuple):
+    """Token ids of a conversation.
+
+    Attributes:
+      ids: the tokens.
+      is_assistant: whether the assistant writes them, the end of an answer included.
+    """
+
+    ids: Int32[np.ndarray, " n"]
+    is_assistant: Bool[np.ndarray, " n"]
+
+
 class ChatTemplate:
     """A chat template.
 
     Args:
       source: the Jinja text. It sees `messages` (with `role` and `content`),
-        `add_generation_prompt`, `bos_token` and `eos_token`.
+        `add_generation_prompt`, `bos_token` and `eos_token`; `{% generation %}` blocks enclose what
+        the assistant writes.
       name: of the template in messages of errors.
       stop: texts that end an answer, for a template without a special token after a message.
 
@@ -61,6 +82,7 @@ class ChatTemplate:
     def __init__(self, source: str, *, name: str = "the chat template", stop: Sequence[str] = ()):
         self.name = name
         self.stop = tuple(stop)
+        self.source = source
         try:
             from jinja2 import TemplateError
             from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -72,7 +94,7 @@ class ChatTemplate:
             trim_blocks=True,
             lstrip_blocks=True,
             autoescape=False,
-            extensions=["jinja2.ext.loopcontrols"],
+            extensions=["jinja2.ext.loopcontrols", generation_extension()],
         )
         environment.globals["raise_exception"] = _raise_exception
         environment.filters["tojson"] = _to_json
@@ -80,6 +102,10 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except (TemplateError, RecursionError) as error:
             raise DataError(f"{name} is no Jinja template: {error}") from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A compiled template cannot be pickled, and worker processes of a loader need it.
+        return _rebuild, (self.source, self.name, self.stop)
 
     @classmethod
     def load(cls, spec: str) -> "ChatTemplate":
@@ -158,6 +184,68 @@ class ChatTemplate:
             ids.insert(0, tokenizer.bos_id)
         return np.asarray(ids, np.int32)
 
+    def encode_with_mask(
+        self, tokenizer: Tokenizer, messages: Sequence[Message]
+    ) -> ConversationTokens:
+        """Token ids of a conversation with the mask of what the assistant writes.
+
+        These are the `{% generation %}` blocks of the template. Without them they are, for every
+        answer, what follows the rendered messages before it and the generation prompt. The text is
+        tokenized in these spans, as a model that continues a prompt sees it. The last answer ends
+        with `eos_id`: it is added if the template writes none in it or after it.
+
+        Args:
+          tokenizer: the model's.
+          messages: at least one.
+
+        Raises:
+          DataError: the template refuses the messages; or it has no generation blocks, and the
+            text of earlier messages depends on later ones.
+        """
+        special = special_tokens(tokenizer)
+        text = self._render(messages, special, False, keeps_marks=True)
+        spans = split_at_marks(text) if START in text else self._spans(text, messages, special)
+        ids, mask = [tokenizer.bos_id], [False]
+        after_answer: list[int] = []
+        for span, is_assistant in spans:
+            new = _encode(tokenizer, span, special)
+            if len(ids) == 1 and new[:1] == ids:
+                del new[0]
+            ids += new
+            mask += [is_assistant] * len(new)
+            after_answer = new if is_assistant else [*after_answer, *new]
+        if messages[-1].role == "assistant" and tokenizer.eos_id not in after_answer:
+            ids.append(tokenizer.eos_id)
+            mask.append(True)
+        return ConversationTokens(np.asarray(ids, np.int32), np.asarray(mask))
+
+    def _spans(
+        self, text: str, messages: Sequence[Message], special: Mapping[str, int]
+    ) -> list[TextSpan]:
+        """The spans of a text by rendering the messages up to each answer."""
+        # A line break after a special token that ends an answer is not the assistant's.
+        ends = "|".join(map(re.escape, (*special, _EOS)))
+        after_end = re.compile(rf"(?:{ends})(\s+)\Z")
+        spans, position = [], 0
+        for index, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            before = self._render(messages[:index], special, True, may_be_empty=True)
+            through = self._render(messages[: index + 1], special, False)
+            if not (text.startswith(through) and through.startswith(before)):
+                raise DataError(
+                    f"{self.name} renders message {index} in another way before later messages, so "
+                    "that the assistant's part is not known; put {% generation %} and "
+                    "{% endgeneration %} round it"
+                )
+            stop = len(through)
+            if found := after_end.search(through, len(before)):
+                stop = found.start(1)
+            spans.append(TextSpan(text[position : len(before)], False))
+            spans.append(TextSpan(text[len(before) : stop], True))
+            position = stop
+        return [*spans, TextSpan(text[position:], False)]
+
     def encode_turn(
         self, tokenizer: Tokenizer, messages: Sequence[Message], *, answer_has_eos: bool
     ) -> Int32[np.ndarray, " n"]:
@@ -188,26 +276,37 @@ class ChatTemplate:
         return np.asarray(ids, np.int32)
 
     def _render(
-        self, messages: Sequence[Message], special: Mapping[str, int] | tuple[()], prompt: bool
+        self,
+        messages: Sequence[Message],
+        special: Mapping[str, int] | tuple[()],
+        prompt: bool,
+        *,
+        keeps_marks: bool = False,
+        may_be_empty: bool = False,
     ) -> str:
         from jinja2 import TemplateError
 
-        if not messages:
+        if not messages and not may_be_empty:
             raise DataError("messages is empty; give at least one")
         marked = [
             {"role": role, "content": _mark_special(_checked(content), special)}
             for role, content in messages
         ]
         try:
-            return self._template.render(
+            text = self._template.render(
                 messages=marked, add_generation_prompt=prompt, bos_token=_BOS, eos_token=_EOS
             )
+            return text if keeps_marks else without_marks(text)
         # A template is a program: its expressions raise these.
         except (
             TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError,
             RecursionError, OverflowError, MemoryError,
         ) as error:  # fmt: skip
             raise DataError(f"{self.name} refuses the messages: {error}") from error
+
+
+def _rebuild(source: str, name: str, stop: tuple[str, ...]) -> ChatTemplate:
+    return ChatTemplate(source, name=name, stop=stop)
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
@@ -220,7 +319,8 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _checked(content: str) -> str:
-    if found := next((mark for mark in (_BOS, _EOS, _MARK) if mark in content), None):
+    reserved = (_BOS, _EOS, _MARK, START, END)
+    if found := next((mark for mark in reserved if mark in content), None):
         raise DataError(f"a message has the noncharacter U+{ord(found):04X}; remove it")
     return content
 

@@ -1,11 +1,13 @@
 """Checks of a split before its loader starts."""
 
+from collections.abc import Sequence
+
 from megalodon_jax.config import DataConfig
 from megalodon_jax.data.huggingface import StreamedSource
 from megalodon_jax.data.pieces import read_piece
 from megalodon_jax.data.reader import BadDocuments, with_way_out
 from megalodon_jax.data.sources import Source
-from megalodon_jax.data.splits import Split
+from megalodon_jax.data.splits import Split, cuts_documents
 from megalodon_jax.data.text_files import naming
 from megalodon_jax.data.tokenizer import Tokenizer
 from megalodon_jax.errors import DataError
@@ -35,6 +37,15 @@ def check_shards(source: Source | StreamedSource, config: DataConfig, num_shards
         raise DataError(f"data.num_workers is {config.num_workers}; must not be negative")
     if not 0 <= config.shuffle_seed < 2**32:
         raise DataError(f"data.shuffle_seed is {config.shuffle_seed}; must be in [0, 2^32)")
+
+
+def require_whole_records(sources: Sequence[Source | StreamedSource]) -> None:
+    """Raises `DataError` if the held-out part of records would be parts of every record."""
+    if any(isinstance(source, Source) and cuts_documents(source) for source in sources):
+        raise DataError(
+            "data.heldout_fraction leaves training or held-out data without a whole record; name "
+            "data.heldout_files, or set data.heldout_fraction to 0"
+        )
 
 
 def require_tokens(

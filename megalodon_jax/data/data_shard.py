@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from megalodon_jax.data.packing import Counts
 from megalodon_jax.typing import Batch
 
 if TYPE_CHECKING:
@@ -52,11 +53,13 @@ class DataShard:
         self.close()
         self._states: list[str | None] = [None] * self._num_readers
         self._next = 0
-        self.counts = np.zeros((self._num_sources, 3), np.int64)
+        self.counts = np.zeros((self._num_sources, len(Counts._fields)), np.int64)
         if position is not None:
             self._states = list(position["readers"])
             self._next = position["next"]
-            self.counts = np.asarray(position["counts"], np.int64)
+            # Earlier versions counted less.
+            saved = np.asarray(position["counts"], np.int64)
+            self.counts[:, : saved.shape[1]] = saved
         self._readers = [
             iter(self._open_reader(reader=number, num_readers=self._num_readers, state=state))
             for number, state in enumerate(self._states)

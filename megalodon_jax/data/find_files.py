@@ -122,6 +122,18 @@ def _is_known(path: PurePath) -> bool:
     return path.suffix in FOLDER_SUFFIXES or is_array_record(path)
 
 
+def require_json_lines(files: Sequence[str]) -> None:
+    """Raises `DataError` if a file of these names, globs and folders is not .jsonl."""
+    other = [
+        path for path in (find_files(files) if files else ()) if inner_suffix(path) != ".jsonl"
+    ]
+    if other:
+        raise DataError(
+            f"{other[0]} is no .jsonl file; examples are lines of JSON with messages, or with "
+            "prompt and response"
+        )
+
+
 def open_files(paths: Sequence[AnyPath], *, text_field: str, separator: str) -> list[TextFile]:
     """Opens files by suffix: .jsonl, .parquet, .array_record, else plain text.
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 
 from megalodon_jax.config import DataConfig, MixtureSource, TextSource
-from megalodon_jax.data.checks import check_shards, require_tokens
+from megalodon_jax.data.checks import check_shards, require_tokens, require_whole_records
 from megalodon_jax.data.data_shard import POSITION_KEYS, DataShard
 from megalodon_jax.data.documents import Slice
+from megalodon_jax.data.examples import ExampleFormat
 from megalodon_jax.data.huggingface import StreamedSource
 from megalodon_jax.data.open_source import open_any_source, training_sources
 from megalodon_jax.data.packing import Counts
@@ -293,6 +294,7 @@ def make_loader(
     default_shards: int = 1,
     repeat: bool,
     name: str = "",
+    examples: ExampleFormat | None = None,
 ) -> Loader:
     """Makes the loader of one split.
 
@@ -316,6 +318,8 @@ def make_loader(
       default_shards: number of data shards if `config.num_shards` is 0.
       repeat: endless and shuffled, or a single pass.
       name: which of the held-out sets, see `heldout_names`.
+      examples: how records become examples of a prompt and a response, which are packed whole; the
+        weights are 1 at targets of responses. None: documents are running text.
 
     Raises:
       DataError: the data is empty or unreadable, there are fewer documents than shards, or the
@@ -331,6 +335,8 @@ def make_loader(
     entries = training_sources(config) if split == "train" else ()
     names = [getattr(entry, "name", "") for entry in entries] or [name]
     sources = [open_any_source(config, split, name=entry) for entry in names]
+    if examples is not None:
+        require_whole_records(sources)
     if repeat:
         for source in sources:
             check_shards(source, config, num_shards)
@@ -345,9 +351,10 @@ def make_loader(
         "shuffle_seed": config.shuffle_seed,
         "num_readers": max(1, config.num_workers) if repeat else 1,
         "num_shards": num_shards,
+        **({} if examples is None else {"examples": examples.settings()}),
     }  # fmt: skip
     return Loader(
-        _reader_opener(sources, entries, tokenizer, config, repeat=repeat),
+        _reader_opener(sources, entries, tokenizer, config, repeat=repeat, examples=examples),
         settings,
         rows=rows,
         source_names=names,
@@ -381,6 +388,7 @@ def _reader_opener(
     config: DataConfig,
     *,
     repeat: bool,
+    examples: ExampleFormat | None,
 ) -> OpenReader:
     # A local import: this package imports without grain.
     from megalodon_jax.data import pipeline, streams
@@ -391,6 +399,7 @@ def _reader_opener(
         packing=config.packing,
         count_bytes=not repeat,
         on_bad_document=config.on_bad_document,
+        examples=examples,
         carry_state=repeat and config.carry_state,
     )
     open_batches: "Callable[..., grain.IterDataset[PackedRows]]"

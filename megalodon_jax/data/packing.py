@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Bool, Int, Int64
 
 from megalodon_jax.typing import Batch
 
@@ -36,11 +36,15 @@ class Counts(NamedTuple):
       tokens: targets.
       documents: documents that start in the rows.
       bad_documents: documents that were left out, or end early, because they cannot be read.
+      dropped: examples that were left out, because they are too long or have no response.
+      truncated: examples whose end was left out, because they are too long.
     """
 
     tokens: int
     documents: int
     bad_documents: int
+    dropped: int = 0
+    truncated: int = 0
 
 
 class Row(NamedTuple):
@@ -53,6 +57,7 @@ class Row(NamedTuple):
       num_bytes: text bytes that the targets encode; 0 if not counted.
       source: number of the source that it is from.
       counts: tokens and documents of the row.
+      loss_mask: targets that the loss counts; None: all that are not padding.
     """
 
     tokens: Int[np.ndarray, " L"]
@@ -61,6 +66,7 @@ class Row(NamedTuple):
     num_bytes: int
     source: int
     counts: Counts
+    loss_mask: Bool[np.ndarray, " L"] | None = None
 
 
 class RowBuilder:
@@ -84,6 +90,11 @@ class RowBuilder:
     def is_full(self) -> bool:
         """Whether no more tokens fit."""
         return self._num_filled == len(self._tokens)
+
+    @property
+    def num_filled(self) -> int:
+        """Number of tokens."""
+        return self._num_filled
 
     def add(self, piece: TokenPiece, offset: int, *, continues: bool) -> int:
         """Adds inputs of a piece from `offset` on until the row is full.
@@ -120,13 +131,13 @@ class PackedRows(NamedTuple):
     Attributes:
       batch: the arrays.
       num_bytes: text bytes that its weighted targets encode; 0 if not counted.
-      counts: tokens, documents and bad documents by source.
+      counts: `Counts` by source.
       state: the reader's position after it, as JSON text.
     """
 
     batch: Batch
     num_bytes: int
-    counts: Int64[np.ndarray, "S 3"]
+    counts: Int64[np.ndarray, "S 5"]
     state: str
 
 
@@ -141,10 +152,11 @@ def collate(rows: Sequence[Row], *, num_rows: int, num_sources: int, state: str)
     """
     shape = (num_rows, len(rows[0].tokens))
     tokens, targets, segment_ids = np.zeros((3, *shape), np.int32)
-    counts = np.zeros((num_sources, 3), np.int64)
+    counts = np.zeros((num_sources, len(Counts._fields)), np.int64)
+    weights = np.zeros(shape, np.float32)
     for index, row in enumerate(rows):
         tokens[index], targets[index], segment_ids[index] = row[:3]
         counts[row.source] += row.counts
-    weights = (segment_ids > 0).astype(np.float32)
+        weights[index] = row.segment_ids > 0 if row.loss_mask is None else row.loss_mask
     batch = Batch(tokens, targets, segment_ids, weights)  # type: ignore[arg-type]
     return PackedRows(batch, sum(row.num_bytes for row in rows), counts, state)

@@ -9,7 +9,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from megalodon_jax.data.documents import Slice, open_documents
+from megalodon_jax.data.documents import Documents, Slice, open_documents
+from megalodon_jax.data.example_reader import ExampleReader
 from megalodon_jax.data.huggingface import StreamedSource
 from megalodon_jax.data.packing import PackedRows, Row, collate
 from megalodon_jax.data.reader import ReadOptions, RowReader
@@ -165,6 +166,14 @@ class _BatchIterator(grain.DatasetIterator[PackedRows]):
         self._rows = self._read_window() if self._num_yielded else []
 
 
+def open_rows(
+    documents: Documents, options: ReadOptions, *, source: int
+) -> RowReader | ExampleReader:
+    """The rows of one source: of running text, or of examples of a prompt and a response."""
+    reader = RowReader if options.examples is None else ExampleReader
+    return reader(documents, options, source=source)
+
+
 class _Mixture:
     """The rows of several sources, as many tokens of each as its weight says."""
 
@@ -173,7 +182,7 @@ class _Mixture:
     ):
         self._weights = [entry.weight for entry in sources]
         self._readers = [
-            RowReader(
+            open_rows(
                 open_documents(entry.source, seed=seed, epochs=entry.epochs, part=part),
                 options,
                 source=number,

@@ -6,6 +6,7 @@ import numpy as np
 
 from megalodon_jax.data.contents import Content
 from megalodon_jax.data.documents import Documents, NextDocument
+from megalodon_jax.data.examples import ExampleFormat
 from megalodon_jax.data.packing import Row, RowBuilder, TokenPiece
 from megalodon_jax.data.pieces import read_piece
 from megalodon_jax.data.text_files import naming
@@ -31,6 +32,7 @@ class ReadOptions(NamedTuple):
       packing: see `DataConfig.packing`.
       count_bytes: whether to count the text bytes of every token.
       on_bad_document: see `DataConfig.on_bad_document`.
+      examples: how examples of a prompt and a response are read; None: documents are running text.
       carry_state: rows follow each other: documents are numbered as `Batch` says of
         `data.carry_state`.
     """
@@ -40,6 +42,7 @@ class ReadOptions(NamedTuple):
     packing: Literal["pack", "pad"]
     count_bytes: bool
     on_bad_document: BadDocuments
+    examples: ExampleFormat | None = None
     carry_state: bool = False
 
 

@@ -86,6 +86,11 @@ class _TextSlice(Source):
         return digest_of(self._whole.fingerprint(), self._fraction, self._split, "bytes")
 
 
+def cuts_documents(source: Source) -> bool:
+    """Whether a split has parts of documents, because there are too few whole ones."""
+    return isinstance(source, _TextSlice)
+
+
 def select_split(whole: Source, fraction: float, split: Split) -> Source:
     """The documents of one split.
 

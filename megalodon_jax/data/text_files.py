@@ -34,6 +34,8 @@ from megalodon_jax.storage.location import AnyPath
 # One lock for all files: only the first access to a file's content is contended.
 _LOAD_LOCK = threading.Lock()
 _SCAN_BYTES = 1 << 22
+# The field that stands for a whole record, as JSON text.
+WHOLE_RECORD = "*"
 
 
 class Blocks(NamedTuple):
@@ -175,7 +177,7 @@ def naming(where: Callable[[], str]) -> Iterator[None]:
 
 
 def text_of_field(entry: Any, field: str) -> str:
-    """The text in one field of an example; empty for a null.
+    """The text in one field of an example; empty for a null; `WHOLE_RECORD`: all as JSON text.
 
     Lone surrogates, which JSON can express and UTF-8 cannot, become question marks.
 
@@ -183,6 +185,8 @@ def text_of_field(entry: Any, field: str) -> str:
       DataError: the example is not an object, has no such field (its fields are named), or the
         field is not a string.
     """
+    if field == WHOLE_RECORD:
+        return json.dumps(entry)
     if not isinstance(entry, dict):
         raise DataError(f"expected an object with a field {field!r}, got {entry!r:.80}")
     if field not in entry:

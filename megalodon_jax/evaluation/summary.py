@@ -30,6 +30,13 @@ class Evaluation(NamedTuple):
     num_tokens: int
     num_bytes: int
 
+    def describe(self) -> str:
+        """The numbers as text, without bits per byte if the bytes are not known."""
+        loss = f"loss {self.loss:.4f} nats per token"
+        if math.isnan(self.bits_per_byte):
+            return f"{loss} ({self.num_tokens:,} tokens)"
+        return f"bits per byte {self.bits_per_byte:.4f} ({self.num_bytes:,} bytes, {loss})"
+
 
 EvalStep = Callable[[nnx.State, Batch], LossOutput]
 Metric = Callable[[Sequence[LossOutput], int | None], Evaluation]

@@ -11,6 +11,7 @@ from megalodon_jax.inference import step
 from megalodon_jax.inference.weights import DecodeWeights, WeightFormat, prepare
 from megalodon_jax.language_model import LanguageModel, StreamingCache
 from megalodon_jax.layer_stack import unstack_layers
+from megalodon_jax.lora import has_lora
 from megalodon_jax.model import Megalodon
 from megalodon_jax.typing import Array, Bool, Float32, Int32
 
@@ -58,8 +59,10 @@ def prepare_decoding(model: LanguageModel, weights: WeightFormat = "model") -> A
       weights: see `inference.weights.prepare`; models other than MEGALODON have "model" alone.
 
     Raises:
-      ValueError: the model does not have this format.
+      ValueError: the model does not have this format, or it has LoRA factors.
     """
+    if has_lora(model):
+        raise ValueError("the model has LoRA factors; merge them first: lora.merge_lora(model)")
     if isinstance(model, Megalodon):
         return prepare(model, weights)
     if weights != "model":

@@ -347,7 +347,8 @@ def _normalize_and_average(
 
     def step(x, vectors, norm_state, tables, state, active) -> NormStateStepOutput:
         # The groups of this device.
-        here = StepNorm(*vectors, norm_state.mean.shape[1], norm.eps)
+        scale, bias = vectors
+        here = StepNorm(scale, bias, norm_state.mean.shape[1], norm.eps)
         return norm_state_step(x, here, norm_state, tables, state, active)
 
     vectors = (norm.scale, norm.bias)

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from megalodon_jax.checkpoints import load_model, load_run
+from megalodon_jax.checkpoints import LoadBase, LoadedRun, LoadedWeights, load_run, load_weights
 from megalodon_jax.checkpoints.directory import open_directory
-from megalodon_jax.config import TrainConfig
+from megalodon_jax.config import LoraConfig, TrainConfig
 from megalodon_jax.data.tokenizer import Tokenizer, load_tokenizer
 from megalodon_jax.errors import ConvertError
 from megalodon_jax.interop.huggingface.folder import is_huggingface_folder, read_huggingface
@@ -35,7 +35,8 @@ class Source(NamedTuple):
       config: the training configuration.
       tokenizer_name: the tokenizer as `load_tokenizer` names it; None: the source has none.
       tokenizer: the tokenizer, where it was asked for.
-      run: the run and the step of the checkpoint, where the tokenizer was asked for.
+      run: the run and the step of the checkpoint; None: another form.
+      lora: the factors of a run with LoRA, which `model` has merged unless they were asked for.
     """
 
     model: LanguageModel
@@ -43,6 +44,7 @@ class Source(NamedTuple):
     tokenizer_name: str | None
     tokenizer: Tokenizer | None = None
     run: "RunCheckpoint | None" = None
+    lora: LoraConfig | None = None
 
 
 class RunCheckpoint(NamedTuple):
@@ -50,6 +52,13 @@ class RunCheckpoint(NamedTuple):
 
     directory: AnyPath
     step: int | None
+
+    @property
+    def path(self) -> AnyPath:
+        """The checkpoint, or the run directory."""
+        if self.step is None:
+            return self.directory
+        return self.directory / _CHECKPOINTS / str(self.step)
 
 
 def is_run(source: AnyPath) -> bool:
@@ -74,6 +83,8 @@ def read_source(
     reads_tokenizer: bool,
     allow_unverified: bool = False,
     mesh: Mesh | None = None,
+    load_base: LoadBase | None = None,
+    merges_lora: bool = True,
 ) -> Source:
     """Reads a model.
 
@@ -86,6 +97,8 @@ def read_source(
       reads_tokenizer: whether to read the tokenizer too.
       allow_unverified: also read a run's checkpoint without manifest, with a warning.
       mesh: devices over which a run's parameters are sharded while they are read.
+      load_base: reads the base of a run with LoRA; None: such runs are refused.
+      merges_lora: merge LoRA factors into their kernels.
 
     Raises:
       ConvertError: there is no such source, it is damaged, or it has no configuration.
@@ -94,20 +107,17 @@ def read_source(
     """
     source = as_path(source)
     run = _as_run(source)
-    if run is not None and not reads_tokenizer:
-        model, saved = load_model(run.directory, run.step, allow_unverified=allow_unverified)
-        return Source(model, saved, saved.data.tokenizer)
     if run is not None:
-        loaded = load_run(
-            run.directory,
-            run.step,
-            allow_unverified=allow_unverified,
-            tokenizer=tokenizer,
-            mesh=mesh,
-        )
-        name = tokenizer or loaded.config.data.tokenizer
-        found = RunCheckpoint(run.directory, loaded.step)
-        return Source(loaded.model, loaded.config, name, loaded.tokenizer, found)
+        options: dict[str, Any] = {
+            "allow_unverified": allow_unverified,
+            "mesh": mesh,
+            "load_base": load_base,
+            "merges_lora": merges_lora,
+        }
+        if reads_tokenizer:
+            loaded = load_run(run.directory, run.step, tokenizer=tokenizer, **options)
+            return _source_of_run(run, loaded, tokenizer, loaded.tokenizer)
+        return _source_of_run(run, load_weights(run.directory, run.step, **options), "", None)
     require_local(source)
     read = _read_files(Path(source), config)
     if tokenizer:
@@ -117,6 +127,21 @@ def read_source(
     if not reads_tokenizer or read.tokenizer_name is None:
         return read
     return read._replace(tokenizer=load_tokenizer(read.tokenizer_name))
+
+
+def _source_of_run(
+    run: RunCheckpoint, loaded: LoadedRun | LoadedWeights, name: str, tokenizer: Tokenizer | None
+) -> Source:
+    config = loaded.config
+    return Source(
+        loaded.model,
+        # The configuration of the merged model.
+        dataclasses.replace(config, lora=LoraConfig()),
+        name or config.data.tokenizer,
+        tokenizer,
+        RunCheckpoint(run.directory, loaded.step),
+        config.lora if config.lora.rank else None,
+    )
 
 
 def require_local(path: AnyPath) -> None:

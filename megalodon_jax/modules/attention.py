@@ -13,7 +13,13 @@ from megalodon_jax.cache import LayerCache
 from megalodon_jax.config import InitMode, ModelConfig, MovingAverage, TimeNorm
 from megalodon_jax.modules.activations import silu, silu_gate
 from megalodon_jax.modules.cema import make_moving_average
-from megalodon_jax.modules.dropout import dropout, drops, dtype_before_dropout, split_key
+from megalodon_jax.modules.dropout import (
+    dropout,
+    drops,
+    dtype_before_dropout,
+    fold_key,
+    split_key,
+)
 from megalodon_jax.modules.linear import Linear, SharedInput
 from megalodon_jax.modules.matmul import PRODUCT, PROJECTION
 from megalodon_jax.modules.norms import RMSNorm, rms_normalize
@@ -222,10 +228,10 @@ class MegaAttention(nnx.Module):
         if self.cema is not None:
             state = None if cache is None or cache.cema is None else unpack_state(cache.cema)
             averaged, cema_state = self.cema(u, segment_ids=segment_ids, initial_state=state)
-        value_input = SharedInput(u, self.wv)
+        value_input = SharedInput(u, self.wv, dropout_key=fold_key(dropout_key, 0))
         averaged = value_input.finish_before(averaged, name=PROJECTION)
         m = dropout(self.rmsnorm(averaged), self.dropout.hidden, hidden_key)
-        m = SharedInput(m, self.wz, self.wr, self.wh1)
+        m = SharedInput(m, self.wz, self.wr, self.wh1, dropout_key=fold_key(dropout_key, 1))
         query, key = self._queries_and_keys(m, positions.rotation)
         attended, keys_and_values = self._attend(
             (query, key, self._values(value_input)),
@@ -234,7 +240,9 @@ class MegaAttention(nnx.Module):
             attention_key,
         )
         gated = dropout(self._gate(m, attended, gate_key), self.dropout.hidden, gate_key)
-        product = checkpoint_name(self.wh1.product(m) + self.wh2.product(gated), PRODUCT)
+        product = self.wh1.product(m)
+        product = product + self.wh2.product(gated, dropout_key=fold_key(dropout_key, 2))
+        product = checkpoint_name(product, PRODUCT)
         if cache is not None and keys_and_values is not None:
             packed = None if cema_state is None else pack_state(cema_state)
             cache = LayerCache(keys_and_values, norm_state, packed)

@@ -6,6 +6,8 @@ from jax.typing import DTypeLike
 
 from megalodon_jax.typing import Array, Float, PRNGKey
 
+_FOLDED = 1 << 30
+
 
 def dropout(x: Float[Array, "..."], rate: float, key: PRNGKey | None) -> Float[Array, "..."]:
     """Zeroes a `rate` fraction of x and scales the rest by 1 / (1 - rate); x itself if no key."""
@@ -27,6 +29,12 @@ def dtype_before_dropout(dtype: DTypeLike, rate: float, key: PRNGKey | None) -> 
     rounded once in both cases.
     """
     return jnp.float32 if drops(rate, key) else dtype
+
+
+def fold_key(key: PRNGKey | None, number: int) -> PRNGKey | None:
+    """A key beside those of `split_key`, which give the same numbers with or without it."""
+    # A small number would repeat a key: fold_in(key, i) is split(key)[i].
+    return None if key is None else jax.random.fold_in(key, _FOLDED + number)
 
 
 def split_key(key: PRNGKey | None, count: int) -> list[PRNGKey | None]:

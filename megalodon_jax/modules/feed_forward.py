@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from megalodon_jax.config import InitMode, ModelConfig
 from megalodon_jax.modules.activations import silu, silu_gate
-from megalodon_jax.modules.dropout import dropout, dtype_before_dropout, split_key
+from megalodon_jax.modules.dropout import dropout, dtype_before_dropout, fold_key, split_key
 from megalodon_jax.modules.linear import Linear, SharedInput
 from megalodon_jax.modules.matmul import PRODUCT
 from megalodon_jax.modules.norms import LayerNorm
@@ -120,7 +120,7 @@ class FeedForward(nnx.Module):
         hidden_key, output_key = split_key(dropout_key, 2)
         normed = self.norm(y, added=added, offset=offset)
         gates = () if self.fc3 is None else (self.fc3,)
-        normed = SharedInput(normed, self.fc1, *gates)
+        normed = SharedInput(normed, self.fc1, *gates, dropout_key=fold_key(dropout_key, 0))
         product = self.fc1.product(normed, name=PRODUCT)
         options = {
             "features": "ffn",
@@ -131,6 +131,7 @@ class FeedForward(nnx.Module):
             hidden = silu(product, None, **options)
         else:
             hidden = silu_gate(product, None, self.fc3.product(normed, name=PRODUCT), **options)
-        out = self.fc2(dropout(hidden, self.hidden_dropout, hidden_key))
+        hidden = dropout(hidden, self.hidden_dropout, hidden_key)
+        out = self.fc2(hidden, dropout_key=fold_key(dropout_key, 1))
         out = dropout(out, self.output_dropout, output_key)
         return out if self.alpha is None else out * self.alpha[...].astype(out.dtype)

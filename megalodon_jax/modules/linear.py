@@ -1,6 +1,6 @@
 """The linear layer of every block."""
 
-from typing import Self
+from typing import NamedTuple, Self
 
 import jax
 from flax import nnx
@@ -15,6 +15,7 @@ from megalodon_jax.modules.collective_matmul import (
     is_row_parallel,
     row_parallel_matmul,
 )
+from megalodon_jax.modules.dropout import dropout, fold_key
 from megalodon_jax.modules.matmul import (
     PRODUCT,
     LogicalAxes,
@@ -25,7 +26,14 @@ from megalodon_jax.modules.matmul import (
     quantized_matmul,
 )
 from megalodon_jax.modules.parameters import kernel_initializer, parameter
-from megalodon_jax.typing import Array, Float, Float32
+from megalodon_jax.typing import Array, Float, Float32, PRNGKey
+
+
+class LoraFactors(NamedTuple):
+    """How the factors of a layer act: `scale` is alpha / rank, `dropout` a rate on their input."""
+
+    scale: float
+    dropout: float
 
 
 class Linear(nnx.Module):
@@ -43,7 +51,13 @@ class Linear(nnx.Module):
       rngs: source of initial values.
 
     `kernel` may hold a `qwix.QArray`; Qwix may also add LoRA factors beside it (`docs/flax.md`).
+    `megalodon_jax.lora` sets `lora`, `lora_a` (in, r) and `lora_b` (r, out): then the product is
+    X W + scale * dropout(X) A B.
     """
+
+    lora: LoraFactors | None = None
+    lora_a: nnx.LoRAParam
+    lora_b: nnx.LoRAParam
 
     def __init__(
         self,
@@ -91,19 +105,44 @@ class Linear(nnx.Module):
         )
 
     def __call__(
-        self, x: "Float[Array, '... in'] | SharedInput", *, name: str = PRODUCT
+        self,
+        x: "Float[Array, '... in'] | SharedInput",
+        *,
+        name: str = PRODUCT,
+        dropout_key: PRNGKey | None = None,
     ) -> Float32[Array, "... out"]:
         """Maps the last axis of x; `name` is the product's checkpoint name."""
-        y = self.product(x, name=name).astype(jnp.float32)
+        y = self.product(x, name=name, dropout_key=dropout_key).astype(jnp.float32)
         offset = self.offset
         return y if offset is None else y + offset
 
     def product(
-        self, x: "Float[Array, '... in'] | SharedInput", *, name: str | None = None
+        self,
+        x: "Float[Array, '... in'] | SharedInput",
+        *,
+        name: str | None = None,
+        dropout_key: PRNGKey | None = None,
     ) -> Float[Array, "... out"]:
-        """X W in `dtype`, under a checkpoint name if there is one."""
-        y = (x if isinstance(x, SharedInput) else SharedInput(x, self)).product(self)
+        """X W in `dtype`, under a checkpoint name if there is one.
+
+        `dropout_key` turns the dropout of LoRA on; a `SharedInput` has its own.
+        """
+        if not isinstance(x, SharedInput):
+            x = SharedInput(x, self, dropout_key=dropout_key)
+        y = x.product(self)
         return y if name is None else checkpoint_name(y, name)
+
+    def lora_product(
+        self, x: Float[Array, "... in"], dropout_key: PRNGKey | None
+    ) -> Float[Array, "... out"]:
+        """scale * dropout(X) A B in `dtype`."""
+        assert self.lora is not None
+        # Channels of the residual stream stay sharded: devices sum the product of rank r alone.
+        rows, columns = ("channels" if axis == "embed" else axis for axis in self.axes)
+        x = dropout(x, self.lora.dropout, dropout_key)
+        h = mixed_matmul(x, self.lora_a[...], self.dtype, (rows, None), self.reduce_dtype)
+        b = self.lora_b[...] * self.lora.scale
+        return mixed_matmul(h, b, self.dtype, (None, columns), self.reduce_dtype)
 
     @property
     def offset(self) -> Float32[Array, " out"] | None:
@@ -117,14 +156,18 @@ class SharedInput:
     Args:
       x: the input.
       linears: the layers, with one `dtype` and one `reduce_dtype`.
+      dropout_key: turns the dropout of LoRA on, with another mask for every layer.
 
     Example:
       n = SharedInput(n, fc1, fc3)
       hidden = silu(fc1.product(n)) * fc3.product(n)
     """
 
-    def __init__(self, x: Float[Array, "... in"], *linears: Linear):
+    def __init__(
+        self, x: Float[Array, "... in"], *linears: Linear, dropout_key: PRNGKey | None = None
+    ):
         self.x = x
+        self._dropout_key = dropout_key
         self._linears = linears
         self._products: tuple[Array, ...] | None = None
         first, axes = linears[0], tuple(linear.axes for linear in linears)
@@ -153,10 +196,21 @@ class SharedInput:
         return y
 
     def product(self, linear: Linear) -> Float[Array, "... out"]:
-        """X W of one of the layers, in its `dtype`."""
+        """X W of one of the layers, in its `dtype`, with what LoRA adds."""
+        y = self._base_product(linear)
+        if linear.lora is None:
+            return y
+        key = self._dropout_key
+        key = None if key is None else fold_key(key, self._index(linear))
+        return y + linear.lora_product(self.x, key)
+
+    def _index(self, linear: Linear) -> int:
+        # `nnx.tabulate` calls copies of the layers, which are none of these.
+        return next(i for i, each in enumerate(self._linears) if each is linear)
+
+    def _base_product(self, linear: Linear) -> Array:
         if self._products is not None:
-            index = next(i for i, each in enumerate(self._linears) if each is linear)
-            return self._products[index]
+            return self._products[self._index(linear)]
         if is_wrapped_by_qwix(linear):
             return interceptable_matmul(self.x, linear.kernel[...], linear.dtype, linear.axes)
         if is_quantized(linear.kernel[...]):

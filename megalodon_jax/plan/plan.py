@@ -25,13 +25,12 @@ from megalodon_jax.compiled.memory import read_memory
 from megalodon_jax.compiled.memory_traffic import count_hbm_bytes
 from megalodon_jax.config import TrainConfig, TransformerConfig
 from megalodon_jax.flops import model_flops_per_token
-from megalodon_jax.models import abstract_model
 from megalodon_jax.parallel.mesh import make_mesh
 from megalodon_jax.parallel.sharding import batch_sharding
 from megalodon_jax.plan.costs import find_step_kernels
 from megalodon_jax.plan.machine import Machine, describe_machine
 from megalodon_jax.plan.roofline import Roofline, make_roofline
-from megalodon_jax.train_state import TrainState, abstract_state
+from megalodon_jax.train_state import TrainState, abstract_run_model, abstract_state
 from megalodon_jax.training.step import make_train_step
 from megalodon_jax.typing import Batch
 
@@ -160,7 +159,7 @@ def make_plan(
     state = abstract_state(config, mesh)
     started = time.monotonic()
     progress(f"tracing the step for {mesh.size} x {machine.chip.name}, {_sizes(mesh)}")
-    graphdef = abstract_model(config.model)[0]
+    graphdef = abstract_run_model(config).graphdef
     step: Any = make_train_step(graphdef, config, mesh)
     lowered = step.lower(state, _abstract_batch(config, mesh))
     traced = time.monotonic()
@@ -284,7 +283,7 @@ def _memory(compiled: jax.stages.Compiled, state: TrainState, machine: Machine) 
     if memory is None:
         raise RuntimeError(f"the compiler for {machine.chip.name} reports no memory")
     return StepMemory(
-        parameters=_local_bytes(state.params),
+        parameters=_local_bytes((state.params, state.base)),
         optimizer=_local_bytes(state.opt_state),
         **memory._asdict(),
         available=int(machine.memory_bytes),

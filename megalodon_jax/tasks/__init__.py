@@ -8,9 +8,10 @@ from megalodon_jax.tasks.loaders import (
     TrainingLoader,
     own_loaders,
 )
+from megalodon_jax.tasks.sft import SupervisedFineTuning
 from megalodon_jax.tasks.task import StatefulTask, Task, find_stateful
 
-TASKS: dict[str, Task] = {"language": LanguageModeling()}
+TASKS: dict[str, Task] = {"language": LanguageModeling(), "sft": SupervisedFineTuning()}
 
 
 def find_task(name: str) -> Task:
@@ -20,6 +21,6 @@ def find_task(name: str) -> Task:
 
 __all__ = [
     "TASKS", "HeldoutLoader", "LanguageModeling", "OwnBatches", "OwnHeldout",
-    "StatefulTask", "Task", "TrainingLoader", "find_stateful", "find_task",
+    "StatefulTask", "SupervisedFineTuning", "Task", "TrainingLoader", "find_stateful", "find_task",
     "own_loaders",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from flax import nnx
 from megalodon_jax.config import TrainConfig
 from megalodon_jax.evaluation.summary import Evaluation
 from megalodon_jax.language_model import LanguageModel
+from megalodon_jax.lora import merge_lora
 from megalodon_jax.train_state import TrainState
 from megalodon_jax.training.result import TrainResult
 from megalodon_jax.training.step import StepMetrics
@@ -29,8 +30,11 @@ class RunView:
         self._graphdef = graphdef
 
     def model(self) -> LanguageModel:
-        """The model with the parameters that evaluations take, valid until the next step."""
-        return nnx.merge(self._graphdef, self.state.evaluated_params)
+        """The model with the parameters that evaluations take, valid until the next step.
+
+        LoRA factors are merged into their kernels.
+        """
+        return merge_lora(nnx.merge(self._graphdef, self.state.evaluated_params))
 
     def stop(self) -> None:
         """Ends the run after this step as if it were the last one: saved, evaluated, sampled.

@@ -26,6 +26,7 @@ from megalodon_jax.errors import CheckpointError, DataError
 from megalodon_jax.evaluation.summary import Evaluation, evaluate_sets
 from megalodon_jax.generate import stream_text
 from megalodon_jax.inference.sampling import SamplingParams
+from megalodon_jax.lora import merge_lora
 from megalodon_jax.loss import LossOutput
 from megalodon_jax.parallel import distributed
 from megalodon_jax.parallel.liveness import LivenessWatch
@@ -40,7 +41,6 @@ from megalodon_jax.training.report import ReportWindow, mean_metrics
 from megalodon_jax.training.result import TrainResult
 from megalodon_jax.training.run_context import (
     RunContext,
-    changed_settings,
     describe_saved,
     name_checkpoint_of_failure,
     open_log,
@@ -142,7 +142,7 @@ def train(
             files.copies(checkpoints.check_owner, continue_earlier=distributed.is_main())
         )
         run_time = RunTime(files.local if distributed.is_main() else None, started=started)
-        graphdef, state, saved = initial_state(
+        graphdef, state, changes = initial_state(
             config, mesh, training_loader, checkpoints, optimizer=optimizer
         )
         checkpoints.keep_tokenizer(tokenizer)
@@ -174,8 +174,7 @@ def train(
             callbacks=callbacks,
         )
         run = _Run(context, state)
-        if saved is not None:
-            run.report_changes(saved)
+        run.report_changes(changes)
         run.advance()
         return run.finish()
 
@@ -216,9 +215,8 @@ class _Run:
         for callback in self.context.callbacks:
             getattr(callback, event)(self.view, *arguments)
 
-    def report_changes(self, saved: TrainConfig) -> None:
-        """Logs the settings of training that differ from those of the resumed checkpoint."""
-        changes = changed_settings(saved, self.config)
+    def report_changes(self, changes: Mapping[str, tuple[Any, Any]]) -> None:
+        """Logs the settings that differ from those of the resumed or the initial weights."""
         for name, (old, new) in changes.items():
             self.context.display.message(
                 f"{name} was {old!r} and is {new!r} from step {self.step + 1} on"
@@ -230,7 +228,7 @@ class _Run:
         """Trains until the last step or a signal, then saves."""
         config, run_time = self.config, self.context.run_time
         self.context.display.message(
-            describe_run(config, self.state.params, self.devices, first_step=self.first_step)
+            describe_run(config, self.state, self.devices, first_step=self.first_step)
         )
         self.context.checkpoints.check()  # before a compilation of minutes
         run_time.enter("steps")
@@ -337,10 +335,7 @@ class _Run:
         if sample:
             display.message(f"sample:\n{sample}")
         if heldout is not None:
-            display.message(
-                f"final held-out bits per byte {heldout.bits_per_byte:.4f} "
-                f"({heldout.num_bytes:,} bytes, loss {heldout.loss:.4f} nats per token)"
-            )
+            display.message(f"final held-out {heldout.describe()}")
         if self.stop_signal is None:
             display.message(f"step {self.step}; checkpoints and logs are in {config.run_dir}")
         run_time.write(self.step)
@@ -370,7 +365,7 @@ class _Run:
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
             **self.context.run_time.metrics(),
-            **data_counts(self.context.loader, self.config.data),
+            **data_counts(self.context.loader, self.config),
         }
         self._log(report)
         self._notify("on_report", report)
@@ -418,10 +413,9 @@ class _Run:
             logged[f"heldout_loss/{name}"] = evaluation.loss
             logged[f"heldout_bits_per_byte/{name}"] = evaluation.bits_per_byte
         self._log(logged)
-        text = "".join(f"  {name} {each.bits_per_byte:.4f}" for name, each in by_set.items())
+        text = "".join(f"  {name} {each.describe()}" for name, each in by_set.items())
         self.context.display.message(
-            f"step {self.step}/{self.config.steps}  held-out bits per byte "
-            f"{heldout.bits_per_byte:.4f}  loss {heldout.loss:.4f}{text}"
+            f"step {self.step}/{self.config.steps}  held-out {heldout.describe()}{text}"
         )
         self._notify("on_evaluation", heldout)
         return heldout
@@ -468,7 +462,7 @@ class _Run:
             params = multihost_utils.process_allgather(params, tiled=True)
         # Every process generates the same text, so that none waits for another.
         params = jax.device_put(params, self.context.mesh.local_devices[0])
-        model = nnx.merge(self.context.graphdef, params)
+        model = merge_lora(nnx.merge(self.context.graphdef, params))
         pieces = stream_text(
             model,
             self.context.tokenizer,

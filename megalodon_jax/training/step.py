@@ -24,7 +24,7 @@ from megalodon_jax.optimizer import (
 from megalodon_jax.parallel.mesh import resolve_mesh
 from megalodon_jax.parallel.sharding import batch_sharding
 from megalodon_jax.tasks import Task, find_task
-from megalodon_jax.train_state import TrainState, optimizer_of, state_shardings
+from megalodon_jax.train_state import TrainState, join_params, optimizer_of, state_shardings
 from megalodon_jax.training.carried_rows import RowsLoss, make_loss, start_new
 from megalodon_jax.typing import Array, Batch, Float32, Int32, PRNGKey
 from megalodon_jax.update_guard import Verdict, judge, max_abs, record
@@ -120,7 +120,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             (sums, num_carried, carried), gradient = sums_and_gradient(
-                state.params, batches, state.carried, key
+                state.params, state.base, batches, state.carried, key
             )
         gradient = jax.lax.with_sharding_constraint(gradient, shardings.params)
         if on_gpu and mesh.size > 1:
@@ -158,7 +158,10 @@ def make_train_step(
             # The state follows the rows, whether or not the update is applied. What a loss that is
             # not finite leaves in it is not used: documents that go on begin anew.
             carried = start_new(carried, ~jnp.isfinite(metrics["loss"]))
-        return TrainState(state.step + 1, params, opt_state, guard, average, carried), StepMetrics(
+        new_state = TrainState(
+            state.step + 1, params, opt_state, guard, average, carried, state.base
+        )
+        return new_state, StepMetrics(
             **metrics,
             z_loss=sums.z_loss_sum / weight,
             accuracy=sums.correct_sum / weight,
@@ -239,50 +242,60 @@ def make_eval_step(
 
     return jax.jit(
         evaluate,
-        in_shardings=(state_shardings(config, mesh).params, batch_sharding(mesh)),
+        in_shardings=(state_shardings(config, mesh).evaluated_params, batch_sharding(mesh)),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
 
 
 class _SumsAndGradient(Protocol):
     def __call__(
-        self, params: nnx.State, batches: Batch, state: CarriedState | None, key: PRNGKey
+        self,
+        params: nnx.State,
+        base: nnx.State | None,
+        batches: Batch,
+        state: CarriedState | None,
+        key: PRNGKey,
     ) -> tuple[RowsLoss, nnx.State]: ...
 
 
 def _make_sums_and_gradient(
     graphdef: nnx.GraphDef, config: TrainConfig, task: Task
 ) -> _SumsAndGradient:
-    has_dropout, loss = config.model.has_dropout, make_loss(task, config)
+    has_dropout = config.model.has_dropout or bool(config.lora.rank and config.lora.dropout)
+    loss = make_loss(task, config)
 
     def objective(
-        params: nnx.State, batch: Batch, state: CarriedState | None, key: PRNGKey | None
+        params: nnx.State,
+        base: nnx.State | None,
+        batch: Batch,
+        state: CarriedState | None,
+        key: PRNGKey | None,
     ) -> tuple[Float32[Array, ""], RowsLoss]:
-        params = stop_frozen_gradients(params, config.optim)
+        params = join_params(stop_frozen_gradients(params, config.optim), base)
         out = loss(nnx.merge(graphdef, params), batch, state, key)
         return out.sums.loss_sum + out.sums.z_loss_sum, out
 
     gradient_of = jax.grad(objective, has_aux=True)
 
-    def of_batch(params: nnx.State, batch: Batch, state, index: Array | int, key: PRNGKey):
+    def of_batch(params: nnx.State, base, batch: Batch, state, index: Array | int, key: PRNGKey):
         gradient, out = gradient_of(
-            params, batch, state, jax.random.fold_in(key, index) if has_dropout else None
+            params, base, batch, state, jax.random.fold_in(key, index) if has_dropout else None
         )
         return out, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient)
 
-    def accumulate(params, batches, state, key) -> tuple[RowsLoss, nnx.State]:
+    def accumulate(params, base, batches, state, key) -> tuple[RowsLoss, nnx.State]:
         first = jax.tree.map(lambda array: array[0], batches)
         if batches.tokens.shape[0] == 1:
-            return of_batch(params, first, state, 0, key)
+            return of_batch(params, base, first, state, 0, key)
 
         def add(total, entry):
             (out, gradient), state = total
             index, batch = entry
-            new, new_gradient = of_batch(params, batch, state, index, key)
+            new, new_gradient = of_batch(params, base, batch, state, index, key)
             added = jax.tree.map(jnp.add, (out, gradient), (new._replace(state=None), new_gradient))
             return (added, new.state), None
 
-        out, gradient = jax.eval_shape(of_batch, params, first, state, 0, key)
+        out, gradient = jax.eval_shape(of_batch, params, base, first, state, 0, key)
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (out._replace(state=None), gradient)
         )

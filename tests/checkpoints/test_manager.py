@@ -119,7 +119,7 @@ def test_a_manifest_is_written_and_damage_found(config, state):
             checkpoints.restore(1, config)
         # Only what is read is compared.
         assert "opt_state" in data.parts
-        checkpoints.restore_params(1, config)
+        checkpoints.restore_model(1, config.model)
 
 
 def test_a_second_owner_is_refused_before_anything_is_touched(config, state):

@@ -189,7 +189,8 @@ def launch_norm_state_step(
     x = operands.x
 
     def kernel(operands: NormStateOperands, results: Any, scratch: NormStateScratch) -> None:
-        _NormStateKernelCall(operands, *results, scratch, eps).run(rows_per_block)
+        u, y = results
+        _NormStateKernelCall(operands, u, y, scratch, eps).run(rows_per_block)
 
     out = jax.ShapeDtypeStruct((x.shape[0], x.shape[1] * x.shape[2]), x.dtype)
     return launch(

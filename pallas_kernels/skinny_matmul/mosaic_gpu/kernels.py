@@ -141,7 +141,7 @@ class _SkinnyKernelCall(NamedTuple):
     def load_weights(self, column: int) -> list[Any]:
         """Weights of a tile of columns, by half."""
         matrix = self.operands.matrix
-        values = matrix.values if isinstance(matrix, Int8Matrix) else matrix
+        values: Any = matrix.values if isinstance(matrix, Int8Matrix) else matrix
         loaded = []
         for half in range(self.halves):
             rows = pl.ds(self.first + half * (values.shape[0] // 2), self.tiling.rows)

@@ -15,6 +15,7 @@ from pallas_kernels.skinny_matmul.block_sizes import (
     choose_tiling,
 )
 from pallas_kernels.skinny_matmul.mosaic_gpu.kernels import SkinnyOperands
+from pallas_kernels.skinny_matmul.mosaic_gpu.launch import launch_skinny_matmul
 from pallas_kernels.skinny_matmul.types import (
     Epilogue,
     Int8Matrix,
