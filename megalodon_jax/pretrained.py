@@ -8,10 +8,11 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from megalodon_jax.checkpoints.load import TrainedModel
 from megalodon_jax.config import TrainConfig
 from megalodon_jax.config.model import DType
 from megalodon_jax.data.tokenizer import ByteTokenizer, Tokenizer
-from megalodon_jax.errors import ConvertError
+from megalodon_jax.errors import ConfigError, ConvertError
 from megalodon_jax.interop.huggingface import MAX_SHARD_BYTES, write_huggingface
 from megalodon_jax.interop.safetensors_files import write_safetensors
 from megalodon_jax.interop.sources import read_source, require_local
@@ -35,6 +36,8 @@ def load(
     mesh: Mesh | None = None,
     dtype: DType | None = None,
     tokenizer: str = "",
+    step: int | None = None,
+    allow_unverified: bool = False,
 ) -> Pretrained:
     """A trained model and its tokenizer, of any form that this package writes.
 
@@ -48,6 +51,8 @@ def load(
       dtype: dtype of the computation, "float32" or "bfloat16"; None: as trained. The parameters
         keep theirs.
       tokenizer: "bytes" or a tokenizer file to use instead of the model's own.
+      step: step of a run's checkpoint; None: the newest readable one.
+      allow_unverified: also load a run's checkpoint without manifest, with a warning.
 
     Returns:
       The model and its tokenizer. Released checkpoints, and models saved without a tokenizer, have
@@ -60,9 +65,16 @@ def load(
       ConvertError: there is no such source, it is of another kind, or its files are damaged.
       CheckpointError: the run has no readable checkpoint.
       DataError: the tokenizer cannot be read.
-      ConfigError: the parameters do not divide over the mesh.
+      ConfigError: the parameters do not divide over the mesh, or `step` is given without a run.
     """
-    read = read_source(source, tokenizer=tokenizer, reads_tokenizer=True, mesh=mesh)
+    read = read_source(
+        source,
+        tokenizer=tokenizer,
+        reads_tokenizer=True,
+        step=step,
+        allow_unverified=allow_unverified,
+        mesh=mesh,
+    )
     graphdef, params = nnx.split(read.model, nnx.Param)
     if dtype is not None:
         # Only the static structure knows the dtype of the computation.
@@ -71,6 +83,25 @@ def load(
     if mesh is not None:
         place = jax.tree.map(lambda leaf: leaf.sharding, with_shardings(params, mesh))
     return Pretrained(nnx.merge(graphdef, jax.device_put(params, place)), read.tokenizer)
+
+
+def load_with_tokenizer(
+    source: str | AnyPath,
+    *,
+    step: int | None = None,
+    allow_unverified: bool = False,
+    tokenizer: str = "",
+) -> TrainedModel:
+    """`load` for commands that read and write text: a model without a tokenizer is refused.
+
+    Raises:
+      ConfigError: the model has no tokenizer and none is named, or `step` is given without a run.
+      ConvertError, CheckpointError, DataError: as for `load`.
+    """
+    model, own = load(source, tokenizer=tokenizer, step=step, allow_unverified=allow_unverified)
+    if own is None:
+        raise ConfigError(f"{source} has no tokenizer; name one with --tokenizer or tokenizer=")
+    return TrainedModel(model, own)
 
 
 def save(

@@ -37,8 +37,8 @@ class Chat(WithCompilationCache):
     """
 
     run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
-    """The run_dir of a training run, a path or a URL gs:// or s3://; a .safetensors file; or a
-    folder in the Hugging Face form."""
+    """The run_dir of a training run or one of its checkpoints, a path or a URL gs:// or s3://; a
+    .safetensors file; or a folder in the Hugging Face form."""
     chat_template: str = ""
     """`plain`, or a Jinja file; by default the tokenizer's own. Without any of them, and with
     `none`, the model continues the text as it is."""
@@ -90,16 +90,16 @@ class Chat(WithCompilationCache):
 
     def _conversation(self, params: SamplingParams, progress: Progress) -> "Conversation":
         # Local imports: help and errors come without JAX.
-        from megalodon_jax.cli.model import load_named_model
         from megalodon_jax.data.chat_template import ChatTemplate
         from megalodon_jax.generate import max_length
         from megalodon_jax.inference.conversation import Conversation
         from megalodon_jax.inference.engine import Engine
+        from megalodon_jax.pretrained import load_with_tokenizer
 
         progress.show(f"loading {self.run_dir}")
-        model, tokenizer = load_named_model(
+        model, tokenizer = load_with_tokenizer(
             self.run_dir,
-            self.step,
+            step=self.step,
             allow_unverified=self.allow_unverified,
             tokenizer=self.tokenizer,
         )

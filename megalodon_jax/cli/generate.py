@@ -34,8 +34,8 @@ class Generate(WithCompilationCache):
     """
 
     run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
-    """The run_dir of a training run, a path or a URL gs:// or s3://; a .safetensors file; or a
-    folder in the Hugging Face form."""
+    """The run_dir of a training run or one of its checkpoints, a path or a URL gs:// or s3://; a
+    .safetensors file; or a folder in the Hugging Face form."""
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = ()
     """Starts of texts; `-`, or no prompt: the text of standard input."""
     prompts_file: str = ""
@@ -119,12 +119,12 @@ class Generate(WithCompilationCache):
 
 def _load(command: Generate, progress: Progress) -> "TrainedModel":
     # Local imports: help and errors come without JAX.
-    from megalodon_jax.cli.model import load_named_model
+    from megalodon_jax.pretrained import load_with_tokenizer
 
     progress.show(f"loading {command.run_dir}")
-    return load_named_model(
+    return load_with_tokenizer(
         command.run_dir,
-        command.step,
+        step=command.step,
         allow_unverified=command.allow_unverified,
         tokenizer=command.tokenizer,
     )

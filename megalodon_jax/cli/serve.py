@@ -25,8 +25,8 @@ class Serve(WithCompilationCache, ServerSettings):
     """
 
     run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
-    """The run_dir of a training run, a path or a URL gs:// or s3://; a .safetensors file; or a
-    folder in the Hugging Face form."""
+    """The run_dir of a training run or one of its checkpoints, a path or a URL gs:// or s3://; a
+    .safetensors file; or a folder in the Hugging Face form."""
     step: int | None = None
     """Step of the checkpoint; the newest if not set."""
     allow_unverified: bool = False
@@ -69,13 +69,13 @@ class Serve(WithCompilationCache, ServerSettings):
             return server
 
     def _engine(self, progress: Progress) -> "Engine":
-        from megalodon_jax.cli.model import load_named_model
+        from megalodon_jax.pretrained import load_with_tokenizer
         from megalodon_jax.serve.server import make_engine
 
         progress.show(f"loading {self.run_dir}")
-        model, tokenizer = load_named_model(
+        model, tokenizer = load_with_tokenizer(
             self.run_dir,
-            self.step,
+            step=self.step,
             allow_unverified=self.allow_unverified,
             tokenizer=self.tokenizer,
         )
