@@ -1,4 +1,4 @@
-"""Commands that take a model: runs, their checkpoints, .safetensors files, folders in the Hugging Face form."""
+"""Commands that take a model: runs, checkpoints, .safetensors files, Hugging Face folders."""
 
 from pathlib import Path
 
