@@ -54,8 +54,7 @@ class ChatTemplate:
       name: of the template in messages of errors.
       stop: texts that end an answer, for a template without a special token after a message.
 
-    Attributes:
-      source, name, stop: the arguments.
+    The arguments are attributes of the same names.
 
     Raises:
       DataError: the text is not a template, or jinja2 is not installed.
