@@ -4,7 +4,9 @@ A limit is far above any real file. The environment variable `MEGALODON_FILE_LIM
 of them: 10 allows ten times as much.
 """
 
+import json
 import os
+from typing import Any
 
 from megalodon_jax.storage.files import kind_of, open_binary, size_of
 from megalodon_jax.storage.location import AnyPath
@@ -83,3 +85,26 @@ def read_bytes(path: str | AnyPath, *, max_bytes: int) -> bytes:
         content = file.read(allowed + 1)
     check_size(len(content), max_bytes)
     return content
+
+
+def read_json_table(
+    path: str | AnyPath, *, max_bytes: int, error: type[Exception]
+) -> dict[str, Any]:
+    """The object in a JSON file within the limit.
+
+    Args:
+      path: the file.
+      max_bytes: limit of its size.
+      error: type of the error, whose message names the file.
+
+    Raises:
+      Exception: of type `error`; the file cannot be read, is no JSON, or holds no object.
+    """
+    try:
+        table = json.loads(read_bytes(path, max_bytes=max_bytes).decode("utf-8"))
+    # ValueError: not UTF-8, not JSON, too large; RecursionError: of nested brackets.
+    except (OSError, ValueError, RecursionError) as cause:
+        raise error(f"cannot read {path} as JSON: {cause}") from cause
+    if not isinstance(table, dict):
+        raise error(f"{path} has a {type(table).__name__}; it must be a table")
+    return table

@@ -9,10 +9,11 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from megalodon_jax.checkpoints.load import TrainedModel
 from megalodon_jax.config import TrainConfig
 from megalodon_jax.config.model import DType
 from megalodon_jax.data.tokenizer import ByteTokenizer, Tokenizer
-from megalodon_jax.errors import ConvertError
+from megalodon_jax.errors import ConfigError, ConvertError
 from megalodon_jax.interop.huggingface import MAX_SHARD_BYTES, write_huggingface
 from megalodon_jax.interop.initial_weights import load_base
 from megalodon_jax.interop.safetensors_files import write_safetensors
@@ -41,6 +42,8 @@ def load(
     tokenizer: str = "",
     base: str = "",
     merge_lora: bool = True,
+    step: int | None = None,
+    allow_unverified: bool = False,
 ) -> Pretrained:
     """A trained model and its tokenizer, of any form that this package writes.
 
@@ -58,6 +61,8 @@ def load(
       merge_lora: merge the factors of a run with LoRA into their kernels; False: they stay
         `nnx.LoRAParam`s beside them, for a call of the model or training; `Engine` and `save` need
         them merged.
+      step: step of a run's checkpoint; None: the newest readable one.
+      allow_unverified: also load a run's checkpoint without manifest, with a warning.
 
     Returns:
       The model and its tokenizer. Released checkpoints, and models saved without a tokenizer, have
@@ -71,12 +76,14 @@ def load(
       CheckpointError: the run has no readable checkpoint, or the base of its factors is missing.
       MismatchError: the base has other weights than those that the factors were trained for.
       DataError: the tokenizer cannot be read.
-      ConfigError: the parameters do not divide over the mesh.
+      ConfigError: the parameters do not divide over the mesh, or `step` is given without a run.
     """
     read = read_source(
         source,
         tokenizer=tokenizer,
         reads_tokenizer=True,
+        step=step,
+        allow_unverified=allow_unverified,
         mesh=mesh,
         load_base=partial(load_base, path=base),
         merges_lora=merge_lora,
@@ -95,6 +102,25 @@ def load(
     if mesh is not None:
         place = jax.tree.map(lambda leaf: leaf.sharding, with_shardings(params, mesh))
     return Pretrained(nnx.merge(graphdef, jax.device_put(params, place)), read.tokenizer)
+
+
+def load_with_tokenizer(
+    source: str | AnyPath,
+    *,
+    step: int | None = None,
+    allow_unverified: bool = False,
+    tokenizer: str = "",
+) -> TrainedModel:
+    """`load` for commands that read and write text: a model without a tokenizer is refused.
+
+    Raises:
+      ConfigError: the model has no tokenizer and none is named, or `step` is given without a run.
+      ConvertError, CheckpointError, DataError: as for `load`.
+    """
+    model, own = load(source, tokenizer=tokenizer, step=step, allow_unverified=allow_unverified)
+    if own is None:
+        raise ConfigError(f"{source} has no tokenizer; name one with --tokenizer or tokenizer=")
+    return TrainedModel(model, own)
 
 
 def save(

@@ -1,6 +1,7 @@
 """Fixtures of a tiny training run, shared by the tests of training, checkpoints and commands."""
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -50,7 +51,13 @@ warmup_steps = 2
 
 @pytest.fixture(scope="session")
 def compilation_cache_dir(tmp_path_factory) -> str:
-    return str(tmp_path_factory.mktemp("compiled"))
+    """A directory of compiled programs, which the workers of pytest-xdist share."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return str(tmp_path_factory.mktemp("compiled"))
+    # Every worker has a folder of its own in that of the session.
+    shared = tmp_path_factory.getbasetemp().parent / "compiled"
+    shared.mkdir(exist_ok=True)
+    return str(shared)
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,18 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Self
 
 import tyro
 
 from megalodon_jax.cli.command import WithCompilationCache
+from megalodon_jax.cli.options import ModelOptions, SamplingOptions
 from megalodon_jax.cli.progress import Progress
 from megalodon_jax.errors import CheckpointError, ConfigError, MegalodonError, did_you_mean
-from megalodon_jax.inference.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from megalodon_jax.inference.conversation import Conversation, ConversationState
+    from megalodon_jax.inference.sampling_params import SamplingParams
 
 _HELP = """\
 /save FILE  writes the conversation's state to a file
@@ -28,7 +29,7 @@ Ctrl-C stops an answer; what there is of it stays."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chat(WithCompilationCache):
+class Chat(SamplingOptions, ModelOptions, WithCompilationCache):
     """A conversation with a trained model; its state is kept between turns and in files.
 
     Lines that begin with / are commands; /help lists them.
@@ -36,73 +37,35 @@ class Chat(WithCompilationCache):
     Example: megalodon chat runs/first --chat_template plain
     """
 
-    run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
-    """The run_dir of a training run, a path or a URL gs:// or s3://; a .safetensors file; or a
-    folder in the Hugging Face form."""
     chat_template: str = ""
     """`plain`, or a Jinja file; by default the tokenizer's own. Without any of them, and with
     `none`, the model continues the text as it is."""
     max_tokens: int = 512
     """Most tokens of an answer."""
-    temperature: float = 0.8
-    """Divides the logits; 0: greedy decoding."""
-    top_k: int = 0
-    """Sample from the k most probable tokens; 0: from all."""
-    top_p: float = 1.0
-    """Sample from the smallest set of most probable tokens whose probability reaches p."""
-    min_p: float = 0.0
-    """Sample from tokens with at least this share of the most probable token's probability."""
-    repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in the prompt or the output."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """An answer ends before this text; may be repeated."""
     seed: int | None = None
     """Seed of the random numbers of every answer; by default answers have different ones."""
     max_length: int = 16384
     """Most tokens of a conversation with a Transformer; MEGALODON has no limit."""
-    step: int | None = None
-    """Step of the checkpoint; the newest if not set."""
-    allow_unverified: bool = False
-    """Also load a checkpoint without manifest, which an older version wrote."""
-    tokenizer: str = ""
-    """Tokenizer file to use instead of the copy in the run."""
 
     def run(self) -> int:
         """Reads lines until /exit or the end of the input."""
-        try:
-            params = SamplingParams(
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                min_p=self.min_p,
-                repetition_penalty=self.repetition_penalty,
-                stop=self.stop,
-                seed=self.seed,
-                max_tokens=self.max_tokens,
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        params = self.sampling_params()
         with self.keep_programs():
             with Progress() as progress:
                 progress.show("starting")
                 conversation = self._conversation(params, progress)
             return _Terminal(conversation).run()
 
-    def _conversation(self, params: SamplingParams, progress: Progress) -> "Conversation":
+    def _conversation(self, params: "SamplingParams", progress: Progress) -> "Conversation":
         # Local imports: help and errors come without JAX.
-        from megalodon_jax.cli.model import load_named_model
         from megalodon_jax.data.chat_template import ChatTemplate
         from megalodon_jax.generate import max_length
         from megalodon_jax.inference.conversation import Conversation
         from megalodon_jax.inference.engine import Engine
 
-        progress.show(f"loading {self.run_dir}")
-        model, tokenizer = load_named_model(
-            self.run_dir,
-            self.step,
-            allow_unverified=self.allow_unverified,
-            tokenizer=self.tokenizer,
-        )
+        model, tokenizer = self.load(progress)
         if self.chat_template == "none":
             template = None
         elif self.chat_template:

@@ -66,8 +66,8 @@ class Evaluate(WithCompilationCache):
     """
 
     checkpoint: str
-    """The run_dir of a training run, a path or a URL gs:// or s3://; a .safetensors file; or a
-    folder in the Hugging Face form."""
+    """The run_dir of a training run or one of its checkpoints, a path or a URL gs:// or s3://; a
+    .safetensors file; or a folder in the Hugging Face form."""
     files: tuple[str, ...]
     """Paths, folders, globs or URLs of text: plain, .jsonl (both also .gz, .zst), .parquet."""
     text_field: str = "text"
@@ -97,12 +97,12 @@ class Evaluate(WithCompilationCache):
         return 0
 
     def _evaluate(self) -> "Evaluation":
-        from megalodon_jax.cli.model import load_named_model
         from megalodon_jax.evaluation.streaming import evaluate_files
+        from megalodon_jax.pretrained import load_with_tokenizer
 
-        model, tokenizer = load_named_model(
+        model, tokenizer = load_with_tokenizer(
             self.checkpoint,
-            self.step,
+            step=self.step,
             allow_unverified=self.allow_unverified,
             tokenizer=self.tokenizer,
         )

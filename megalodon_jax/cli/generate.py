@@ -12,19 +12,18 @@ import tyro
 from megalodon_jax.cli.command import WithCompilationCache
 from megalodon_jax.cli.completions import Completions
 from megalodon_jax.cli.interrupt import Interrupt
+from megalodon_jax.cli.options import ModelOptions, SamplingOptions
 from megalodon_jax.cli.progress import Progress
 from megalodon_jax.cli.prompts import Prompt, command_line_prompts, read_prompts
 from megalodon_jax.errors import CheckpointError, ConfigError, RequestError
-from megalodon_jax.inference.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from megalodon_jax.checkpoints import TrainedModel
     from megalodon_jax.inference.engine import Engine
     from megalodon_jax.inference.requests import Request, Stream
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(WithCompilationCache):
+class Generate(SamplingOptions, ModelOptions, WithCompilationCache):
     """Continues prompts with a trained model.
 
     The text of one prompt is printed as it comes; several prompts, samples or log-probabilities
@@ -33,9 +32,6 @@ class Generate(WithCompilationCache):
     Example: megalodon generate runs/first "def "
     """
 
-    run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
-    """The run_dir of a training run, a path or a URL gs:// or s3://; a .safetensors file; or a
-    folder in the Hugging Face form."""
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = ()
     """Starts of texts; `-`, or no prompt: the text of standard input."""
     prompts_file: str = ""
@@ -48,16 +44,6 @@ class Generate(WithCompilationCache):
     """File with the state of a conversation: continued if it exists, and written at the end."""
     max_tokens: int = 256
     """Number of tokens to generate at most; the text ends earlier if the document does."""
-    temperature: float = 0.8
-    """Divides the logits; 0: greedy decoding."""
-    top_k: int = 0
-    """Sample from the k most probable tokens; 0: from all."""
-    top_p: float = 1.0
-    """Sample from the smallest set of most probable tokens whose probability reaches p."""
-    min_p: float = 0.0
-    """Sample from tokens with at least this share of the most probable token's probability."""
-    repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in the prompt or the output."""
     presence_penalty: float = 0.0
     """Subtracted from the logits of tokens in the output."""
     frequency_penalty: float = 0.0
@@ -72,12 +58,6 @@ class Generate(WithCompilationCache):
     """Seed of the random numbers; sample i of prompt j draws with seed + j n + i."""
     slots: int = 16
     """Most samples that run at the same time."""
-    step: int | None = None
-    """Step of the checkpoint; the newest if not set."""
-    allow_unverified: bool = False
-    """Also load a checkpoint without manifest, which an older version wrote."""
-    tokenizer: str = ""
-    """Tokenizer file to use instead of the copy in the run."""
 
     def run(self) -> int:
         """Prints the continuations."""
@@ -92,12 +72,7 @@ class Generate(WithCompilationCache):
                 return _write_lines(self, completions, progress)
 
     def _prompts(self) -> list[Prompt]:
-        try:
-            names = {field.name for field in dataclasses.fields(self)}
-            shared = names & {field.name for field in dataclasses.fields(SamplingParams)}
-            params = SamplingParams(**{name: getattr(self, name) for name in shared})
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        params = self.sampling_params()
         if self.n < 1:
             raise ConfigError(f"n is {self.n}; use 1 or more")
         if self.slots < 2:
@@ -117,22 +92,9 @@ class Generate(WithCompilationCache):
         return len(prompts) == 1 and self.n == 1 and not has_lines
 
 
-def _load(command: Generate, progress: Progress) -> "TrainedModel":
-    # Local imports: help and errors come without JAX.
-    from megalodon_jax.cli.model import load_named_model
-
-    progress.show(f"loading {command.run_dir}")
-    return load_named_model(
-        command.run_dir,
-        command.step,
-        allow_unverified=command.allow_unverified,
-        tokenizer=command.tokenizer,
-    )
-
-
 def _print_text(command: Generate, prompt: Prompt, progress: Progress) -> int:
     """Prints one continuation as it comes."""
-    model, tokenizer = _load(command, progress)
+    model, tokenizer = command.load(progress)
     from megalodon_jax.generate import max_length, text_request
     from megalodon_jax.inference.engine import Engine
 
@@ -186,7 +148,7 @@ def _write_lines(command: Generate, completions: Completions, progress: Progress
     prompts = completions.remaining
     if not prompts:
         return 0
-    model, tokenizer = _load(command, progress)
+    model, tokenizer = command.load(progress)
     from megalodon_jax.generate import Completion, max_length, text_request
     from megalodon_jax.inference.engine import Engine
 

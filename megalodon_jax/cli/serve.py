@@ -3,11 +3,10 @@
 import contextlib
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Annotated
-
-import tyro
+from typing import TYPE_CHECKING
 
 from megalodon_jax.cli.command import WithCompilationCache
+from megalodon_jax.cli.options import ModelOptions
 from megalodon_jax.cli.progress import Progress
 from megalodon_jax.errors import ConfigError
 from megalodon_jax.serve.settings import ServerSettings
@@ -18,21 +17,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serve(WithCompilationCache, ServerSettings):
+class Serve(ModelOptions, WithCompilationCache, ServerSettings):
     """Serves a trained model over HTTP, with the endpoints of OpenAI's API and a page to try it.
 
     Example: megalodon serve runs/first --port 8000
     """
 
-    run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
-    """The run_dir of a training run, a path or a URL gs:// or s3://; a .safetensors file; or a
-    folder in the Hugging Face form."""
-    step: int | None = None
-    """Step of the checkpoint; the newest if not set."""
-    allow_unverified: bool = False
-    """Also load a checkpoint without manifest, which an older version wrote."""
-    tokenizer: str = ""
-    """Tokenizer file to use instead of the copy in the run."""
     skip_warm_up: bool = False
     """Serves without compiling all programs before: first requests are slow."""
 
@@ -69,16 +59,9 @@ class Serve(WithCompilationCache, ServerSettings):
             return server
 
     def _engine(self, progress: Progress) -> "Engine":
-        from megalodon_jax.cli.model import load_named_model
         from megalodon_jax.serve.server import make_engine
 
-        progress.show(f"loading {self.run_dir}")
-        model, tokenizer = load_named_model(
-            self.run_dir,
-            self.step,
-            allow_unverified=self.allow_unverified,
-            tokenizer=self.tokenizer,
-        )
+        model, tokenizer = self.load(progress)
         engine = make_engine(model, tokenizer, self)
         if not self.skip_warm_up:
             progress.show("compiling")

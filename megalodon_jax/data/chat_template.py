@@ -75,11 +75,14 @@ class ChatTemplate:
       name: of the template in messages of errors.
       stop: texts that end an answer, for a template without a special token after a message.
 
+    The arguments are attributes of the same names.
+
     Raises:
       DataError: the text is not a template, or jinja2 is not installed.
     """
 
     def __init__(self, source: str, *, name: str = "the chat template", stop: Sequence[str] = ()):
+        self.source = source
         self.name = name
         self.stop = tuple(stop)
         self.source = source
@@ -178,11 +181,37 @@ class ChatTemplate:
         Raises:
           DataError: the template refuses the messages.
         """
+        text = self._render(messages, special_tokens(tokenizer), add_generation_prompt)
+        return encode_rendered(tokenizer, text)
+
+    def render_for_encoding(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], *, continues_last: bool = False
+    ) -> str:
+        """The text of a conversation that `encode_rendered` turns into the ids of `encode`.
+
+        It has noncharacters for boundary tokens and inside texts that only look like special
+        tokens; `is_rendered` knows it by the first one.
+
+        Args:
+          tokenizer: the model's.
+          messages: at least one.
+          continues_last: ends inside the last message, which is the start of an answer, instead of
+            with what begins an answer.
+
+        Raises:
+          DataError: the template refuses the messages, or does not write the last one once.
+        """
         special = special_tokens(tokenizer)
-        ids = _encode(tokenizer, self._render(messages, special, add_generation_prompt), special)
-        if not ids or ids[0] != tokenizer.bos_id:
-            ids.insert(0, tokenizer.bos_id)
-        return np.asarray(ids, np.int32)
+        if not continues_last:
+            return _MARK + self._render(messages, special, True)
+        last = messages[-1]
+        marked = [*messages[:-1], last._replace(content=last.content + _ANSWER)]
+        text = self._render(marked, special, False)
+        if text.count(_ANSWER) != 1:
+            raise DataError(
+                f"{self.name} does not write the last message once; leave out its start"
+            )
+        return _MARK + text.partition(_ANSWER)[0]
 
     def encode_with_mask(
         self, tokenizer: Tokenizer, messages: Sequence[Message]
@@ -309,6 +338,31 @@ def _rebuild(source: str, name: str, stop: tuple[str, ...]) -> ChatTemplate:
     return ChatTemplate(source, name=name, stop=stop)
 
 
+def is_rendered(text: str) -> bool:
+    """Whether a text comes from `ChatTemplate.render_for_encoding`."""
+    return text.startswith(_MARK)
+
+
+def encode_rendered(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, " n"]:
+    """Token ids of a text of `ChatTemplate.render_for_encoding`; the first one is `bos_id`.
+
+    Text that was put after it is read in the same way; see `as_ordinary_text`.
+    """
+    ids = _encode(tokenizer, text, special_tokens(tokenizer))
+    if not ids or ids[0] != tokenizer.bos_id:
+        ids.insert(0, tokenizer.bos_id)
+    return np.asarray(ids, np.int32)
+
+
+def as_ordinary_text(tokenizer: Tokenizer, text: str) -> str:
+    """A text that may follow a rendered one and has no special token for `encode_rendered`.
+
+    Raises:
+      DataError: it has a noncharacter that stands for something else in rendered texts.
+    """
+    return _mark_special(_checked(text), special_tokens(tokenizer))
+
+
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     """Special tokens of a `tokenizer.json` by their text; none of other tokenizers."""
     content = tokenizer.files().get("tokenizer.json")
@@ -321,7 +375,7 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
 def _checked(content: str) -> str:
     reserved = (_BOS, _EOS, _MARK, START, END)
     if found := next((mark for mark in reserved if mark in content), None):
-        raise DataError(f"a message has the noncharacter U+{ord(found):04X}; remove it")
+        raise DataError(f"a text of a chat has the noncharacter U+{ord(found):04X}; remove it")
     return content
 
 

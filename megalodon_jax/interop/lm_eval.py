@@ -3,13 +3,22 @@
 `python -m megalodon_jax.interop.lm_eval` is the command `lm_eval` with this model registered.
 """
 
+import dataclasses
+import functools
+import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 from tqdm import tqdm
 
-from megalodon_jax.checkpoints.load import load_trained
+from megalodon_jax.data.chat_template import (
+    ChatTemplate,
+    Message,
+    as_ordinary_text,
+    encode_rendered,
+    is_rendered,
+)
 from megalodon_jax.data.tokenizer import Tokenizer
 from megalodon_jax.errors import ConfigError, DataError, did_you_mean
 from megalodon_jax.evaluation.streaming import score_sequences
@@ -19,6 +28,7 @@ from megalodon_jax.inference.engine import Engine
 from megalodon_jax.inference.requests import Request
 from megalodon_jax.inference.sampling import SamplingParams
 from megalodon_jax.language_model import LanguageModel
+from megalodon_jax.pretrained import load_with_tokenizer
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -40,7 +50,10 @@ if TYPE_CHECKING:
 _BATCH_SIZE = 8
 _PIECE_LENGTHS = (16, 1024)
 _MAX_PREFILL_ROWS = 8
-_MODEL_ARGS = ("path", "tokenizer", "step", "batch_size", "max_length", "seed", "allow_unverified")
+_MODEL_ARGS = (
+    "path", "tokenizer", "chat_template", "step", "batch_size", "max_length", "seed",
+    "allow_unverified",
+)  # fmt: skip
 # Settings of a request besides `until`, `do_sample`, `temperature` and the number of tokens.
 _SAMPLING_ARGS = (
     "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
@@ -76,6 +89,7 @@ class MegalodonLM(TemplateLM):
         context: contexts lose their first tokens, documents are cut into windows as
         lm-evaluation-harness does for such models. None: no limit.
       seed: of the first request that is sampled; request i of a call draws with seed + i.
+      template: chat template for `apply_chat_template=True`; None: the tokenizer's own.
 
     Raises:
       ConfigError: a setting is out of range.
@@ -89,6 +103,7 @@ class MegalodonLM(TemplateLM):
         batch_size: int = _BATCH_SIZE,
         max_length: int | None = None,
         seed: int = 0,
+        template: ChatTemplate | None = None,
     ):
         super().__init__()
         self.model = model
@@ -96,6 +111,7 @@ class MegalodonLM(TemplateLM):
         self.batch_size = _whole_number("batch_size", batch_size)
         self.max_length = None if max_length is None else _whole_number("max_length", max_length)
         self.seed = _whole_number("seed", seed, low=0)
+        self._given_template = template
 
     # ---- Construction from `--model_args`.
 
@@ -110,18 +126,22 @@ class MegalodonLM(TemplateLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> Self:
-        """The model of a training run.
+        """A trained model.
 
         Args:
-          arg_dict: `path`, the run's directory or URL; `tokenizer`, a file instead of the run's
-            own; `step`, of the checkpoint; `allow_unverified`; `batch_size`, `max_length` and
-            `seed` of the class.
+          arg_dict: `path`, whatever `megalodon_jax.load` reads; `tokenizer`, a file instead of the
+            model's own; `chat_template`, "plain" or a Jinja file instead of the tokenizer's own;
+            `step`, of a run's checkpoint; `allow_unverified`; `batch_size`, `max_length` and `seed`
+            of the class.
           additional_config: `batch_size` of the command line, which that of `arg_dict` overrides.
             `device` and `max_batch_size` are not used: JAX chooses the device (`JAX_PLATFORMS`).
 
         Raises:
-          ConfigError: an argument is missing, unknown or out of range.
+          ConfigError: an argument is missing, unknown or out of range, or the model has no
+            tokenizer.
+          ConvertError: there is no model at `path`, or its files are damaged.
           CheckpointError: the run has no readable checkpoint.
+          DataError: the tokenizer or the chat template cannot be read.
         """
         for name in arg_dict:
             if name not in _MODEL_ARGS:
@@ -130,18 +150,20 @@ class MegalodonLM(TemplateLM):
                     f"{did_you_mean(name, _MODEL_ARGS)}"
                 )
         if "path" not in arg_dict:
-            raise ConfigError("model_args has no path; give path=RUN, the directory of a run")
+            raise ConfigError("model_args has no path; give path=RUN, a run or a saved model")
         # `device` and `max_batch_size` are of PyTorch; the command line always sends a device.
         common = additional_config or {}
         settings = {"batch_size": common.get("batch_size") or _BATCH_SIZE} | arg_dict
         step = settings.pop("step", None)
-        loaded = load_trained(
+        named = settings.pop("chat_template", None)
+        template = None if named is None else ChatTemplate.load(str(named))
+        loaded = load_with_tokenizer(
             str(settings.pop("path")),
-            None if step is None else _whole_number("step", step, low=0),
+            step=None if step is None else _whole_number("step", step, low=0),
             tokenizer=str(settings.pop("tokenizer", "")),
             allow_unverified=bool(settings.pop("allow_unverified", False)),
         )
-        return cls(loaded.model, loaded.tokenizer, **settings)
+        return cls(loaded.model, loaded.tokenizer, template=template, **settings)
 
     # ---- Tokens.
 
@@ -155,27 +177,73 @@ class MegalodonLM(TemplateLM):
         """The boundary token before a document."""
         return self.tokenizer.bos_id
 
-    @property
-    def tokenizer_name(self) -> str:
-        """The tokenizer's fingerprint, for lm-evaluation-harness's cache of requests."""
-        return self.tokenizer.fingerprint()
-
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids of a text after `bos_id`; without it if `add_special_tokens` is False."""
-        start = [] if add_special_tokens is False else [self.prefix_token_id]
-        return start + self.tokenizer.encode(string).tolist()
+        """Ids of a text or of a chat after `bos_id`; without it if `add_special_tokens` is False.
+
+        A chat is a text of `apply_chat_template`: special tokens of its template are single ids.
+        """
+        if is_rendered(string):
+            ids = encode_rendered(self.tokenizer, string).tolist()
+        else:
+            ids = [self.prefix_token_id, *self.tokenizer.encode(string).tolist()]
+        return ids[1:] if add_special_tokens is False else ids
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if is_rendered(context):
+            continuation = as_ordinary_text(self.tokenizer, continuation)
+        return super()._encode_pair(context, continuation)
+
+    # ---- Chats.
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Fingerprint of tokenizer and chat template, for lm-evaluation-harness's request cache."""
+        template = hashlib.sha256(self._template.source.encode()).hexdigest()[:16]
+        return f"{self.tokenizer.fingerprint()}:{template}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Refused: tokenizers of this package have no chat template."""
-        return _refuse_chat_template() if chat_template else None
+        """The Jinja text of the chat template, for the log of results; None if it is not used.
+
+        Raises:
+          ConfigError: a template is named, or there is none.
+        """
+        if isinstance(chat_template, str):
+            raise ConfigError(
+                f"apply_chat_template names {chat_template!r}; leave the name out. Instead of the "
+                "tokenizer's own template give chat_template=plain or a Jinja file in model_args"
+            )
+        return self._template.source if chat_template else None
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Refused: tokenizers of this package have no chat template."""
-        return _refuse_chat_template()
+        """The prompt of a conversation, which `tok_encode` turns into the ids of training.
+
+        Args:
+          chat_history: messages with `role` and `content`.
+          add_generation_prompt: ends with what begins an answer; False: ends inside the last
+            message, which is the start of an answer.
+
+        Raises:
+          ConfigError: there is no chat template.
+          DataError: the template refuses the messages.
+        """
+        messages = [Message(each["role"], each["content"]) for each in chat_history]
+        return self._template.render_for_encoding(
+            self.tokenizer, messages, continues_last=not add_generation_prompt
+        )
+
+    @functools.cached_property
+    def _template(self) -> ChatTemplate:
+        template = self._given_template or ChatTemplate.of_tokenizer(self.tokenizer)
+        if template is None:
+            raise ConfigError(
+                "apply_chat_template: the tokenizer has no chat template; name one by "
+                "chat_template=plain or a Jinja file in model_args"
+            )
+        return template
 
     # ---- Requests.
 
@@ -331,7 +399,13 @@ class MegalodonLM(TemplateLM):
             )
         except ValueError as error:
             raise ConfigError(f"generation_kwargs {dict(settings)}: {error}") from error
-        request = text_request(self.tokenizer, context, params)
+        if is_rendered(context):
+            params = dataclasses.replace(params, stop=(*params.stop, *self._template.stop))
+        # The context's ids: a chat has special tokens.
+        request = dataclasses.replace(
+            text_request(self.tokenizer, "", params),
+            prompt=np.asarray(self.tok_encode(context), np.int32),
+        )
         if self.max_length is None:
             return request
         room = self.max_length - max_tokens
@@ -404,12 +478,6 @@ def _whole_number(name: str, value: object, *, low: int = 1) -> int:
     if number is None or isinstance(value, bool) or number < low:
         raise ConfigError(f"{name} is {value!r}; use a whole number from {low}")
     return number
-
-
-def _refuse_chat_template() -> NoReturn:
-    raise ConfigError(
-        "apply_chat_template: the tokenizer has no chat template; leave --apply_chat_template out"
-    )
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ One table, `released_entries`, gives for every tensor of a released state dict i
 model, its shape, and the axis along which the released model-parallel code shards it.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,7 +14,7 @@ from flax import nnx
 
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.errors import ConfigError, StateDictError
-from megalodon_jax.file_limits import MAX_METADATA_BYTES, read_bytes
+from megalodon_jax.file_limits import MAX_METADATA_BYTES, read_json_table
 from megalodon_jax.model import Megalodon
 from megalodon_jax.modules.rotary import rotary_frequencies
 
@@ -273,19 +272,9 @@ def read_released_checkpoint(directory: str | Path) -> tuple[ModelConfig, dict[s
             f"{directory} is not a consolidated released checkpoint; it must have config.json and "
             "consolidated.pth or consolidated.00.pth, consolidated.01.pth, ..."
         )
-    config = config_from_released(_read_json_table(config_file))
+    table = read_json_table(config_file, max_bytes=MAX_METADATA_BYTES, error=StateDictError)
+    config = config_from_released(table)
     return config, join_shards(config, [read_torch_file(shard) for shard in shards])
-
-
-def _read_json_table(path: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(read_bytes(path, max_bytes=MAX_METADATA_BYTES).decode("utf-8"))
-    # ValueError: not UTF-8, not JSON, too large; RecursionError: of nested brackets.
-    except (OSError, ValueError, RecursionError) as error:
-        raise StateDictError(f"cannot read {path} as JSON: {error}") from error
-    if not isinstance(table, dict):
-        raise StateDictError(f"{path} has a {type(table).__name__}; it must be a table")
-    return table
 
 
 def _check_num_layers(config: ModelConfig, state_dict: Mapping[str, Any]) -> None:

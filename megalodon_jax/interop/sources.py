@@ -11,7 +11,7 @@ from megalodon_jax.checkpoints import LoadBase, LoadedRun, LoadedWeights, load_r
 from megalodon_jax.checkpoints.directory import open_directory
 from megalodon_jax.config import LoraConfig, TrainConfig
 from megalodon_jax.data.tokenizer import Tokenizer, load_tokenizer
-from megalodon_jax.errors import ConvertError
+from megalodon_jax.errors import ConfigError, ConvertError
 from megalodon_jax.interop.huggingface.folder import is_huggingface_folder, read_huggingface
 from megalodon_jax.interop.released import from_state_dict, read_released_checkpoint
 from megalodon_jax.interop.safetensors_files import (
@@ -81,6 +81,7 @@ def read_source(
     *,
     tokenizer: str = "",
     reads_tokenizer: bool,
+    step: int | None = None,
     allow_unverified: bool = False,
     mesh: Mesh | None = None,
     load_base: LoadBase | None = None,
@@ -95,6 +96,8 @@ def read_source(
       config: for a source without a configuration.
       tokenizer: file to use instead of the source's own tokenizer; empty: its own.
       reads_tokenizer: whether to read the tokenizer too.
+      step: step of a run's checkpoint; None: the newest readable one, or the one that `source`
+        names.
       allow_unverified: also read a run's checkpoint without manifest, with a warning.
       mesh: devices over which a run's parameters are sharded while they are read.
       load_base: reads the base of a run with LoRA; None: such runs are refused.
@@ -104,9 +107,16 @@ def read_source(
       ConvertError: there is no such source, it is damaged, or it has no configuration.
       CheckpointError: the run has no readable checkpoint.
       DataError: the tokenizer cannot be read.
+      ConfigError: `step` is given for another source than a run directory.
     """
     source = as_path(source)
     run = _as_run(source)
+    if step is not None:
+        if run is None or run.step is not None:
+            raise ConfigError(
+                f"step {step} names a checkpoint of a run directory; {source} is none"
+            )
+        run = run._replace(step=step)
     if run is not None:
         options: dict[str, Any] = {
             "allow_unverified": allow_unverified,
@@ -174,7 +184,7 @@ def _read_files(source: Path, config: TrainConfig | None) -> Source:
     if source.is_dir():
         return _read_folder(source, config)
     if not source.exists():
-        raise ConvertError(f"{source} does not exist; give an existing source")
+        raise ConvertError(f"{source} does not exist; give a run directory or a saved model")
     raise ConvertError(
         f"cannot read {source} as a model; give a run_dir, one of its checkpoints, a .safetensors "
         "or .pth file, a folder in the Hugging Face form, or a released checkpoint directory"

@@ -7,6 +7,7 @@ import hmac
 import importlib.resources
 import json
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
@@ -35,7 +36,7 @@ _OUTCOMES = {401: "unauthorized", 429: "busy"}
 # The status that HTTP servers log for a client that has gone; nobody reads it.
 _CLIENT_GONE = 499
 _PING_SECONDS = 15
-_RETRY_SECONDS = 1
+_MAX_RETRY_SECONDS = 60
 
 
 class Api:
@@ -116,7 +117,7 @@ class Api:
                     raise
                 return Response(status_code=_CLIENT_GONE)
             except Exception as error:
-                known = _as_api_error(error)
+                known = self._as_api_error(error)
                 self._count(name, _outcome(known))
                 return known.response()
             if isinstance(response, _AnswerStream):
@@ -126,6 +127,24 @@ class Api:
             return response
 
         return respond
+
+    def _as_api_error(self, error: Exception) -> ApiError:
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, EngineBusyError):
+            return ApiError(
+                429, f"the queue is full: {error}", code="queue_full",
+                headers={"Retry-After": str(self._retry_seconds())},
+            )  # fmt: skip
+        if isinstance(error, RequestError | SessionError | DataError):
+            return ApiError(400, str(error), code="invalid_value")
+        logging.getLogger(__name__).error("a call failed", exc_info=error)
+        return ApiError(500, "the call failed; the server's log says why")
+
+    def _retry_seconds(self) -> int:
+        """Seconds after which a place in the queue should be free."""
+        seconds = self._thread.starts.seconds_to_next(time.perf_counter())
+        return min(max(1, math.ceil(seconds)), _MAX_RETRY_SECONDS)
 
     def _count(self, endpoint: str, outcome: str) -> None:
         self._metrics.requests.labels(endpoint, outcome).inc()
@@ -374,20 +393,6 @@ async def _unless_gone[T](request: Request, work: Awaitable[T]) -> T:
 async def _disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _as_api_error(error: Exception) -> ApiError:
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, EngineBusyError):
-        return ApiError(
-            429, f"the queue is full: {error}", code="queue_full",
-            headers={"Retry-After": str(_RETRY_SECONDS)},
-        )  # fmt: skip
-    if isinstance(error, RequestError | SessionError | DataError):
-        return ApiError(400, str(error), code="invalid_value")
-    logging.getLogger(__name__).error("a call failed", exc_info=error)
-    return ApiError(500, "the call failed; the server's log says why")
 
 
 def _outcome(error: ApiError) -> str:

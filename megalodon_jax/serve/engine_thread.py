@@ -1,10 +1,13 @@
 """An engine on a thread of its own, for callers in an event loop."""
 
 import asyncio
+import collections
 import contextlib
+import itertools
 import logging
 import os
 import queue
+import statistics
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -16,6 +19,8 @@ from megalodon_jax.inference.requests import FinishReason, Request, Stream, Toke
 from megalodon_jax.inference.sessions import Session
 from megalodon_jax.serve.errors import ApiError
 from megalodon_jax.serve.metrics import Metrics
+
+_RECENT_STARTS = 16
 
 
 class Delta(NamedTuple):
@@ -118,6 +123,32 @@ class Answer:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
 
+class StartTimes:
+    """When requests started, and how long the next one will take to start.
+
+    The start of a request frees its place in the queue.
+    """
+
+    def __init__(self) -> None:
+        # Gaps of the recent past: a pause of the clients is one of many.
+        self._times: collections.deque[float] = collections.deque(maxlen=_RECENT_STARTS)
+
+    def add(self, now: float) -> None:
+        """Notes a start at a time in seconds."""
+        self._times.append(now)
+
+    def seconds_to_next(self, now: float) -> float:
+        """Seconds until the next start: the median gap, or the current one if that is longer.
+
+        0 if fewer than two requests have started.
+        """
+        times = tuple(self._times)
+        if len(times) < 2:
+            return 0.0
+        gaps = [after - before for before, after in itertools.pairwise(times)]
+        return max(statistics.median(gaps), now - times[-1])
+
+
 class EngineThread:
     """Runs an engine; every call of it happens on its thread.
 
@@ -125,6 +156,7 @@ class EngineThread:
       failure: what ended the thread, or None.
       num_running: requests in slots, after the last step.
       num_waiting: requests in the queue or in prefill, after the last step.
+      starts: when requests gave their first token.
 
     Args:
       engine: with a tokenizer; nobody else may use it after `start`.
@@ -134,6 +166,7 @@ class EngineThread:
     def __init__(self, engine: Engine, metrics: Metrics):
         self.failure: BaseException | None = None
         self.num_running = self.num_waiting = 0
+        self.starts = StartTimes()
         self._engine, self._metrics = engine, metrics
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._answers: list[Answer] = []
@@ -269,6 +302,7 @@ class EngineThread:
         self._metrics.generated_tokens.inc(sum(len(delta.tokens) for delta in deltas))
         if not answer.has_started:
             answer.has_started = True
+            self.starts.add(now)
             self._metrics.first_token.observe(elapsed)
             return
         for _ in range(most):

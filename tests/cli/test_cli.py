@@ -93,9 +93,9 @@ def test_train_generate_and_evaluate(config_file, text_file, tmp_path, capsys):
         (["train"], 2, "no config given"),
         (["train", "first_rum"], 2, "did you mean 'first_run'"),
         (["train", "nowhere.toml"], 2, "cannot read config nowhere.toml"),
-        (["generate", "nowhere", "text"], 1, "nowhere has no checkpoints"),
+        (["generate", "nowhere", "text"], 1, "nowhere does not exist"),
         (["generate", "x", "text", "--top_p", "2"], 2, "top_p is 2.0"),
-        (["evaluate", "--checkpoint", "nowhere", "--files", "a"], 1, "nowhere has no checkpoints"),
+        (["evaluate", "--checkpoint", "nowhere", "--files", "a"], 1, "nowhere does not exist"),
     ],
 )
 def test_errors_are_one_line_and_an_exit_code(arguments, code, message, capsys):

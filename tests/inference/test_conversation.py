@@ -43,7 +43,13 @@ def test_turns_are_one_long_prompt(engine):
     assert talk.finish_reason == "length"
 
 
-@pytest.mark.parametrize("template", [None, ChatTemplate.load("plain")], ids=["text", "chat"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        pytest.param(None, id="text"),
+        pytest.param(ChatTemplate.load("plain"), id="chat", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_answer_stays(engine, template):
     talk = Conversation(engine, PARAMS, template)
     with contextlib.closing(talk.say("one")) as pieces:

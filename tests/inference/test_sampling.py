@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megalodon_jax.inference import sampling
-from megalodon_jax.inference.filters import filter_mask, ordered_keys
+from megalodon_jax.inference import filters, sampling
+from megalodon_jax.inference.filters import ordered_keys
 from megalodon_jax.inference.sampling import (
     Drawn,
     Features,
@@ -26,6 +26,7 @@ from tests.inference.models import set_row
 
 ALL = Features(True, True, True, True, True, True, 3)
 jitted_draw = jax.jit(draw, static_argnums=2)
+filter_mask = jax.jit(filters.filter_mask)
 
 
 def state_of(requests: Sequence[SamplingParams], vocab_size: int, **options) -> SamplingState:
@@ -40,7 +41,8 @@ def state_of(requests: Sequence[SamplingParams], vocab_size: int, **options) -> 
 def many_rows(params: SamplingParams, vocab_size: int, rows: int, **options) -> SamplingState:
     """A state of equal rows with different seeds."""
     row = sampling_row(params, vocab_size=vocab_size, seed=0, **options)
-    state = jax.tree.map(lambda x: jnp.tile(x, (rows, *[1] * np.ndim(x))), row)
+    # NumPy compiles nothing.
+    state = jax.tree.map(lambda x: jnp.asarray(np.tile(x, (rows, *[1] * np.ndim(x)))), row)
     seeds = jnp.stack([jnp.zeros(rows, jnp.uint32), jnp.arange(rows, dtype=jnp.uint32)], 1)
     return state._replace(seed=seeds)
 

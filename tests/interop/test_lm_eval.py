@@ -4,31 +4,29 @@ import json
 import math
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 
-from megalodon_jax.baselines.transformer import Transformer
 from megalodon_jax.checkpoints.load import save_model
-from megalodon_jax.config import TransformerConfig
 from megalodon_jax.data import ByteTokenizer
 from megalodon_jax.errors import ConfigError, DataError
-from megalodon_jax.model import Megalodon
-from tests.fixtures_runs import TINY_MODEL
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
-# simple_evaluate is imported on first use.
-from lm_eval import simple_evaluate  # noqa: E402
-from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
 
 from megalodon_jax.interop import lm_eval as adapter  # noqa: E402
 from megalodon_jax.interop.lm_eval import MegalodonLM  # noqa: E402
+from tests.interop.lm_eval_models import (  # noqa: E402
+    BOS,
+    LONGEST,
+    FullPasses,
+    build,
+    evaluate,
+    instances,
+    tokens_of,
+    write_task,
+)
 
-BOS = 256
-LONGEST = 192
 # Chunks have 16 tokens; a document of several chunks, of an odd length, with multi-byte text.
 DOCUMENT = "Ein längerer Text über Ψ und 木, " * 4 + "zu Ende."
 PAIRS = [
@@ -65,62 +63,8 @@ def model(models):
 
 
 @pytest.fixture(scope="module")
-def full(models) -> "FullPasses":
+def full(models) -> FullPasses:
     return models["megalodon"][1]
-
-
-def build(kind: str):
-    """A model whose scores differ clearly, and whose most probable tokens are small letters."""
-    if kind == "megalodon":
-        built = Megalodon(TINY_MODEL, rngs=nnx.Rngs(0))
-    else:
-        config = TransformerConfig(
-            num_layers=1, model_dim=8, num_heads=2, ffn_hidden_dim=8, vocab_size=257
-        )
-        built = Transformer(config, rngs=nnx.Rngs(0))
-    ids = np.arange(257)
-    assert built.output is not None
-    built.output.kernel[...] *= np.where((ids >= ord("a")) & (ids <= ord("z")), 5.0, 0.5)
-    return built
-
-
-class FullPasses:
-    """Scores of whole sequences from one call of the model each, in float64."""
-
-    def __init__(self, model):
-        graphdef, state = nnx.split(model)
-        self._call = jax.jit(lambda tokens: nnx.merge(graphdef, state)(tokens).logits)
-
-    def logits(self, tokens: list[int]) -> np.ndarray:
-        padded = np.zeros((1, LONGEST), np.int32)
-        padded[0, : len(tokens)] = tokens
-        return np.asarray(self._call(padded), np.float64)[0, : len(tokens)]
-
-    def score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-        logits = self.logits([*context, *continuation])[len(context) - 1 : -1]
-        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        total = logprobs[np.arange(len(continuation)), continuation].sum()
-        return float(total), bool((logits.argmax(-1) == continuation).all())
-
-    def greedy(self, text: str, count: int) -> list[int]:
-        return self.continue_tokens([BOS, *text.encode()], count)
-
-    def continue_tokens(self, prompt: list[int], count: int) -> list[int]:
-        tokens, start = list(prompt), len(prompt)
-        while len(tokens) < start + count:
-            # 256 ends a text.
-            tokens.append(int(self.logits(tokens)[-1].argmax()))
-            if tokens[-1] == BOS:
-                break
-        return tokens[start:]
-
-
-def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
-    return [Instance(kind, {}, each, index) for index, each in enumerate(arguments)]
-
-
-def tokens_of(text: str) -> list[int]:
-    return list(text.encode())
 
 
 @pytest.mark.parametrize(
@@ -348,30 +292,14 @@ def task_dir(tmp_path, monkeypatch, full) -> Path:
         ("documents", DOCUMENT_TASK, DOCUMENTS),
         ("answers", ANSWER_TASK, rows),
     ):
-        data = tmp_path / f"{name}.jsonl"
-        data.write_text("\n".join(map(json.dumps, examples)))
-        source = (
-            f"dataset_path: json\ntest_split: test\ndataset_kwargs:\n"
-            f"  data_files: {{test: {data}}}\n  cache_dir: {tmp_path / 'cache'}\n"
-        )
-        (tmp_path / f"{name}.yaml").write_text(task + source)
+        write_task(tmp_path, name, task, examples)
     return tmp_path
-
-
-def evaluate(lm, task_dir: Path, tasks: list[str], **settings) -> dict:
-    """The metrics of every task."""
-    manager = TaskManager(include_path=str(task_dir), include_defaults=False)
-    results = simple_evaluate(
-        model=lm, tasks=tasks, task_manager=manager, bootstrap_iters=0, **settings
-    )
-    assert results is not None
-    return results["results"]  # type: ignore[reportTypedDictNotRequiredAccess]
 
 
 def test_tasks_give_the_metrics_of_full_passes(model, full, task_dir):
     lm = MegalodonLM(model, ByteTokenizer(), batch_size=3)
     tasks = ["local_choices", "local_documents", "local_answers"]
-    results = evaluate(lm, task_dir, tasks)
+    results = evaluate(lm, task_dir, tasks)["results"]
 
     by_sum, by_byte = [], []
     for example in CHOICES:
@@ -398,12 +326,6 @@ def test_tasks_give_the_metrics_of_full_passes(model, full, task_dir):
     assert results["local_answers"]["exact_match,none"] == 0.5
 
 
-def test_a_chat_template_is_refused_by_name(model, task_dir):
-    lm = MegalodonLM(model, ByteTokenizer())
-    with pytest.raises(ConfigError, match="apply_chat_template: the tokenizer has no chat"):
-        evaluate(lm, task_dir, ["local_answers"], apply_chat_template=True)
-
-
 def bits_per_byte(full) -> float:
     texts = [each["text"] for each in DOCUMENTS]
     nats = -sum(full.score([BOS], tokens_of(text))[0] for text in texts)
@@ -415,7 +337,7 @@ def test_a_run_is_evaluated_by_name(model, full, session_config, task_dir):
     model_args = f"path={task_dir / 'run'},batch_size=2,max_length=1000,seed=3"
     results = evaluate(
         "megalodon", task_dir, ["local_documents"], model_args=model_args, batch_size=1
-    )
+    )["results"]
     found = results["local_documents"]["bits_per_byte,none"]
     assert found == pytest.approx(bits_per_byte(full))
     lm = MegalodonLM.create_from_arg_string(model_args, {"batch_size": "1", "device": "cuda:0"})

@@ -121,7 +121,7 @@ def test_dtypes():
 def test_dropout(rates: dict):
     config = ModelConfig(
         num_layers=2, model_dim=16, z_dim=8, value_dim=16, ffn_hidden_dim=16, chunk_size=8,
-        vocab_size=30, norm_num_groups=4, **rates,
+        vocab_size=30, norm_num_groups=4, implementation="reference", **rates,
     )  # fmt: skip
     model = Megalodon(config, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(model)

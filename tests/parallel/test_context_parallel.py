@@ -71,7 +71,11 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+# Packed documents cover the rows of one document.
+PACKED = [pytest.param(False, marks=pytest.mark.slow), True]
+
+
+@pytest.mark.parametrize("packed", PACKED)
 def test_cema(packed: bool):
     D, N = 3, 2
     x, ids = normal(0, len(DOCUMENTS), LENGTH, D), segment_ids()
@@ -88,7 +92,7 @@ def test_cema(packed: bool):
     check(run_both(run(None), run("chunk"), (x, ids, *params), specs))
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", PACKED)
 @pytest.mark.parametrize("count", [0, 5])
 def test_timestep_norm(packed: bool, count: int):
     D, G = 8, 2

@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from megalodon_jax.serve.engine_thread import StartTimes
 from tests.serve.conftest import (
     KEYS,
     MAX_ANSWER,
@@ -240,7 +241,18 @@ def test_a_full_queue(tiny_model):
         second = client.completions.create(**fields)
         with pytest.raises(openai.RateLimitError, match="the queue is full") as refused:
             client.completions.create(model=MODEL, prompt="b")
-        assert int(refused.value.response.headers["retry-after"]) >= 1
+        assert refused.value.response.headers["retry-after"] == "1"
+        # The last one of three started 20 seconds ago, the others at the same time.
+        now = time.perf_counter()
+        for seconds in (20.0, 20.0, 20.0):
+            server.thread.starts.add(now - seconds)
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.completions.create(model=MODEL, prompt="b")
+        assert 20 <= int(refused.value.response.headers["retry-after"]) < 60
+        server.thread.starts.add(now - 1e6)
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.completions.create(model=MODEL, prompt="b")
+        assert refused.value.response.headers["retry-after"] == "60"
         # A waiting request that is cancelled makes room in the queue.
         second.close()
         wait_until(lambda: server.thread.num_waiting == 0)
@@ -248,7 +260,24 @@ def test_a_full_queue(tiny_model):
         first.close()
         third.close()
         wait_until(lambda: server.thread.num_running == 0)
-        assert metric(server, "megalodon_requests_total", outcome="busy") == 1
+        assert metric(server, "megalodon_requests_total", outcome="busy") == 3
+
+
+def test_retry_after_is_the_pace_of_the_queue():
+    starts = StartTimes()
+    assert starts.seconds_to_next(5.0) == 0.0
+    starts.add(10.0)
+    assert starts.seconds_to_next(1000.0) == 0.0
+    # A pause of an hour is one gap among several.
+    for now in (3610.0, 3613.0, 3616.0, 3619.5):
+        starts.add(now)
+    assert starts.seconds_to_next(3620.0) == pytest.approx(3.25)
+    # Longer answers than before: the current gap counts.
+    assert starts.seconds_to_next(3640.0) == pytest.approx(20.5)
+    # Old gaps are forgotten.
+    for step in range(16):
+        starts.add(3650.0 + step)
+    assert starts.seconds_to_next(3665.0) == pytest.approx(1.0)
 
 
 def test_metrics_count(server, client):

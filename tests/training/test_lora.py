@@ -14,12 +14,12 @@ from safetensors.numpy import load_file
 
 import megalodon_jax
 from megalodon_jax.checkpoints import RunCheckpoints, load_model
-from megalodon_jax.cli.model import load_named_model
 from megalodon_jax.config import LoraConfig, MeshConfig, OptimConfig, TrainConfig
 from megalodon_jax.errors import ConfigError, ConvertError, MismatchError
 from megalodon_jax.inference.sampling_params import SamplingParams
 from megalodon_jax.interop.convert import convert
 from megalodon_jax.lora import has_lora, linear_kernels, merge_lora
+from megalodon_jax.pretrained import load_with_tokenizer
 from megalodon_jax.train_state import init_state
 from megalodon_jax.training.loop import train
 from megalodon_jax.training.step import make_eval_step, make_train_step
@@ -97,7 +97,7 @@ def test_every_way_to_load_gives_the_merged_model(adapted, trained_run, tmp_path
     np.testing.assert_allclose(logits(unmerged), want, rtol=1e-5, atol=1e-5)
     with pytest.raises(ConvertError, match="merge_lora"):
         megalodon_jax.save(unmerged, tmp_path / "hf")
-    named = load_named_model(adapted.run_dir, None, allow_unverified=False, tokenizer="")
+    named = load_with_tokenizer(adapted.run_dir)
     chex.assert_trees_all_equal(nnx.state(named.model), nnx.state(model))
     (answer,) = megalodon_jax.generate_text(model, tokenizer, ["ab"], SamplingParams(max_tokens=3))
     assert answer.text

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from megalodon_jax.config import ModelConfig, TrainConfig
 from megalodon_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from megalodon_jax.errors import ConfigError, ConvertError
-from megalodon_jax.file_limits import MAX_METADATA_BYTES, read_bytes
+from megalodon_jax.file_limits import MAX_METADATA_BYTES, read_json_table
 from megalodon_jax.interop.huggingface.model_card import RunFacts, model_card
 from megalodon_jax.interop.huggingface.shards import read_shards, write_shards
 from megalodon_jax.interop.huggingface.tokenizer_files import read_tokenizer, tokenizer_files
@@ -163,7 +163,10 @@ def _write_json(path: Path, table: dict[str, Any]) -> None:
 def is_huggingface_folder(folder: Path) -> bool:
     """Whether a folder has a `config.json` with the model type of this form."""
     path = folder / CONFIG_FILE
-    return path.is_file() and _read_config_table(path).get("model_type") == MODEL_TYPE
+    if not path.is_file():
+        return False
+    table = read_json_table(path, max_bytes=MAX_METADATA_BYTES, error=ConvertError)
+    return table.get("model_type") == MODEL_TYPE
 
 
 def read_huggingface(folder: str | Path) -> FolderContents:
@@ -175,7 +178,7 @@ def read_huggingface(folder: str | Path) -> FolderContents:
       StateDictError: the weights do not match the configuration.
     """
     folder = Path(folder)
-    table = _read_config_table(folder / CONFIG_FILE)
+    table = read_json_table(folder / CONFIG_FILE, max_bytes=MAX_METADATA_BYTES, error=ConvertError)
     if table.get("model_type") != MODEL_TYPE:
         raise ConvertError(
             f"{folder} has a model of type {table.get('model_type')!r:.80}; it must be {MODEL_TYPE}"
@@ -191,17 +194,6 @@ def read_huggingface(folder: str | Path) -> FolderContents:
     if tokenizer is not None:
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=tokenizer))
     return FolderContents(model, run, tokenizer)
-
-
-def _read_config_table(path: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(read_bytes(path, max_bytes=MAX_METADATA_BYTES).decode("utf-8"))
-    # ValueError: not UTF-8, not JSON, too large; RecursionError: of nested brackets.
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConvertError(f"cannot read {path} as JSON: {error}") from error
-    if not isinstance(table, dict):
-        raise ConvertError(f"{path} has a {type(table).__name__}; it must be a table")
-    return table
 
 
 def _config_of_table(folder: Path, table: dict[str, Any]) -> ModelConfig:

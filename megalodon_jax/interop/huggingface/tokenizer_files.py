@@ -17,7 +17,7 @@ from megalodon_jax.data.tokenizer import (
     load_tokenizer,
 )
 from megalodon_jax.errors import ConvertError
-from megalodon_jax.file_limits import MAX_TOKENIZER_BYTES, read_bytes
+from megalodon_jax.file_limits import MAX_TOKENIZER_BYTES, read_json_table
 
 Kind = Literal["bytes", "tokenizers", "sentencepiece"]
 
@@ -137,7 +137,9 @@ def read_tokenizer(folder: Path) -> str | None:
     if not (folder / CONFIG_FILE).exists():
         table = {}
     else:
-        table = _read_table(folder / CONFIG_FILE)
+        table = read_json_table(
+            folder / CONFIG_FILE, max_bytes=MAX_TOKENIZER_BYTES, error=ConvertError
+        )
     if table.get(KIND_KEY) == "bytes":
         return "bytes"
     names = [name for name in TOKENIZER_FILES if (folder / name).exists()]
@@ -150,14 +152,3 @@ def load_folder_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a folder; None: the folder has none."""
     spec = read_tokenizer(folder)
     return None if spec is None else load_tokenizer(spec)
-
-
-def _read_table(path: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(read_bytes(path, max_bytes=MAX_TOKENIZER_BYTES).decode("utf-8"))
-    # ValueError: not UTF-8, not JSON, too large; RecursionError: of nested brackets.
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConvertError(f"cannot read {path} as JSON: {error}") from error
-    if not isinstance(table, dict):
-        raise ConvertError(f"{path} has a {type(table).__name__}; it must be a table")
-    return table

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.usefixtures("runnable")
     [
         # Value columns of three blocks, several steps, a last split that begins in the one before.
         (DecodeTiling(64, 128, 16, True, 128), 200, (199, 130, 64, 0)),
-        (DecodeTiling(64, 128, 8, False, 384), 200, (199, 130, 64, 0)),
+        pytest.param(
+            DecodeTiling(64, 128, 8, False, 384), 200, (199, 130, 64, 0), marks=pytest.mark.slow
+        ),
         # Several groups of scores in a split.
         (DecodeTiling(128, 384, 4, True, 128), 200, (199, 130, 64, 0)),
         (DecodeTiling(192, 384, 4, False, 128), 200, (199, 130, 191, 192)),
