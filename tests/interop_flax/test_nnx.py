@@ -1,5 +1,8 @@
 """Uses of a module in Flax NNX and JAX: tables, optimizers, transformations, export."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import numpy as np
 import optax
@@ -9,6 +12,9 @@ from jax import numpy as jnp
 
 from megalodon_jax.modules import Block
 from tests.interop_flax.conftest import TINY, TRANSFORMER, make_model, next_token_loss
+
+# Derivatives and export depend on the implementation: the default, not that of the small models.
+FASTEST: dict[str, Any] = {"implementation": None}
 
 
 def test_tabulate_counts_every_parameter(model, tokens):
@@ -100,7 +106,7 @@ def test_vmap_over_models_and_over_rows(tokens, forward):
 @pytest.mark.parametrize("kind", ["megalodon", "transformer"])
 def test_export_with_symbolic_rows(kind, tokens, forward):
     pytest.importorskip("flatbuffers", reason="jax.export needs it to serialize")
-    model = make_model() if kind == "megalodon" else make_model(TRANSFORMER)
+    model = make_model(**FASTEST) if kind == "megalodon" else make_model(TRANSFORMER)
     graphdef, params = nnx.split(model)
     leaves, tree = jax.tree.flatten(params)
 
@@ -118,7 +124,8 @@ def test_export_with_symbolic_rows(kind, tokens, forward):
     np.testing.assert_allclose(got[2], expected[0], rtol=1e-5, atol=1e-5)
 
 
-def test_export_refuses_a_symbolic_length(model):
+def test_export_refuses_a_symbolic_length():
+    model = make_model(**FASTEST)
     (length,) = jax.export.symbolic_shape("length")
     abstract = jax.ShapeDtypeStruct((2, length), jnp.int32)
     with pytest.raises(ValueError, match="length length is symbolic"):
@@ -142,7 +149,7 @@ def _direction(params, seed: int):
 
 def test_forward_over_reverse_through_a_block():
     """jvp of grad, against differences of the gradient."""
-    block = Block.from_config(TINY, rngs=nnx.Rngs(0))
+    block = Block.from_config(dataclasses.replace(TINY, **FASTEST), rngs=nnx.Rngs(0))
     x, v = (jax.random.normal(jax.random.key(i), (1, 13, TINY.model_dim)) for i in range(2))
     gradient = jax.grad(lambda x: jnp.sum(jnp.square(block(x).x)))
     product = jax.jit(lambda: jax.jvp(gradient, (x,), (v,))[1])()
@@ -153,7 +160,7 @@ def test_forward_over_reverse_through_a_block():
 
 @pytest.mark.slow
 def test_second_derivatives_of_the_model(tokens):
-    graphdef, params = nnx.split(make_model())
+    graphdef, params = nnx.split(make_model(**FASTEST))
     vector = _direction(params, 3)
 
     def products(graphdef):
@@ -186,7 +193,7 @@ def test_second_derivatives_of_the_model(tokens):
 @pytest.mark.slow
 def test_forward_mode_by_two_transpositions(tokens):
     """Derivative rules are for reverse mode; two of them give a derivative along a direction."""
-    graphdef, params = nnx.split(make_model())
+    graphdef, params = nnx.split(make_model(**FASTEST))
     vector = _direction(params, 4)
 
     def loss(params):
