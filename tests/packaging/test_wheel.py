@@ -1,10 +1,14 @@
 """The wheel, installed alone, trains: it holds the shipped configurations and needs no checkout.
 
+The lines of docs/quick_start.md from a run to other tools run in a fresh environment.
+
 The source distribution is built first and the wheel from it, as `pip` does from a package index;
 this needs the index, for the build's backend. Dependencies are those of the current environment.
 """
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -87,3 +91,33 @@ def test_installed_wheel_trains_in_an_empty_folder(wheel, tmp_path):
     # Not the checkout, which the environment may have installed too.
     (empty / "origin.py").write_text("import megalodon_jax; print(megalodon_jax.__file__)")
     assert run("origin", cwd=empty, path=installed).startswith(str(installed))
+
+
+def test_printed_lines_run_in_a_fresh_environment(wheel, tmp_path):
+    """Only the wheel and what it requires; transformers where the tests' own Python has it."""
+    page = (ROOT / "docs" / "quick_start.md").read_text()
+    section = page[page.index("## From a run to other tools") :]
+    ours, theirs = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[:2]
+    assert len(ours.splitlines()) == 12
+    venv = tmp_path / "venv"
+    run("venv", venv, cwd=tmp_path)
+    python = venv / "bin" / "python"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+
+    def execute(*arguments: object) -> str:
+        result = subprocess.run(
+            list(map(str, arguments)),
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=600,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    execute(python, "-m", "pip", "install", "-q", wheel)
+    short = ["--steps", "5", "--optim.warmup_steps", "2", "--final_eval_batches", "2"]
+    execute(venv / "bin" / "megalodon", "train", "first_run", *short, "--sample_tokens", "8")
+    (tmp_path / "ours.py").write_text(ours + "print(exported.out_avals[0].shape)\n")
+    assert execute(python, "ours.py").rstrip().endswith("(1, 64, 257)")
+    if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
+        (tmp_path / "theirs.py").write_text(theirs)
+        assert "MegalodonForCausalLM" in execute(sys.executable, "theirs.py")
