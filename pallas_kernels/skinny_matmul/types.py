@@ -36,7 +36,7 @@ class RowNorm(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """What follows the product, in float32: scale * f(x Wᵀ + b) + Σ added.
+    """Operations after the product, in float32: scale * f(x Wᵀ + b) + Σ added.
 
     Attributes:
       bias: b; None: 0.

@@ -116,7 +116,7 @@ def test_the_adapter_in_peft_files(adapted, trained_run, tmp_path):
     assert (table["peft_type"], table["r"], table["lora_alpha"]) == ("LORA", 2, 4.0)
     assert table["base_model_name_or_path"] == trained_run.run_dir
     arrays = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    # What PEFT computes: W + (alpha / r) B A for weights (out, in), by the names of PyTorch.
+    # The sum of PEFT: W + (alpha / r) B A for weights (out, in), by the names of PyTorch.
     convert(trained_run.run_dir, tmp_path / "base.safetensors")
     convert(adapted.run_dir, tmp_path / "merged.safetensors", merge=True)
     base = load_file(tmp_path / "base.safetensors")

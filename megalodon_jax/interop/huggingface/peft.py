@@ -14,7 +14,7 @@ from megalodon_jax.lora import linear_kernels
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-# What PEFT puts before the names of the model's own modules.
+# The prefix of PEFT before the names of the model's own modules.
 _PREFIX = "base_model.model."
 
 
