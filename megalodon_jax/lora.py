@@ -19,8 +19,8 @@ from megalodon_jax.parameter_names import is_selected
 def add_lora(model: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> None:
     """Adds factors to linear layers, in place; the model computes what it did before.
 
-    A (in, rank) is uniform in [-1 / sqrt(in), 1 / sqrt(in)] and B (rank, out) is zero, both float32,
-    of type `nnx.LoRAParam`, with the leading axis of layers that stacked kernels have.
+    A (in, rank) is uniform in [-1 / sqrt(in), 1 / sqrt(in)], B (rank, out) is zero. Both
+    are float32, of type `nnx.LoRAParam`, with the leading axis of layers that stacked kernels have.
 
     Args:
       model: a model or one of its modules.

@@ -58,9 +58,9 @@ def load(
         keep theirs.
       tokenizer: "bytes" or a tokenizer file to use instead of the model's own.
       base: where the base of a run with LoRA is now; empty: where the run has read it.
-      merge_lora: merge the factors of a run with LoRA into their kernels; False: they stay
-        `nnx.LoRAParam` leaves beside them, for a call of the model or training; `Engine` and `save` need
-        them merged.
+      merge_lora: merge the factors of a run with LoRA into their kernels; False: they stay beside
+        them (`nnx.LoRAParam`), for a call of the model or training; `Engine` and `save` need them
+        merged.
       step: step of a run's checkpoint; None: the newest readable one.
       allow_unverified: also load a run's checkpoint without manifest, with a warning.
 
