@@ -58,7 +58,9 @@ def decode(
     B = tokens.shape[0]
     active = jnp.ones(B, bool) if active is None else active
     position = cache.position[:B]
-    rows = _OneToken(config, position, active, rotation_of(config, position))
+    norm = cache.layers[0].norm
+    count = None if norm is None else norm.count
+    rows = _OneToken(config, position, active, rotation_of(config, position), count)
     logits, layers, final_norm = forward(weights, cache, tokens, rows)
     segment = jnp.maximum(cache.segment[:B], active.astype(jnp.int32))
     next_cache = Cache(
@@ -148,12 +150,21 @@ class RowOperations(Protocol):
 
 
 class _OneToken(NamedTuple):
-    """One token of each row; states change where the row is active."""
+    """One token of each row; states change where the row is active.
+
+    Attributes:
+      config: of the model.
+      position: of the tokens.
+      active: rows that change.
+      rotation: see `RowOperations`.
+      count: tokens that TimestepNorm has had, the same in every layer; None without TimestepNorm.
+    """
 
     config: ModelConfig
     position: Int32[Array, " B"]
     active: Bool[Array, " B"]
     rotation: RotaryFactors | None
+    count: Int32[Array, " S"] | None
 
     def normalize(
         self, vectors: NormVectors, x: Float[Array, "B D"], state: TimestepNormState
@@ -177,9 +188,10 @@ class _OneToken(NamedTuple):
         tables: CemaStepTables,
         cema: Float32[Array, "S 2N D"],
     ) -> NormStateStepOutput:
-        # Every count of a row is its position. One array for all layers leaves their counts to one
-        # kernel of the compiler, and their updates in place need not wait for the step's kernel.
-        shared = norm._replace(count=set_rows(norm.count, self.position))
+        # Layers have the same counts. With one array for all, the compiler updates the layers' own
+        # in one kernel, and in place: no step's kernel reads them.
+        assert self.count is not None
+        shared = norm._replace(count=self.count)
         out = _normalize_and_average(x, self.norm(vectors), shared, tables, cema, self.active)
         count = set_rows(norm.count, norm.count[: len(x)] + self.active)
         return out._replace(norm=out.norm._replace(count=count))
