@@ -56,7 +56,7 @@ def test_a_block_copies_no_cache(slots: int, rows: int):
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes <= 0.02 * cache_bytes
-    for kernel in ("norm_state_step", "chunk_decode_splits", "chunk_decode_combine"):
-        assert f"/{kernel}/" in text, kernel
+    kernels = set(re.findall(r'op_name="[^"]*/(\w+)/mpmd_map"', text))
+    expected = {"norm_state_step", "chunk_decode_splits", "chunk_decode_combine"}
     # With more rows the compiler's products are faster.
-    assert ("/skinny_matmul/" in text) == (rows <= 4)
+    assert kernels == (expected | {"skinny_matmul"} if rows <= 4 else expected)
