@@ -226,14 +226,8 @@ def _block(
     rows: RowOperations,
 ) -> tuple[Float[Array, "R D"], LayerCache]:
     u, averaged, norm, cema = _normalize_and_average_if_any(config, layer, x, cache, rows)
-    bias, dtype = layer.values.bias, x.dtype
-    (value,) = skinny_matmul(
-        u,
-        layer.values.kernel,
-        parts=[Part(config.value_dim, dtype)],
-        epilogue=Epilogue(bias, "silu"),
-        dtype=dtype,
-    )
+    dtype = x.dtype
+    value = _product(config, u, layer.values, config.value_dim, dtype, activation="silu")
     query, key, gate, linear = _mixed(config, layer, averaged, rows.rotation, dtype)
     by_head = (x.shape[0], config.num_heads, -1)
     gated, keys_and_values = rows.attend(
@@ -264,14 +258,17 @@ def _product(
     projection: Projection,
     width: int,
     dtype: Any,
+    *,
+    norm: RowNorm | None = None,
     **epilogue: Any,
 ) -> Float[Array, "R N"]:
-    """x Wᵀ + b, and what `Epilogue` adds, as one array."""
+    """norm(x) Wᵀ + b, and what `Epilogue` adds, as one array."""
     kernel, bias = projection
     (y,) = skinny_matmul(
         x,
         kernel,
         parts=[Part(width, dtype)],
+        norm=norm,
         epilogue=Epilogue(bias, **epilogue),
         dtype=jnp.dtype(config.dtype),
     )
@@ -456,20 +453,12 @@ def _feed_forward(
     """The feed-forward network of y, and the residual."""
 
     def into(projection: Projection, activation: Any, dtype: Any) -> Array:
-        (hidden,) = skinny_matmul(
-            y,
-            projection.kernel,
-            parts=[Part(config.ffn_hidden_dim, dtype)],
-            norm=RowNorm("layer", config.norm_eps),
-            epilogue=Epilogue(projection.bias, activation),
-            dtype=jnp.dtype(config.dtype),
-        )
-        return hidden
+        norm = RowNorm("layer", config.norm_eps)
+        width = config.ffn_hidden_dim
+        return _product(config, y, projection, width, dtype, norm=norm, activation=activation)
 
-    if not config.swiglu:
-        hidden = into(layer.ffn_input[0], "silu", dtype)
-    elif len(layer.ffn_input) == 1:
-        hidden = into(layer.ffn_input[0], "swiglu", dtype)
+    if len(layer.ffn_input) == 1:
+        hidden = into(layer.ffn_input[0], "swiglu" if config.swiglu else "silu", dtype)
     else:
         hidden, gate = (into(each, None, jnp.float32) for each in layer.ffn_input)
         hidden = (jax.nn.silu(hidden) * gate).astype(dtype)

@@ -1,13 +1,11 @@
 """TimestepNorm and CEMA of one token: all implementations against NumPy in float64."""
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.common.target import Target, find_target, interpreted
+from pallas_kernels.common.target import Target
 from pallas_kernels.norm_state_step import StepNorm, api, norm_state_step
 from pallas_kernels.state_step import CemaStepTables
 from pallas_kernels.timestep_norm import TimestepNormState
@@ -15,14 +13,7 @@ from pallas_kernels.timestep_norm import TimestepNormState
 EPS = 1e-3
 
 
-@pytest.fixture(autouse=True)
-def runnable() -> Iterator[None]:
-    """Kernels run on a Hopper GPU, elsewhere in their interpreter."""
-    if find_target().is_hopper:
-        yield
-        return
-    with interpreted():
-        yield
+pytestmark = pytest.mark.usefixtures("runnable")
 
 
 def make(rows, state_rows, groups, size, order, seed=0):

@@ -1,6 +1,5 @@
 """Contract of the row operations, over all implementations: results and every gradient."""
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels import rowwise
-from pallas_kernels.common.target import find_target, interpreted
 from pallas_kernels.rowwise.mosaic_gpu.block_sizes import RowTiling
 from pallas_kernels.rowwise.mosaic_gpu.kernels import LayerNorm, SiluGate
 from pallas_kernels.rowwise.mosaic_gpu.op import apply as apply_kernels
@@ -18,14 +16,7 @@ from pallas_kernels.rowwise.mosaic_gpu.op import apply as apply_kernels
 EPS = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def runnable() -> Iterator[None]:
-    """Kernels run on a Hopper GPU, elsewhere in their interpreter."""
-    if find_target().is_hopper:
-        yield
-        return
-    with interpreted():
-        yield
+pytestmark = pytest.mark.usefixtures("runnable")
 
 
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu")

@@ -1,6 +1,5 @@
 """Contract of products of a few rows over all implementations, against NumPy in float64."""
 
-from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -8,21 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.common.target import find_target, interpreted
 from pallas_kernels.skinny_matmul import Epilogue, Int8Matrix, Part, RowNorm, skinny_matmul
 from pallas_kernels.skinny_matmul.api import IMPLEMENTATIONS
 
 EPS = 1e-3
 
 
-@pytest.fixture(autouse=True)
-def runnable() -> Iterator[None]:
-    """Kernels run on a Hopper GPU, elsewhere in their interpreter."""
-    if find_target().is_hopper:
-        yield
-        return
-    with interpreted():
-        yield
+pytestmark = pytest.mark.usefixtures("runnable")
 
 
 def silu(x):

@@ -1,6 +1,5 @@
 """Contract of a step of CEMA over all implementations, against the sequence op and float64."""
 
-from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -9,19 +8,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels.cema import CemaParams, cema
-from pallas_kernels.common.target import find_target, interpreted
+from pallas_kernels.common.target import find_target
 from pallas_kernels.state_step import cema_step_tables, pack_state, state_step, unpack_state
 from pallas_kernels.state_step.api import IMPLEMENTATIONS
 
-
-@pytest.fixture(autouse=True)
-def runnable() -> Iterator[None]:
-    """Kernels run on a Hopper GPU, elsewhere in their interpreter."""
-    if find_target().is_hopper:
-        yield
-        return
-    with interpreted():
-        yield
+pytestmark = pytest.mark.usefixtures("runnable")
 
 
 # The Hopper kernel takes channels in multiples of 128.

@@ -1,4 +1,4 @@
-"""Kernels of chunk decoding on any machine."""
+"""Kernels on any machine."""
 
 from collections.abc import Iterator
 
