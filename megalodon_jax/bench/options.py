@@ -202,7 +202,7 @@ class BenchLoaderOptions:
     files: tuple[str, ...]
     """Paths, folders or globs of text; at least as many documents as workers."""
     document_separator: str = ""
-    """Separator of documents in plain text files."""
+    """Separator of documents in plain text files, such as `\\0`."""
     text_field: str = "text"
     """Field with the text in .jsonl and .parquet files."""
     tokenizer: str = "bytes"

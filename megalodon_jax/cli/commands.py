@@ -73,7 +73,7 @@ class Evaluate(WithCompilationCache):
     text_field: str = "text"
     """Field that holds the text in .jsonl and .parquet files."""
     document_separator: str = ""
-    """Splits a plain text file into documents; empty: a file is a document."""
+    """Splits a plain text file into documents, such as `\\0` or `\\n\\n`; empty: a file is one."""
     batch_size: int = 8
     """Most documents that are read side by side."""
     piece_length: int = 1024
@@ -271,7 +271,7 @@ class Tokenizer:
     text_field: str = "text"
     """Field that holds the text in .jsonl and .parquet files."""
     document_separator: str = ""
-    """Splits a plain text file into documents; empty: a file is a document."""
+    """Splits a plain text file into documents, such as `\\0` or `\\n\\n`; empty: a file is one."""
     max_bytes: int = 1 << 30
     """Most bytes of text to read, a share of every document."""
 

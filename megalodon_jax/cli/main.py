@@ -5,6 +5,7 @@ import functools
 import logging
 import operator
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any
@@ -23,6 +24,10 @@ from megalodon_jax.version import __version__
 DEBUG_VARIABLE = "MEGALODON_DEBUG"
 # Commands whose first argument is a configuration.
 _WITH_CONFIG = ("train", "plan")
+_SEPARATOR_OPTION = re.compile(r"(--\S*document_separator)(?:=(.*))?", re.DOTALL)
+# An argument cannot hold NUL, and a shell makes line ends hard to write.
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|([0nrtf\\]))")
+_ESCAPED = {"0": "\0", "n": "\n", "r": "\r", "t": "\t", "f": "\f", "\\": "\\"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +61,7 @@ def parse(arguments: Sequence[str]) -> Command:
       ConfigError: an unknown command, or a configuration that cannot be read.
       SystemExit: help was asked for, or an option is wrong.
     """
-    name, *rest = arguments
+    name, *rest = _with_separators(arguments)
     _check_known("command", name, COMMANDS)
     if name == "bench":
         _check_known("benchmark", rest[0], BENCHMARKS)
@@ -72,6 +77,30 @@ def parse(arguments: Sequence[str]) -> Command:
             use_underscores=True,
             config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes),
         )
+
+
+def _with_separators(arguments: Sequence[str]) -> list[str]:
+    r"""The arguments; `\0`, `\n`, `\u0000` and the like in a document separator are decoded."""
+
+    def decode(text: str) -> str:
+        return _ESCAPE.sub(lambda found: _decode_escape(found[1], found[2]), text)
+
+    decoded: list[str] = []
+    is_value = False
+    for argument in arguments:
+        option = _SEPARATOR_OPTION.fullmatch(argument)
+        if is_value:
+            decoded.append(decode(argument))
+        elif option is not None and option[2] is not None:
+            decoded.append(f"{option[1]}={decode(option[2])}")
+        else:
+            decoded.append(argument)
+        is_value = not is_value and option is not None and option[2] is None
+    return decoded
+
+
+def _decode_escape(code: str | None, letter: str) -> str:
+    return chr(int(code, 16)) if code else _ESCAPED[letter]
 
 
 def _check_known(kind: str, name: str, known: Collection[str]) -> None:

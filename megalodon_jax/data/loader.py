@@ -298,13 +298,14 @@ def make_loader(
 ) -> Loader:
     """Makes the loader of one split.
 
-    With `repeat` it is endless: every epoch reshuffles the documents (`shuffle_seed`), and rows
-    within windows of 2^20 tokens. With S data shards, shard s reads every S-th document and fills
-    the rows from s·batch_size/S on, so batches do not depend on which process loads which rows. The
-    last row of an epoch is padded, so that an epoch has every target exactly once. `num_workers`
-    processes help where tokenization is slow (bytes are faster without: 6 to 30 MB/s on one core).
-    With `config.sources`, rows of all sources are mixed by their weights. With `config.carry_state`
-    a row continues the same row of the batch before (`streams`): its documents keep their order.
+    With `repeat` it is endless: every epoch reshuffles the documents (`shuffle_seed`), reads 16 of
+    them side by side (`interleaved`), and shuffles rows within windows of 2^20 tokens. With S data
+    shards, shard s reads every S-th document and fills the rows from s·batch_size/S on, so batches
+    do not depend on which process loads which rows. The last row of an epoch is padded, so that an
+    epoch has every target exactly once. `num_workers` processes help where tokenization is slow
+    (bytes are faster without: 6 to 30 MB/s on one core). With `config.sources`, rows of all sources
+    are mixed by their weights. With `config.carry_state` a row continues the same row of the batch
+    before (`streams`): its documents keep their order.
 
     Without `repeat` it is a single pass in a fixed random order, so that the first batches are
     representative; padding rows complete the last batch. Every loader packs all rows and returns
@@ -415,6 +416,7 @@ def _reader_opener(
             window=max(1, pipeline.WINDOW_TOKENS // config.seq_len) if repeat else 1,
             document_seed=config.shuffle_seed if repeat else pipeline.SINGLE_PASS_SEED,
             row_seed=config.shuffle_seed,
+            interleave=repeat,
         )
 
     def open_reader(

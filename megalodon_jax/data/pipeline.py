@@ -12,13 +12,14 @@ from absl import flags
 from megalodon_jax.data.documents import Documents, Slice, open_documents
 from megalodon_jax.data.example_reader import ExampleReader
 from megalodon_jax.data.huggingface import StreamedSource
+from megalodon_jax.data.interleaved import InterleavedReader
 from megalodon_jax.data.packing import PackedRows, Row, collate
 from megalodon_jax.data.reader import ReadOptions, RowReader
 from megalodon_jax.data.sources import Source
 from megalodon_jax.data.worker_exit import exit_with_parent
 
-# Rows are shuffled within windows of this many tokens, so that consecutive batches do not all come
-# from one long document. A window takes 6 bytes per token, 12 with ids above 65,535.
+# Rows are shuffled within windows of this many tokens. A window takes 6 bytes per token, 12 with
+# ids above 65,535.
 WINDOW_TOKENS = 1 << 20
 # Reading a window yields no batches, so this many tokens of the previous one are prefetched: 16
 # bytes each.
@@ -55,6 +56,7 @@ class BatchDataset(grain.IterDataset[PackedRows]):
       document_seed: seed of the order of documents.
       row_seed: seed of the order of rows within windows.
       part: the documents that this reader gets.
+      interleave: read several documents side by side (`interleaved`).
       state: where to start, from `PackedRows.state`; None: at the first batch.
     """
 
@@ -68,6 +70,7 @@ class BatchDataset(grain.IterDataset[PackedRows]):
         document_seed: int,
         row_seed: int,
         part: Slice,
+        interleave: bool,
         state: str | None,
     ):
         super().__init__()
@@ -80,6 +83,7 @@ class BatchDataset(grain.IterDataset[PackedRows]):
             document_seed=document_seed,
             row_seed=row_seed,
             part=part,
+            interleave=interleave,
         )
         self._state = state
 
@@ -103,9 +107,12 @@ class _BatchIterator(grain.DatasetIterator[PackedRows]):
         document_seed: int,
         row_seed: int,
         part: Slice,
+        interleave: bool,
     ):
         super().__init__()
-        self._mixture = _Mixture(sources, options, seed=document_seed, part=part)
+        self._mixture = _Mixture(
+            sources, options, seed=document_seed, part=part, interleave=interleave
+        )
         self._num_sources = len(sources)
         self._num_rows = num_rows
         self._window = window
@@ -167,10 +174,12 @@ class _BatchIterator(grain.DatasetIterator[PackedRows]):
 
 
 def open_rows(
-    documents: Documents, options: ReadOptions, *, source: int
-) -> RowReader | ExampleReader:
+    documents: Documents, options: ReadOptions, *, source: int, interleave: bool
+) -> InterleavedReader | RowReader | ExampleReader:
     """The rows of one source: of running text, or of examples of a prompt and a response."""
-    reader = RowReader if options.examples is None else ExampleReader
+    if options.examples is not None:
+        return ExampleReader(documents, options, source=source)
+    reader = InterleavedReader if interleave else RowReader
     return reader(documents, options, source=source)
 
 
@@ -178,7 +187,13 @@ class _Mixture:
     """The rows of several sources, as many tokens of each as its weight says."""
 
     def __init__(
-        self, sources: Sequence[MixedSource], options: ReadOptions, *, seed: int, part: Slice
+        self,
+        sources: Sequence[MixedSource],
+        options: ReadOptions,
+        *,
+        seed: int,
+        part: Slice,
+        interleave: bool,
     ):
         self._weights = [entry.weight for entry in sources]
         self._readers = [
@@ -186,6 +201,8 @@ class _Mixture:
                 open_documents(entry.source, seed=seed, epochs=entry.epochs, part=part),
                 options,
                 source=number,
+                # A stream of a library is read in order, one document after another.
+                interleave=interleave and isinstance(entry.source, Source),
             )
             for number, entry in enumerate(sources)
         ]

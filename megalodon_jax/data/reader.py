@@ -115,6 +115,10 @@ class RowReader:
         """The epoch of the next row; None at the end of the data."""
         return self._document.epoch if self._has_token() and self._document else None
 
+    def open_epoch(self) -> int | None:
+        """The epoch of the document that is being read; None if the next one is not open yet."""
+        return self._document.epoch if self._has_token_of_document() and self._document else None
+
     def next_row(self, epoch: int | None) -> Row:
         """The next row, padded at the end of the epoch; None: it goes on with the next epoch.
 
@@ -122,19 +126,28 @@ class RowReader:
         """
         first_segment = 2 if self._options.carry_state and not self._continues_document() else 1
         row = RowBuilder(self._options.seq_len, self._dtype, first_segment=first_segment)
+        self.fill(row, epoch)
+        return row.build(source=self._source, bad_documents=self.take_bad_documents())
+
+    def fill(self, row: RowBuilder, epoch: int | None) -> bool:
+        """Adds tokens to a row until it is complete, or the epoch ends; says which."""
         last_added: NextDocument | None = None
         while not row.is_full and self._has_token():
             document = self._document
             if document is None or epoch not in (None, document.epoch):
-                break
+                return False
             self._offset = row.add(self._piece, self._offset, continues=document is last_added)
             last_added = document
             if self._offset == len(self._piece.stream) - 1 and self._next_place is None:
                 self._document = self._content = None
                 if self._options.packing == "pad":
-                    break
-        bad_documents, self._bad_documents = self._bad_documents, 0
-        return row.build(source=self._source, bad_documents=bad_documents)
+                    return True
+        return row.is_full
+
+    def take_bad_documents(self) -> int:
+        """Number of documents that could not be read since the last call."""
+        number, self._bad_documents = self._bad_documents, 0
+        return number
 
     def _continues_document(self) -> bool:
         """Whether the next token is not the first one of its document."""
@@ -142,11 +155,15 @@ class RowReader:
 
     def _has_token(self) -> bool:
         """Opens documents and pieces until there is an unread token; False at the end."""
-        while True:
-            if self._document is None:
-                if not self._next_document():
-                    return False
-                self._open_piece(_Place(0, self._options.tokenizer.bos_id, 0, False))
+        while not self._has_token_of_document():
+            if not self._next_document():
+                return False
+            self._open_piece(_Place(0, self._options.tokenizer.bos_id, 0, False))
+        return True
+
+    def _has_token_of_document(self) -> bool:
+        """Opens pieces of the open document until there is an unread token; False at its end."""
+        while self._document is not None:
             if self._offset < len(self._piece.stream) - 1:
                 self._num_bad_in_a_row = 0
                 return True
@@ -154,6 +171,7 @@ class RowReader:
                 self._document = self._content = None
             else:
                 self._open_piece(self._next_place)
+        return False
 
     def _next_document(self) -> bool:
         self._before_document = self._documents.position()

@@ -264,6 +264,16 @@ def test_booleans_of_tables_take_true_or_false(config_file):
     assert not parsed_config(str(config_file)).resume
 
 
+@pytest.mark.parametrize("text", [r"\0", r"\u0000"])
+def test_a_separator_that_no_argument_can_hold_is_escaped(text, config_file):
+    training = parse(["train", str(config_file), "--data.document_separator", text])
+    assert to_config(training.settings).data.document_separator == "\0"
+    files = ["evaluate", "--checkpoint", "run", "--files", r"a\0.txt"]
+    evaluation = parse([*files, rf"--document_separator=\n{text}\\"])
+    assert evaluation.document_separator == "\n\0\\"
+    assert evaluation.files == (r"a\0.txt",)
+
+
 def test_shipped_configurations_are_named_without_a_path():
     assert parsed_config("first_run") == load_config(configs_dir() / "first_run.toml")
 
