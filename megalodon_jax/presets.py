@@ -43,6 +43,27 @@ def config_names() -> list[str]:
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in found)
 
 
+def study_names() -> list[str]:
+    """Names of the shipped studies."""
+    return sorted(path.stem for path in configs_dir().glob("studies/*.toml"))
+
+
+def find_study(name: str) -> Path:
+    """Path of a study: a TOML file, or a shipped one by its name.
+
+    Raises:
+      ConfigError: there is neither; the closest shipped name is suggested.
+    """
+    if name.endswith(".toml") or Path(name).is_file():
+        return Path(name)
+    names = study_names()
+    if name in names:
+        return configs_dir() / "studies" / f"{name}.toml"
+    raise ConfigError(
+        f"no file or shipped study {name!r}{did_you_mean(name, names)}; shipped: {', '.join(names)}"
+    )
+
+
 def find_config(name: str) -> Path:
     """Path of a training configuration: a TOML file, or a shipped one by its name.
 

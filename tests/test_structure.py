@@ -44,7 +44,7 @@ LAYERS = [
     ("megalodon_jax.tasks",),
     ("megalodon_jax.training",),
     ("megalodon_jax.compiled",),
-    ("megalodon_jax.bench", "megalodon_jax.plan"),
+    ("megalodon_jax.bench", "megalodon_jax.plan", "megalodon_jax.study"),
     ("megalodon_jax.cli",),
     ("megalodon_jax.__main__",),
 ]

@@ -18,6 +18,7 @@ from megalodon_jax.cli.generate import Generate
 from megalodon_jax.cli.help import described
 from megalodon_jax.cli.run_config import RunSettings, to_config
 from megalodon_jax.cli.serve import Serve
+from megalodon_jax.cli.study import StudyCommand
 from megalodon_jax.plan.options import PlanOptions
 
 Config = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
@@ -304,6 +305,7 @@ COMMANDS: dict[str, type[Command]] = {
     "verify": Verify,
     "convert": Convert,
     "plan": Plan,
+    "study": StudyCommand,
     "tokenizer": Tokenizer,
     "bench": Bench,
 }

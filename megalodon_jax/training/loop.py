@@ -46,7 +46,12 @@ from megalodon_jax.training.run_context import (
     open_log,
 )
 from megalodon_jax.training.run_files import open_run_files
-from megalodon_jax.training.run_report import data_counts, describe_run, utilization
+from megalodon_jax.training.run_report import (
+    data_counts,
+    describe_devices,
+    describe_run,
+    utilization,
+)
 from megalodon_jax.training.run_time import RunTime
 from megalodon_jax.training.signals import stop_on_signals
 from megalodon_jax.training.start import initial_state
@@ -141,7 +146,11 @@ def train(
         stack.enter_context(
             files.copies(checkpoints.check_owner, continue_earlier=distributed.is_main())
         )
-        run_time = RunTime(files.local if distributed.is_main() else None, started=started)
+        run_time = RunTime(
+            files.local if distributed.is_main() else None,
+            started=started,
+            devices=describe_devices(list(mesh.devices.flat)),
+        )
         graphdef, state, changes = initial_state(
             config, mesh, training_loader, checkpoints, optimizer=optimizer
         )

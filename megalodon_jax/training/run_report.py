@@ -13,6 +13,11 @@ from megalodon_jax.tasks import TrainingLoader
 from megalodon_jax.train_state import TrainState
 
 
+def describe_devices(devices: Sequence[Any]) -> str:
+    """Number and kind, such as "1 x NVIDIA H200"."""
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
 def describe_run(
     config: TrainConfig, state: TrainState, devices: Sequence[Any], *, first_step: int
 ) -> str:
@@ -21,7 +26,7 @@ def describe_run(
     if state.base is not None:
         frozen = sum(leaf.size for leaf in jax.tree.leaves(state.base))
         count += f" of LoRA beside {frozen:,} frozen ones"
-    text = f"{len(devices)} x {devices[0].device_kind}"
+    text = describe_devices(devices)
     text += f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     unused = len(jax.devices()) - len(devices)
     text += f" ({unused} more are not used: set mesh.data to -1)" if unused else ""

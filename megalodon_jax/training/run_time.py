@@ -28,14 +28,16 @@ class RunTime:
     Args:
       run_dir: the run's directory; None: the sums are not persisted (processes other than 0).
       started: `time.monotonic()` at the start of the process's run.
+      devices: text about them, for the file.
     """
 
-    def __init__(self, run_dir: str | Path | None, *, started: float) -> None:
+    def __init__(self, run_dir: str | Path | None, *, started: float, devices: str = "") -> None:
         self._path = None if run_dir is None else Path(run_dir) / FILE_NAME
         self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._marks: dict[int, float] = {}
         self._step = 0
         self._starts = 0
+        self._devices = devices
         self._phase: Phase = "start_up"
         self._since = started
         if self._path is not None and self._path.exists():
@@ -91,6 +93,7 @@ class RunTime:
         content = {
             "step": step,
             "starts": self._starts,
+            "devices": self._devices,
             "seconds": {name: round(value, 3) for name, value in self._seconds.items()},
             "steps_seconds_at_checkpoint": {str(at): self._marks[at] for at in self._marks},
         }

@@ -1,0 +1,271 @@
+"""Runs a study: training processes one after another, or one on each of several devices."""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megalodon_jax.errors import ConfigError
+from megalodon_jax.study.definition import (
+    Run,
+    Stage,
+    Study,
+    StudyEvaluation,
+    run_name,
+    stage_runs,
+)
+from megalodon_jax.study.results import (
+    EVALUATIONS,
+    RUN_DIR,
+    RunResult,
+    StudyResults,
+    failed_result,
+    read_result,
+    read_run,
+    write_result,
+    write_results,
+)
+from megalodon_jax.study.toml_text import to_toml
+
+_POLL_SECONDS = 0.2
+# A run saves within seconds of SIGTERM; the rest is for a step and the last copy.
+_STOP_SECONDS = 120.0
+
+
+def run_study(
+    study: Study,
+    out: str | Path,
+    *,
+    devices: Sequence[str] = (),
+    device_variable: str = "CUDA_VISIBLE_DEVICES",
+    retry_failed: bool = False,
+    earlier: StudyResults | None = None,
+    stop: threading.Event | None = None,
+    report: Callable[[str], None] = print,
+) -> StudyResults:
+    """Runs what is missing of a study, and writes `out/results.json` after every run.
+
+    A run is a process `megalodon train`, with its directory below `out`. It is finished when its
+    `result.json` is written: another call skips it, and resumes one that was stopped from its last
+    checkpoint. A run that fails stays in the results with the end of its messages.
+
+    Args:
+      study: from `read_study`.
+      out: directory of the study.
+      devices: values of `device_variable`, one for each process that may run at a time; empty: one
+        process, with the environment as it is.
+      device_variable: the environment variable that selects a process's device.
+      retry_failed: runs that failed are run again.
+      earlier: results of another directory, whose runs are not repeated.
+      stop: ends the running processes with SIGTERM, which saves their state, and then the study.
+      report: takes lines about the progress.
+
+    Raises:
+      ConfigError: a device is named twice, or a chosen run's configuration is refused.
+    """
+    if len(set(devices)) < len(devices):
+        raise ConfigError(f"devices are {', '.join(devices)}; name each once")
+    out = Path(out)
+    for result in () if earlier is None else earlier.runs:
+        if result.status == "done" and not (out / run_name(result)).exists():
+            write_result(out / run_name(result), result)
+    stop = threading.Event() if stop is None else stop
+    environments = [{device_variable: device} for device in devices] or [{}]
+    results: list[RunResult] = []
+    for stage in study.stages:
+        best = best_points(study, stage, results) if stage.best_of else None
+        runs = stage_runs(study, stage, best)
+        report(f"stage {stage.name}: {len(runs)} runs")
+        for chosen, point in (best or {}).items():
+            report(f"  {chosen}: {', '.join(f'{k} {v}' for k, v in point.items())}")
+        pool = _Pool(out, environments, stop=stop, retry_failed=retry_failed, report=report)
+        results += pool.run(runs)
+        write_results(out, study, results)
+        if stop.is_set():
+            break
+    return StudyResults(study.name, study.title, study.metric, tuple(results))
+
+
+def best_points(
+    study: Study, stage: Stage, results: Sequence[RunResult]
+) -> dict[str, Mapping[str, Any]]:
+    """The point with the lowest mean metric of every variant in the stage that `best_of` names."""
+    best: dict[str, tuple[float, Mapping[str, Any]]] = {}
+    points: dict[tuple[str, str], list[RunResult]] = {}
+    for result in results:
+        if result.stage == stage.best_of and result.status == "done":
+            points.setdefault((result.variant, repr(sorted(result.point.items()))), []).append(
+                result
+            )
+    for (variant, _), runs in points.items():
+        values = [run.final.get(study.metric) for run in runs]
+        if any(value is None for value in values):
+            raise ConfigError(
+                f"{runs[0].name} has no metric {study.metric!r}; it has "
+                f"{', '.join(sorted(runs[0].final))}"
+            )
+        mean = sum(float(value) for value in values if value is not None) / len(values)
+        if variant not in best or mean < best[variant][0]:
+            best[variant] = (mean, runs[0].point)
+    return {variant: point for variant, (_, point) in best.items()}
+
+
+class _Pool:
+    """Threads that each run one process at a time on their device."""
+
+    def __init__(
+        self,
+        out: Path,
+        environments: Sequence[Mapping[str, str]],
+        *,
+        stop: threading.Event,
+        retry_failed: bool,
+        report: Callable[[str], None],
+    ):
+        self._out = out
+        self._environments = environments
+        self._stop = stop
+        self._retry_failed = retry_failed
+        self._report = report
+
+    def run(self, runs: Sequence[Run]) -> list[RunResult]:
+        """The results of the runs that have one, in their order."""
+        waiting: queue.SimpleQueue[Run] = queue.SimpleQueue()
+        for run in runs:
+            if not self._is_finished(run):
+                waiting.put(run)
+        threads = [
+            threading.Thread(target=self._work, args=(waiting, environment))
+            for environment in self._environments[: max(1, waiting.qsize())]
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        results = (read_result(self._out / run.name) for run in runs)
+        return [result for result in results if result is not None]
+
+    def _is_finished(self, run: Run) -> bool:
+        result = read_result(self._out / run.name)
+        if result is None:
+            return False
+        if result.table != json.loads(json.dumps(run.table)):
+            raise ConfigError(
+                f"{self._out / run.name} has the result of another configuration; take another "
+                "--out, or remove that directory"
+            )
+        return result.status == "done" or not self._retry_failed
+
+    def _work(self, waiting: "queue.SimpleQueue[Run]", environment: Mapping[str, str]) -> None:
+        while not self._stop.is_set():
+            try:
+                run = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                self._run_one(run, environment)
+            except OSError as error:
+                self._finish(run, failed_result(run, exit_code=None, error=str(error)))
+
+    def _run_one(self, run: Run, environment: Mapping[str, str]) -> None:
+        directory = self._out / run.name
+        directory.mkdir(parents=True, exist_ok=True)
+        config = directory / "config.toml"
+        config.write_text(to_toml(run.table))
+        started = time.monotonic()
+        self._report(f"{run.name}: starts{_on(environment)}")
+        arguments = ["train", str(config), "--run_dir", str(directory / RUN_DIR), "--auto_resume"]
+        code = self._process(arguments, directory / "train.log", environment)
+        if self._stop.is_set():
+            self._report(f"{run.name}: stopped")
+            return
+        if code != 0:
+            error = _last_lines(directory / "train.log")
+            self._finish(run, failed_result(run, exit_code=code, error=error))
+            return
+        failed = self._evaluate(run, directory, environment)
+        if failed is None:
+            return
+        result = read_run(run, directory, failed_evaluations=failed)
+        self._finish(run, result)
+        self._report(f"{run.name}: {result.describe()}, {time.monotonic() - started:,.0f} s")
+
+    def _evaluate(
+        self, run: Run, directory: Path, environment: Mapping[str, str]
+    ) -> dict[str, str] | None:
+        """Errors of evaluations by name; None if the study was stopped."""
+        failed: dict[str, str] = {}
+        (directory / EVALUATIONS).mkdir(exist_ok=True)
+        for entry in run.evaluations:
+            target = directory / EVALUATIONS / f"{entry.name}.json"
+            log = directory / EVALUATIONS / f"{entry.name}.log"
+            arguments = _evaluation_arguments(entry, directory / RUN_DIR, target)
+            if not target.exists() and self._process(arguments, log, environment) != 0:
+                failed[entry.name] = _last_lines(log)
+                self._report(f"{run.name}: {entry.name} failed: {failed[entry.name]}")
+            if self._stop.is_set():
+                return None
+        return failed
+
+    def _finish(self, run: Run, result: RunResult) -> None:
+        write_result(self._out / run.name, result)
+        if result.status != "done":
+            self._report(f"{run.name}: {result.describe()}")
+
+    def _process(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
+        """Runs `megalodon` with these arguments; output goes to `log`. Returns the exit code."""
+        command = [sys.executable, "-m", "megalodon_jax", *arguments]
+        with log.open("ab") as output, _started(command, output, environment) as process:
+            while process.poll() is None:
+                if self._stop.wait(_POLL_SECONDS):
+                    process.send_signal(signal.SIGTERM)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(_STOP_SECONDS)
+                    break
+        return process.returncode
+
+
+@contextlib.contextmanager
+def _started(
+    command: Sequence[str], output: Any, environment: Mapping[str, str]
+) -> "Iterator[subprocess.Popen[bytes]]":
+    """A process, killed if it still runs at the end."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **environment},
+        # Ctrl-C in the terminal reaches the study alone, which passes SIGTERM on.
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def _evaluation_arguments(entry: StudyEvaluation, run_dir: Path, target: Path) -> list[str]:
+    return [
+        "evaluate", "--checkpoint", str(run_dir), "--json", str(target), *entry.arguments,
+    ]  # fmt: skip
+
+
+def _on(environment: Mapping[str, str]) -> str:
+    return f" on {', '.join(environment.values())}" if environment else ""
+
+
+def _last_lines(log: Path) -> str:
+    """The end of a process's output: its error message."""
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return "\n".join(lines[-3:]) or "no output"

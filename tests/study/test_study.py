@@ -1,0 +1,200 @@
+"""Studies: real training processes, a failing variant, a stop and its continuation, the report."""
+
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megalodon_jax.cli.main import main
+from megalodon_jax.errors import ConfigError
+from megalodon_jax.study import RunResult, StudyResults, read_results, read_study, run_study
+from megalodon_jax.study.plots import draw_results
+from megalodon_jax.study.report import results_markdown, summarize_runs
+from megalodon_jax.study.results import CurvePoint
+from tests.fixtures_runs import TINY_TABLES
+
+METRIC = "heldout_bits_per_byte/books"
+
+
+def _run(variant: str, seed: int, final: float, **values) -> RunResult:
+    heldout = tuple(
+        CurvePoint(step, 100.0 * step, 0.5 * step, {METRIC: final + 1 / step}) for step in (1, 5, 9)
+    )
+    return RunResult(
+        stage="final", variant=variant, point={}, seed=seed, table={}, status="done",
+        final={METRIC: final, "loss": final}, heldout=heldout, parameters=12_345, tokens=900.0,
+        seconds=4.5, tokens_per_second=200.0, **values,
+    )  # fmt: skip
+
+
+def _contexts(perplexities: list[float]) -> dict:
+    rows = [{"context": 4**i, "perplexity": p} for i, p in enumerate(perplexities, 1)]
+    return {"context": {"task": "perplexity_by_context", "results": rows}}
+
+
+@pytest.fixture
+def results() -> StudyResults:
+    failed = RunResult(
+        stage="final", variant="c", point={}, seed=0, table={}, status="failed", exit_code=1,
+        error="out of memory\nagain",
+    )  # fmt: skip
+    runs = (
+        _run("a", 0, 2.0, evaluations=_contexts([4.0, 3.0])),
+        _run("b", 0, 2.5, evaluations=_contexts([5.0, 5.0])),
+        _run("a", 1, 2.2, evaluations=_contexts([4.2, 3.2])),
+        _run("b", 1, 2.4, evaluations=_contexts([5.0, 5.2])),
+        failed,
+    )
+    return StudyResults("tiny", "Tiny", METRIC, runs)
+
+
+def test_means_and_deviations_over_seeds(results):
+    a, b, c = summarize_runs(results)
+    assert (a.variant, b.variant, c.variant) == ("a", "b", "c")
+    assert a.mean == pytest.approx(2.1)
+    assert a.deviation == pytest.approx(np.std([2.0, 2.2], ddof=1))
+    assert (len(c.runs), c.num_failed) == (0, 1)
+
+
+def test_the_table_has_every_run_failed_ones_too(results):
+    text = results_markdown(results)
+    assert "| b |  | 2 | 2.4500 | 0.0707 | +0.3500 | 12,345 |" in text
+    assert "| c |  | 0 (1 failed) |" in text
+    assert "failed with exit code 1: out of memory again" in text
+    assert text.count("| final a seed") == 2
+
+
+def test_pictures_have_every_variant_and_the_same_bytes(results, tmp_path):
+    files = draw_results(results, tmp_path / "once")
+    assert [path.name for path in files] == [
+        "tiny_tokens.svg", "tiny_seconds.svg", "tiny_final.svg", "tiny_context.svg",
+    ]  # fmt: skip
+    for path in files:
+        text = path.read_text()
+        assert ">a<" in text
+        assert ">b<" in text
+        assert ">c<" not in text
+    again = draw_results(results, tmp_path / "again")
+    assert [p.read_bytes() for p in files] == [p.read_bytes() for p in again]
+    nothing = results._replace(runs=results.runs[-1:])
+    with pytest.raises(ConfigError, match="no run of tiny is done"):
+        draw_results(nothing, tmp_path)
+
+
+STUDY = """
+name = "tiny"
+metric = "heldout_bits_per_byte"
+[run]
+steps = 4
+log_every = 1
+eval_every = 2
+eval_batches = 2
+final_eval_batches = 2
+checkpoint_every = 1
+sample_tokens = 0
+loss_chunk_size = 64
+{tables}
+[[variants]]
+name = "base"
+[[variants]]
+name = "broken"
+settings.data.files = ["{missing}"]
+[[stages]]
+name = "rates"
+grid."optim.lr" = [1e-3, 1e-2]
+[[stages]]
+name = "final"
+best_of = "rates"
+seeds = [3]
+evaluate = true
+settings.steps = 6
+[[evaluations]]
+name = "text"
+arguments = ["--task", "loss_by_position", "--files", "{text_file}"]
+[[evaluations]]
+name = "no_such_file"
+arguments = ["--files", "{missing}"]
+"""
+
+
+@pytest.fixture
+def study_file(tmp_path, text_file) -> Path:
+    tables = "\n".join(
+        f"[run.{line[1:]}" if line.startswith("[") else line
+        for line in TINY_TABLES.format(text_file=text_file, lr=1e-3).splitlines()
+    )
+    path = tmp_path / "study.toml"
+    path.write_text(
+        STUDY.format(tables=tables, text_file=text_file, missing=tmp_path / "missing.txt")
+    )
+    return path
+
+
+@pytest.mark.slow
+def test_a_study_with_a_stop_and_a_variant_that_fails(study_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    study = read_study(study_file)
+    stop = threading.Event()
+    metrics = out / "rates/base/lr=0.001,seed=0/run/metrics.jsonl"
+
+    def stop_early() -> None:
+        while not metrics.exists() or not metrics.read_text():
+            if stop.wait(0.05):
+                return
+        stop.set()
+
+    watcher = threading.Thread(target=stop_early)
+    watcher.start()
+    try:
+        first = run_study(study, out, stop=stop)
+    finally:
+        stop.set()
+        watcher.join()
+    assert first.runs == ()
+    # One command goes on with it, to the end; a run failed, and so does the command.
+    published = tmp_path / "published"
+    command = ["study", str(study_file), "--out", str(out), "--results", str(published)]
+    assert main(command) == 1
+    output = capsys.readouterr().out
+    assert "final/base" in output
+    assert "| failed with exit code 1: " in output
+    results = read_results(published / "tiny.json")
+    status = {run.name: run.status for run in results.runs}
+    assert status == {
+        "rates base lr 0.001 seed 0": "done", "rates base lr 0.01 seed 0": "done",
+        "rates broken lr 0.001 seed 0": "failed", "rates broken lr 0.01 seed 0": "failed",
+        # The variant without a finished run has no best point.
+        "final base lr 0.01 seed 3": "done",
+    }  # fmt: skip
+    final = results.runs[-1]
+    lines = [
+        json.loads(line) for line in (out / "final/base/lr=0.01,seed=3/run/metrics.jsonl").open()
+    ]
+    heldout = [line["heldout_bits_per_byte"] for line in lines if "heldout_loss" in line]
+    assert final.final["heldout_bits_per_byte"] == heldout[-1]
+    assert [point.step for point in final.heldout] == [2, 4, 6]
+    assert final.heldout[-1].tokens == 6 * 2 * 32
+    assert final.device == "1 x cpu"
+    assert final.parameters > final.parameters_without_embeddings > 0
+    assert final.evaluations["text"]["task"] == "loss_by_position"
+    assert "missing.txt" in final.failed_evaluations["no_such_file"]
+    # The best rate of the grid is that of the lower loss.
+    rates = {
+        run.point["optim.lr"]: run.final["heldout_bits_per_byte"] for run in results.runs[:4:2]
+    }
+    assert min(rates, key=rates.__getitem__) == 1e-2
+    assert (published / "tiny_tokens.svg").exists()
+    # Finished runs are not run again, those of a published file neither.
+    before = (out / "results.json").read_bytes()
+    assert main(command) == 1
+    assert (out / "results.json").read_bytes() == before
+    elsewhere = run_study(study, tmp_path / "elsewhere", earlier=results)
+    assert [run.name for run in elsewhere.runs if run.status == "done"] == [
+        run.name for run in results.runs if run.status == "done"
+    ]
+    changed = study_file.read_text().replace("loss_chunk_size = 64", "loss_chunk_size = 32")
+    study_file.write_text(changed)
+    with pytest.raises(ConfigError, match="has the result of another configuration"):
+        run_study(read_study(study_file), out)
