@@ -101,7 +101,7 @@ class TokenTable(_KnownModel):
 
 
 class Copier(_KnownModel):
-    """Predicts what followed the last four tokens when they last came before."""
+    """Predicts what followed the last six tokens when they last came before."""
 
     def __init__(self, memory: int) -> None:
         super().__init__(memory)
@@ -110,9 +110,9 @@ class Copier(_KnownModel):
     def scores(self, cache: TokenCache, token: Any) -> Any:
         def predict(row: Any, position: Any) -> Any:
             ends = jnp.arange(self.memory)
-            # Entry i: tokens i-3 .. i are the last four, and there is a token after them.
-            matches = (ends >= 3) & (ends < position - 1)
-            for back in range(4):
+            # Entry i: tokens i-5 .. i are the last six, and there is a token after them.
+            matches = (ends >= 5) & (ends < position - 1)
+            for back in range(6):
                 matches &= jnp.roll(row, back) == row[position - 1 - back]
             found = jnp.max(jnp.where(matches, ends, -1))
             return jnp.where(found < 0, VOCAB_SIZE - 1, row[found + 1])
@@ -129,3 +129,10 @@ def uniform() -> TokenTable:
 def bigram(seed: int = 0) -> TokenTable:
     """A model that knows the last token alone."""
     return TokenTable(np.random.default_rng(seed).normal(size=(VOCAB_SIZE, VOCAB_SIZE)))
+
+
+def digits_by_chance() -> TokenTable:
+    """A model without memory whose most probable token is always a digit."""
+    table = np.random.default_rng(0).normal(size=(VOCAB_SIZE, VOCAB_SIZE))
+    table[:, ord("0") : ord("9") + 1] += 50
+    return TokenTable(table)
