@@ -273,7 +273,7 @@ def _generated(
         batch = problems[first : first + _GENERATED_ROWS]
         # Every batch has the same number of rows, so that nothing is compiled again.
         rows = [*batch, *[batch[0]] * (_GENERATED_ROWS - len(batch))]
-        new = greedy_continuations(
+        new = _greedy_continuations(
             model,
             tokenizer,
             [problem.prompt for problem in rows],
@@ -286,13 +286,12 @@ def _generated(
     return correct
 
 
-def greedy_continuations(
+def _greedy_continuations(
     model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[np.ndarray],
     *,
     max_tokens: int,
-    stop_token: int | None = None,
 ) -> np.ndarray:
     """The most probable continuations of prompts, by the inference engine.
 
@@ -301,10 +300,9 @@ def greedy_continuations(
       tokenizer: the model's.
       prompts: token ids without bos.
       max_tokens: tokens to generate.
-      stop_token: a row ends after this token; None: rows do not end.
 
     Returns:
-      int32 (B, max_tokens); fewer columns if all rows end earlier.
+      int32 (B, max_tokens).
     """
     lengths = np.array([1 + len(prompt) for prompt in prompts], np.int32)
     padded = np.zeros((len(prompts), lengths.max()), np.int32)
@@ -316,6 +314,5 @@ def greedy_continuations(
         lengths,
         max_tokens=max_tokens,
         temperature=0.0,
-        stop_token=stop_token,
         num_tokens=tokenizer.vocab_size,
     )

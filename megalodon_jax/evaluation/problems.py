@@ -5,8 +5,9 @@ no test problem is ever among training examples, whatever the seeds.
 """
 
 import hashlib
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -203,9 +204,17 @@ def draw_problems(
     Raises:
       ValueError: the problem does not fit its size.
     """
+    return list(itertools.islice(problem_stream(kind, tokenizer, seed=seed, split=split), count))
+
+
+def problem_stream(
+    kind: AnyProblem, tokenizer: Tokenizer, *, seed: int, split: Split
+) -> Iterator[Problem]:
+    """The problems of `draw_problems`, without end."""
     name = hashlib.sha256(f"{kind!r} {split}".encode()).digest()[:8]
     rng = np.random.default_rng([seed, int.from_bytes(name)])
-    return [kind.draw(rng, tokenizer, split) for _ in range(count)]
+    while True:
+        yield kind.draw(rng, tokenizer, split)
 
 
 def split_of(task: str, content: str) -> Split:

@@ -111,7 +111,7 @@ def test_too_short_problems_are_refused():
     for kind, least in (
         (Passkey(length=100, position="end"), 240),
         (Copy(distance=20), 30),
-        (Recall(distance=30), 100),
+        (Recall(distance=30), 90),
     ):
         with pytest.raises(ValueError, match="use at least") as error:
             draw_problems(kind, TOKENIZER, count=1, seed=0, split="test")
@@ -173,7 +173,7 @@ def test_teacher_forcing_agrees_with_generation(kind):
         )
     )
     problems = draw_problems(Addition(digits=3), TOKENIZER, count=6, seed=0, split="test")
-    written = module.greedy_continuations(
+    written = module._greedy_continuations(
         model, TOKENIZER, [problem.prompt for problem in problems], max_tokens=4
     )
     for row in written[3:]:
