@@ -7,33 +7,105 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megalodon_jax.evaluation.answers import (
+        AnswerAccuracy,
+        addition_accuracy,
+        answer_accuracy,
+        copy_accuracy,
+        passkey_accuracy,
+        recall_accuracy,
+        wilson_interval,
+    )
     from megalodon_jax.evaluation.context import (
         ContextLoss,
         PositionLoss,
         loss_by_position,
         perplexity_by_context,
     )
-    from megalodon_jax.evaluation.streaming import evaluate_documents, evaluate_files
-    from megalodon_jax.evaluation.summary import Evaluation
+    from megalodon_jax.evaluation.examples import (
+        Labels,
+        write_examples,
+        write_labelled_additions,
+    )
+    from megalodon_jax.evaluation.problems import (
+        Addition,
+        Copy,
+        Passkey,
+        Problem,
+        Recall,
+        draw_problems,
+    )
+    from megalodon_jax.evaluation.results import (
+        results_table,
+        write_results,
+    )
+    from megalodon_jax.evaluation.streaming import (
+        evaluate_documents,
+        evaluate_files,
+    )
+    from megalodon_jax.evaluation.summary import (
+        Evaluation,
+    )
+    from megalodon_jax.evaluation.variants import (
+        with_window,
+    )
 
 _MODULES = {
+    "Addition": "problems",
+    "AnswerAccuracy": "answers",
     "ContextLoss": "context",
+    "Copy": "problems",
     "Evaluation": "summary",
+    "Labels": "examples",
+    "Passkey": "problems",
     "PositionLoss": "context",
+    "Problem": "problems",
+    "Recall": "problems",
+    "addition_accuracy": "answers",
+    "answer_accuracy": "answers",
+    "copy_accuracy": "answers",
+    "draw_problems": "problems",
     "evaluate_documents": "streaming",
     "evaluate_files": "streaming",
     "loss_by_position": "context",
+    "passkey_accuracy": "answers",
     "perplexity_by_context": "context",
+    "recall_accuracy": "answers",
+    "results_table": "results",
+    "wilson_interval": "answers",
+    "with_window": "variants",
+    "write_examples": "examples",
+    "write_labelled_additions": "examples",
+    "write_results": "results",
 }
 
 __all__ = [
+    "Addition",
+    "AnswerAccuracy",
     "ContextLoss",
+    "Copy",
     "Evaluation",
+    "Labels",
+    "Passkey",
     "PositionLoss",
+    "Problem",
+    "Recall",
+    "addition_accuracy",
+    "answer_accuracy",
+    "copy_accuracy",
+    "draw_problems",
     "evaluate_documents",
     "evaluate_files",
     "loss_by_position",
+    "passkey_accuracy",
     "perplexity_by_context",
+    "recall_accuracy",
+    "results_table",
+    "wilson_interval",
+    "with_window",
+    "write_examples",
+    "write_labelled_additions",
+    "write_results",
 ]
 
 
