@@ -21,6 +21,8 @@ EvaluationTask = Literal[
     "copy",
     "recall",
     "addition",
+    "prefill_cost",
+    "skip_attention",
 ]
 # The same as in `evaluation`, whose modules import JAX.
 KeyPosition = Literal["start", "middle", "end"]
@@ -39,11 +41,13 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "copy": ("distances", "size", *_ANSWERS),
     "recall": ("distances", "pairs", *_ANSWERS),
     "addition": ("digits", *_ANSWERS),
+    "prefill_cost": ("lengths", "rows", "repeats"),
+    "skip_attention": (*_FILES, "skip", "max_tokens", "rows", "repeats", "tokens_per_call"),
 }  # fmt: skip
 _COUNTS = {"passkey": 20, "copy": 100, "recall": 100, "addition": 1024}
 _POSITIVE = (
     "batch_size", "piece_length", "tokens_per_call", "max_tokens", "window", "lengths", "distances",
-    "digits", "size", "pairs", "count",
+    "digits", "size", "pairs", "count", "rows", "repeats",
 )  # fmt: skip
 
 
@@ -62,9 +66,11 @@ class Evaluate(WithCompilationCache):
     .safetensors file; or a folder in the Hugging Face form."""
     task: EvaluationTask = "text"
     """What to measure. With --files: bits per byte of whole documents (text), perplexity of blocks
-    of several lengths (perplexity_by_context), the loss by a token's position (loss_by_position).
-    Without: a number in a long text (passkey), random letters to repeat (copy), the value of a
-    random key (recall), sums of reversed digits (addition)."""
+    of several lengths (perplexity_by_context), the loss by a token's position (loss_by_position),
+    loss and decoding time without the attention of the last blocks (skip_attention). Without
+    --files: a number in a long text (passkey), random letters to repeat (copy), the value of a
+    random key (recall), sums of reversed digits (addition), time and memory of prefill by length
+    (prefill_cost)."""
     files: tuple[str, ...] = ()
     """Paths, folders, globs or URLs of text: plain, .jsonl (both also .gz, .zst), .parquet."""
     text_field: str = "text"
@@ -85,12 +91,13 @@ class Evaluate(WithCompilationCache):
     join: bool = False
     """perplexity_by_context, loss_by_position: read all documents as one."""
     max_tokens: int | None = None
-    """perplexity_by_context, loss_by_position: read only so many tokens of the text."""
+    """perplexity_by_context, loss_by_position, skip_attention: read only so many tokens of the
+    text."""
     window: int | None = None
     """perplexity_by_context, loss_by_position: sliding window of a Transformer's attention, in
     place of its own; its cache then has a constant size."""
     lengths: tuple[int, ...] = (4096, 16_384, 32_768)
-    """passkey: exact tokens of a prompt."""
+    """passkey, prefill_cost: exact tokens of a prompt, bos included."""
     positions: tuple[KeyPosition, ...] = ("start", "middle", "end")
     """passkey: where in the text the key is."""
     distances: tuple[int, ...] = (256, 1024, 4096, 16_384)
@@ -109,6 +116,13 @@ class Evaluate(WithCompilationCache):
     method: AnswerMethod = "teacher_forcing"
     """How answers are found: reading the right one, each token of which must be the most probable
     (the same exact match, cheaper), or greedy generation by the inference engine."""
+    rows: int = 1
+    """prefill_cost, skip_attention: prompts that are read, or rows that are decoded, side by
+    side."""
+    repeats: int = 3
+    """prefill_cost, skip_attention: timed calls, after one for warm-up."""
+    skip: tuple[int, ...] = (0, 1, 2)
+    """skip_attention: numbers of last blocks whose attention is left out."""
     json: str = ""
     """Also write the results to this file."""
     step: int | None = None
@@ -156,8 +170,10 @@ class Evaluate(WithCompilationCache):
             values = value if isinstance(value, tuple) else (1 if value is None else value,)
             if not values or min(values) < 1:
                 raise ConfigError(f"--{name} is {_text(value)}; use 1 or more")
-        if not self.contexts or min(self.contexts) < 0:
-            raise ConfigError(f"--contexts is {_text(self.contexts)}; use 0 or more")
+        for name in ("contexts", "skip"):
+            values = getattr(self, name)
+            if not values or min(values) < 0:
+                raise ConfigError(f"--{name} is {_text(values)}; use 0 or more")
         for name in ("tail", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name} is {getattr(self, name)}; use 0 or more")
@@ -187,6 +203,10 @@ class Evaluate(WithCompilationCache):
             options["count"] = _COUNTS[self.task]
         if self.task == "text":
             return (evaluation.evaluate_files(*trained, **options),)
+        if self.task == "prefill_cost":
+            return evaluation.prefill_cost(trained.model, **options)
+        if "skip" in options:
+            options["skips"] = options.pop("skip")
         if self.files:
             source = open_files(*(options.pop(name) for name in _FILES))
             texts = (document.text for document in source)

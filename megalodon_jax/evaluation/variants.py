@@ -28,6 +28,23 @@ def with_window[M: LanguageModel](model: M, window: int | None) -> M:
     return _with_settings(model, attention_window=window)
 
 
+def without_last_attention[M: LanguageModel](model: M, count: int) -> M:
+    """A model that leaves out the attention sub-layers of its last blocks, at inference.
+
+    A call of the model, prefill and decoding leave them out; the feed-forward networks stay
+    (Tyukin et al. 2024, "Attention is all you need but you don't need all of it for inference of
+    large language models", arXiv 2407.15516).
+
+    Args:
+      model: the model; its parameters are shared.
+      count: number of attention sub-layers to leave out; 0: none.
+
+    Raises:
+      ValueError: the model has fewer layers.
+    """
+    return _with_settings(model, skip_attention=count)
+
+
 def _with_settings[M: LanguageModel](model: M, **settings: Any) -> M:
     graphdef, _ = abstract_model(dataclasses.replace(model.config, **settings))
     return nnx.merge(graphdef, nnx.state(model, nnx.Param))
