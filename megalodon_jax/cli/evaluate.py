@@ -194,7 +194,7 @@ class Evaluate(WithCompilationCache):
 
     def _results(self, trained: "TrainedModel") -> Sequence[Any]:
         from megalodon_jax import evaluation
-        from megalodon_jax.evaluation.streaming import open_files
+        from megalodon_jax.evaluation.streaming import open_text_files
 
         options: dict[str, Any] = {
             name: getattr(self, name) for name in _OPTIONS[self.task] if name != "window"
@@ -208,7 +208,7 @@ class Evaluate(WithCompilationCache):
         if "skip" in options:
             options["skips"] = options.pop("skip")
         if self.files:
-            source = open_files(*(options.pop(name) for name in _FILES))
+            source = open_text_files(*(options.pop(name) for name in _FILES))
             texts = (document.text for document in source)
             return getattr(evaluation, self.task)(*trained, texts, **options)
         return getattr(evaluation, f"{self.task}_accuracy")(*trained, **options)

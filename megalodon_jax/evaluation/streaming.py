@@ -46,7 +46,7 @@ def evaluate_files(
     Raises:
       DataError: a file cannot be read, or there is no text.
     """
-    source = open_files(files, text_field, document_separator)
+    source = open_text_files(files, text_field, document_separator)
     return evaluate_documents(
         model,
         tokenizer,
@@ -57,7 +57,7 @@ def evaluate_files(
     )
 
 
-def open_files(
+def open_text_files(
     files: Sequence[str], text_field: str = "text", document_separator: str = ""
 ) -> Source:
     """The documents of text files, in the files' order; arguments as for `evaluate_files`.

@@ -67,7 +67,8 @@ def test_costs(trained_run, text_file, tmp_path, capsys):
     options = {"run_dir": trained_run.run_dir, "path": tmp_path / "a.json", "capsys": capsys}
     _, content = evaluate("prefill_cost", "--lengths", "20", "40", "--repeats", "1", **options)
     assert [each["length"] for each in content["results"]] == [20, 40]
-    text = ["--files", str(text_file), "--max_tokens", "100", "--tokens_per_call", "64"]
+    text = ["--files", str(text_file), "--document_separator", "\0"]
+    text += ["--max_tokens", "100", "--tokens_per_call", "64"]
     _, content = evaluate("skip_attention", *text, "--skip", "0", "1", "--repeats", "1", **options)
     first, second = content["results"]
     assert (first["skipped"], second["skipped"]) == (0, 1)
