@@ -97,7 +97,8 @@ def run_blocks(
         returns its output and its new streaming state. Variables that a call adds to a block or
         replaces are written into `blocks`.
       config: how to run them: `remat`, `scan_layers`. A decoding step (a cache and one token a row)
-        writes the blocks out: a loop would copy their states in and out.
+        writes the blocks out: a loop would copy their states in and out. The last `skip_attention`
+        blocks are called as `block.without_attention(x)`, and their states stay as they are.
       x: embeddings.
       positions: of the tokens.
       cache: states of all blocks, a tuple.
@@ -105,7 +106,15 @@ def run_blocks(
         and go stacked along a leading axis, and gradients stop at the new ones.
       dropout_key: turns dropout on.
       hidden_states: whether to return the features of every layer.
+
+    Raises:
+      ValueError: `skip_attention` is set in training, with dropout or states of training rows.
     """
+    if config.skip_attention and (carries or dropout_key is not None):
+        raise ValueError(
+            f"model.skip_attention is {config.skip_attention}, which is for inference; train a "
+            "model with 0"
+        )
     stacked, changes, count = split_blocks(blocks), LayerChanges(), config.num_layers
     keys = None if dropout_key is None else jax.random.split(dropout_key, count)
     numbers = jnp.arange(count) if stacked.has_random else None
@@ -120,23 +129,34 @@ def run_blocks(
         state = out if hidden_states else None
         return out, _LayerOutput(cache, state, changes.find(block, before))
 
+    def skip_attention(x: Array, layer: _Layer) -> tuple[Array, _LayerOutput]:
+        out = merge_layer(stacked, layer.params, layer.number).without_attention(x)
+        out = constrain(out, "batch", "length", "channels")
+        return out, _LayerOutput(layer.cache, out if hidden_states else None, ())
+
     run_block = jax.checkpoint(
         run_block,
         policy=jax.checkpoint_policies.save_only_these_names(*_saved_names(config)),
         prevent_cse=not config.scan_layers,
     )
     embeddings, is_stacked = x, carries and config.scan_layers
+    num_complete = count - config.skip_attention
     if config.scan_layers and (cache is None or is_stacked or x.shape[1] > 1):
         stacked_cache = cache if cache is None or is_stacked else jax.tree.map(_stack, *cache)
         layers = _Layer(stacked.params, stacked_cache, keys, numbers)
-        x, (caches, states, changed) = jax.lax.scan(run_block, x, layers)
+        x, outputs = _scan(run_block, x, layers, slice(0, num_complete))
+        if config.skip_attention:
+            x, others = _scan(skip_attention, x, layers, slice(num_complete, count))
+            outputs = jax.tree.map(lambda *both: jnp.concatenate(both), outputs, others)
+        caches, states, changed = outputs
         if cache is not None and not is_stacked:
             caches = tuple(unstack_layers(caches, count))
     else:
         layers = unstack_layers(_Layer(stacked.params, None, keys, numbers), count)
         if cache is not None:
             layers = [layer._replace(cache=each) for layer, each in zip(layers, cache, strict=True)]
-        x, outputs = _run_written_out(run_block, x, layers)
+        functions = [run_block] * num_complete + [skip_attention] * config.skip_attention
+        x, outputs = _run_written_out(functions, x, layers)
         caches = None if cache is None else tuple(output.cache for output in outputs)
         states, changed = jax.tree.map(
             _stack, *((output.hidden_state, output.changes) for output in outputs)
@@ -146,8 +166,19 @@ def run_blocks(
     return StackOutput(x, caches, states)
 
 
+_RunBlock = Callable[[Array, _Layer], tuple[Array, _LayerOutput]]
+
+
+def _scan(
+    run_block: _RunBlock, x: Array, layers: _Layer, which: slice
+) -> tuple[Array, _LayerOutput]:
+    if which != slice(0, len(jax.tree.leaves(layers)[0])):
+        layers = jax.tree.map(lambda leaf: leaf[which], layers)
+    return jax.lax.scan(run_block, x, layers)
+
+
 def _run_written_out(
-    run_block: Callable[[Array, _Layer], tuple[Array, _LayerOutput]],
+    functions: list[_RunBlock],
     x: Array,
     layers: list[_Layer],
 ) -> tuple[Array, list[_LayerOutput]]:
@@ -156,7 +187,7 @@ def _run_written_out(
         if has_multiple_devices() and number < len(layers):
             x, next_params = _serialize_grad_reduction(x, layers[number].params)
             layers[number] = layers[number]._replace(params=next_params)
-        x, output = run_block(x, layer)
+        x, output = functions[number - 1](x, layer)
         outputs.append(output)
     return x, outputs
 

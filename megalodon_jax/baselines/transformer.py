@@ -173,6 +173,10 @@ class TransformerBlock(nnx.Module):
         hidden = self.feed_forward(y, dropout_key=ffn_key)
         return TransformerBlockOutput((y + hidden).astype(x.dtype), cache)
 
+    def without_attention(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """out = x + feed_forward(x): the block at inference without its attention."""
+        return (x + self.feed_forward(x)).astype(x.dtype)
+
 
 class Transformer(LanguageModel):
     """Embedding, a stack of Transformer blocks, a final RMSNorm and an output matrix.

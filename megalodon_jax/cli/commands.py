@@ -13,7 +13,9 @@ import tyro
 
 from megalodon_jax.bench import options as bench
 from megalodon_jax.cli.chat import Chat
-from megalodon_jax.cli.command import Command, WithCompilationCache
+from megalodon_jax.cli.command import Command
+from megalodon_jax.cli.evaluate import Evaluate
+from megalodon_jax.cli.examples import Examples
 from megalodon_jax.cli.generate import Generate
 from megalodon_jax.cli.help import described
 from megalodon_jax.cli.run_config import RunSettings, to_config
@@ -27,8 +29,6 @@ Config = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
 Settings = Annotated[RunSettings, tyro.conf.arg(name="")]
 _PlanOptions = described(PlanOptions)
 if TYPE_CHECKING:
-    from megalodon_jax.evaluation.summary import Evaluation
-
     PlanSettings = PlanOptions
 else:
     PlanSettings = Annotated[_PlanOptions, tyro.conf.arg(name="")]
@@ -57,65 +57,6 @@ class Train:
             exit_without_barrier(exit_code(error))
             raise
         return signal_exit_code(result.stop_signal)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate(WithCompilationCache):
-    """Evaluates a trained model on text files of any length, in constant device memory.
-
-    Example: megalodon evaluate --checkpoint runs/first --files a.txt "books/*.txt.gz"
-    """
-
-    checkpoint: str
-    """The run_dir of a training run or one of its checkpoints, a path or a URL gs:// or s3://; a
-    .safetensors file; or a folder in the Hugging Face form."""
-    files: tuple[str, ...]
-    """Paths, folders, globs or URLs of text: plain, .jsonl (both also .gz, .zst), .parquet."""
-    text_field: str = "text"
-    """Field that holds the text in .jsonl and .parquet files."""
-    document_separator: str = ""
-    """Splits a plain text file into documents, such as `\\0` or `\\n\\n`; empty: a file is one."""
-    batch_size: int = 8
-    """Most documents that are read side by side."""
-    piece_length: int = 1024
-    """Tokens of a document that go through the model at a time."""
-    step: int | None = None
-    """Step of the checkpoint; the newest if not set."""
-    allow_unverified: bool = False
-    """Also load a checkpoint without manifest, which an older version wrote."""
-    tokenizer: str = ""
-    """Tokenizer file to use instead of the copy in the run."""
-
-    def run(self) -> int:
-        """Prints bits per byte and perplexity."""
-        with self.keep_programs():
-            result = self._evaluate()
-        print(
-            f"bits per byte {result.bits_per_byte:.4f}  "
-            f"perplexity per token {result.perplexity:.4f}  "
-            f"tokens {result.num_tokens:,}  bytes {result.num_bytes:,}"
-        )
-        return 0
-
-    def _evaluate(self) -> "Evaluation":
-        from megalodon_jax.evaluation.streaming import evaluate_files
-        from megalodon_jax.pretrained import load_with_tokenizer
-
-        model, tokenizer = load_with_tokenizer(
-            self.checkpoint,
-            step=self.step,
-            allow_unverified=self.allow_unverified,
-            tokenizer=self.tokenizer,
-        )
-        return evaluate_files(
-            model,
-            tokenizer,
-            self.files,
-            text_field=self.text_field,
-            document_separator=self.document_separator,
-            batch_size=self.batch_size,
-            piece_length=self.piece_length,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,6 +240,7 @@ class Tokenizer:
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "evaluate": Evaluate,
+    "examples": Examples,
     "generate": Generate,
     "chat": Chat,
     "serve": Serve,

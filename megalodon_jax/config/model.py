@@ -33,6 +33,10 @@ SHARED_RULES = (
         "model.output_size is {c.output_size} and vocab_size {c.vocab_size}; with share_emb they "
         "must be equal",
     ),
+    Rule(
+        lambda c: c.skip_attention <= c.num_layers,
+        "model.skip_attention is {c.skip_attention}, but the model has {c.num_layers} layers",
+    ),
 )
 RULES = (
     Rule(
@@ -111,6 +115,9 @@ class ModelConfig:
     rope_base: Annotated[float | None, Range(low=0.0, open_low=True)] = 10_000.0
     """Base of the rotary position embedding; None ("none" in a file and on the command line): no
     position embedding."""
+    skip_attention: Annotated[int, Range(low=0, high=100_000)] = 0
+    """Last blocks whose attention sub-layer is left out at inference (Tyukin et al. 2024); a
+    training run refuses it."""
     swiglu: bool = False
     """SwiGLU feed-forward network: (silu(x W1) * (x W3)) W2."""
     rescale_nffn: bool = False

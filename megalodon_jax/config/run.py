@@ -41,6 +41,10 @@ RULES = (
         "resume_step is {c.resume_step}, but resume is not set; add --resume",
     ),
     Rule(
+        lambda c: not c.model.skip_attention,
+        "model.skip_attention is {c.model.skip_attention}, which is for inference: train with 0",
+    ),
+    Rule(
         lambda c: not c.data.carry_state or c.model.kind == "megalodon",
         "data.carry_state is set for model.kind = {c.model.kind!r}, whose state grows with the "
         "document; use a megalodon, or carry_state = false",

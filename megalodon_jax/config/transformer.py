@@ -51,6 +51,9 @@ class TransformerConfig:
     """Epsilon added to mean squares in RMSNorm."""
     rope_base: Annotated[float | None, Range(low=0.0, open_low=True)] = 10_000.0
     """Base of the rotary position embedding; none: no position embedding."""
+    skip_attention: Annotated[int, Range(low=0, high=100_000)] = 0
+    """Last blocks whose attention is left out at inference (Tyukin et al. 2024); a training run
+    refuses it."""
     share_emb: bool = False
     """Tie the output matrix to the embedding."""
     init_mode: InitMode = "bert"

@@ -11,6 +11,7 @@ from flax import nnx
 
 from megalodon_jax.config import DataConfig
 from megalodon_jax.data.open_source import open_source
+from megalodon_jax.data.sources import Source
 from megalodon_jax.data.tokenizer import Tokenizer
 from megalodon_jax.evaluation.summary import Evaluation, summarize
 from megalodon_jax.inference.prefill import empty_prefill_state, score_hidden
@@ -45,16 +46,7 @@ def evaluate_files(
     Raises:
       DataError: a file cannot be read, or there is no text.
     """
-    source = open_source(
-        DataConfig(
-            source="files",
-            files=tuple(files),
-            heldout_fraction=0.0,
-            text_field=text_field,
-            document_separator=document_separator,
-        ),
-        "train",
-    )
+    source = open_text_files(files, text_field, document_separator)
     return evaluate_documents(
         model,
         tokenizer,
@@ -63,6 +55,24 @@ def evaluate_files(
         batch_size=min(batch_size, len(source)),
         piece_length=piece_length,
     )
+
+
+def open_text_files(
+    files: Sequence[str], text_field: str = "text", document_separator: str = ""
+) -> Source:
+    """The documents of text files, in the files' order; arguments as for `evaluate_files`.
+
+    Raises:
+      DataError: a file cannot be read, or there is no text.
+    """
+    config = DataConfig(
+        source="files",
+        files=tuple(files),
+        heldout_fraction=0.0,
+        text_field=text_field,
+        document_separator=document_separator,
+    )
+    return open_source(config, "train")
 
 
 def evaluate_documents(

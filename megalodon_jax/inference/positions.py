@@ -34,6 +34,11 @@ class PendingLayer(NamedTuple):
     norm: TimestepNormState | None
     inputs: Float[Array, "B T D"] | None
 
+    @classmethod
+    def of(cls, layer: LayerCache) -> "PendingLayer":
+        """What `_SeveralTokens` makes of a layer's states."""
+        return cls(layer.norm, layer.cema)
+
 
 class Pending(NamedTuple):
     """The states that T tokens lead to, not in the cache yet."""
@@ -82,10 +87,12 @@ def decode_positions(
         old._replace(keys_and_values=new.keys_and_values)
         for old, new in zip(cache.layers, layers, strict=True)
     )
+    # The other layers have no attention: their states stay as they are.
+    num_complete = config.num_layers - config.skip_attention
     return PositionsOutput(
         logits.reshape(B, T, -1),
         dataclasses.replace(cache, layers=written),
-        Pending(tuple(PendingLayer(layer.norm, layer.cema) for layer in layers), final_norm),
+        Pending(tuple(map(PendingLayer.of, layers[:num_complete])), final_norm),
     )
 
 
@@ -112,7 +119,8 @@ def commit(
         return set_rows(old, jnp.take_along_axis(states, index, axis=1)[:, 0])
 
     layers = []
-    for layer, old, new in zip(weights.layers, cache.layers, pending.layers, strict=True):
+    # Layers without attention (`skip_attention`) have nothing pending.
+    for layer, old, new in zip(weights.layers, cache.layers, pending.layers, strict=False):
         cema = old.cema
         if layer.average is not None:
             assert cema is not None
@@ -125,7 +133,7 @@ def commit(
     return Cache(
         set_rows(cache.position, cache.position[:B] + accepted),
         set_rows(cache.segment, segment),
-        tuple(layers),
+        (*layers, *cache.layers[len(layers) :]),
         select(cache.final_norm, pending.final_norm),
     )
 

@@ -73,7 +73,10 @@ def decode(
 
 
 class Forwarded(NamedTuple):
-    """Scores after R tokens, and what `RowOperations` made of the layers' states."""
+    """Scores after R tokens, and what `RowOperations` made of the layers' states.
+
+    The states of layers without attention (`skip_attention`) are those that came in.
+    """
 
     logits: Float32[Array, "R V"]
     layers: tuple[LayerCache, ...]
@@ -89,8 +92,13 @@ def forward(
     if config.scale_emb:
         x = x * jnp.asarray(math.sqrt(config.model_dim), x.dtype)
     layers = []
-    for layer, layer_cache in zip(weights.layers, cache.layers, strict=True):
-        x, layer_cache = _block(config, layer, layer_cache, constrain(x, "batch", "channels"), rows)
+    num_complete = config.num_layers - config.skip_attention
+    for number, (layer, layer_cache) in enumerate(zip(weights.layers, cache.layers, strict=True)):
+        x = constrain(x, "batch", "channels")
+        if number < num_complete:
+            x, layer_cache = _block(config, layer, layer_cache, x, rows)
+        else:
+            x = _feed_forward(config, layer, x.astype(jnp.float32), x, x.dtype)
         layers.append(layer_cache)
     hidden, final_norm = _time_norm(config, weights.final_norm, x, cache.final_norm, rows)
     logits = constrain(

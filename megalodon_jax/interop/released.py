@@ -63,7 +63,13 @@ def _check_released(config: ModelConfig) -> None:
     released = ModelConfig()
     differing = [
         f"{name} = {getattr(config, name)!r}"
-        for name in ("moving_average", "time_norm", "residual_connection", "qk_norm")
+        for name in (
+            "moving_average",
+            "time_norm",
+            "residual_connection",
+            "qk_norm",
+            "skip_attention",
+        )
         if getattr(config, name) != getattr(released, name)
     ]
     if config.rope_base is None:

@@ -83,3 +83,7 @@ class Block(nnx.Module):
         if self.residual_connection == "pre_norm":
             out = out + attended.out
         return BlockOutput(out.astype(x.dtype), attended.cache)
+
+    def without_attention(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """out = x + feed_forward(x): the block at inference without its first sub-layer."""
+        return (x + self.nffn(x)).astype(x.dtype)

@@ -150,47 +150,6 @@ def test_rows_of_one_long_document_are_shuffled(numbers: Tokenizer, number_confi
     assert sorted(first) != list(first) or first.max() - first.min() > 8 * 4
 
 
-def _documents_of(batch: Batch, lengths: list[int]) -> set[int]:
-    return {int(np.searchsorted(np.cumsum(lengths), row[0])) for row in batch.targets}
-
-
-def test_consecutive_rows_come_from_many_documents(
-    numbers: Tokenizer, number_config: ConfigMaker, monkeypatch
-):
-    """Also where a document is longer than a window."""
-    from megalodon_jax.data import pipeline
-
-    monkeypatch.setattr(pipeline, "WINDOW_TOKENS", 16 * 8)
-    lengths = [400] * 20
-    loader = make_loader(number_config(lengths, batch_size=16), numbers, "train", repeat=True)
-    batches = _take(loader, 30)
-    assert min(len(_documents_of(batch, lengths)) for batch in batches) >= 12
-    # One document after another in a single pass.
-    single = make_loader(number_config(lengths, batch_size=16), numbers, "train", repeat=False)
-    assert max(len(_documents_of(batch, lengths)) for batch in _take(single, 10)) <= 3
-
-
-def test_a_position_of_an_older_version_keeps_its_order(
-    numbers: Tokenizer, number_config: ConfigMaker, monkeypatch
-):
-    from megalodon_jax.data import interleaved, pipeline
-
-    monkeypatch.setattr(pipeline, "WINDOW_TOKENS", 3 * 8)
-    config = number_config(LENGTHS, batch_size=2)
-    with monkeypatch.context() as older:
-        older.setattr(pipeline, "InterleavedReader", interleaved.RowReader)
-        loader = make_loader(config, numbers, "train", repeat=True)
-        _take(loader, 5)
-        state = json.dumps(loader.state_dict())
-        expected = _take(loader, 12)
-        loader.close()
-    assert "turn" not in state
-    resumed = make_loader(config, numbers, "train", repeat=True)
-    resumed.load_state_dict(json.loads(state))
-    _assert_same(_take(resumed, 12), expected)
-    resumed.close()
-
-
 @pytest.mark.parametrize("packing", ["pack", "pad"])
 @pytest.mark.parametrize("repeat", [False, True])
 def test_resumed_equals_uninterrupted_at_every_step(

@@ -35,6 +35,7 @@ API_PACKAGES = (
     "megalodon_jax.modules",
     "megalodon_jax.config",
     "megalodon_jax.checkpoints",
+    "megalodon_jax.evaluation",
     "megalodon_jax.evaluation.streaming",
     "megalodon_jax.evaluation.summary",
     "megalodon_jax.generate",
