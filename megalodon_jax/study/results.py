@@ -160,7 +160,8 @@ def read_run(run: Run, directory: Path, *, failed_evaluations: dict[str, str]) -
         for name, value in record.items()
         if isinstance(value, int | float)
     }
-    speeds = sorted(record["tokens_per_second"] for record in training)
+    # The first step of a start has no speed: it waits for the compilation.
+    speeds = sorted(r["tokens_per_second"] for r in training if "tokens_per_second" in r)
     run_time = json.loads((directory / RUN_DIR / "run_time.json").read_text())
     parameters, without = _count_parameters(config.model)
     return RunResult(

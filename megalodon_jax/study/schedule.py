@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +143,13 @@ class _Pool:
         for run in runs:
             if not self._is_finished(run):
                 waiting.put(run)
-        threads = [
-            threading.Thread(target=self._work, args=(waiting, environment))
-            for environment in self._environments[: max(1, waiting.qsize())]
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(len(self._environments)) as workers:
+            tasks = [workers.submit(self._work, waiting, e) for e in self._environments]
+            for task in as_completed(tasks):
+                if task.exception() is not None:
+                    self._stop.set()
+        for task in tasks:
+            task.result()
         results = (read_result(self._out / run.name) for run in runs)
         return [result for result in results if result is not None]
 

@@ -137,10 +137,10 @@ def test_a_study_with_a_stop_and_a_variant_that_fails(study_file, tmp_path, caps
     out = tmp_path / "out"
     study = read_study(study_file)
     stop = threading.Event()
-    metrics = out / "rates/base/lr=0.001,seed=0/run/metrics.jsonl"
+    running = out / "rates/base/lr=0.001,seed=0/run/metrics.jsonl"
 
     def stop_early() -> None:
-        while not metrics.exists() or not metrics.read_text():
+        while not running.exists() or not running.read_text():
             if stop.wait(0.05):
                 return
         stop.set()
@@ -169,9 +169,8 @@ def test_a_study_with_a_stop_and_a_variant_that_fails(study_file, tmp_path, caps
         "final base lr 0.01 seed 3": "done",
     }  # fmt: skip
     final = results.runs[-1]
-    lines = [
-        json.loads(line) for line in (out / "final/base/lr=0.01,seed=3/run/metrics.jsonl").open()
-    ]
+    metrics = out / "final/base/lr=0.01,seed=3/run/metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     heldout = [line["heldout_bits_per_byte"] for line in lines if "heldout_loss" in line]
     assert final.final["heldout_bits_per_byte"] == heldout[-1]
     assert [point.step for point in final.heldout] == [2, 4, 6]
