@@ -16,7 +16,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from megalodon_jax.compiled import topologies
 from megalodon_jax.compiled.ptxas import KernelUsage, ptxas_reports, ptxas_usage, record_usage
 
-__all__ = ["KernelUsage", "compile_for", "h100_device", "h200_device", "ptxas_usage", "tpu_device"]
+__all__ = [
+    "KernelUsage",
+    "compile_for",
+    "compile_lowered",
+    "h100_device",
+    "h200_device",
+    "ptxas_usage",
+    "tpu_device",
+]
 
 type Device = Any  # jax.Device, which is a variable to type checkers
 
@@ -66,13 +74,15 @@ def compile_for(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
     )
     # Without the mesh, Pallas takes the target from the process's own backend.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), ptxas_reports() as reports:
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return compile_lowered(jax.jit(function, donate_argnums=donate_argnums).lower(*shapes))
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a program that was lowered for a device of this module, and keeps the reports on its
+    Mosaic GPU kernels, each of which a process compiles once."""
+    with ptxas_reports() as reports:
         # Optimized as on a device, whatever tests/conftest.py sets for the CPU.
-        compiled = (
-            jax.jit(function, donate_argnums=donate_argnums)
-            .lower(*shapes)
-            .compile(compiler_options={"xla_backend_optimization_level": 3})
-        )
-        if device.platform != "tpu":
-            record_usage(compiled, reports)
+        compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 3})
+        record_usage(compiled, reports)
     return compiled

@@ -14,14 +14,14 @@ from megalodon_jax.inference.blocks import decode_block, empty_slots
 from megalodon_jax.inference.decoders import prepare_decoding
 from megalodon_jax.inference.sampling import Features, empty_state
 from megalodon_jax.model import Megalodon
-from tests.topologies import h100_device
+from tests.topologies import compile_lowered, h100_device
 
 LAYERS, STEPS = 2, 4
 
 
-def compile_block(slots: int, rows: int) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
-    """The compiled block of mega200M with fewer layers, and the leaves of its layers' caches."""
-    config = ModelConfig.from_preset("mega200M", dtype="bfloat16", num_layers=LAYERS)
+def lower_block(slots: int, rows: int, layers: int) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
+    """The lowered block of mega200M with fewer layers, and the leaves of its layers' caches."""
+    config = ModelConfig.from_preset("mega200M", dtype="bfloat16", num_layers=layers)
 
     def make():
         model = Megalodon(config, rngs=nnx.Rngs(0))
@@ -35,14 +35,24 @@ def compile_block(slots: int, rows: int) -> tuple[Any, list[jax.ShapeDtypeStruct
         jax.eval_shape(make),
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        compiled = decode_block.lower(weights, state, rows, STEPS, Features(), None).compile()
-    return compiled, jax.tree.leaves(state.cache.layers)
+        lowered = decode_block.lower(weights, state, rows, STEPS, Features(), None)
+    return lowered, jax.tree.leaves(state.cache.layers)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_layers_share_the_kernels(rows: int):
+    """A kernel is compiled once: a second or more each."""
+    counts = [
+        lower_block(rows, rows, layers)[0].as_text().count("@mosaic_gpu") for layers in (2, 4)
+    ]
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("slots", "rows"), [(2, 2), (16, 8)])
 def test_a_block_copies_no_cache(slots: int, rows: int):
-    compiled, leaves = compile_block(slots, rows)
+    lowered, leaves = lower_block(slots, rows, LAYERS)
+    compiled = compile_lowered(lowered)
     text = compiled.as_text()
     shapes = {f"[{','.join(map(str, leaf.shape))}]" for leaf in leaves if leaf.ndim > 2}
     moved = [

@@ -19,6 +19,8 @@ from pallas_kernels.chunk_decode.mosaic_gpu.kernels import (
 from pallas_kernels.common.mosaic_gpu import launch
 
 
+# Layers share one compiled kernel, because `jit` traces it once.
+@partial(jax.jit, static_argnums=1, static_argnames="interpret")
 def launch_splits(
     operands: DecodeOperands, tiling: DecodeTiling, *, interpret: Any
 ) -> SplitResults:
@@ -48,6 +50,7 @@ def launch_splits(
     )
 
 
+@partial(jax.jit, static_argnums=(1, 2, 3), static_argnames="interpret")
 def launch_combination(
     operands: CombineOperands,
     num_slots: int,

@@ -1,5 +1,6 @@
 """The kernel: a warp has a group of channels, and goes down the rows of its block."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -175,6 +176,8 @@ class _NormStateKernelCall(NamedTuple):
         lax.fori_loop(first, last, step, ())
 
 
+# Layers share one compiled kernel, because `jit` traces it once.
+@partial(jax.jit, static_argnums=(1, 2), static_argnames="interpret")
 def launch_norm_state_step(
     operands: NormStateOperands, eps: float, rows_per_block: int, *, interpret: Any
 ) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:

@@ -1,5 +1,6 @@
 """The kernel of a step of CEMA: a warpgroup goes down its rows, its channels side by side."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -84,6 +85,8 @@ class _StepKernelCall(NamedTuple):
         lax.fori_loop(first, last, step, ())
 
 
+# Layers share one compiled kernel, because `jit` traces it once.
+@partial(jax.jit, static_argnums=4, static_argnames="interpret")
 def launch_step(
     x: Float[Array, "B D"],
     tables: CemaStepTables,
