@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megalodon_jax.baselines import cached
+from megalodon_jax.baselines import cached, cudnn
 from megalodon_jax.baselines.cached import cached_attention
 from megalodon_jax.modules.positions import document_positions
 from pallas_kernels.chunk_attention import KeyValueCache
@@ -128,6 +128,40 @@ def test_blocks_of_queries_change_nothing(monkeypatch):
     jax.clear_caches()
     blocks, _ = attend()
     assert relative_error(blocks, whole) < 1e-6
+
+
+def plain_attention(q, k, v, *, num_keys, is_causal):
+    """What `cudnn.attend_with_logsumexp` computes, in plain JAX."""
+    L, S = q.shape[2], k.shape[2]
+    k, v = (jnp.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
+    scores = jnp.einsum("bhld,bhsd->bhls", q, k) / np.sqrt(q.shape[3])
+    if num_keys is not None:
+        allowed = jnp.arange(S) < num_keys[:, None, None, None]
+    else:
+        allowed = jnp.tril(jnp.ones((L, S), bool)) | (not is_causal)
+    scores = jnp.where(allowed, scores, -jnp.inf)
+    out = jnp.einsum("bhls,bhsd->bhld", jax.nn.softmax(scores), v)
+    return cudnn.PartialAttention(out, jax.nn.logsumexp(scores, axis=-1))
+
+
+def test_two_softmaxes_are_joined_into_one(monkeypatch):
+    """The path of cuDNN with its kernels replaced, which need a GPU; the first piece is empty."""
+    monkeypatch.setattr(cudnn, "why_unsupported", lambda q, segment_ids: None)
+    monkeypatch.setattr(cudnn, "attend_with_logsumexp", plain_attention)
+    jax.clear_caches()
+    *qkv, cotangent = draw(7, 2, 41, **HEADS)
+    out, _ = attend_in_pieces(qkv, (13, 20, 8), empty_cache(2, 48, **HEADS))
+    monkeypatch.undo()
+    jax.clear_caches()
+    assert relative_error(out, exact_attention(*qkv, cotangent, window=None).out) < 1e-6
+
+
+@pytest.mark.parametrize("slots", [2048, 2100, 3000])
+def test_blocks_of_keys_and_queries_change_nothing(slots):
+    """Several blocks of both, a last block of slots that overlaps the one before it."""
+    *qkv, cotangent = draw(8, 1, 2048, H=2, K=1, d=4)
+    out, _ = attend_in_pieces(qkv, (1100, 948), empty_cache(1, slots, K=1, d=4))
+    assert relative_error(out, exact_attention(*qkv, cotangent, window=None).out) < 1e-6
 
 
 def test_a_cache_that_does_not_fit_is_named():
