@@ -156,11 +156,11 @@ def test_two_softmaxes_are_joined_into_one(monkeypatch):
     assert relative_error(out, exact_attention(*qkv, cotangent, window=None).out) < 1e-6
 
 
-@pytest.mark.parametrize("slots", [2048, 2100, 3000])
+@pytest.mark.parametrize("slots", [600, 700])
 def test_blocks_of_keys_and_queries_change_nothing(slots):
     """Several blocks of both, a last block of slots that overlaps the one before it."""
-    *qkv, cotangent = draw(8, 1, 2048, H=2, K=1, d=4)
-    out, _ = attend_in_pieces(qkv, (1100, 948), empty_cache(1, slots, K=1, d=4))
+    *qkv, cotangent = draw(8, 1, 600, H=2, K=1, d=4)
+    out, _ = attend_in_pieces(qkv, (311, 289), empty_cache(1, slots, K=1, d=4))
     assert relative_error(out, exact_attention(*qkv, cotangent, window=None).out) < 1e-6
 
 
