@@ -76,7 +76,7 @@ def cached_attention(
     if window is not None:
         out = attend_in_window(q, k, v, cache, num_cached, window)
     elif cudnn.why_unsupported(q, None) is None:
-        out = attend_by_cudnn(q, k, v, cache, num_cached)
+        out = attend_by_cudnn(q, k, v, written, num_cached)
     else:
         out = attend_to_cache(q, written, positions)
     return out.astype(v.dtype), written

@@ -110,17 +110,18 @@ def attend_by_cudnn(
     cache: KeyValueCache,
     num_cached: Int32[Array, " B"],
 ) -> Float32[Array, "B L H d"]:
-    """The same by cuDNN, from the cache before the new tokens: two softmaxes, joined into one.
+    """The same by cuDNN: two softmaxes, over the tokens before and the new ones, joined into one.
 
     out = Σ_i exp(l_i) out_i / Σ_i exp(l_i), where l_i is the log of the sum of the exponentials of
-    the scores of the cached and of the new keys.
+    the scores of these keys.
 
     Args:
       q: queries of the new tokens.
       k: keys of the new tokens.
       v: values of the new tokens.
-      cache: a token of position p is in slot p.
-      num_cached: tokens in the cache.
+      cache: a token of position p is in slot p; it may hold the new tokens already, so that it
+        is updated in place.
+      num_cached: tokens before the new ones.
     """
     L = q.shape[1]
     is_held = jnp.arange(cache.value.shape[2]) < num_cached[:, None]

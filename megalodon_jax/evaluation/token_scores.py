@@ -14,6 +14,7 @@ from jax import numpy as jnp
 from megalodon_jax.baselines.transformer import Transformer
 from megalodon_jax.cache import MAX_POSITION
 from megalodon_jax.evaluation.streaming import streaming_batches
+from megalodon_jax.evaluation.variants import with_cache_in_place
 from megalodon_jax.generate import max_length
 from megalodon_jax.inference.graph import HashedGraphDef
 from megalodon_jax.inference.prefill import empty_prefill_state
@@ -71,7 +72,7 @@ def score_batches(
         )
     tokens = min(tokens_per_call, _power_of_two(sum(lengths)))
     shape = BatchShape.for_model(model, longest, tokens)
-    split = nnx.split(model)
+    split = nnx.split(with_cache_in_place(model))
     graphdef, params = HashedGraphDef(split[0]), split[1]
     # The last piece of a document may have padding, for which there is room too.
     room = max_length(model, -(-longest // shape.length) * shape.length)
