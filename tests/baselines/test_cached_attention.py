@@ -156,6 +156,20 @@ def test_two_softmaxes_are_joined_into_one(monkeypatch):
     assert relative_error(out, exact_attention(*qkv, cotangent, window=None).out) < 1e-6
 
 
+@pytest.mark.parametrize(("window", "slots"), [(None, 640), (128, 128)], ids=["full", "window"])
+def test_pieces_by_cudnn_equal_the_row(window, slots):
+    """On an NVIDIA GPU, in bfloat16; pieces of an odd and an even length."""
+    *qkv, cotangent = draw(9, 2, 600, H=4, K=2, d=64)
+    qkv = [np.asarray(jnp.asarray(x, jnp.bfloat16)) for x in qkv]
+    if reason := cudnn.why_unsupported(jnp.asarray(qkv[0]), None):
+        pytest.skip(f"cudnn {reason}")
+    cache = KeyValueCache(*(jnp.full((2, 2, slots, 64), jnp.nan, jnp.bfloat16) for _ in range(2)))
+    out, _ = attend_in_pieces(qkv, (301, 128, 171), cache, window=window)
+    wide = [x.astype(np.float64) for x in qkv]
+    expected = exact_attention(*wide, cotangent, window=window).out
+    assert relative_error(out.astype(np.float64), expected) < 1e-2
+
+
 @pytest.mark.parametrize("slots", [600, 700])
 def test_blocks_of_keys_and_queries_change_nothing(slots):
     """Several blocks of both, a last block of slots that overlaps the one before it."""
