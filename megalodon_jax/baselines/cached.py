@@ -6,6 +6,12 @@ import math
 import jax
 import jax.numpy as jnp
 
+from megalodon_jax.baselines import cudnn
+from megalodon_jax.baselines.cached_pieces import (
+    attend_by_cudnn,
+    attend_in_window,
+    attend_to_cache,
+)
 from megalodon_jax.baselines.documents import pad_tokens
 from megalodon_jax.typing import Array, Bool, Float, Int32
 from pallas_kernels.chunk_attention.types import (
@@ -63,8 +69,17 @@ def cached_attention(
         cache = _write(cache, k, v, positions, segment_ids)
         out = _decode(q, cache, positions[:, 0], is_token[:, 0], window)
         return out.astype(v.dtype), cache
-    out = _attend_in_blocks(q, k, v, cache, positions, is_token, window)
-    return out, _write(cache, k, v, positions, segment_ids)
+    written = _write(cache, k, v, positions, segment_ids)
+    if segment_ids is not None or (window is not None and q.shape[1] < cache.key.shape[2]):
+        return _attend_in_blocks(q, k, v, cache, positions, is_token, window), written
+    num_cached = positions[:, 0]
+    if window is not None:
+        out = attend_in_window(q, k, v, cache, num_cached, window)
+    elif cudnn.why_unsupported(q, None) is None:
+        out = attend_by_cudnn(q, k, v, written, num_cached)
+    else:
+        out = attend_to_cache(q, written, positions)
+    return out.astype(v.dtype), written
 
 
 def _write(

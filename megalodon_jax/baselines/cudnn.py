@@ -9,7 +9,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from megalodon_jax.baselines.packed import (
     packed_attention,
     vjp_with_named_residuals,
 )
-from megalodon_jax.typing import Array, Float, Int32
+from megalodon_jax.typing import Array, Float, Float32, Int32
 from pallas_kernels.common.target import Target, find_target
 
 # Documents of a row in one call. The workspace takes about B·M·L·H·d·4 bytes; on an H100, forward
@@ -118,6 +118,60 @@ def _attend_documents(
             sliding_window_length=window,
         )
     return out
+
+
+class PartialAttention(NamedTuple):
+    """Attention to some of the keys.
+
+    Attributes:
+      out: weighted values, the weights of these keys alone.
+      logsumexp: log of the sum of the exponentials of their scores.
+    """
+
+    out: Float[Array, "B H L d"]
+    logsumexp: Float32[Array, "B H L"]
+
+
+def attend_with_logsumexp(
+    q: Float[Array, "B H L d"],
+    k: Float[Array, "B K S d"],
+    v: Float[Array, "B K S d"],
+    *,
+    num_keys: Int32[Array, " B"] | None,
+    is_causal: bool,
+) -> PartialAttention:
+    """Attention to the first `num_keys` keys of each row, at least one; None: to all of them.
+
+    JAX's public function rounds the logarithms to the dtype of the output.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values; finite, also behind the first `num_keys`.
+      num_keys: keys of each row.
+      is_causal: query i sees the keys up to i; only without `num_keys`.
+    """
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    lengths: dict[str, Any] = {}
+    if num_keys is None:
+        mask = MaskType.CAUSAL if is_causal else MaskType.NO_MASK
+    else:
+        all_queries = jnp.full(q.shape[0], q.shape[2], jnp.int32)
+        lengths = {"q_seqlen": all_queries, "kv_seqlen": num_keys}
+        mask = MaskType.PADDING
+    with _checks_of_target():
+        out: Any = dot_product_attention(
+            q,
+            k,
+            v,
+            **lengths,
+            scale=1 / math.sqrt(q.shape[3]),
+            mask_type=mask,
+            qkv_layout="BNTH",
+            return_residual=True,
+        )
+    return PartialAttention(*out)
 
 
 def _compute_capability(target: Target) -> tuple[int, int] | None:

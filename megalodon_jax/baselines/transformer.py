@@ -94,6 +94,8 @@ class SelfAttention(nnx.Module):
                     *qkv, window=window, segment_ids=segment_ids, implementation=implementation
                 ), None
             query, key, value = qkv
+            # A ring has a slot for every token of the window; fewer slots hold a whole document.
+            is_wider = window is not None and window > cache.key.shape[2]
             return cached_attention(
                 query,
                 key,
@@ -101,7 +103,7 @@ class SelfAttention(nnx.Module):
                 cache,
                 positions=positions,
                 segment_ids=segment_ids,
-                window=window,
+                window=None if is_wider else window,
             )
 
         tokens = partition_spec("batch", "length")

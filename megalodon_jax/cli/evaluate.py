@@ -29,7 +29,7 @@ KeyPosition = Literal["start", "middle", "end"]
 AnswerMethod = Literal["teacher_forcing", "generation"]
 
 _FILES = ("files", "text_field", "document_separator")
-_ANSWERS = ("count", "seed", "method", "tokens_per_call")
+_ANSWERS = ("count", "seed", "method", "window", "tokens_per_call")
 # The options of every task, besides those of the model and `json`.
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "text": (*_FILES, "batch_size", "piece_length"),
@@ -41,7 +41,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "copy": ("distances", "size", *_ANSWERS),
     "recall": ("distances", "pairs", *_ANSWERS),
     "addition": ("digits", *_ANSWERS),
-    "prefill_cost": ("lengths", "rows", "repeats"),
+    "prefill_cost": ("lengths", "window", "rows", "repeats"),
     "skip_attention": (*_FILES, "skip", "max_tokens", "rows", "repeats", "tokens_per_call"),
 }  # fmt: skip
 _COUNTS = {"passkey": 20, "copy": 100, "recall": 100, "addition": 1024}
@@ -94,8 +94,8 @@ class Evaluate(WithCompilationCache):
     """perplexity_by_context, loss_by_position, skip_attention: read only so many tokens of the
     text."""
     window: int | None = None
-    """perplexity_by_context, loss_by_position: sliding window of a Transformer's attention, in
-    place of its own; its cache then has a constant size."""
+    """Sliding window of a Transformer's attention, in place of its own; its cache then has a
+    constant size. Not for text and skip_attention."""
     lengths: tuple[int, ...] = (4096, 16_384, 32_768)
     """passkey, prefill_cost: exact tokens of a prompt, bos included."""
     positions: tuple[KeyPosition, ...] = ("start", "middle", "end")

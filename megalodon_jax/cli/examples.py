@@ -1,5 +1,6 @@
 """`megalodon examples`: training examples of problems with one right answer."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,6 +14,13 @@ if TYPE_CHECKING:
     from megalodon_jax.evaluation.problems import AnyProblem
 
 ProblemName = Literal["passkey", "copy", "recall", "addition"]
+# The options of every problem, besides those that all have.
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "passkey": ("lengths", "positions", "tokenizer"),
+    "copy": ("distances", "size", "tokenizer"),
+    "recall": ("distances", "pairs", "tokenizer"),
+    "addition": ("digits", "label_with", "tokenizer"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +80,15 @@ class Examples(WithCompilationCache):
         return 0
 
     def _check(self) -> None:
+        """Raises ConfigError for options that do not fit."""
+        used = _OPTIONS[self.problem]
+        of_others = {name for names in _OPTIONS.values() for name in names} - {*used}
+        for entry in dataclasses.fields(self):
+            if entry.name in of_others and getattr(self, entry.name) != entry.default:
+                raise ConfigError(
+                    f"--{entry.name} is not an option of {self.problem}, which has "
+                    f"{', '.join(f'--{name}' for name in used)}"
+                )
         for name in ("count", "size", "pairs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}; use 1 or more")
@@ -81,10 +98,10 @@ class Examples(WithCompilationCache):
             values = getattr(self, name)
             if not values or (name != "positions" and min(values) < 1):
                 raise ConfigError(f"--{name} is {' '.join(map(str, values))}; use 1 or more")
-        if self.label_with and (self.problem != "addition" or len(self.digits) != 1):
+        if self.label_with and len(self.digits) != 1:
             raise ConfigError(
-                "--label_with is for addition with one number of digits, such as --digits 17; got "
-                f"{self.problem} and {len(self.digits)} numbers"
+                "--label_with needs one number of digits, such as --digits 17; got "
+                f"{' '.join(map(str, self.digits))}"
             )
 
     def _kinds(self) -> "list[AnyProblem]":

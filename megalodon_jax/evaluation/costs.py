@@ -12,6 +12,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 from megalodon_jax.compiled.memory import read_memory
+from megalodon_jax.evaluation.variants import with_cache_in_place
 from megalodon_jax.generate import max_length
 from megalodon_jax.inference.decoders import AnyDecodeWeights, decode, prepare_decoding
 from megalodon_jax.inference.graph import HashedGraphDef
@@ -66,8 +67,9 @@ def prefill_cost(
 ) -> tuple[PrefillCost, ...]:
     """Time and memory of the prefill of random tokens, by length, on the default device.
 
-    A prompt goes through the model in the pieces of the inference engine. One prefill comes before
-    the timed ones, so that compilation is not timed.
+    A prompt goes through the model in the pieces of the inference engine, a Transformer with its
+    cache updated in place. One prefill comes before the timed ones, so that compilation is not
+    timed.
 
     Args:
       model: the model.
@@ -85,7 +87,7 @@ def prefill_cost(
         raise ValueError(
             f"lengths are {tuple(lengths)}, rows {rows} and repeats {repeats}; use 1 or more"
         )
-    graphdef, params = nnx.split(model)
+    graphdef, params = nnx.split(with_cache_in_place(model))
     split = (HashedGraphDef(graphdef), params)
     peaks: dict[Any, int | None] = {}
     return tuple(_prefill_cost(model, split, n, rows, repeats, peaks) for n in sorted(lengths))

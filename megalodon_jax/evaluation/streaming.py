@@ -184,7 +184,7 @@ def _documents_of(
 
 
 def streaming_batches(
-    streams: Iterator[np.ndarray], *, batch_size: int, length: int
+    streams: Iterator[np.ndarray], *, batch_size: int, length: int, packed: bool = True
 ) -> Iterator[Batch]:
     """Cuts documents into consecutive batches (batch_size, length).
 
@@ -196,6 +196,8 @@ def streaming_batches(
       streams: documents as bos, tokens, eos.
       batch_size: number of rows.
       length: tokens per row.
+      packed: whether a document begins in the batch in which the row's last one ends; False: in the
+        next batch.
     """
     rows = [_StreamRow() for _ in range(batch_size)]
     numbered = enumerate(streams, start=1)
@@ -204,7 +206,7 @@ def streaming_batches(
         ids = (np.zeros(shape, np.int32) for _ in range(3))
         batch = Batch(*ids, weights=np.zeros(shape, np.float32))  # type: ignore[arg-type]
         filled = [
-            row.fill(Batch(*(array[index] for array in batch)), numbered)
+            row.fill(Batch(*(array[index] for array in batch)), numbered, packed)
             for index, row in enumerate(rows)
         ]
         if not any(filled):
@@ -220,11 +222,12 @@ class _StreamRow:
         self._offset = 0
         self._segment = 0
 
-    def fill(self, row: Batch, streams: Iterator[tuple[int, np.ndarray]]) -> int:
+    def fill(self, row: Batch, streams: Iterator[tuple[int, np.ndarray]], packed: bool) -> int:
         """Fills the row's arrays from the left; returns the number of tokens."""
         column, length = 0, row.tokens.shape[0]
         while column < length:
-            if self._offset == len(self._stream) - 1 and not self._next(streams):
+            is_at_end = self._offset == len(self._stream) - 1
+            if is_at_end and ((column and not packed) or not self._next(streams)):
                 break
             count = min(length - column, len(self._stream) - 1 - self._offset)
             columns = slice(column, column + count)

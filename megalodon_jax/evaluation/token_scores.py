@@ -1,6 +1,7 @@
 """How a model scores the tokens of long texts: one compiled program, rows of packed documents."""
 
 import collections
+import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from jax import numpy as jnp
 from megalodon_jax.baselines.transformer import Transformer
 from megalodon_jax.cache import MAX_POSITION
 from megalodon_jax.evaluation.streaming import streaming_batches
+from megalodon_jax.evaluation.variants import with_cache_in_place
 from megalodon_jax.generate import max_length
 from megalodon_jax.inference.graph import HashedGraphDef
 from megalodon_jax.inference.prefill import empty_prefill_state
@@ -68,14 +70,19 @@ def score_batches(
         raise OverflowError(
             f"a document of {longest:,} tokens exceeds the largest 32-bit position {MAX_POSITION:,}"
         )
-    rows, length = _batch_shape(model, longest, min(tokens_per_call, _power_of_two(sum(lengths))))
-    split = nnx.split(model)
+    tokens = min(tokens_per_call, _power_of_two(sum(lengths)))
+    shape = BatchShape.for_model(model, longest, tokens)
+    split = nnx.split(with_cache_in_place(model))
     graphdef, params = HashedGraphDef(split[0]), split[1]
-    cache = empty_prefill_state(graphdef, params, rows, max_length(model, longest)).cache
+    # The last piece of a document may have padding, for which there is room too.
+    room = max_length(model, -(-longest // shape.length) * shape.length)
+    cache = empty_prefill_state(graphdef, params, shape.rows, room).cache
     waiting: collections.deque[BatchScores] = collections.deque()
-    for batch in streaming_batches(iter(documents), batch_size=rows, length=length):
+    for batch in streaming_batches(
+        iter(documents), batch_size=shape.rows, length=shape.length, packed=shape.is_packed
+    ):
         arrays = (batch.tokens, batch.targets, batch.segment_ids)
-        scores, cache = _score_step(graphdef, params, cache, *arrays)
+        scores, cache = _score_step(graphdef, params, cache, *arrays, shape.is_packed)
         waiting.append(scores)
         # One batch runs while the host reads the scores of the one before it.
         if len(waiting) > 1:
@@ -83,19 +90,35 @@ def score_batches(
     yield from map(jax.device_get, waiting)
 
 
-def _batch_shape(model: LanguageModel, longest: int, tokens: int) -> tuple[int, int]:
-    """Rows and tokens of a row.
+class BatchShape(NamedTuple):
+    """The batches of `score_batches`.
 
-    MEGALODON reads all documents in one row, one behind the other: no row waits for another, and
-    the program does not depend on their lengths. A Transformer, whose program depends on the room
-    of its cache anyway, gets one document a row where they are short.
+    Attributes:
+      rows: of a batch.
+      length: tokens of a row.
+      is_packed: whether documents are packed behind each other in a row.
     """
-    if isinstance(model, Transformer) and longest < tokens:
-        return tokens // longest, longest
-    return 1, tokens
+
+    rows: int
+    length: int
+    is_packed: bool
+
+    @classmethod
+    def for_model(cls, model: LanguageModel, longest: int, tokens: int) -> "BatchShape":
+        """The shape for documents of at most `longest` tokens, in calls of `tokens` tokens.
+
+        MEGALODON reads all documents in one row: no row waits for another, and the program does not
+        depend on their lengths. The program of a Transformer depends on the room of its cache
+        anyway, and its attention to the cache is fast where a row has one document.
+        """
+        if not isinstance(model, Transformer):
+            return cls(1, tokens, is_packed=True)
+        if longest < tokens:
+            return cls(tokens // longest, longest, is_packed=False)
+        return cls(1, tokens, is_packed=False)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
+@partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
 def _score_step(
     graphdef: nnx.GraphDef,
     params: nnx.State,
@@ -103,15 +126,21 @@ def _score_step(
     tokens: Int32[Array, "B L"],
     targets: Int32[Array, "B L"],
     segment_ids: Int32[Array, "B L"],
+    is_packed: bool,
 ) -> tuple[BatchScores, StreamingCache]:
     model: LanguageModel = nnx.merge(graphdef, params)
     cache = model.start_new_documents(cache, segment_ids)
     rows, length = tokens.shape
     position = document_positions((rows, length), segment_ids, cache.position)
     assert position is not None
-    hidden, new_cache = model.hidden(tokens, segment_ids=segment_ids, cache=cache)
+    if is_packed:
+        hidden, new_cache = model.hidden(tokens, segment_ids=segment_ids, cache=cache)
+    else:
+        # Padding comes only behind a document, whose state nothing reads any more.
+        hidden, new_cache = model.hidden(tokens, cache=cache)
+        segment = jnp.where(segment_ids[:, 0] != 0, segment_ids[:, 0], cache.segment)
+        new_cache = dataclasses.replace(new_cache, segment=segment)
     nats, is_greedy = _score_hidden(model, hidden, targets)
-    # Padding has the id 0.
     return BatchScores(segment_ids, position, nats, is_greedy), new_cache
 
 

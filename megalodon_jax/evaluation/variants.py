@@ -45,6 +45,18 @@ def without_last_attention[M: LanguageModel](model: M, count: int) -> M:
     return _with_settings(model, skip_attention=count)
 
 
+def with_cache_in_place[M: LanguageModel](model: M) -> M:
+    """A Transformer whose calls change a donated cache in place: its blocks are written out.
+
+    The loop over blocks stacks their caches and splits them again, which takes three times the
+    memory: 12.5 GB where 4.9 GB are needed for `transformer30M` and 262,144 tokens. MEGALODON's
+    cache is small; the model is returned as it is.
+    """
+    if not isinstance(model.config, TransformerConfig):
+        return model
+    return _with_settings(model, scan_layers=False)
+
+
 def _with_settings[M: LanguageModel](model: M, **settings: Any) -> M:
     graphdef, _ = abstract_model(dataclasses.replace(model.config, **settings))
     return nnx.merge(graphdef, nnx.state(model, nnx.Param))

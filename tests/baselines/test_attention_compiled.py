@@ -138,3 +138,31 @@ def test_a_decode_step_writes_the_donated_cache_in_place(make_device, most_copie
     assert memory.alias_size_in_bytes == 2 * slots
     # GPUs: the selected values, and scores.
     assert memory.temp_size_in_bytes < (most_copies + 0.2) * slots
+
+
+@pytest.mark.parametrize("window", [None, 2048], ids=["full", "window"])
+def test_a_piece_of_a_prompt_reads_its_cache_by_cudnn(window):
+    """No scores of queries to slots in memory; full attention has one kernel for cached keys."""
+    B, H, K, d, S = 1, 8, 4, 64, 32768 if window is None else window
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    compiled = compile_for(
+        h100_device(),
+        lambda *operands: cached_attention(*operands[:4], positions=operands[4], window=window),
+        array(B, L, H, d),
+        array(B, L, K, d),
+        array(B, L, K, d),
+        KeyValueCache(array(B, K, S, d), array(B, K, S, d)),
+        array(B, L, dtype=jnp.int32),
+        donate_argnums=3,
+    )
+    text = compiled.as_text()
+    assert text is not None
+    assert text.count(FORWARD) >= 2
+    memory: Any = compiled.memory_analysis()
+    slots = 2 * B * K * S * d * 2
+    assert memory.alias_size_in_bytes == slots
+    # The slots without what lies behind the tokens; in a window also the row in order.
+    assert memory.temp_size_in_bytes < 1.2 * slots + 16 * L * H * d * 2

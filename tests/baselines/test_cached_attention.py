@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megalodon_jax.baselines import cached
+from megalodon_jax.baselines import cached, cudnn
 from megalodon_jax.baselines.cached import cached_attention
 from megalodon_jax.modules.positions import document_positions
 from pallas_kernels.chunk_attention import KeyValueCache
@@ -128,6 +128,54 @@ def test_blocks_of_queries_change_nothing(monkeypatch):
     jax.clear_caches()
     blocks, _ = attend()
     assert relative_error(blocks, whole) < 1e-6
+
+
+def plain_attention(q, k, v, *, num_keys, is_causal):
+    """What `cudnn.attend_with_logsumexp` computes, in plain JAX."""
+    L, S = q.shape[2], k.shape[2]
+    k, v = (jnp.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
+    scores = jnp.einsum("bhld,bhsd->bhls", q, k) / np.sqrt(q.shape[3])
+    if num_keys is not None:
+        allowed = jnp.arange(S) < num_keys[:, None, None, None]
+    else:
+        allowed = jnp.tril(jnp.ones((L, S), bool)) | (not is_causal)
+    scores = jnp.where(allowed, scores, -jnp.inf)
+    out = jnp.einsum("bhls,bhsd->bhld", jax.nn.softmax(scores), v)
+    return cudnn.PartialAttention(out, jax.nn.logsumexp(scores, axis=-1))
+
+
+def test_two_softmaxes_are_joined_into_one(monkeypatch):
+    """The path of cuDNN with its kernels replaced, which need a GPU; the first piece is empty."""
+    monkeypatch.setattr(cudnn, "why_unsupported", lambda q, segment_ids: None)
+    monkeypatch.setattr(cudnn, "attend_with_logsumexp", plain_attention)
+    jax.clear_caches()
+    *qkv, cotangent = draw(7, 2, 41, **HEADS)
+    out, _ = attend_in_pieces(qkv, (13, 20, 8), empty_cache(2, 48, **HEADS))
+    monkeypatch.undo()
+    jax.clear_caches()
+    assert relative_error(out, exact_attention(*qkv, cotangent, window=None).out) < 1e-6
+
+
+@pytest.mark.parametrize(("window", "slots"), [(None, 640), (128, 128)], ids=["full", "window"])
+def test_pieces_by_cudnn_equal_the_row(window, slots):
+    """On an NVIDIA GPU, in bfloat16; pieces of an odd and an even length."""
+    *qkv, cotangent = draw(9, 2, 600, H=4, K=2, d=64)
+    qkv = [np.asarray(jnp.asarray(x, jnp.bfloat16)) for x in qkv]
+    if reason := cudnn.why_unsupported(jnp.asarray(qkv[0]), None):
+        pytest.skip(f"cudnn {reason}")
+    cache = KeyValueCache(*(jnp.full((2, 2, slots, 64), jnp.nan, jnp.bfloat16) for _ in range(2)))
+    out, _ = attend_in_pieces(qkv, (301, 128, 171), cache, window=window)
+    wide = [x.astype(np.float64) for x in qkv]
+    expected = exact_attention(*wide, cotangent, window=window).out
+    assert relative_error(out.astype(np.float64), expected) < 1e-2
+
+
+@pytest.mark.parametrize("slots", [600, 700])
+def test_blocks_of_keys_and_queries_change_nothing(slots):
+    """Several blocks of both, a last block of slots that overlaps the one before it."""
+    *qkv, cotangent = draw(8, 1, 600, H=2, K=1, d=4)
+    out, _ = attend_in_pieces(qkv, (311, 289), empty_cache(1, slots, K=1, d=4))
+    assert relative_error(out, exact_attention(*qkv, cotangent, window=None).out) < 1e-6
 
 
 def test_a_cache_that_does_not_fit_is_named():

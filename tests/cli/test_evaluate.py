@@ -63,6 +63,15 @@ def test_tasks_print_a_table_and_write_json(trained_run, text_file, tmp_path, ca
         assert "teacher_forcing" in out
 
 
+def test_the_default_task_prints_a_line(trained_run, text_file, tmp_path, capsys):
+    text = ["--files", str(text_file), "--document_separator", "\0", "--piece_length", "64"]
+    options = {"run_dir": trained_run.run_dir, "path": tmp_path / "a.json", "capsys": capsys}
+    out, content = evaluate("text", *text, **options)
+    (result,) = content["results"]
+    assert out == run(["evaluate", "--checkpoint", trained_run.run_dir, *text], capsys)
+    assert out.startswith(f"bits per byte {result['bits_per_byte']:.4f}  perplexity per token ")
+
+
 def test_costs(trained_run, text_file, tmp_path, capsys):
     options = {"run_dir": trained_run.run_dir, "path": tmp_path / "a.json", "capsys": capsys}
     _, content = evaluate("prefill_cost", "--lengths", "20", "40", "--repeats", "1", **options)
@@ -128,8 +137,8 @@ def test_examples_of_every_problem(trained_run, tmp_path, capsys):
     [
         (["addition", "--count", "0"], "--count is 0"),
         (["addition", "--count", "1", "--digits", "0"], "--digits is 0"),
-        (["addition", "--count", "1", "--label_with", "x"], "with one number of digits"),
-        (["copy", "--count", "1", "--label_with", "x", "--digits", "3"], "is for addition"),
+        (["addition", "--count", "1", "--label_with", "x"], "needs one number of digits"),
+        (["copy", "--count", "1", "--label_with", "x"], "--label_with is not an option of copy"),
     ],
 )
 def test_wrong_options_of_examples_are_refused(arguments, message, tmp_path, capsys):

@@ -12,6 +12,7 @@ from megalodon_jax.config import TransformerConfig
 from megalodon_jax.data import ByteTokenizer
 from megalodon_jax.errors import DataError
 from megalodon_jax.evaluation.context import loss_by_position, perplexity_by_context
+from megalodon_jax.evaluation.variants import with_window
 from megalodon_jax.model import Megalodon
 from tests.evaluation.known_models import CONFIG, VOCAB_SIZE, bigram, uniform
 
@@ -25,13 +26,13 @@ TRANSFORMER = TransformerConfig(
 
 @pytest.fixture(scope="module")
 def models() -> dict:
+    transformer = Transformer(TRANSFORMER, rngs=nnx.Rngs(0))
     return {
         "megalodon": Megalodon(CONFIG, rngs=nnx.Rngs(0)),
-        "transformer": Transformer(TRANSFORMER, rngs=nnx.Rngs(0)),
-        "window": Transformer(
-            TransformerConfig(**{**TRANSFORMER.__dict__, "attention_window": 24}),
-            rngs=nnx.Rngs(0),
-        ),
+        "transformer": transformer,
+        "window": with_window(transformer, 24),
+        # Wider than the rows of its cache.
+        "wide window": with_window(transformer, 1000),
     }
 
 
@@ -57,7 +58,7 @@ class WholeRows:
         return log_z - shifted[np.arange(len(block)), block]
 
 
-@pytest.mark.parametrize("kind", ["megalodon", "transformer", "window"])
+@pytest.mark.parametrize("kind", ["megalodon", "transformer", "window", "wide window"])
 def test_perplexity_equals_whole_rows(models, kind):
     """Odd blocks, pieces that end inside blocks, blocks longer and shorter than a piece."""
     model, tail = models[kind], 7
@@ -156,6 +157,19 @@ def test_nothing_is_compiled_for_another_context(models):
     perplexity_by_context(model, TOKENIZER, TEXTS, contexts=(8, 24, 77, 0), **options)
     loss_by_position(model, TOKENIZER, TEXTS, **options)
     assert module._score_step._cache_size() == count
+
+
+def test_a_window_changes_the_loss_of_what_lies_beyond_it(models):
+    narrow, wide, full = (
+        loss_by_position(models[kind], TOKENIZER, TEXTS, tokens_per_call=32)
+        for kind in ("window", "wide window", "transformer")
+    )
+    assert wide == full
+    same = [a.loss == pytest.approx(b.loss, rel=1e-5) for a, b in zip(narrow, full, strict=True)]
+    # Positions up to 16 to 31: a part of this bucket sees more than 24 tokens.
+    assert same == [True, True, True, True, False, False, False, False]
+    with pytest.raises(ValueError, match="a Megalodon has no attention window"):
+        with_window(models["megalodon"], 24)
 
 
 def test_bad_arguments_are_refused():
