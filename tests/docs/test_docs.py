@@ -17,6 +17,8 @@ import pytest
 from megalodon_jax.cli.main import parse
 from megalodon_jax.config import config_from_dict
 from megalodon_jax.errors import ConfigError
+from megalodon_jax.study import stage_runs
+from megalodon_jax.study.definition import study_from_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -32,6 +34,7 @@ COMMAND = re.compile(r"^megalodon (.+)$", flags=re.MULTILINE)
 GENERATED = {"settings_tables", "preset_tables"}
 API_PACKAGES = (
     "megalodon_jax",
+    "megalodon_jax.study",
     "megalodon_jax.modules",
     "megalodon_jax.config",
     "megalodon_jax.checkpoints",
@@ -134,11 +137,16 @@ def test_files_named_in_pages_exist():
             assert (ROOT / path).is_file(), f"{page.name}: {path}"
 
 
-def test_toml_blocks_are_configurations():
+def test_toml_blocks_are_configurations_and_studies():
     blocks = [block for page in PAGES for block in TOML.findall(page.read_text())]
     assert blocks
     for block in blocks:
-        config_from_dict(tomllib.loads(block))
+        table = tomllib.loads(block)
+        if "variants" not in table:
+            config_from_dict(table)
+            continue
+        study = study_from_dict(table)
+        assert [run.config("x") for run in stage_runs(study, study.stages[0])]
 
 
 def test_every_page_is_in_the_table_of_contents():
