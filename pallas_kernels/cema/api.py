@@ -9,6 +9,7 @@ from pallas_kernels.cema.mosaic_gpu.op import cema_mosaic_gpu
 from pallas_kernels.cema.pallas_tpu.block_sizes import TPUS_FASTER_THAN_XLA
 from pallas_kernels.cema.pallas_tpu.op import cema_pallas_tpu, final_state_pallas_tpu
 from pallas_kernels.cema.reference import cema_reference
+from pallas_kernels.cema.triton.op import cema_triton
 from pallas_kernels.cema.types import CemaOutput, CemaParams
 from pallas_kernels.cema.xla import cema_xla
 from pallas_kernels.common.dispatch import Implementation, check_implementation
@@ -22,6 +23,7 @@ IMPLEMENTATIONS: dict[str, CemaImplementation] = {
     "xla": with_context_parallelism(cema_xla),
     "mosaic_gpu": cema_mosaic_gpu,
     "pallas_tpu": with_context_parallelism(cema_pallas_tpu, final_state_pallas_tpu),
+    "triton": cema_triton,
 }
 
 
@@ -50,8 +52,9 @@ def cema(
         leaves the state unchanged. The row's first document starts from `initial_state`, every
         other one from zero. None: one document without padding.
       implementation: "reference", the recurrence; "xla", for every platform; "mosaic_gpu", kernels
-        for NVIDIA Hopper; "pallas_tpu", kernels for TPU; None: the fastest one known here.
-      block_size: tokens of a block in "xla"; of a warpgroup's split of the row in "mosaic_gpu", a
+        for NVIDIA Hopper; "pallas_tpu", kernels for TPU; "triton", kernels for NVIDIA GPUs from
+        Ampere on (extra `triton`); None: the fastest one known here.
+      block_size: tokens of a block in "xla"; of a split of the row in "mosaic_gpu" and "triton", a
         multiple of 32; of a grid step in "pallas_tpu", a multiple of 1,024. None: a measured
         choice (README.md).
       sequence_axis: inside `jax.shard_map`, the mesh axis of the sequence shards; x and segment_ids

@@ -2,14 +2,13 @@
 
 import contextlib
 import contextvars
-import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
-# Device kinds of data-center GPUs of compute capability 9.0.
-_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
+from pallas_kernels.common.devices import GPU_LIMITS, HOPPER, GpuLimits, capability_of
+
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 
 
@@ -26,8 +25,32 @@ class Target(NamedTuple):
 
     @property
     def is_hopper(self) -> bool:
-        """Whether the Mosaic GPU kernels, which are written for Hopper, run on it."""
-        return self.platform == "gpu" and _HOPPER.search(self.kind) is not None
+        """Whether it is the GPU that the Mosaic GPU kernels were measured on."""
+        return self.compute_capability == 90
+
+    @property
+    def compute_capability(self) -> int | None:
+        """90 for compute capability 9.0; None for other platforms and for unknown GPUs."""
+        if self.platform != "gpu":
+            return None
+        device = self._live_device()
+        if device is not None and hasattr(device, "compute_capability"):
+            return int(str(device.compute_capability).replace(".", ""))
+        return capability_of(self.kind)
+
+    @property
+    def gpu_limits(self) -> GpuLimits:
+        """What kernels are sized by: of the device, or of the largest one of its capability."""
+        limits = GPU_LIMITS.get(self.compute_capability or 90, HOPPER)
+        device = self._live_device()
+        if device is None or not hasattr(device, "core_count"):
+            return limits
+        return limits._replace(multiprocessors=device.core_count)
+
+    def _live_device(self) -> Any:
+        if self.platform != "gpu" or jax.default_backend() not in ("gpu", "cuda"):
+            return None
+        return next((d for d in jax.local_devices() if d.device_kind == self.kind), None)
 
 
 def find_target() -> Target:
