@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -195,8 +196,12 @@ def _interpret(kernel, operands, out_type, grid, constants) -> list[Array]:
             operand if isinstance(operand, int) else _HostArray(np.array(next(remaining)))
             for operand in operands
         ]
-        results = [_HostArray(np.empty(shape.shape, shape.dtype)) for shape in out_type]
+        # The interpreter truncates numbers to bfloat16 where GPUs round them.
+        results = [
+            _HostArray(np.empty(s.shape, np.float32 if s.dtype == jnp.bfloat16 else s.dtype))
+            for s in out_type
+        ]
         kernel[grid](*inputs, *results, **constants)
-        return [result.array for result in results]
+        return [r.array.astype(s.dtype) for r, s in zip(results, out_type, strict=True)]
 
     return jax.pure_callback(run, list(out_type), *arrays)
