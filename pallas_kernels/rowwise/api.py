@@ -10,6 +10,7 @@ from pallas_kernels.common.target import find_target
 from pallas_kernels.rowwise import reference, xla
 from pallas_kernels.rowwise.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.rowwise.mosaic_gpu.block_sizes import DEFAULT_WIDTH, SMALLEST_SIZE
+from pallas_kernels.rowwise.triton import op as triton
 from pallas_kernels.rowwise.types import (
     NORMS,
     Rows,
@@ -23,6 +24,7 @@ IMPLEMENTATIONS: dict[str, RowwiseImplementation] = {
     "reference": reference,
     "xla": xla,
     "mosaic_gpu": mosaic_gpu,
+    "triton": triton,
 }
 
 
@@ -43,7 +45,8 @@ def rms_norm(
       dtype: dtype of the result.
       implementation: "reference" (one row at a time, by definition), "xla" (every platform and
         dtype), "mosaic_gpu" (kernels for NVIDIA Hopper; bfloat16 rows of a multiple of 128
-        numbers), or None for the fastest known here.
+        numbers), "triton" (kernels for NVIDIA GPUs from Ampere on; extra `triton`), or None for
+        the fastest known here.
 
     Raises:
       ValueError: shapes do not fit together, or the implementation does not exist or cannot run

@@ -20,9 +20,15 @@ class TritonUsage(NamedTuple):
 
 
 def compile_kernel(
-    kernel: Any, capability: int, arguments: dict[str, str], constants: dict[str, Any], folder: Path
+    kernel: Any,
+    capability: int,
+    arguments: dict[str, str],
+    constants: dict[str, Any],
+    folder: Path,
+    *,
+    num_warps: int = 4,
 ) -> TritonUsage:
-    """Compiles a `triton.jit` function of four warps.
+    """Compiles a `triton.jit` function.
 
     Args:
       kernel: the function.
@@ -30,6 +36,7 @@ def compile_kernel(
       arguments: "bfloat16", "float32", "int32" for pointers, "i32" for integers, by name.
       constants: its constexpr arguments.
       folder: for the compiled file.
+      num_warps: warps of a block.
     """
     triton = pytest.importorskip("triton", reason="needs the extra: pip install -e '.[triton]'")
     from triton.backends.compiler import GPUTarget
@@ -47,7 +54,7 @@ def compile_kernel(
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": 4})
+    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
     file = folder / f"{kernel.__name__}_{capability}.cubin"
     file.write_bytes(compiled.asm["cubin"])
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -74,9 +74,8 @@ def test_kernels_are_refused_elsewhere():
 def test_errors_name_what_is_wrong():
     x = jnp.zeros((2, 128))
     for unknown in ("cuda", "pallas_tpu"):
-        message = (
-            f"silu has no implementation '{unknown}'; use one of 'reference', 'xla', 'mosaic_gpu'"
-        )
+        known = "'reference', 'xla', 'mosaic_gpu', 'triton'"
+        message = f"silu has no implementation '{unknown}'; use one of {known}"
         with pytest.raises(ValueError, match=message):
             rowwise.silu(x, None, dtype=BF16, implementation=unknown)  # pyright: ignore
     with pytest.raises(ValueError, match=r"rows have shapes \(2, 128\) and \(128,\)"):
