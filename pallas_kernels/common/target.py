@@ -9,6 +9,8 @@ import jax
 
 from pallas_kernels.common.devices import GPU_LIMITS, HOPPER, GpuLimits, capability_of
 
+# H100 and H200; B200; RTX 50 and RTX PRO 6000.
+_HOPPER_AND_BLACKWELL = (90, 100, 120)
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 
 
@@ -80,6 +82,26 @@ def check_hopper(implementation: str) -> None:
     target = find_target()
     if not target.is_hopper and not is_interpreted():
         raise _wrong_device(implementation, "an NVIDIA Hopper GPU", target)
+
+
+def check_hopper_or_blackwell(implementation: str, *, shared_memory: int = 0) -> None:
+    """As `check_hopper`, for kernels without Hopper's matrix instructions (wgmma).
+
+    They compile for Blackwell too (tests/kernels/test_blackwell_aot.py), where nobody has run them:
+    no default choice selects them there.
+
+    Args:
+      implementation: its name, for the error.
+      shared_memory: bytes of it that the kernels need, which RTX cards may lack.
+    """
+    target = find_target()
+    if is_interpreted():
+        return
+    if target.compute_capability not in _HOPPER_AND_BLACKWELL:
+        raise _wrong_device(implementation, "an NVIDIA Hopper or Blackwell GPU", target)
+    if target.gpu_limits.shared_memory < shared_memory:
+        needed = f"{shared_memory} bytes of shared memory in a block"
+        raise _wrong_device(implementation, needed, target)
 
 
 def check_tpu(implementation: str) -> str:

@@ -5,6 +5,9 @@ name, `load_kernels("pallas_kernels.cema.triton.kernels")`. The same modules run
 interpreter inside `target.interpreted`, on any machine.
 """
 
+# The packages are optional, and this module has the name of one.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 import functools
 import importlib
 import importlib.util

@@ -1,5 +1,8 @@
 """Triton's compiler for a named GPU, on a machine without one: registers, spills, shared memory."""
 
+# The package is optional.
+# pyright: reportMissingImports=false
+
 import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -7,7 +7,7 @@ from pallas_kernels.cema.mosaic_gpu.launch import MOSAIC_GPU_KERNELS
 from pallas_kernels.cema.row_splits.op import CemaBackend, cema_by_splits
 from pallas_kernels.cema.types import CemaOutput, CemaParams
 from pallas_kernels.common.mosaic_gpu import interpret_params
-from pallas_kernels.common.target import check_hopper
+from pallas_kernels.common.target import check_hopper_or_blackwell
 
 
 def cema_mosaic_gpu(
@@ -22,9 +22,10 @@ def cema_mosaic_gpu(
     """CEMA by the Hopper kernels; contract as in `cema_by_splits`.
 
     Raises:
-      ValueError: float64, a split that is no multiple of 32, or a device that is no Hopper GPU.
+      ValueError: float64, a split that is no multiple of 32, or a device that is neither Hopper nor
+        Blackwell.
     """
-    check_hopper("mosaic_gpu")
+    check_hopper_or_blackwell("mosaic_gpu")
     backend = CemaBackend("mosaic_gpu", MOSAIC_GPU_KERNELS, choose_split_size, interpret_params())
     return cema_by_splits(
         x,

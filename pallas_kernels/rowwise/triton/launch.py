@@ -133,7 +133,7 @@ def gate_width(size: int) -> int:
 
 def _programs(x: Array, *, norm: bool, backward: bool) -> RowPrograms:
     multiprocessors = find_target().gpu_limits.multiprocessors
-    return choose_programs(*x.shape, multiprocessors, norm=norm, backward=backward)
+    return choose_programs(x.shape[0], x.shape[1], multiprocessors, norm=norm, backward=backward)
 
 
 def _sums(vector: Array | None, x: Array, programs: RowPrograms) -> jax.ShapeDtypeStruct:

@@ -11,6 +11,8 @@ FEATURE_MULTIPLE = 16
 TARGET_WARPGROUPS = 2 * HOPPER.multiprocessors
 # Tiles of a split at least.
 MIN_SPLIT_TILES = 4
+# Bytes of shared memory of the gradients at the largest block; more than an RTX card has.
+SHARED_MEMORY = 118 * 1024
 
 
 def choose_geometry(

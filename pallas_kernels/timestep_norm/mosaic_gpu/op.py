@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.common.mosaic_gpu import interpret_params
-from pallas_kernels.common.target import check_hopper
+from pallas_kernels.common.target import check_hopper_or_blackwell
 from pallas_kernels.timestep_norm.mosaic_gpu.block_sizes import (
     FEATURE_MULTIPLE,
     MAX_GROUP_FEATURES,
+    SHARED_MEMORY,
     choose_geometry,
 )
 from pallas_kernels.timestep_norm.mosaic_gpu.context_parallel import normalize_shard
@@ -46,7 +47,7 @@ def timestep_norm(
     Raises:
       ValueError: another dtype, larger groups, or a target that is not a Hopper GPU.
     """
-    check_hopper("mosaic_gpu")
+    check_hopper_or_blackwell("mosaic_gpu", shared_memory=SHARED_MEMORY)
     B, L, D = x.shape
     features = D // num_groups
     _check_supported(x, features)

@@ -67,7 +67,7 @@ def test_what_kernels_cannot_take_is_refused_by_name(shape, dtype, message):
 def test_kernels_are_refused_elsewhere():
     if find_target().is_hopper:
         pytest.skip("is about other devices")
-    with pytest.raises(ValueError, match="needs an NVIDIA Hopper GPU, this is"):
+    with pytest.raises(ValueError, match="needs an NVIDIA Hopper or Blackwell GPU, this is"):
         rowwise.silu(jnp.zeros((2, 128), BF16), None, dtype=BF16, implementation="mosaic_gpu")
 
 
