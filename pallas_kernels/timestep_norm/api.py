@@ -16,6 +16,7 @@ from pallas_kernels.timestep_norm.pallas_tpu.block_sizes import (
     SHORTEST_LENGTH,
     TPUS_FASTER_THAN_XLA,
 )
+from pallas_kernels.timestep_norm.triton import op as triton
 from pallas_kernels.timestep_norm.types import (
     TimestepNormOutput,
     TimestepNormState,
@@ -30,6 +31,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., TimestepNormOutput]] = {
     "xla": with_sequence_axis(xla.timestep_norm),
     "mosaic_gpu": mosaic_gpu.timestep_norm,
     "pallas_tpu": with_sequence_axis(pallas_tpu.timestep_norm),
+    "triton": triton.timestep_norm,
 }
 
 
@@ -64,8 +66,9 @@ def timestep_norm(
       segment_ids: documents of a row numbered 1, 2, ... in order; 0 is padding, between documents
         or inside one: y is 0 there, and the moments do not change. None: one document, no padding.
       implementation: "reference" (token by token), "xla" (parallel over tokens, any platform),
-        "mosaic_gpu" (kernels for NVIDIA Hopper), "pallas_tpu" (kernels for TPU), or None for the
-        fastest known on the target device.
+        "mosaic_gpu" (kernels for NVIDIA Hopper), "pallas_tpu" (kernels for TPU), "triton" (kernels
+        for NVIDIA GPUs from Ampere on; extra `triton`), or None for the fastest known on the target
+        device.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which the sequence is sharded
         (context parallelism); rows then start from the prior. None: every device has whole rows.
 
