@@ -13,6 +13,7 @@ from pallas_kernels.cema.triton.op import cema_triton
 from pallas_kernels.cema.types import CemaOutput, CemaParams
 from pallas_kernels.cema.xla import cema_xla
 from pallas_kernels.common.dispatch import Implementation, check_implementation
+from pallas_kernels.common.measured_choice import find_measured
 from pallas_kernels.common.symbolic import has_symbolic_shape
 from pallas_kernels.common.target import find_target
 
@@ -92,6 +93,8 @@ def cema(
 def _choose_implementation(x: Array, params: CemaParams) -> Implementation:
     """The fastest by measurement (GPU) or by the compiler's estimate (TPU); README.md has both.
 
+    A measurement on the user's device (`megalodon tune`) comes first.
+
     float32 x on a GPU takes the more exact `xla`, which keeps the last bits of a long memory.
     """
     if has_symbolic_shape(x):
@@ -99,6 +102,9 @@ def _choose_implementation(x: Array, params: CemaParams) -> Implementation:
     target, length = find_target(), x.shape[1]
     if params.alpha.dtype == jnp.float64:
         return "xla"
+    measured = find_measured("cema", x, tokens=x.shape[0] * length)
+    if measured is not None and IMPLEMENTATIONS.get(measured) is not None:
+        return measured
     if target.is_hopper and x.dtype == jnp.bfloat16 and length >= SHORTEST_GPU_LENGTH:
         return "mosaic_gpu"
     if target.kind in TPUS_FASTER_THAN_XLA and length >= SHORTEST_TPU_LENGTH:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.common.dispatch import Implementation, check_implementation
+from pallas_kernels.common.measured_choice import find_measured
 from pallas_kernels.common.symbolic import has_symbolic_shape
 from pallas_kernels.common.target import find_target
 from pallas_kernels.timestep_norm import reference, xla
@@ -95,10 +96,16 @@ def timestep_norm(
 
 
 def _choose_implementation(x: Array, num_groups: int) -> Implementation:
-    """The fastest by measurement (GPU) or by the compiler's estimate (TPU); README.md has both."""
+    """The fastest by measurement (GPU) or by the compiler's estimate (TPU); README.md has both.
+
+    A measurement on the user's device (`megalodon tune`) comes first.
+    """
     if has_symbolic_shape(x):
         return "xla"
     target = find_target()
+    measured = find_measured("timestep_norm", x, tokens=x.shape[0] * x.shape[1])
+    if measured is not None and IMPLEMENTATIONS.get(measured) is not None:
+        return measured
     if target.is_hopper and mosaic_gpu.is_faster(x, num_groups):
         return "mosaic_gpu"
     if (
