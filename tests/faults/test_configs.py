@@ -50,8 +50,8 @@ LARGEST = {"lr": 0.1, "z_loss": 10.0, "weight_decay": 9.0, "clip_norm": 1e6, "ro
 # Kernels of devices that the tests have not; settings that name files and services.
 LEFT_OUT = {
     "pallas_tpu", "mosaic_gpu", "triton", "splash", "cudnn", "kind", "task", "source", "files",
-    "run_dir", "heldout_files", "text_field", "document_separator", "tokenizer", "init_from", "resume",
-    "wandb_project", "sample_prompt", "processes",
+    "run_dir", "heldout_files", "text_field", "document_separator", "tokenizer", "init_from",
+    "resume", "wandb_project", "sample_prompt", "processes",
 }  # fmt: skip
 
 
