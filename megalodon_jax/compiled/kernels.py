@@ -65,7 +65,8 @@ def _kernel_name(instruction: Instruction, target: str) -> str:
         return "cudnn_attention_backward" if "Backward" in target else "cudnn_attention_forward"
     path = instruction.op_name.split("/")
     splash = next((part for part in path if part.startswith("splash")), None)
-    return splash or (path[-2] if len(path) > 1 else instruction.name)
+    # Differentiation wraps the scope of a Triton kernel: "transpose(jvp(cema_summaries))".
+    return splash or (re.sub(r".*\(|\)", "", path[-2]) if len(path) > 1 else instruction.name)
 
 
 def kernel_operation(name: str) -> str:

@@ -126,16 +126,18 @@ def launch(
     jax_triton = _import_jax_triton()
     parameters = inspect.signature(jax_triton.triton_call).parameters
     out: dict[str, Any] = {"out_type" if "out_type" in parameters else "out_shape": list(out_type)}
-    return jax_triton.triton_call(
-        *operands,
-        kernel=kernel,
-        grid=grid,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        compute_capability=find_target().compute_capability,
-        **out,
-        **constants,
-    )
+    # Reports of compiled programs take a kernel's name from the scope.
+    with jax.named_scope(kernel.__name__):
+        return jax_triton.triton_call(
+            *operands,
+            kernel=kernel,
+            grid=grid,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            compute_capability=find_target().compute_capability,
+            **out,
+            **constants,
+        )
 
 
 @functools.cache
@@ -209,4 +211,4 @@ def _interpret(kernel, operands, out_type, grid, constants) -> list[Array]:
             kernel[grid](*inputs, *results, **constants)
         return [r.array.astype(s.dtype) for r, s in zip(results, out_type, strict=True)]
 
-    return jax.pure_callback(run, list(out_type), *arrays)
+    return jax.pure_callback(run, list(out_type), *arrays, vmap_method="sequential")

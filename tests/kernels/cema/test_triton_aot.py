@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from megalodon_jax.compiled.hlo import parse_program
+from megalodon_jax.compiled.kernels import find_kernels
 from pallas_kernels.cema import CemaParams, cema
 from pallas_kernels.cema.triton.block_sizes import BACKWARD_UNROLL, FORWARD_UNROLL
 from pallas_kernels.common.devices import GPU_LIMITS
@@ -72,7 +74,11 @@ def test_a_program_with_the_kernels_compiles_for_hopper():
     x = shape((rows, length, channels), jnp.bfloat16)
     text = compile_for(h200_device(), run, x, params, x).as_text()
     assert text is not None
-    assert text.count('custom_call_target="triton_kernel_call') == 4
+    kernels = find_kernels(parse_program(text))
+    assert sorted(kernel.name for kernel in kernels) == [
+        "cema_gradients", "cema_outputs", "cema_summaries", "cema_summaries",
+    ]  # fmt: skip
+    assert {(kernel.operation, kernel.implementation) for kernel in kernels} == {("cema", "triton")}
 
 
 def test_triton_kernels_are_refused_on_cpu_and_without_the_extra(monkeypatch):
