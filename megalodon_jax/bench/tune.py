@@ -122,7 +122,7 @@ def measure_candidates(
             *_, row = measure(case, mode, name, ceilings, inputs=inputs, cotangents=cotangents)
             with contextlib.redirect_stdout(None):
                 found = measure_errors(checked, name)
-        except (ValueError, RuntimeError, ImportError) as error:
+        except (ValueError, RuntimeError) as error:
             yield Candidate(name, None, None, str(error).splitlines()[0])
             continue
         errors = {key: error for part in found.values() for key, error in part.items()}

@@ -40,11 +40,9 @@ def can_run(target: Target) -> bool:
 
 
 def check_triton(implementation: str) -> None:
-    """Raises unless Triton kernels run on the target, or are interpreted.
+    """Raises ValueError unless Triton kernels run on the target, or are interpreted.
 
-    Raises:
-      ImportError: triton or jax-triton is not installed.
-      ValueError: the target is no GPU, or one older than Ampere.
+    The target may be no GPU, or one older than Ampere; or triton or jax-triton is not installed.
     """
     target = find_target()
     capability = target.compute_capability
@@ -58,7 +56,7 @@ def check_triton(implementation: str) -> None:
     needed = ("triton",) if is_interpreted() else ("triton", "jax_triton")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"{implementation} needs {' and '.join(missing)}: {INSTALL}")
+        raise ValueError(f"{implementation} needs {' and '.join(missing)}: {INSTALL}")
 
 
 def device_function(function: Callable[..., Any]) -> Callable[..., Any]:

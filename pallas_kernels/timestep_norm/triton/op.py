@@ -29,8 +29,8 @@ def timestep_norm(
     state is ignored.
 
     Raises:
-      ImportError: triton or jax-triton is not installed.
-      ValueError: float64, larger groups, no GPU or one older than Ampere.
+      ValueError: float64, larger groups, no GPU or one older than Ampere, or triton
+        or jax-triton is not installed.
     """
     check_triton("triton")
     B, L, D = x.shape

@@ -1,4 +1,4 @@
-"""Hopper kernels under context parallelism, against the reference on whole rows."""
+"""GPU kernels under context parallelism, against the reference on whole rows."""
 
 import jax
 import jax.numpy as jnp
