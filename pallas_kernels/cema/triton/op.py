@@ -22,8 +22,8 @@ def cema_triton(
     """CEMA by the Triton kernels; contract as in `cema_by_splits`.
 
     Raises:
-      ValueError: float64, a split that is no multiple of 32, no GPU or one older than Ampere, or triton
-        or jax-triton is not installed.
+      ValueError: float64, a split that is no multiple of 32, no GPU or one older than Ampere, or
+        triton or jax-triton is not installed.
     """
     check_triton("triton")
     backend = CemaBackend("triton", TRITON_KERNELS, choose_split_size, is_interpreted())

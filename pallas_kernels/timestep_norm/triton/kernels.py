@@ -299,6 +299,19 @@ def end_documents(slopes, starts, flags):
     return (tl.where(is_start, 0.0, s), tl.where(is_start, 0.0, t)), starts
 
 
+@device_function
+def store_starts(initial, at_split, slopes, starts, PACKED: tl.constexpr):
+    """Slopes at document starts; at the split's first token in rows that are not packed."""
+    if PACKED:
+        tl.store(initial + at_split * 4, starts[0])
+        tl.store(initial + at_split * 4 + 1, starts[1])
+        tl.store(initial + at_split * 4 + 2, starts[2])
+        tl.store(initial + at_split * 4 + 3, starts[3])
+    else:
+        tl.store(initial + at_split * 2, slopes[0])
+        tl.store(initial + at_split * 2 + 1, slopes[1])
+
+
 @triton.jit
 def timestep_norm_gradients(
     x, dy, scale, statistics, pivots, next_slopes, initial_count, token_info, tiles,
@@ -362,12 +375,4 @@ def timestep_norm_gradients(
     at_affine = affine + (row.to(tl.int64) * num_splits + split) * 2 * D + columns
     tl.store(at_affine, d_scale, mask=in_group)
     tl.store(at_affine + D, d_bias, mask=in_group)
-    if PACKED:
-        for_starts = initial + at_split * 4
-        tl.store(for_starts, starts[0])
-        tl.store(for_starts + 1, starts[1])
-        tl.store(for_starts + 2, starts[2])
-        tl.store(for_starts + 3, starts[3])
-    else:
-        tl.store(initial + at_split * 2, slopes[0])
-        tl.store(initial + at_split * 2 + 1, slopes[1])
+    store_starts(initial, at_split, slopes, starts, PACKED)
