@@ -3,9 +3,9 @@
 from pallas_kernels.cema.row_splits.types import CHANNELS, TILE
 from pallas_kernels.common.target import find_target
 
-# Blocks of 128 threads per multiprocessor that all splits of all rows and channels should make. The
-# forward kernel's registers admit four blocks (three on Ampere and Ada), the backward kernel's two.
-BLOCKS_PER_MULTIPROCESSOR = 4
+# Blocks of 128 threads per multiprocessor that all splits of all rows and channels should make: the
+# backward kernel's registers admit two. A second wave of blocks would be partly filled.
+BLOCKS_PER_MULTIPROCESSOR = 2
 # Least number of tokens in a split: a kernel takes some microseconds to start and to end.
 SHORTEST_SPLIT = 128
 # Tokens that are loaded together: more hide more latency, in more instructions.
