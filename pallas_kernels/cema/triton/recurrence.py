@@ -2,8 +2,8 @@
 
 A value (P, CHANNELS) of four warps has every order of a channel in one thread: P is the orders
 padded to a power of two, channels are along the threads. Sums over orders then need no
-communication. Triton would choose another layout if it knew that channels are successive in memory:
-it would load several of them per thread, and compute like that (`find_channels`).
+communication. Triton would choose another layout if it knew that the first channel is aligned: it
+would load four of them per thread, and compute like that (`find_channels`).
 """
 
 import triton.language as tl
@@ -26,10 +26,11 @@ def zeros(P: tl.constexpr):
 
 @device_function
 def find_channels():
-    """The channels of this block, in a form that hides from Triton that they are successive."""
-    channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    """The channels of this block, in a form that hides from Triton that the first is aligned."""
+    block = tl.program_id(0)
     # The shift gives 0, which the last stage of the compiler knows, but not the earlier ones.
-    return channels ^ (tl.program_id(0) >> 31)
+    first = block * CHANNELS + (block >> 31)
+    return first + tl.arange(0, CHANNELS)
 
 
 @device_function
