@@ -15,9 +15,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from megalodon_jax.compiled import topologies
 from megalodon_jax.compiled.ptxas import KernelUsage, ptxas_reports, ptxas_usage, record_usage
+from pallas_kernels.common.devices import GPU_LIMITS, HOPPER
 
 __all__ = [
     "KernelUsage",
+    "blackwell_device",
     "compile_for",
     "compile_lowered",
     "h100_device",
@@ -45,6 +47,28 @@ def h200_device() -> Device:
 def h100_device() -> Device:
     """One H100 (SXM)."""
     return _gpu_device("h100")
+
+
+@functools.cache
+def blackwell_device(capability: int) -> Device:
+    """One B200 (100) or RTX PRO 6000 (120), as far as the compiler looks at it."""
+    from jax.experimental import topologies as jax_topologies
+
+    if not topologies.has_cuda_compiler():
+        pytest.skip("the CUDA compiler, jax-cuda13-plugin, is not installed: pip install '.[aot]'")
+    kind = {100: "NVIDIA B200", 120: "NVIDIA RTX PRO 6000 Blackwell Server Edition"}[capability]
+    limits = GPU_LIMITS[capability]
+    target = (
+        topologies.gpu_target("h200")
+        .replace("NVIDIA H200", kind)
+        .replace("major: 9 minor: 0", f"major: {capability // 10} minor: 0")
+        .replace(f"core_count: {HOPPER.multiprocessors}", f"core_count: {limits.multiprocessors}")
+        .replace(str(HOPPER.shared_memory), str(limits.shared_memory))
+        .replace(str(HOPPER.shared_memory + 1024), str(limits.shared_memory + 1024))
+    )
+    return jax_topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=target, topology="1x1x1"
+    ).devices[0]
 
 
 @functools.cache

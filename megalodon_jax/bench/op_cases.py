@@ -179,6 +179,7 @@ class ChunkAttentionCase(OpCase):
     """Chunk attention; "carried" starts in the middle of a chunk."""
 
     op = "chunk_attention"
+    implementations = tuple(name for name in get_args(Implementation) if name != "triton")
     limit = "matmul"
 
     heads: int

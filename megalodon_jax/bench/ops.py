@@ -167,8 +167,12 @@ def make_checked(
     case = case.shortened()
     inputs = case.make_inputs(rng, mode, decay_range)
     cotangents = make_cotangents(case, inputs, rng)
-    with jax.enable_x64(True):
-        wide = jax.tree.map(_widen, (*inputs, cotangents))
+    # TPUs have no complex128.
+    on_host = jax.default_backend() == "tpu"
+    device = jax.devices("cpu")[0] if on_host else None
+    with jax.enable_x64(True), jax.default_device(device):
+        arrays = jax.device_get((*inputs, cotangents)) if on_host else (*inputs, cotangents)
+        wide = jax.tree.map(_widen, arrays)
         expected = jax.jit(pass_function(case, "reference", "forward+backward"))(*wide)
         return CheckedCase(case, inputs, cotangents, jax.tree.map(np.asarray, expected))
 
@@ -197,7 +201,7 @@ def _named_errors(actual: Any, expected: Any) -> dict[str, float]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): error for path, error in errors}
 
 
-def _widen(array: jax.Array) -> jax.Array:
+def _widen(array: Any) -> Any:
     if jnp.iscomplexobj(array):
         return array.astype(jnp.complex128)
     return array.astype(jnp.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array

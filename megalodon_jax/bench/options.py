@@ -79,6 +79,8 @@ class BenchTrainOptions:
     """Dtype in which devices sum gradients (`model.reduce_dtype`)."""
     scan_layers: bool = False
     """Run the blocks in one loop, which compiles sooner."""
+    implementation: Implementation | None = None
+    """Implementation of all operations (`model.implementation`); if not given, the defaults."""
     steps: int = 10
     """Steps that are timed."""
     profile: bool = False

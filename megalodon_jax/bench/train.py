@@ -49,6 +49,7 @@ from megalodon_jax.plan.plan import Plan, read_plan
 from megalodon_jax.train_state import TrainState, abstract_state, init_state
 from megalodon_jax.training.step import make_train_step
 from megalodon_jax.typing import Batch
+from pallas_kernels.common.dispatch import Implementation
 
 WARM_UP_STEPS = 3
 
@@ -66,6 +67,7 @@ class TrainCase:
       scan_layers: see `ModelConfig.scan_layers`.
       mesh: the devices.
       reduce_dtype: see `ModelConfig.reduce_dtype`.
+      implementation: see `ModelConfig.implementation`.
     """
 
     preset: str
@@ -76,13 +78,16 @@ class TrainCase:
     scan_layers: bool = False
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     reduce_dtype: DType = "float32"
+    implementation: Implementation | None = None
 
     def __str__(self) -> str:
         packed = f", {self.documents} documents a row" if self.documents else ""
         loop = ", scanned" if self.scan_layers else ""
         sizes = dataclasses.asdict(self.mesh).items()
         mesh = "".join(f", {axis} {size}" for axis, size in sizes if size != 1)
-        return f"{self.preset} ({self.rows}, {self.length}) remat {self.remat}{packed}{loop}{mesh}"
+        kernels = f", {self.implementation}" if self.implementation else ""
+        shape = f"{self.preset} ({self.rows}, {self.length}) remat {self.remat}"
+        return f"{shape}{packed}{loop}{mesh}{kernels}"
 
     def config(self) -> TrainConfig:
         """The configuration of the run."""
@@ -92,6 +97,7 @@ class TrainCase:
             reduce_dtype=self.reduce_dtype,
             remat=self.remat,
             scan_layers=self.scan_layers,
+            **({"implementation": self.implementation} if self.implementation else {}),
         )
         data = DataConfig(batch_size=self.rows, seq_len=self.length)
         return TrainConfig(model=model, data=data, mesh=self.mesh, loss_chunk_size=8192)
@@ -357,6 +363,7 @@ def _selected_cases(options: BenchTrainOptions) -> list[TrainCase]:
             options.scan_layers,
             options.mesh,
             options.reduce_dtype,
+            options.implementation,
         )
         for length in options.length
     ]
@@ -370,7 +377,8 @@ def _opponents(case: TrainCase, options: BenchTrainOptions) -> list[TrainCase]:
         raise ConfigError(
             f"no Transformer has the size of {case.preset!r}; use one of {', '.join(TRANSFORMERS)}"
         )
-    return [dataclasses.replace(case, preset=TRANSFORMERS[case.preset])]
+    # A Transformer has other implementations.
+    return [dataclasses.replace(case, preset=TRANSFORMERS[case.preset], implementation=None)]
 
 
 def small(config: TrainConfig) -> TrainConfig:

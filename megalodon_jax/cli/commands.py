@@ -21,7 +21,10 @@ from megalodon_jax.cli.help import described
 from megalodon_jax.cli.run_config import RunSettings, to_config
 from megalodon_jax.cli.serve import Serve
 from megalodon_jax.cli.study import StudyCommand
+from megalodon_jax.config import load_config
+from megalodon_jax.errors import ConfigError
 from megalodon_jax.plan.options import PlanOptions
+from megalodon_jax.presets import find_config
 
 Config = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
 
@@ -194,6 +197,34 @@ class Bench:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tune:
+    """Finds the fastest implementation of every operation on your device, for CONFIG's shapes.
+
+    Example: megalodon tune first_run
+    """
+
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")] = ""
+    """A TOML file, or the name of a shipped one."""
+    reset: bool = False
+    """Remove what was measured: the defaults apply again."""
+
+    def run(self) -> int:
+        """Prints the table and writes the choices to the user's cache."""
+        from pallas_kernels.common.measured_choice import choices_file, reset_choices
+
+        if self.reset:
+            removed = "removed" if reset_choices() else "nothing was measured:"
+            print(f"{removed} {choices_file()}")
+        if not self.config:
+            if self.reset:
+                return 0
+            raise ConfigError("no config given; name a TOML file or a shipped configuration")
+        from megalodon_jax.bench.tune import run
+
+        return run(load_config(find_config(self.config)))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tokenizer:
     """Trains a tokenizer on text; `data.tokenizer` reads the file.
 
@@ -248,6 +279,7 @@ COMMANDS: dict[str, type[Command]] = {
     "convert": Convert,
     "plan": Plan,
     "study": StudyCommand,
+    "tune": Tune,
     "tokenizer": Tokenizer,
     "bench": Bench,
 }

@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 from megalodon_jax.compiled.hlo import Instruction, Program, Shape
 
-# Custom call targets of Pallas's two backends and of cuDNN's attention.
+# Custom call targets of Pallas's two backends, of jax-triton's versions, of cuDNN's attention.
 KERNEL_TARGETS = {
     "tpu_custom_call": "pallas_tpu",
     "mosaic_gpu_v2": "mosaic_gpu",
+    "triton_kernel_call": "triton",
+    "triton_kernel_call_ffi": "triton",
     "__cudnn$fmhaSoftmax": "cudnn",
     "__cudnn$fmhaSoftmaxBackward": "cudnn",
 }
@@ -23,7 +25,7 @@ class CompiledKernel(NamedTuple):
       name: such as "cema_forward".
       operation: the operation of `pallas_kernels` it belongs to, "attention" for a Transformer's,
         or "other".
-      implementation: "pallas_tpu", "mosaic_gpu", "cudnn" or "splash".
+      implementation: "pallas_tpu", "mosaic_gpu", "triton", "cudnn" or "splash".
       count: executions in one run of the program.
       flops: of one execution, from the kernel's cost estimate; 0 if it states none.
       results: shapes of its results.
@@ -63,7 +65,8 @@ def _kernel_name(instruction: Instruction, target: str) -> str:
         return "cudnn_attention_backward" if "Backward" in target else "cudnn_attention_forward"
     path = instruction.op_name.split("/")
     splash = next((part for part in path if part.startswith("splash")), None)
-    return splash or (path[-2] if len(path) > 1 else instruction.name)
+    # Differentiation wraps the scope of a Triton kernel: "transpose(jvp(cema_summaries))".
+    return splash or (re.sub(r".*\(|\)", "", path[-2]) if len(path) > 1 else instruction.name)
 
 
 def kernel_operation(name: str) -> str:

@@ -9,9 +9,11 @@ from pallas_kernels.cema.mosaic_gpu.op import cema_mosaic_gpu
 from pallas_kernels.cema.pallas_tpu.block_sizes import TPUS_FASTER_THAN_XLA
 from pallas_kernels.cema.pallas_tpu.op import cema_pallas_tpu, final_state_pallas_tpu
 from pallas_kernels.cema.reference import cema_reference
+from pallas_kernels.cema.triton.op import cema_triton
 from pallas_kernels.cema.types import CemaOutput, CemaParams
 from pallas_kernels.cema.xla import cema_xla
 from pallas_kernels.common.dispatch import Implementation, check_implementation
+from pallas_kernels.common.measured_choice import find_measured
 from pallas_kernels.common.symbolic import has_symbolic_shape
 from pallas_kernels.common.target import find_target
 
@@ -22,6 +24,7 @@ IMPLEMENTATIONS: dict[str, CemaImplementation] = {
     "xla": with_context_parallelism(cema_xla),
     "mosaic_gpu": cema_mosaic_gpu,
     "pallas_tpu": with_context_parallelism(cema_pallas_tpu, final_state_pallas_tpu),
+    "triton": cema_triton,
 }
 
 
@@ -50,8 +53,9 @@ def cema(
         leaves the state unchanged. The row's first document starts from `initial_state`, every
         other one from zero. None: one document without padding.
       implementation: "reference", the recurrence; "xla", for every platform; "mosaic_gpu", kernels
-        for NVIDIA Hopper; "pallas_tpu", kernels for TPU; None: the fastest one known here.
-      block_size: tokens of a block in "xla"; of a warpgroup's split of the row in "mosaic_gpu", a
+        for NVIDIA Hopper; "pallas_tpu", kernels for TPU; "triton", kernels for NVIDIA GPUs from
+        Ampere on (extra `triton`); None: the fastest one known here.
+      block_size: tokens of a block in "xla"; of a split of the row in "mosaic_gpu" and "triton", a
         multiple of 32; of a grid step in "pallas_tpu", a multiple of 1,024. None: a measured
         choice (README.md).
       sequence_axis: inside `jax.shard_map`, the mesh axis of the sequence shards; x and segment_ids
@@ -89,6 +93,8 @@ def cema(
 def _choose_implementation(x: Array, params: CemaParams) -> Implementation:
     """The fastest by measurement (GPU) or by the compiler's estimate (TPU); README.md has both.
 
+    A measurement on the user's device (`megalodon tune`) comes first.
+
     float32 x on a GPU takes the more exact `xla`, which keeps the last bits of a long memory.
     """
     if has_symbolic_shape(x):
@@ -96,6 +102,9 @@ def _choose_implementation(x: Array, params: CemaParams) -> Implementation:
     target, length = find_target(), x.shape[1]
     if params.alpha.dtype == jnp.float64:
         return "xla"
+    measured = find_measured("cema", x, tokens=x.shape[0] * length)
+    if measured is not None and IMPLEMENTATIONS.get(measured) is not None:
+        return measured
     if target.is_hopper and x.dtype == jnp.bfloat16 and length >= SHORTEST_GPU_LENGTH:
         return "mosaic_gpu"
     if target.kind in TPUS_FASTER_THAN_XLA and length >= SHORTEST_TPU_LENGTH:

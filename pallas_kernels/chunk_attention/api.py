@@ -20,6 +20,7 @@ from pallas_kernels.chunk_attention.types import (
     KeyValueCache,
 )
 from pallas_kernels.common.dispatch import Implementation, check_implementation
+from pallas_kernels.common.measured_choice import find_measured
 from pallas_kernels.common.symbolic import has_symbolic_shape
 from pallas_kernels.common.target import find_target
 
@@ -97,10 +98,16 @@ def chunk_attention(
 def _choose_implementation(
     q: Array, v: Array, chunk_size: int, dropout: AttentionDropout | None
 ) -> Implementation:
-    """The fastest by measurement (Hopper) and by the TPU compiler's estimates (README.md)."""
+    """The fastest by measurement (Hopper) and by the TPU compiler's estimates (README.md).
+
+    Kernels that a measurement on the user's device (`megalodon tune`) found slower are not chosen.
+    """
     if has_symbolic_shape(q):
         return "xla"
     dtypes, target = {q.dtype, v.dtype}, find_target()
+    measured = find_measured("chunk_attention", v, tokens=q.shape[0] * q.shape[1])
+    if measured == "xla":
+        return measured
     if (
         target.is_hopper
         and q.shape[1] >= mosaic_gpu.SHORTEST_LENGTH

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Literal
 
-Implementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
+Implementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu", "triton"]
 
 
 def check_implementation(

@@ -2,14 +2,15 @@
 
 import contextlib
 import contextvars
-import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
-# Device kinds of data-center GPUs of compute capability 9.0.
-_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
+from pallas_kernels.common.devices import GPU_LIMITS, HOPPER, GpuLimits, capability_of
+
+# H100 and H200; B200; RTX 50 and RTX PRO 6000.
+_HOPPER_AND_BLACKWELL = (90, 100, 120)
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 
 
@@ -26,8 +27,32 @@ class Target(NamedTuple):
 
     @property
     def is_hopper(self) -> bool:
-        """Whether the Mosaic GPU kernels, which are written for Hopper, run on it."""
-        return self.platform == "gpu" and _HOPPER.search(self.kind) is not None
+        """Whether it is the GPU that the Mosaic GPU kernels were measured on."""
+        return self.compute_capability == 90
+
+    @property
+    def compute_capability(self) -> int | None:
+        """90 for compute capability 9.0; None for other platforms and for unknown GPUs."""
+        if self.platform != "gpu":
+            return None
+        device = self._live_device()
+        if device is not None and hasattr(device, "compute_capability"):
+            return int(str(device.compute_capability).replace(".", ""))
+        return capability_of(self.kind)
+
+    @property
+    def gpu_limits(self) -> GpuLimits:
+        """What kernels are sized by: of the device, or of the largest one of its capability."""
+        limits = GPU_LIMITS.get(self.compute_capability or 90, HOPPER)
+        device = self._live_device()
+        if device is None or not hasattr(device, "core_count"):
+            return limits
+        return limits._replace(multiprocessors=device.core_count)
+
+    def _live_device(self) -> Any:
+        if self.platform != "gpu" or jax.default_backend() not in ("gpu", "cuda"):
+            return None
+        return next((d for d in jax.local_devices() if d.device_kind == self.kind), None)
 
 
 def find_target() -> Target:
@@ -57,6 +82,26 @@ def check_hopper(implementation: str) -> None:
     target = find_target()
     if not target.is_hopper and not is_interpreted():
         raise _wrong_device(implementation, "an NVIDIA Hopper GPU", target)
+
+
+def check_hopper_or_blackwell(implementation: str, *, shared_memory: int = 0) -> None:
+    """As `check_hopper`, for kernels without Hopper's matrix instructions (wgmma).
+
+    They compile for Blackwell too (tests/kernels/test_blackwell_aot.py), where nobody has run them:
+    no default choice selects them there.
+
+    Args:
+      implementation: its name, for the error.
+      shared_memory: bytes of it that the kernels need, which RTX cards may lack.
+    """
+    target = find_target()
+    if is_interpreted():
+        return
+    if target.compute_capability not in _HOPPER_AND_BLACKWELL:
+        raise _wrong_device(implementation, "an NVIDIA Hopper or Blackwell GPU", target)
+    if target.gpu_limits.shared_memory < shared_memory:
+        needed = f"{shared_memory} bytes of shared memory in a block"
+        raise _wrong_device(implementation, needed, target)
 
 
 def check_tpu(implementation: str) -> str:

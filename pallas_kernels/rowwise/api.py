@@ -5,11 +5,13 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from pallas_kernels.common.dispatch import Implementation, check_implementation
+from pallas_kernels.common.measured_choice import find_measured
 from pallas_kernels.common.symbolic import has_symbolic_shape
 from pallas_kernels.common.target import find_target
 from pallas_kernels.rowwise import reference, xla
 from pallas_kernels.rowwise.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.rowwise.mosaic_gpu.block_sizes import DEFAULT_WIDTH, SMALLEST_SIZE
+from pallas_kernels.rowwise.triton import op as triton
 from pallas_kernels.rowwise.types import (
     NORMS,
     Rows,
@@ -23,6 +25,7 @@ IMPLEMENTATIONS: dict[str, RowwiseImplementation] = {
     "reference": reference,
     "xla": xla,
     "mosaic_gpu": mosaic_gpu,
+    "triton": triton,
 }
 
 
@@ -43,7 +46,8 @@ def rms_norm(
       dtype: dtype of the result.
       implementation: "reference" (one row at a time, by definition), "xla" (every platform and
         dtype), "mosaic_gpu" (kernels for NVIDIA Hopper; bfloat16 rows of a multiple of 128
-        numbers), or None for the fastest known here.
+        numbers), "triton" (kernels for NVIDIA GPUs from Ampere on; extra `triton`), or None for
+        the fastest known here.
 
     Raises:
       ValueError: shapes do not fit together, or the implementation does not exist or cannot run
@@ -140,9 +144,13 @@ def _select(
 def _choose_implementation(
     operation: RowwiseOperation, rows: Rows, vectors: Vectors
 ) -> Implementation:
-    """The fastest by measurement (README.md)."""
+    """The fastest by measurement: on the user's device (`megalodon tune`), else in README.md."""
     if has_symbolic_shape(rows[0]):
         return "xla"
+    measured = find_measured(operation, rows[0], tokens=rows[0].size // rows[0].shape[-1])
+    obstacle = measured == "mosaic_gpu" and mosaic_gpu.find_obstacle(operation, rows)
+    if measured is not None and IMPLEMENTATIONS.get(measured) is not None and not obstacle:
+        return measured
     # Without sums along rows or over rows, XLA's fused loop is as fast.
     has_sums = operation in NORMS or any(vector is not None for vector in vectors)
     is_large = rows[0].size >= SMALLEST_SIZE and rows[0].shape[-1] % DEFAULT_WIDTH == 0

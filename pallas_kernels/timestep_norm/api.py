@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.common.dispatch import Implementation, check_implementation
+from pallas_kernels.common.measured_choice import find_measured
 from pallas_kernels.common.symbolic import has_symbolic_shape
 from pallas_kernels.common.target import find_target
 from pallas_kernels.timestep_norm import reference, xla
@@ -16,6 +17,7 @@ from pallas_kernels.timestep_norm.pallas_tpu.block_sizes import (
     SHORTEST_LENGTH,
     TPUS_FASTER_THAN_XLA,
 )
+from pallas_kernels.timestep_norm.triton import op as triton
 from pallas_kernels.timestep_norm.types import (
     TimestepNormOutput,
     TimestepNormState,
@@ -30,6 +32,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., TimestepNormOutput]] = {
     "xla": with_sequence_axis(xla.timestep_norm),
     "mosaic_gpu": mosaic_gpu.timestep_norm,
     "pallas_tpu": with_sequence_axis(pallas_tpu.timestep_norm),
+    "triton": triton.timestep_norm,
 }
 
 
@@ -64,8 +67,9 @@ def timestep_norm(
       segment_ids: documents of a row numbered 1, 2, ... in order; 0 is padding, between documents
         or inside one: y is 0 there, and the moments do not change. None: one document, no padding.
       implementation: "reference" (token by token), "xla" (parallel over tokens, any platform),
-        "mosaic_gpu" (kernels for NVIDIA Hopper), "pallas_tpu" (kernels for TPU), or None for the
-        fastest known on the target device.
+        "mosaic_gpu" (kernels for NVIDIA Hopper), "pallas_tpu" (kernels for TPU), "triton" (kernels
+        for NVIDIA GPUs from Ampere on; extra `triton`), or None for the fastest known on the target
+        device.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which the sequence is sharded
         (context parallelism); rows then start from the prior. None: every device has whole rows.
 
@@ -92,10 +96,16 @@ def timestep_norm(
 
 
 def _choose_implementation(x: Array, num_groups: int) -> Implementation:
-    """The fastest by measurement (GPU) or by the compiler's estimate (TPU); README.md has both."""
+    """The fastest by measurement (GPU) or by the compiler's estimate (TPU); README.md has both.
+
+    A measurement on the user's device (`megalodon tune`) comes first.
+    """
     if has_symbolic_shape(x):
         return "xla"
     target = find_target()
+    measured = find_measured("timestep_norm", x, tokens=x.shape[0] * x.shape[1])
+    if measured is not None and IMPLEMENTATIONS.get(measured) is not None:
+        return measured
     if target.is_hopper and mosaic_gpu.is_faster(x, num_groups):
         return "mosaic_gpu"
     if (

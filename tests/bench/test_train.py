@@ -8,6 +8,7 @@ import pytest
 
 from megalodon_jax.bench import train
 from megalodon_jax.bench.kernel_times import kernel_times, kind_of
+from megalodon_jax.bench.options import BenchTrainOptions
 from megalodon_jax.bench.train import CASES, StepTiming, TrainCase
 from megalodon_jax.chips import CHIPS
 from megalodon_jax.cli.main import main
@@ -74,6 +75,15 @@ def test_a_transformer_step_runs_on_this_device():
     case = dataclasses.replace(TrainCase("transformer200M", 8, 2048), documents=3, scan_layers=True)
     timing = train.time_step(train.small(case.config()), documents=3, steps=1)
     assert timing.tokens_per_second > 0
+
+
+def test_implementation_is_that_of_the_model_but_not_of_the_transformer():
+    case = train.TrainCase("mega200M", 8, 2048, implementation="triton")
+    assert case.config().model.implementation == "triton"
+    assert str(case).endswith(", triton")
+    (opponent,) = train._opponents(case, BenchTrainOptions(against="transformer"))
+    assert opponent.implementation is None
+    assert opponent.config().model.kind == "transformer"
 
 
 def test_cases_have_their_length():

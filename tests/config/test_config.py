@@ -143,6 +143,16 @@ def test_implementation_overrides_the_four_settings(operation: ModelOperation):
     assert {ModelConfig(**single).implementation_of(other) for other in others} == {None}
 
 
+def test_attention_has_no_triton_kernels():
+    config = ModelConfig(implementation="triton")
+    chosen = {name: config.implementation_of(name) for name in get_args(ModelOperation)}
+    assert chosen == {
+        "cema": "triton", "timestep_norm": "triton", "attention": "xla", "rowwise": "triton",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="chunk attention has no Triton kernels"):
+        ModelConfig(attention_implementation="triton")
+
+
 def test_norms_and_gates_have_no_tpu_kernels():
     config = ModelConfig(implementation="pallas_tpu")
     chosen = {name: config.implementation_of(name) for name in get_args(ModelOperation)}

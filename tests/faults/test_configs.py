@@ -49,9 +49,9 @@ SIZES = {
 LARGEST = {"lr": 0.1, "z_loss": 10.0, "weight_decay": 9.0, "clip_norm": 1e6, "rope_base": 1e12}
 # Kernels of devices that the tests have not; settings that name files and services.
 LEFT_OUT = {
-    "pallas_tpu", "mosaic_gpu", "splash", "cudnn", "kind", "task", "source", "files", "run_dir",
-    "heldout_files", "text_field", "document_separator", "tokenizer", "init_from", "resume",
-    "wandb_project", "sample_prompt", "processes",
+    "pallas_tpu", "mosaic_gpu", "triton", "splash", "cudnn", "kind", "task", "source", "files",
+    "run_dir", "heldout_files", "text_field", "document_separator", "tokenizer", "init_from",
+    "resume", "wandb_project", "sample_prompt", "processes",
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ later split, which adds q h k to its sum.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
@@ -21,31 +21,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.cema.mosaic_gpu import recurrence
-from pallas_kernels.cema.mosaic_gpu.layout import CemaGeometry, load_complex, select, store_complex
+from pallas_kernels.cema.mosaic_gpu.layout import load_complex, select, store_complex, work_item
 from pallas_kernels.cema.mosaic_gpu.pipeline import CemaBuffers, stream_tiles
 from pallas_kernels.cema.mosaic_gpu.state_passing import fold_summaries
-from pallas_kernels.cema.mosaic_gpu.tables import CemaOperands
 from pallas_kernels.cema.mosaic_gpu.tile_iterator import make_run_tile
-
-
-class CemaGradientSums(NamedTuple):
-    """Results of the gradient kernel, or their shapes.
-
-    Attributes:
-      dx: gradient of x.
-      x_e: Σ x e of every split.
-      x_k: Σ x k of every split, with q h k of its first token.
-      x_dy: Σ x dy of every split.
-      first_e: e at the row's first token; undefined in a packed row without tokens.
-      first_k: k at the row's first token, of its own split only.
-    """
-
-    dx: Any  # (B L D)
-    x_e: Any  # (B S 2 N D)
-    x_k: Any  # (B S 2 N D)
-    x_dy: Any  # (B S D)
-    first_e: Any  # (B 2 N D)
-    first_k: Any  # (B 2 N D)
+from pallas_kernels.cema.row_splits.tables import CemaOperands
+from pallas_kernels.cema.row_splits.types import CemaGeometry, CemaGradientSums
 
 
 def gradient_kernel(
@@ -59,7 +40,7 @@ def gradient_kernel(
     x, dy, inputs = operands
     split = lax.axis_index("s")
     order, tables = geometry.order, inputs.tables
-    work = geometry.work_item(split)
+    work = work_item(geometry, split)
     row, channels = work.row, work.channels
     zeros = recurrence.zeros(order), recurrence.zeros(order)
     e = fold_summaries(zeros, inputs, work, geometry, backward=True)

@@ -1,6 +1,6 @@
 """Split sizes of CEMA's Hopper kernels, from measurements (README.md has the tables)."""
 
-from pallas_kernels.cema.mosaic_gpu.layout import CHANNELS, TILE
+from pallas_kernels.cema.row_splits.types import CHANNELS, TILE
 from pallas_kernels.common.devices import HOPPER
 
 # Warpgroups that all splits of all rows and channels should make: two per multiprocessor, which

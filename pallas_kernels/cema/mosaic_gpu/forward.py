@@ -12,7 +12,7 @@ output kernel folds the summaries of the splits before its own with q^split, the
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -20,25 +20,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.cema.mosaic_gpu import recurrence
-from pallas_kernels.cema.mosaic_gpu.layout import CemaGeometry, load_complex, store_complex
+from pallas_kernels.cema.mosaic_gpu.layout import load_complex, store_complex, work_item
 from pallas_kernels.cema.mosaic_gpu.pipeline import CemaBuffers, stream_tiles
 from pallas_kernels.cema.mosaic_gpu.state_passing import find_horizon, fold_summaries, make_reset
-from pallas_kernels.cema.mosaic_gpu.tables import CemaOperands
 from pallas_kernels.cema.mosaic_gpu.tile_iterator import make_run_tile
-
-
-class CemaForwardResults(NamedTuple):
-    """Results of the output kernel, or their shapes; states are divided by p.
-
-    Attributes:
-      y: the output.
-      final_state: the state after every row; undefined in a packed row without tokens.
-      previous_states: the state before every split, or None.
-    """
-
-    y: Any  # (B L D)
-    final_state: Any  # (B 2 N D)
-    previous_states: Any  # (B S 2 N D)
+from pallas_kernels.cema.row_splits.tables import CemaOperands
+from pallas_kernels.cema.row_splits.types import CemaForwardResults, CemaGeometry
 
 
 def summary_kernel(
@@ -55,7 +42,7 @@ def summary_kernel(
     index = lax.axis_index("s")
     order = geometry.order
     zeros = recurrence.zeros(order), recurrence.zeros(order)
-    work = geometry.work_item(index + first_split)
+    work = work_item(geometry, index + first_split)
     # Tokens beyond the horizon leave nothing of themselves at the split's end.
     num_tiles = jnp.minimum(work.num_tiles, find_horizon(inputs.tables, work))
     first_tile = work.first_tile if backward else work.first_tile + work.num_tiles - num_tiles
@@ -82,7 +69,7 @@ def output_kernel(
     x, inputs = operands
     split = lax.axis_index("s")
     order = geometry.order
-    work = geometry.work_item(split)
+    work = work_item(geometry, split)
     channels, tables = work.channels, inputs.tables
     h = recurrence.zeros(order), recurrence.zeros(order)
     if inputs.initial is not None:

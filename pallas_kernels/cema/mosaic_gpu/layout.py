@@ -6,16 +6,13 @@ of one split; thread i holds channel i of every value in registers.
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Complex, Float
 
-CHANNELS = 128
-# Tokens of a tile; an int32 has one bit for each of them.
-TILE = 32
+from pallas_kernels.cema.row_splits.types import CHANNELS, CemaGeometry
+
 _LANES = plgpu.Layout.WG_STRIDED((CHANNELS,), vec_size=1)
 
 Lanes = Any  # float32 (CHANNELS,) in registers, one number per thread
@@ -41,35 +38,13 @@ class CemaWorkItem(NamedTuple):
     num_tiles: Any
 
 
-class CemaGeometry(NamedTuple):
-    """Static sizes of a call.
-
-    Attributes:
-      rows: B.
-      tiles: L / TILE.
-      channel_blocks: D / CHANNELS.
-      order: N.
-      tiles_per_split: of every split but the last, which may be shorter.
-    """
-
-    rows: int
-    tiles: int
-    channel_blocks: int
-    order: int
-    tiles_per_split: int
-
-    @property
-    def splits(self) -> int:
-        """Splits of a row."""
-        return -(-self.tiles // self.tiles_per_split)
-
-    def work_item(self, split: Any) -> CemaWorkItem:
-        """The work item of a split, for the row and channels of this grid index ("d", "s", "b")."""
-        first_tile = split * self.tiles_per_split
-        num_tiles = jnp.minimum(self.tiles_per_split, self.tiles - first_tile)
-        block = lax.axis_index("d")
-        channels = pl.ds(block * CHANNELS, CHANNELS)
-        return CemaWorkItem(lax.axis_index("b"), block, split, channels, first_tile, num_tiles)
+def work_item(geometry: CemaGeometry, split: Any) -> CemaWorkItem:
+    """The work item of a split, for the row and channels of this grid index ("d", "s", "b")."""
+    first_tile = split * geometry.tiles_per_split
+    num_tiles = jnp.minimum(geometry.tiles_per_split, geometry.tiles - first_tile)
+    block = lax.axis_index("d")
+    channels = pl.ds(block * CHANNELS, CHANNELS)
+    return CemaWorkItem(lax.axis_index("b"), block, split, channels, first_tile, num_tiles)
 
 
 def load(ref: Any, *index: Any) -> Lanes:
@@ -108,14 +83,3 @@ def select(flag: Any, if_true: Lanes, if_false: Lanes) -> Lanes:
     """One of two values by a scalar; a NaN in the other one has no effect."""
     lanes = jnp.broadcast_to(jnp.where(flag, 1.0, 0.0), (CHANNELS,))
     return jnp.where(plgpu.layout_cast(lanes, _LANES) > 0.5, if_true, if_false)
-
-
-def to_rows(z: Complex[Array, "*S D N"]) -> Float[Array, "*S 2 N D"]:
-    """Complex states in the kernels' memory layout: channels are contiguous."""
-    return jnp.swapaxes(jnp.stack([z.real, z.imag], axis=-3), -1, -2)
-
-
-def from_rows(a: Float[Array, "*S 2 N D"]) -> Complex[Array, "*S D N"]:
-    """The inverse of `to_rows`."""
-    a = jnp.swapaxes(a, -1, -2)
-    return jax.lax.complex(a[..., 0, :, :], a[..., 1, :, :])

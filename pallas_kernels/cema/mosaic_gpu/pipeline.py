@@ -12,7 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.cema.mosaic_gpu.layout import CHANNELS, TILE, CemaWorkItem
+from pallas_kernels.cema.mosaic_gpu.layout import CemaWorkItem
+from pallas_kernels.cema.row_splits.types import CHANNELS, TILE
 
 # Tiles of every streamed array in shared memory.
 STAGES = 2

@@ -10,13 +10,12 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.cema.mosaic_gpu import recurrence
 from pallas_kernels.cema.mosaic_gpu.layout import (
-    TILE,
-    CemaGeometry,
     CemaWorkItem,
     load_complex,
     select,
 )
-from pallas_kernels.cema.mosaic_gpu.tables import CemaOperands
+from pallas_kernels.cema.row_splits.tables import CemaOperands
+from pallas_kernels.cema.row_splits.types import TILE, CemaGeometry
 
 
 def find_horizon(tables: Any, work: CemaWorkItem) -> Any:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.cema.mosaic_gpu.layout import TILE, CemaWorkItem, Lanes, load, select
+from pallas_kernels.cema.mosaic_gpu.layout import CemaWorkItem, Lanes, load, select
+from pallas_kernels.cema.row_splits.types import TILE
 
 # Tokens that are loaded ahead together; 8 were no faster.
 UNROLL = 4

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.common.mosaic_gpu import interpret_params
-from pallas_kernels.common.target import check_hopper
+from pallas_kernels.common.target import check_hopper_or_blackwell
 from pallas_kernels.rowwise.mosaic_gpu.block_sizes import (
     MAX_NORM_WIDTH,
     THREADS,
@@ -105,7 +105,7 @@ def apply(
     Raises:
       ValueError: a width or dtype that the kernels do not have, or a device that is no Hopper GPU.
     """
-    check_hopper("mosaic_gpu")
+    check_hopper_or_blackwell("mosaic_gpu")
     obstacle = find_obstacle(kernel.name, rows)
     if obstacle is not None:
         raise ValueError(f"{kernel.name}: mosaic_gpu {obstacle}; use implementation 'xla' or None")

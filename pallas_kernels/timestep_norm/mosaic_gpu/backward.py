@@ -19,9 +19,7 @@ from pallas_kernels.timestep_norm.mosaic_gpu.layout import (
     HALVES,
     LANE_LAYOUT,
     ROW_LAYOUT,
-    TILE,
     Array,
-    TimestepNormGeometry,
     broadcast_columns,
     broadcast_groups,
     broadcast_scalar,
@@ -35,14 +33,7 @@ from pallas_kernels.timestep_norm.mosaic_gpu.layout import (
     zeros,
 )
 from pallas_kernels.timestep_norm.mosaic_gpu.operands import (
-    COUNT,
-    DOCUMENT_START,
-    FEEDS_PREVIOUS_SPLIT,
-    FLAGS,
-    LATER_DOCUMENT,
-    VALID,
     InputTiles,
-    KernelInputs,
     KernelScratch,
     TokenInfo,
     has,
@@ -51,6 +42,18 @@ from pallas_kernels.timestep_norm.mosaic_gpu.operands import (
 )
 from pallas_kernels.timestep_norm.mosaic_gpu.pipeline import WorkItem, find_work_item, stream
 from pallas_kernels.timestep_norm.mosaic_gpu.running_sums import clear_margins, running_sums
+from pallas_kernels.timestep_norm.row_splits.types import (
+    COUNT,
+    DOCUMENT_START,
+    FEEDS_PREVIOUS_SPLIT,
+    FLAGS,
+    LATER_DOCUMENT,
+    TILE,
+    VALID,
+    Gradients,
+    KernelInputs,
+    TimestepNormGeometry,
+)
 
 # Rows of `KernelInputs.statistics`.
 _OFFSET, _RSTD, _PIVOT = range(3)
@@ -194,22 +197,6 @@ def slopes_kernel(
         for j in range(2):
             total = load_lanes(scratch.feature_sums.at[i, j]).sum()
             results[work.row, work.split - first_split, group, j] = total
-
-
-class Gradients(NamedTuple):
-    """Results of `timestep_norm_gradients`, or their shapes.
-
-    Attributes:
-      dx: (B, L, D) gradient of x.
-      affine: (B, S, 2, D) gradients of scale and bias from every split.
-      initial: (B, S, G, 2) S and T at every split's first token. In packed rows (B, S, G, 4): S and
-        T summed over the tokens that start a row's first document, then over those that start
-        later ones.
-    """
-
-    dx: Any
-    affine: Any
-    initial: Any
 
 
 class _Carry(NamedTuple):

@@ -1,7 +1,7 @@
 """How the Hopper kernels divide a call: splits of a row, and groups of a block."""
 
 from pallas_kernels.common.devices import HOPPER
-from pallas_kernels.timestep_norm.mosaic_gpu.layout import TILE, TimestepNormGeometry
+from pallas_kernels.timestep_norm.row_splits.types import TILE, TimestepNormGeometry
 
 # More features of a group do not fit into registers.
 MAX_GROUP_FEATURES = 64
@@ -11,6 +11,8 @@ FEATURE_MULTIPLE = 16
 TARGET_WARPGROUPS = 2 * HOPPER.multiprocessors
 # Tiles of a split at least.
 MIN_SPLIT_TILES = 4
+# Bytes of shared memory of the gradients at the largest block; more than an RTX card has.
+SHARED_MEMORY = 118 * 1024
 
 
 def choose_geometry(

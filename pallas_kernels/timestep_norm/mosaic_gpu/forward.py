@@ -21,9 +21,7 @@ from pallas_kernels.timestep_norm.mosaic_gpu.layout import (
     HALVES,
     LANE_LAYOUT,
     ROW_LAYOUT,
-    TILE,
     Array,
-    TimestepNormGeometry,
     broadcast_columns,
     broadcast_groups,
     broadcast_scalar,
@@ -37,15 +35,8 @@ from pallas_kernels.timestep_norm.mosaic_gpu.layout import (
     zeros,
 )
 from pallas_kernels.timestep_norm.mosaic_gpu.operands import (
-    DOCUMENT_START,
-    FEEDS_NEXT_SPLIT,
-    FLAGS,
-    LATER_DOCUMENT,
-    VALID,
     InputTiles,
-    KernelInputs,
     KernelScratch,
-    TimestepNormDocuments,
     TokenInfo,
     has,
     input_slices,
@@ -53,6 +44,18 @@ from pallas_kernels.timestep_norm.mosaic_gpu.operands import (
 )
 from pallas_kernels.timestep_norm.mosaic_gpu.pipeline import WorkItem, find_work_item, stream
 from pallas_kernels.timestep_norm.mosaic_gpu.running_sums import clear_margins, running_sums
+from pallas_kernels.timestep_norm.row_splits.types import (
+    DOCUMENT_START,
+    FEEDS_NEXT_SPLIT,
+    FLAGS,
+    LATER_DOCUMENT,
+    TILE,
+    VALID,
+    KernelInputs,
+    Outputs,
+    TimestepNormDocuments,
+    TimestepNormGeometry,
+)
 
 
 class _TokenMoments(NamedTuple):
@@ -284,22 +287,6 @@ def _find_running_moments(
         rstd = jax.lax.rsqrt(squares * each + eps)
         found.append(_RunningMoments(state.pivot, total * each, rstd, total, squares))
     return found
-
-
-class Outputs(NamedTuple):
-    """Results of `timestep_norm_outputs`, or their shapes; None if not saved.
-
-    Attributes:
-      y: (B, L, D) normalized.
-      final_moments: (B, G, 2, 128) mean and variance after each token of the row's last tile.
-      statistics: for the backward pass; see `KernelInputs`.
-      pivots: likewise.
-    """
-
-    y: Any
-    final_moments: Any
-    statistics: Any
-    pivots: Any
 
 
 class _OutputsWarpgroup(NamedTuple):

@@ -2,39 +2,24 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.common import mosaic_gpu
-from pallas_kernels.timestep_norm.mosaic_gpu.backward import (
+from pallas_kernels.timestep_norm.mosaic_gpu.backward import gradients_kernel, slopes_kernel
+from pallas_kernels.timestep_norm.mosaic_gpu.forward import moments_kernel, outputs_kernel
+from pallas_kernels.timestep_norm.mosaic_gpu.operands import kernel_scratch
+from pallas_kernels.timestep_norm.row_splits.types import (
+    TILE,
     Gradients,
-    gradients_kernel,
-    slopes_kernel,
-)
-from pallas_kernels.timestep_norm.mosaic_gpu.forward import (
+    KernelInputs,
     Outputs,
-    moments_kernel,
-    outputs_kernel,
+    TimestepNormGpuOptions,
+    TimestepNormKernels,
 )
-from pallas_kernels.timestep_norm.mosaic_gpu.layout import TILE, TimestepNormGeometry
-from pallas_kernels.timestep_norm.mosaic_gpu.operands import KernelInputs, kernel_scratch
-
-
-class TimestepNormGpuOptions(NamedTuple):
-    """Static choices of a call.
-
-    Attributes:
-      eps: added to the variance.
-      geometry: sizes.
-      interpret: from `mosaic_gpu.interpret_params`.
-    """
-
-    eps: float
-    geometry: TimestepNormGeometry
-    interpret: Any
 
 
 def run_moments(
@@ -139,3 +124,6 @@ def _launch(
         scratch=kernel_scratch(geometry, inputs, has_output=has_output, num_sums=num_sums),
         interpret=options.interpret,
     )
+
+
+MOSAIC_GPU_KERNELS = TimestepNormKernels(run_moments, run_outputs, run_slopes, run_gradients)

@@ -6,15 +6,15 @@ the rows of wgmma (`ROW_LAYOUT`) for work along features; shared memory moves it
 other.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# Tokens of a tile.
-TILE = 128
+from pallas_kernels.timestep_norm.row_splits.types import TILE
+
 # Tokens of which a warpgroup holds all features in registers at once.
 HALF_TILE = 64
 HALVES = TILE // HALF_TILE
@@ -23,38 +23,6 @@ ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
 
 Array = Any  # float32 in registers
-
-
-class TimestepNormGeometry(NamedTuple):
-    """Static sizes of a call.
-
-    Attributes:
-      rows: rows B.
-      tiles: tiles of a row.
-      tiles_per_split: tiles of every split but the last, which may be shorter.
-      groups: groups G.
-      groups_per_block: groups that one block works on.
-      features: features of a group.
-      width: features of a group with padding.
-    """
-
-    rows: int
-    tiles: int
-    tiles_per_split: int
-    groups: int
-    groups_per_block: int
-    features: int
-    width: int
-
-    @property
-    def splits(self) -> int:
-        """Splits of a row."""
-        return -(-self.tiles // self.tiles_per_split)
-
-    @property
-    def block_width(self) -> int:
-        """Features of a block."""
-        return self.groups_per_block * self.width
 
 
 def load_half(tile_smem: Any, half: int) -> Array:

@@ -2,18 +2,10 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Float, Int32
 
-from pallas_kernels.timestep_norm.mosaic_gpu.layout import (
-    TILE,
-    Array,
-    TimestepNormGeometry,
-    lane_index,
-    load_lanes,
-)
+from pallas_kernels.timestep_norm.mosaic_gpu.layout import Array, lane_index, load_lanes
 from pallas_kernels.timestep_norm.mosaic_gpu.pipeline import (
     NUM_STAGES,
     StageBuffers,
@@ -21,60 +13,15 @@ from pallas_kernels.timestep_norm.mosaic_gpu.pipeline import (
     tile_buffers,
 )
 from pallas_kernels.timestep_norm.mosaic_gpu.running_sums import running_sums_smem
-
-# Flags of a token; see `TimestepNormDocuments`.
-VALID, DOCUMENT_START, LATER_DOCUMENT, FEEDS_NEXT_SPLIT, FEEDS_PREVIOUS_SPLIT = 1, 2, 4, 8, 16
-# Rows of `TimestepNormDocuments.token_info`.
-COUNT, FROM_START, TO_END, FLAGS = range(4)
-
-
-class TimestepNormDocuments(NamedTuple):
-    """Documents of packed rows, as the kernels read them.
-
-    Attributes:
-      token_info: for every tile and token: count after it, tokens since its document's first,
-        tokens to its document's last, and flags. VALID: not padding. DOCUMENT_START: a document's
-        first token. LATER_DOCUMENT: in all documents but the row's first. FEEDS_NEXT_SPLIT: no
-        document of its split starts after it. FEEDS_PREVIOUS_SPLIT: its document started before
-        its split, or is the row's first.
-      has_start: DOCUMENT_START if a document starts in a tile, else 0.
-      initial: mean and count * variance that the row's first document starts from, then those that
-        later documents start from.
-      has_initial: whether the count of the former, and of the latter, is above 0; 0 or 1.
-    """
-
-    token_info: Int32[jax.Array, "B tiles 4 128"]
-    has_start: Int32[jax.Array, "B tiles"]
-    initial: Float[jax.Array, "B G 4"]
-    has_initial: Int32[jax.Array, "B 2"]
-
-
-class KernelInputs(NamedTuple):
-    """Operands of a kernel in global memory; None where a kernel has no use for one.
-
-    Attributes:
-      x: (B, L, D), groups padded to `geometry.width` features.
-      documents: documents of packed rows; None if every row is one document without padding.
-      initial_count: (B,) tokens before the row; used by rows that are not packed.
-      scale: (D,).
-      bias: (D,).
-      previous_states: (B, S, G, 3) pivot, sum around it and squares before every split.
-      next_slopes: (B, S, G, 2) slopes S and T after every split.
-      dy: (B, L, D) cotangent of y.
-      statistics: (B, G, tiles, 2 or 3, 128) offset a, r and, if packed, pivot k of every token.
-      pivots: (B, S, G) pivot of every split, in rows that are not packed.
-    """
-
-    x: Any
-    documents: TimestepNormDocuments | None
-    initial_count: Any
-    scale: Any = None
-    bias: Any = None
-    previous_states: Any = None
-    next_slopes: Any = None
-    dy: Any = None
-    statistics: Any = None
-    pivots: Any = None
+from pallas_kernels.timestep_norm.row_splits.types import (
+    COUNT,
+    FLAGS,
+    FROM_START,
+    TILE,
+    TO_END,
+    KernelInputs,
+    TimestepNormGeometry,
+)
 
 
 class InputTiles(NamedTuple):

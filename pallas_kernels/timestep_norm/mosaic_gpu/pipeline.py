@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.timestep_norm.mosaic_gpu.layout import TILE, TimestepNormGeometry
+from pallas_kernels.timestep_norm.row_splits.types import TILE, TimestepNormGeometry
 
 # Tiles of every streamed array in shared memory.
 NUM_STAGES = 2

@@ -8,12 +8,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.timestep_norm.mosaic_gpu.layout import (
     LANE_LAYOUT,
-    TILE,
     Array,
     load_lanes,
     synchronize,
     zeros,
 )
+from pallas_kernels.timestep_norm.row_splits.types import TILE
 
 # Distances of the tokens whose sums a thread adds, in each of four steps.
 _SHIFTS = ((1, 2, 3), (4, 8, 12), (16, 32, 48), (64,))

@@ -109,8 +109,10 @@ def runnable(request: pytest.FixtureRequest) -> Iterator[None]:
     The parameters `rows`, `length` and `order` of a test say how large it is.
     """
     arguments = getattr(getattr(request.node, "callspec", None), "params", {})
-    platforms = {"mosaic_gpu": "gpu", "pallas_tpu": "tpu"}
+    platforms = {"mosaic_gpu": "gpu", "pallas_tpu": "tpu", "triton": "gpu"}
     platform = platforms.get(arguments.get("implementation"))
+    if arguments.get("implementation") == "triton":
+        pytest.importorskip("triton", reason="needs the extra: pip install -e '.[triton]'")
     if platform is None or platform == find_target().platform:
         yield
         return

@@ -12,12 +12,13 @@ from pallas_kernels.cema import CemaParams, cema
 EXACT = ["reference", "xla"]
 # The TPU's interpreter takes half a minute for some of these: on a CPU, test_pallas_tpu.py tests
 # these properties with functions compiled once.
-KERNELS = ["mosaic_gpu", pytest.param("pallas_tpu", marks=pytest.mark.device_only)]
+KERNELS = ["mosaic_gpu", pytest.param("pallas_tpu", marks=pytest.mark.device_only), "triton"]
 IMPLEMENTATIONS = [*EXACT, *KERNELS]
 # For properties whose test compiles a kernel of its own.
-SLOW_KERNELS = [*EXACT, pytest.param("mosaic_gpu", marks=pytest.mark.slow), KERNELS[1]]
+SLOW_KERNELS = [*EXACT, pytest.param("mosaic_gpu", marks=pytest.mark.slow), *KERNELS[1:]]
 # Largest relative error of outputs and of gradients, float32.
 TOLERANCES = {"xla": (5e-7, 3e-6), "mosaic_gpu": (3e-6, 1e-5), "pallas_tpu": (5e-7, 3e-6)}
+TOLERANCES["triton"] = TOLERANCES["mosaic_gpu"]
 
 # Tests of packed rows have the shape (3, 65, 3), N = 2 and this option: they share a compilation.
 SHARED = {"llvm_level": 3}
@@ -60,6 +61,7 @@ CASES = [
         ("xla", [pytest.mark.slow] if i in (4, 6) else []),
         ("mosaic_gpu", [] if i == 3 else [pytest.mark.slow]),
         ("pallas_tpu", [pytest.mark.device_only]),
+        ("triton", [pytest.mark.slow] if i in (2, 4) else []),
     )
 ]
 
@@ -300,7 +302,7 @@ def test_large_logits_stay_finite():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"implementation": "cuda"}, "'reference', 'xla', 'mosaic_gpu', 'pallas_tpu'"),
+        ({"implementation": "cuda"}, "'reference', 'xla', 'mosaic_gpu', 'pallas_tpu', 'triton'"),
         ({"implementation": "reference", "block_size": 8}, "leave block_size out"),
         ({"block_size": 0}, "positive"),
         ({"initial_state": jnp.zeros((2, 3, 5))}, "complex"),

@@ -96,7 +96,7 @@ def test_angles_differentiate_like_the_plain_formula():
 
 
 @pytest.mark.device_only
-@pytest.mark.parametrize("implementation", ["mosaic_gpu", "pallas_tpu"])
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "pallas_tpu", "triton"])
 @pytest.mark.parametrize("distance", [None, 1e-3])
 @pytest.mark.parametrize("signal", ["noise", "constant"])
 def test_bfloat16_kernels_add_little_to_the_rounding_of_their_output(

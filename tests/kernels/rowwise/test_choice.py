@@ -67,16 +67,15 @@ def test_what_kernels_cannot_take_is_refused_by_name(shape, dtype, message):
 def test_kernels_are_refused_elsewhere():
     if find_target().is_hopper:
         pytest.skip("is about other devices")
-    with pytest.raises(ValueError, match="needs an NVIDIA Hopper GPU, this is"):
+    with pytest.raises(ValueError, match="needs an NVIDIA Hopper or Blackwell GPU, this is"):
         rowwise.silu(jnp.zeros((2, 128), BF16), None, dtype=BF16, implementation="mosaic_gpu")
 
 
 def test_errors_name_what_is_wrong():
     x = jnp.zeros((2, 128))
     for unknown in ("cuda", "pallas_tpu"):
-        message = (
-            f"silu has no implementation '{unknown}'; use one of 'reference', 'xla', 'mosaic_gpu'"
-        )
+        known = "'reference', 'xla', 'mosaic_gpu', 'triton'"
+        message = f"silu has no implementation '{unknown}'; use one of {known}"
         with pytest.raises(ValueError, match=message):
             rowwise.silu(x, None, dtype=BF16, implementation=unknown)  # pyright: ignore
     with pytest.raises(ValueError, match=r"rows have shapes \(2, 128\) and \(128,\)"):

@@ -19,7 +19,7 @@ EPS = 1e-5
 pytestmark = pytest.mark.usefixtures("runnable")
 
 
-IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu")
+IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "triton")
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 VECTORS = ("scale", "bias", "offset")
 FULL = {

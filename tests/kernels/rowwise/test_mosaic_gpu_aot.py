@@ -61,7 +61,7 @@ def test_kernels_fit_into_registers(name, width):
 
 
 def test_model_block_uses_the_kernels(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "check_hopper", lambda name: None)
+    monkeypatch.setattr(mosaic_gpu, "check_hopper_or_blackwell", lambda name: None)
     config = ModelConfig(
         model_dim=128, z_dim=32, value_dim=256, ffn_hidden_dim=128, cema_ndim=2, chunk_size=16,
         norm_num_groups=2, dtype="bfloat16", rowwise_implementation="mosaic_gpu",

@@ -1,4 +1,4 @@
-"""Hopper kernels under context parallelism, against the reference on whole rows."""
+"""GPU kernels under context parallelism, against the reference on whole rows."""
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ ROWS = [
     [(0, 130), (1, 126), (2, 200), (0, 100), (2, 212)],
     [(1, 200), (0, 312), (1, 100), (0, 156)],
 ]
+
+
+each_implementation = pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
 
 
 def segment_ids():
@@ -63,9 +66,16 @@ def outputs_and_gradients(x, cotangents, parameters, ids, count, axis, **options
     return from_shards(y), from_shards(dx), *(a.sum(axis=0) for a in others)
 
 
+@pytest.fixture(autouse=True)
+def installed(request):
+    if request.node.callspec.params["implementation"] == "triton":
+        pytest.importorskip("triton", reason="needs the extra: pip install -e '.[triton]'")
+
+
 @pytest.mark.slow
+@each_implementation
 @pytest.mark.parametrize(("packed", "count"), [(False, 0), (True, 5)])
-def test_shards_equal_the_reference(packed, count, sequential_shards):
+def test_shards_equal_the_reference(implementation, packed, count, sequential_shards):
     rng = np.random.default_rng(3)
 
     def normal(*shape):
@@ -79,7 +89,7 @@ def test_shards_equal_the_reference(packed, count, sequential_shards):
     arguments = (x, cotangents, parameters, ids, count)
     expected = outputs_and_gradients(*arguments, None, implementation="reference")
     with interpreted():
-        actual = outputs_and_gradients(*arguments, "chunk", implementation="mosaic_gpu")
+        actual = outputs_and_gradients(*arguments, "chunk", implementation=implementation)
     names = ("y", "x", "scale", "bias", "mean", "var")
     for name, a, b in zip(names, actual, expected, strict=True):
         if count == 0 and name in ("mean", "var"):
@@ -90,7 +100,8 @@ def test_shards_equal_the_reference(packed, count, sequential_shards):
 
 
 @pytest.mark.slow
-def test_documents_do_not_affect_other_shards(sequential_shards):
+@each_implementation
+def test_documents_do_not_affect_other_shards(implementation, sequential_shards):
     ids = jnp.asarray([[1] * 128 + [2] * 640])
     x = jnp.asarray(np.random.default_rng(4).normal(size=(1, LENGTH, 32)), jnp.float32)
     ones = jnp.ones(32)
@@ -100,7 +111,7 @@ def test_documents_do_not_affect_other_shards(sequential_shards):
         def of_shard(x, ids):
             return timestep_norm(
                 x, ones, ones, num_groups=GROUPS, segment_ids=ids, sequence_axis="chunk",
-                implementation="mosaic_gpu",
+                implementation=implementation,
             ).y  # fmt: skip
 
         over_shards = jax.vmap(of_shard, axis_name="chunk")

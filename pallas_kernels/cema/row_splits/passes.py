@@ -1,4 +1,4 @@
-"""Forward and backward pass of CEMA on Hopper over all orders, around the kernel launches.
+"""Forward and backward pass of CEMA over all orders, around the kernel launches.
 
 Lists have one entry per group of orders (`tables.order_groups`); the kernels' states are divided
 by p.
@@ -11,20 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Int32
 
 from pallas_kernels.cema import coefficients
-from pallas_kernels.cema.mosaic_gpu.backward import CemaGradientSums
-from pallas_kernels.cema.mosaic_gpu.launch import (
-    launch_gradients,
-    launch_outputs,
-    launch_summaries,
-)
-from pallas_kernels.cema.mosaic_gpu.layout import (
-    CHANNELS,
-    TILE,
-    CemaGeometry,
-    from_rows,
-    to_rows,
-)
-from pallas_kernels.cema.mosaic_gpu.tables import (
+from pallas_kernels.cema.row_splits.tables import (
     CemaCoefficients,
     CemaDocuments,
     CemaOperands,
@@ -35,6 +22,16 @@ from pallas_kernels.cema.mosaic_gpu.tables import (
     order_groups,
     state_scale,
 )
+from pallas_kernels.cema.row_splits.types import (
+    CHANNELS,
+    TILE,
+    CemaForwardResults,
+    CemaGeometry,
+    CemaGradientSums,
+    CemaKernels,
+    from_rows,
+    to_rows,
+)
 from pallas_kernels.cema.types import CemaOutput, CemaParams
 from pallas_kernels.common.residuals import name_residuals
 
@@ -43,10 +40,12 @@ class CemaOptions(NamedTuple):
     """Static choices of a call.
 
     Attributes:
+      kernels: of the backend.
       split_size: tokens of a split.
-      interpret: as in `mosaic_gpu.launch`.
+      interpret: runs the kernels without their device, as the backend's launcher takes it.
     """
 
+    kernels: CemaKernels
     split_size: int
     interpret: Any
 
@@ -109,12 +108,12 @@ def summarize(
     """
     params, documents = inputs.params, inputs.documents
     summaries = [
-        launch_summaries(
+        _launch_summaries(
+            options,
             x,
             CemaOperands(tables, documents),
             _find_geometry(options, x, group),
             backward=backward,
-            interpret=options.interpret,
         )
         for tables, group in zip(inputs.tables, order_groups(params.alpha.shape[1]), strict=True)
     ]
@@ -164,13 +163,13 @@ def run_outputs(
             initial=None if initial is None else initial[:, :, group],
             summaries=None if summaries is None else summaries[i],
         )
-        results = launch_outputs(
+        results = _launch_outputs(
+            options,
             x,
             operands,
             _find_geometry(options, x, group),
             out_dtype=x.dtype if len(groups) == 1 else jnp.float32,
             save_split_states=save_split_states,
-            interpret=options.interpret,
         )
         results = name_residuals(results, "cema")
         outputs.append(results.y)
@@ -216,7 +215,8 @@ def run_gradients(
             for rows, group in zip(incoming.summaries, groups, strict=True)
         ]
     results = [
-        launch_gradients(
+        _launch_gradients(
+            options,
             x,
             dy,
             CemaOperands(
@@ -228,7 +228,6 @@ def run_gradients(
             ),
             _find_geometry(options, x, group),
             out_dtype=x.dtype if len(groups) == 1 else jnp.float32,
-            interpret=options.interpret,
         )
         for i, group in enumerate(groups)
     ]
@@ -239,6 +238,79 @@ def run_gradients(
     )
     (d_params,) = to_parameters(d_coefficients)
     return dx, d_params, d_initial_state
+
+
+def _launch_summaries(
+    options: CemaOptions,
+    x: Array,
+    operands: CemaOperands,
+    geometry: CemaGeometry,
+    *,
+    splits: range | None = None,
+    backward: bool,
+) -> Float[Array, "B S 2 N D"]:
+    """Summaries of `splits`; None: of all splits."""
+    splits = range(geometry.splits) if splits is None else splits
+    return options.kernels.summaries(
+        x, operands, geometry, splits=splits, backward=backward, interpret=options.interpret
+    )
+
+
+def _launch_outputs(
+    options: CemaOptions,
+    x: Array,
+    operands: CemaOperands,
+    geometry: CemaGeometry,
+    *,
+    out_dtype: Any,
+    save_split_states: bool,
+) -> CemaForwardResults:
+    """Summaries of the splits if operands lack them, then the outputs."""
+    if operands.summaries is None and geometry.splits > 1:
+        # No split follows the last one.
+        all_but_last = range(geometry.splits - 1)
+        summaries = _launch_summaries(
+            options, x, operands, geometry, splits=all_but_last, backward=False
+        )
+        operands = operands._replace(summaries=summaries)
+    return options.kernels.outputs(
+        x,
+        operands,
+        geometry,
+        out_dtype=out_dtype,
+        save_split_states=save_split_states,
+        interpret=options.interpret,
+    )
+
+
+def _launch_gradients(
+    options: CemaOptions,
+    x: Array,
+    dy: Array,
+    operands: CemaOperands,
+    geometry: CemaGeometry,
+    *,
+    out_dtype: Any,
+) -> CemaGradientSums:
+    """Summaries of dy if operands lack them, then the gradients."""
+    summaries = None
+    if geometry.splits > 1 and operands.summaries is not None:
+        summaries = operands.summaries[:, 1:]
+    elif geometry.splits > 1:
+        # No split precedes the first one.
+        inputs = CemaOperands(operands.tables, operands.documents)
+        all_but_first = range(1, geometry.splits)
+        summaries = _launch_summaries(
+            options, dy, inputs, geometry, splits=all_but_first, backward=True
+        )
+    return options.kernels.gradients(
+        x,
+        dy,
+        operands._replace(summaries=summaries),
+        geometry,
+        out_dtype=out_dtype,
+        interpret=options.interpret,
+    )
 
 
 def _decay_through_last_split(

@@ -1,4 +1,4 @@
-"""CEMA on Hopper GPUs under context parallelism.
+"""CEMA's GPU kernels under context parallelism.
 
 A sequence shard is to the row what a split is to the shard: the kernels' summaries of the splits
 give the shard's summary without a second pass over x. Forward: summarize the own shard, all-gather
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.cema.context_parallel import ShardDecays, incoming_state, incoming_state_vjp
 from pallas_kernels.cema.final_state import final_state
-from pallas_kernels.cema.mosaic_gpu.passes import (
+from pallas_kernels.cema.row_splits.passes import (
     CemaInputs,
     CemaOptions,
     IncomingGradient,

@@ -1,4 +1,4 @@
-"""CEMA's Hopper kernels under context parallelism, against the recurrence on one device."""
+"""CEMA's GPU kernels under context parallelism, against the recurrence on one device."""
 
 import jax
 import jax.numpy as jnp
@@ -65,19 +65,27 @@ def outputs_and_gradients(case, **options):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
 @pytest.mark.parametrize(
     ("length", "block_size", "packed", "with_state"),
     [(128, 32, True, False), (192, 64, False, True)],
 )
 def test_shards_equal_the_recurrence(
-    length, block_size, packed, with_state, make_case, sequential_shards, relative_error
+    implementation,
+    length,
+    block_size,
+    packed,
+    with_state,
+    make_case,
+    sequential_shards,
+    relative_error,
 ):
     ids = segment_ids() if packed else None
     case = make_case(len(RUNS) if packed else 1, length, 3, 2, segment_ids=ids)
     if not with_state:
         case = case._replace(cot_state=np.zeros_like(case.cot_state))
     want = outputs_and_gradients(case, implementation="reference")
-    options = {"implementation": "mosaic_gpu", "block_size": block_size, "sequence_axis": "chunk"}
+    options = {"implementation": implementation, "block_size": block_size, "sequence_axis": "chunk"}
     with interpreted():
         got = outputs_and_gradients(case, **options)
     leaves = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)

@@ -5,20 +5,21 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
-from pallas_kernels.timestep_norm.mosaic_gpu.layout import TILE, TimestepNormGeometry
-from pallas_kernels.timestep_norm.mosaic_gpu.operands import (
+from pallas_kernels.timestep_norm.positions import (
+    DocumentPositions,
+    document_positions,
+    token_counts,
+)
+from pallas_kernels.timestep_norm.row_splits.types import (
     DOCUMENT_START,
     FEEDS_NEXT_SPLIT,
     FEEDS_PREVIOUS_SPLIT,
     FLAGS,
     LATER_DOCUMENT,
+    TILE,
     VALID,
     TimestepNormDocuments,
-)
-from pallas_kernels.timestep_norm.positions import (
-    DocumentPositions,
-    document_positions,
-    token_counts,
+    TimestepNormGeometry,
 )
 from pallas_kernels.timestep_norm.types import MeanVar
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.timestep_norm.mosaic_gpu.documents import RowInfo
+from pallas_kernels.timestep_norm.row_splits.documents import RowInfo
 from pallas_kernels.timestep_norm.types import MeanVar
 
 Slopes = tuple[Float[Array, "B T G"], Float[Array, "B T G"]]

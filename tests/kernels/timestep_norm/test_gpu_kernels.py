@@ -1,4 +1,4 @@
-"""TimestepNorm's Hopper kernels, interpreted where there is no Hopper GPU."""
+"""TimestepNorm's GPU kernels, interpreted where there is no such GPU."""
 
 import functools
 
@@ -17,10 +17,17 @@ WHOLE, PACKED = (2, 384, 32, 2), (4, 300, 24, 2)
 COUNTS = {"prior": jnp.asarray(2, jnp.int32)}
 
 
+each_implementation = pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
+
+
 @pytest.fixture(autouse=True)
-def runnable(monkeypatch):
+def runnable(monkeypatch, request):
+    arguments = getattr(getattr(request.node, "callspec", None), "params", {})
+    is_triton = arguments.get("implementation") == "triton"
+    if is_triton:
+        pytest.importorskip("triton", reason="needs the extra: pip install -e '.[triton]'")
     monkeypatch.setattr("pallas_kernels.timestep_norm.mosaic_gpu.block_sizes.MIN_SPLIT_TILES", 1)
-    if find_target().is_hopper:
+    if find_target().is_hopper or (is_triton and find_target().platform == "gpu"):
         yield
         return
     with interpreted():
@@ -95,17 +102,17 @@ def pack():
 
 # The interpreter takes most of these tests' time: equal calls share their result.
 @functools.cache
-def by_kernels(shape, offset):
+def by_kernels(shape, offset, implementation):
     """Results of the kernels for `draw(shape, offset)`, packed if the shape is `PACKED`."""
     arrays, counts, cotangents = draw(shape, offset=offset)
     segment_ids = jnp.asarray(pack()) if shape == PACKED else None
     return differentiate(
         single(arrays), counts, single(cotangents), segment_ids, num_groups=shape[3],
-        implementation="mosaic_gpu",
+        implementation=implementation,
     )  # fmt: skip
 
 
-def assert_equals_float64(shape, segment_ids, *, offset):
+def assert_equals_float64(shape, segment_ids, *, offset, implementation):
     arrays, counts, cotangents = draw(shape, offset=offset)
     with jax.enable_x64(True):
         double = jax.tree.map(jnp.asarray, (arrays, cotangents))
@@ -114,7 +121,7 @@ def assert_equals_float64(shape, segment_ids, *, offset):
         )
         assert expected[0][0].dtype == jnp.float64
         expected = jax.tree.map(np.asarray, expected)
-    actual = by_kernels(shape, offset)
+    actual = by_kernels(shape, offset, implementation)
     np.testing.assert_array_equal(actual[1], expected[1])
     for a, b in zip(actual[0], expected[0], strict=True):
         assert relative(a, b) <= 1e-6
@@ -128,15 +135,19 @@ def assert_equals_float64(shape, segment_ids, *, offset):
 
 
 @pytest.mark.slow
+@each_implementation
 @pytest.mark.parametrize("offset", [2.0, 1000.0])
-def test_equals_float64(offset):
-    assert_equals_float64(WHOLE, None, offset=offset)
+def test_equals_float64(offset, implementation):
+    assert_equals_float64(WHOLE, None, offset=offset, implementation=implementation)
 
 
 @pytest.mark.slow
-def test_packed_rows_equal_float64():
+@each_implementation
+def test_packed_rows_equal_float64(implementation):
     ids = pack()
-    (y, mean, var), count, grads = assert_equals_float64(PACKED, jnp.asarray(ids), offset=2.0)
+    (y, mean, var), count, grads = assert_equals_float64(
+        PACKED, jnp.asarray(ids), offset=2.0, implementation=implementation
+    )
     assert not np.asarray(y)[ids == 0].any()
     assert not np.asarray(grads["x"])[ids == 0].any()
     # The last row is padding alone.
@@ -152,7 +163,8 @@ def test_packed_rows_equal_float64():
 # The interpreter warns of 1e30 squared, in a document that is not compared.
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
 @pytest.mark.slow
-def test_documents_and_padding_do_not_affect_other_documents():
+@each_implementation
+def test_documents_and_padding_do_not_affect_other_documents(implementation):
     arrays, counts, cotangents = draw(PACKED, offset=2.0)
     arrays, cotangents, ids = single(arrays), single(cotangents), pack()
     # Only rows 0 and 1 change: row 2 is a single document, row 3 padding alone.
@@ -165,7 +177,7 @@ def test_documents_and_padding_do_not_affect_other_documents():
 
     changed = differentiate(
         arrays | {"x": change(arrays["x"])}, counts, (change(cotangents[0]), *cotangents[1:]),
-        jnp.asarray(ids), num_groups=PACKED[3], implementation="mosaic_gpu",
+        jnp.asarray(ids), num_groups=PACKED[3], implementation=implementation,
     )  # fmt: skip
 
     def outputs_of_others(result):
@@ -175,13 +187,14 @@ def test_documents_and_padding_do_not_affect_other_documents():
         others = (ids != 0) & ~first
         return [np.asarray(a)[others] for a in (y, grads["x"])] + [*map(np.asarray, (mean, var))]
 
-    expected = outputs_of_others(by_kernels(PACKED, 2.0))
+    expected = outputs_of_others(by_kernels(PACKED, 2.0, implementation))
     for a, b in zip(outputs_of_others(changed), expected, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.slow
-def test_bfloat16_is_rounded_once():
+@each_implementation
+def test_bfloat16_is_rounded_once(implementation):
     arrays, counts, cotangents = draw(WHOLE, offset=4.0)
     arrays, cotangents = single(arrays), single(cotangents)
     x, dy = (a.astype(jnp.bfloat16) for a in (arrays["x"], cotangents[0]))
@@ -192,7 +205,7 @@ def test_bfloat16_is_rounded_once():
             (dy.astype(dtype), *cotangents[1:]),
             None,
             num_groups=WHOLE[3],
-            implementation="mosaic_gpu",
+            implementation=implementation,
         )
         for dtype in (jnp.bfloat16, jnp.float32)
     )

@@ -6,20 +6,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.common.residuals import name_residuals
-from pallas_kernels.timestep_norm.mosaic_gpu.documents import RowInfo, kernel_documents
-from pallas_kernels.timestep_norm.mosaic_gpu.launch import (
-    TimestepNormGpuOptions,
-    run_gradients,
-    run_moments,
-    run_outputs,
-    run_slopes,
-)
-from pallas_kernels.timestep_norm.mosaic_gpu.operands import KernelInputs, TimestepNormDocuments
-from pallas_kernels.timestep_norm.mosaic_gpu.state_passing import (
+from pallas_kernels.timestep_norm.row_splits.documents import RowInfo, kernel_documents
+from pallas_kernels.timestep_norm.row_splits.state_passing import (
     final_state_slopes,
     multiply_by_count,
     next_slopes,
     previous_states,
+)
+from pallas_kernels.timestep_norm.row_splits.types import (
+    KernelInputs,
+    TimestepNormDocuments,
+    TimestepNormGpuOptions,
 )
 from pallas_kernels.timestep_norm.types import MeanVar
 
@@ -46,7 +43,7 @@ class TimestepNormResiduals(NamedTuple):
     documents: TimestepNormDocuments | None
     previous_states: Float[Array, "B S G 3"]
     final_mean: Float[Array, "B G"]
-    statistics: Float[Array, "B G tiles C 128"]
+    statistics: Array
     pivots: Float[Array, "B S G"] | None
 
 
@@ -73,7 +70,7 @@ def forward_pass(
       prior: mean and variance (G,) before later documents.
       row_info: counts and documents.
       save_statistics: whether a backward pass follows.
-      summaries: of all splits, from `run_moments`; None computes those that are needed.
+      summaries: of all splits, from the kernels; None computes those that are needed.
     """
     num_splits = options.geometry.splits
     documents = kernel_documents(row_info, initial, prior)
@@ -81,12 +78,12 @@ def forward_pass(
     if num_splits == 1:
         summaries = None
     elif summaries is None:
-        summaries = run_moments(options, inputs, num_splits - 1)
+        summaries = options.kernels.moments(options, inputs, num_splits - 1)
     else:
         summaries = summaries[:, :-1]
     states = previous_states(summaries, initial, prior, row_info, num_splits)
     inputs = inputs._replace(previous_states=states)
-    out = run_outputs(options, inputs, save_statistics=save_statistics)
+    out = options.kernels.outputs(options, inputs, save_statistics=save_statistics)
     states, out = name_residuals((states, out), "timestep_norm")
     mean, var = out.final_moments[:, :, 0, -1], out.final_moments[:, :, 1, -1]
     residuals = TimestepNormResiduals(
@@ -124,7 +121,7 @@ def backward_pass(
       options: static choices.
       residuals: from `forward_pass` with `save_statistics`.
       cotangents: of y, and of mean and variance after every row.
-      slopes: of all splits, from `run_slopes`; None computes those that are needed.
+      slopes: of all splits, from the kernels; None computes those that are needed.
     """
     dy, d_mean, d_var = cotangents
     row_info, geometry = residuals.row_info, options.geometry
@@ -132,7 +129,7 @@ def backward_pass(
     if geometry.splits == 1:
         slopes = None
     elif slopes is None:
-        slopes = run_slopes(options, inputs, first_split=1)
+        slopes = options.kernels.slopes(options, inputs, first_split=1)
     else:
         slopes = slopes[:, 1:]
     pivots = _last_pivots(residuals, geometry.tiles_per_split, geometry.splits)
@@ -141,7 +138,7 @@ def backward_pass(
     )
     first_pivots = residuals.previous_states[:, 1:, :, 0]
     after = next_slopes(slopes, final_slopes, pivots, first_pivots, row_info)
-    out = run_gradients(options, inputs._replace(next_slopes=after))
+    out = options.kernels.gradients(options, inputs._replace(next_slopes=after))
     d_affine = out.affine.sum(axis=(0, 1))
     d_initial, d_prior = _initial_gradients(out.initial, d_mean, d_var, row_info)
     return out.dx, d_affine[0], d_affine[1], d_initial, d_prior, None

@@ -1,4 +1,4 @@
-"""Inputs of CEMA's Hopper kernels beside the sequences: coefficients, document boundaries.
+"""Inputs of CEMA's GPU kernels beside the sequences: coefficients, document boundaries.
 
 Made in plain JAX before the kernels run. The kernels keep states divided by p.
 """
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Int32
 
 from pallas_kernels.cema import coefficients
-from pallas_kernels.cema.mosaic_gpu.layout import CHANNELS, TILE
+from pallas_kernels.cema.row_splits.types import CHANNELS, TILE
 from pallas_kernels.cema.types import CemaParams
 
 # Orders of one launch: the state of more does not fit into registers. Further orders are further

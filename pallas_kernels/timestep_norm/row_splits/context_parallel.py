@@ -1,4 +1,4 @@
-"""TimestepNorm on Hopper GPUs under context parallelism.
+"""TimestepNorm's GPU kernels under context parallelism.
 
 The kernels that summarize splits summarize a whole sequence shard too, so no other pass reads x:
 
@@ -19,28 +19,26 @@ from pallas_kernels.timestep_norm.context_parallel import (
     incoming_state,
     incoming_state_vjp,
 )
-from pallas_kernels.timestep_norm.mosaic_gpu.documents import (
+from pallas_kernels.timestep_norm.row_splits.documents import (
     RowInfo,
     describe_rows,
     kernel_documents,
 )
-from pallas_kernels.timestep_norm.mosaic_gpu.launch import (
-    TimestepNormGpuOptions,
-    run_moments,
-    run_slopes,
-)
-from pallas_kernels.timestep_norm.mosaic_gpu.operands import KernelInputs
-from pallas_kernels.timestep_norm.mosaic_gpu.passes import (
+from pallas_kernels.timestep_norm.row_splits.passes import (
     TimestepNormResiduals,
     backward_inputs,
     backward_pass,
     forward_pass,
 )
-from pallas_kernels.timestep_norm.mosaic_gpu.state_passing import (
+from pallas_kernels.timestep_norm.row_splits.state_passing import (
     add_slopes,
     final_state_slopes,
     merge_splits,
     multiply_by_count,
+)
+from pallas_kernels.timestep_norm.row_splits.types import (
+    KernelInputs,
+    TimestepNormGpuOptions,
 )
 from pallas_kernels.timestep_norm.types import MeanVar, TimestepNormState
 
@@ -123,7 +121,7 @@ def _forward(options, axis, x, scale, bias, prior, prior_count, segment_ids, *, 
 def _backward(options, axis, residuals, cotangents):
     local, incoming, prior, shards = residuals
     dy, (_, d_mean, d_var) = cotangents
-    slopes = run_slopes(options, backward_inputs(local, dy), first_split=0)
+    slopes = options.kernels.slopes(options, backward_inputs(local, dy), first_split=0)
     d_incoming = _incoming_gradients(slopes, d_mean, d_var, local, incoming)
     later_d_mean, later_d_var = incoming_state_vjp(shards, prior, *d_incoming, axis)
     dx, d_scale, d_bias, d_initial, d_prior, _ = backward_pass(
@@ -148,7 +146,7 @@ def _summarize_splits(
     zeros = jnp.zeros((x.shape[0], options.geometry.groups), jnp.float32)
     documents = kernel_documents(row_info, (zeros, zeros), prior)
     inputs = KernelInputs(x, documents, row_info.initial_count)
-    return run_moments(options, inputs, options.geometry.splits)
+    return options.kernels.moments(options, inputs, options.geometry.splits)
 
 
 def _last_document_moments(summaries: Float[Array, "B S G 4"], row_info: RowInfo) -> MeanVar:

@@ -1,0 +1,1 @@
+"""CEMA by the recurrence in registers, rows split in time: all that GPU backends share."""

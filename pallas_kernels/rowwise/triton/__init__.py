@@ -1,0 +1,1 @@
+"""Norms and gates of rows on NVIDIA GPUs of every generation, by Triton."""

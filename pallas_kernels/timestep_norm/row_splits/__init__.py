@@ -1,0 +1,1 @@
+"""TimestepNorm with rows split in time: all that GPU backends share."""

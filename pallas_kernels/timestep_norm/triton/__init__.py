@@ -1,0 +1,1 @@
+"""TimestepNorm on NVIDIA GPUs of every generation, by Triton."""
