@@ -143,15 +143,9 @@ def _import_jax_triton() -> ModuleType:
     import jax_triton
     from jax._src.interpreters import partial_eval
 
-    # jax-triton 0.4.1 registers a rule of two arguments, jax 0.12 calls it with three. Its meaning,
-    # that every operand is used, holds for all versions.
-    primitive = jax_triton.triton_lib.triton_kernel_call_p
-
-    def keep_everything(*arguments):
-        equation = arguments[-1]
-        return [True] * len(equation.invars), equation
-
-    partial_eval.dce_rules[primitive] = keep_everything
+    # jax-triton 0.4.1 registers a rule of two arguments, which jax 0.12 calls with three, and which
+    # keeps every call. JAX's default rule drops the calls whose results rematerialization ignores.
+    partial_eval.dce_rules.pop(jax_triton.triton_lib.triton_kernel_call_p, None)
     return jax_triton
 
 

@@ -1,5 +1,7 @@
 """Triton compiles CEMA's kernels for every generation of NVIDIA GPUs from Ampere on."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -79,6 +81,23 @@ def test_a_program_with_the_kernels_compiles_for_hopper():
         "cema_gradients", "cema_outputs", "cema_summaries", "cema_summaries",
     ]  # fmt: skip
     assert {(kernel.operation, kernel.implementation) for kernel in kernels} == {("cema", "triton")}
+
+
+def test_rematerialization_drops_kernels_whose_results_are_saved(monkeypatch):
+    for package in ("triton", "jax_triton"):
+        pytest.importorskip(package, reason="needs the extra: pip install -e '.[triton]'")
+    monkeypatch.setattr("pallas_kernels.cema.triton.op.check_triton", lambda name: None)
+    policy = jax.checkpoint_policies.save_only_these_names("cema")
+    matrix = jnp.zeros((128, 4))
+    params = CemaParams(matrix, matrix, jnp.zeros(128), jnp.zeros((128, 4, 2)), jnp.zeros(128))
+
+    @partial(jax.checkpoint, policy=policy)
+    def loss(x):
+        return jnp.square(cema(x, params, implementation="triton", block_size=32).y).sum()
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(jnp.zeros((1, 64, 128))))
+    # Summaries and outputs forward, summaries and gradients backward.
+    assert program.count("triton_kernel_call[") == 4
 
 
 def test_triton_kernels_are_refused_on_cpu_and_without_the_extra(monkeypatch):
