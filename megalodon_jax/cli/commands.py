@@ -14,10 +14,12 @@ import tyro
 from megalodon_jax.bench import options as bench
 from megalodon_jax.cli.chat import Chat
 from megalodon_jax.cli.command import Command, WithCompilationCache
+from megalodon_jax.cli.encoders import Classify, Embed
 from megalodon_jax.cli.generate import Generate
 from megalodon_jax.cli.help import described
 from megalodon_jax.cli.run_config import RunSettings, to_config
 from megalodon_jax.cli.serve import Serve
+from megalodon_jax.errors import ConfigError
 from megalodon_jax.plan.options import PlanOptions
 
 Config = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
@@ -60,7 +62,9 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(WithCompilationCache):
-    """Evaluates a trained model on text files of any length, in constant device memory.
+    """Evaluates a trained model: on text files of any length, or an encoder on its own examples.
+
+    Texts take constant device memory. An encoder takes the held-out examples of its run.
 
     Example: megalodon evaluate --checkpoint runs/first --files a.txt "books/*.txt.gz"
     """
@@ -68,8 +72,9 @@ class Evaluate(WithCompilationCache):
     checkpoint: str
     """The run_dir of a training run or one of its checkpoints, a path or a URL gs:// or s3://; a
     .safetensors file; or a folder in the Hugging Face form."""
-    files: tuple[str, ...]
-    """Paths, folders, globs or URLs of text: plain, .jsonl (both also .gz, .zst), .parquet."""
+    files: tuple[str, ...] = ()
+    """Paths, folders, globs or URLs of text: plain, .jsonl (both also .gz, .zst), .parquet; none
+    for an encoder."""
     text_field: str = "text"
     """Field that holds the text in .jsonl and .parquet files."""
     document_separator: str = ""
@@ -84,9 +89,21 @@ class Evaluate(WithCompilationCache):
     """Also load a checkpoint without manifest, which an older version wrote."""
     tokenizer: str = ""
     """Tokenizer file to use instead of the copy in the run."""
+    best: bool = False
+    """Encoder: take the checkpoint of the best held-out result."""
+    examples_path: str = ""
+    """Encoder: where the examples (`examples.path`) are now; empty: where the run has read them."""
+    split: Literal["valid", "test"] | None = None
+    """Encoder: held-out part of data that has both; that of the run if not set."""
+    picture: str = ""
+    """Encoder: new SVG file with the confusion matrix."""
 
     def run(self) -> int:
-        """Prints bits per byte and perplexity."""
+        """Prints bits per byte and perplexity; of an encoder the accuracy."""
+        if self._is_encoder():
+            return self._evaluate_encoder()
+        if not self.files:
+            raise ConfigError("no files to evaluate; name at least one with --files")
         with self.keep_programs():
             result = self._evaluate()
         print(
@@ -94,6 +111,26 @@ class Evaluate(WithCompilationCache):
             f"perplexity per token {result.perplexity:.4f}  "
             f"tokens {result.num_tokens:,}  bytes {result.num_bytes:,}"
         )
+        return 0
+
+    def _is_encoder(self) -> bool:
+        from megalodon_jax.training.encoder_runs import is_encoder_run
+
+        return not self.files and is_encoder_run(self.checkpoint)
+
+    def _evaluate_encoder(self) -> int:
+        from megalodon_jax.cli.encoders import evaluate_encoder
+
+        with self.keep_programs():
+            line = evaluate_encoder(
+                self.checkpoint,
+                step=self.step,
+                best=self.best,
+                examples_path=self.examples_path,
+                split=self.split,
+                picture=self.picture,
+            )
+        print(line)
         return 0
 
     def _evaluate(self) -> "Evaluation":
@@ -298,6 +335,8 @@ class Tokenizer:
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "evaluate": Evaluate,
+    "classify": Classify,
+    "embed": Embed,
     "generate": Generate,
     "chat": Chat,
     "serve": Serve,

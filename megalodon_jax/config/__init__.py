@@ -7,6 +7,7 @@ stored in every checkpoint. The docstring of a field is its `--help` text.
 
 from megalodon_jax.config.data import DataConfig, HeldoutSet, MixtureSource, TextSource
 from megalodon_jax.config.encoder import EncoderConfig
+from megalodon_jax.config.examples import ExamplesConfig
 from megalodon_jax.config.kinds import (
     AnyModelConfig,
     LanguageModelConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "DType",
     "DataConfig",
     "EncoderConfig",
+    "ExamplesConfig",
     "HeldoutSet",
     "InitMode",
     "LanguageModelConfig",
