@@ -15,6 +15,8 @@ from megalodon_jax.data.text_files import naming
 from megalodon_jax.errors import DataError
 from megalodon_jax.typing import Batch
 
+# As many in a row show that the form of all is another one.
+_MAX_BAD_IN_A_ROW = 1_000
 _HEADER = struct.Struct("<iB")
 _PART = struct.Struct("<cII")
 # Token ids travel in the smallest type; values are float32.
@@ -130,18 +132,24 @@ class LabelledReader:
         self._documents = documents
         self._format: LabelledFormat = options.examples
         self._seq_len, self._packing = options.seq_len, options.packing
+        self._on_bad_document = options.on_bad_document
         self._source = source
         self._pending: _Pending | None = None
+        self._bad_documents = self._num_bad_in_a_row = 0
 
     def position(self) -> dict[str, Any]:
         """The position as JSON values."""
         pending = self._pending
-        return {"documents": self._documents.position() if pending is None else pending.before}
+        return {
+            "documents": self._documents.position() if pending is None else pending.before,
+            "bad_documents": self._bad_documents,
+        }
 
     def move_to(self, position: dict[str, Any]) -> None:
         """Moves to a saved position."""
         self._documents.move_to(position["documents"])
         self._pending = None
+        self._bad_documents, self._num_bad_in_a_row = position["bad_documents"], 0
 
     def next_epoch(self) -> int | None:
         """The epoch of the next row; None at the end of the data."""
@@ -157,16 +165,35 @@ class LabelledReader:
             self._pending = None
             if self._packing == "pad":
                 break
-        return row.build(self._source)
+        bad_documents, self._bad_documents = self._bad_documents, 0
+        return row.build(self._source, bad_documents=bad_documents)
 
     def _next(self) -> _Pending | None:
-        if self._pending is None:
+        while self._pending is None:
             before = self._documents.position()
             document = self._documents.next()
             if document is None:
                 return None
-            self._pending = _Pending(self._read(document), document.epoch, before)
+            try:
+                example = self._read(document)
+            except DataError as error:
+                self._count_bad(error)
+                continue
+            self._num_bad_in_a_row = 0
+            self._pending = _Pending(example, document.epoch, before)
         return self._pending
+
+    def _count_bad(self, error: DataError) -> None:
+        if self._on_bad_document == "stop":
+            raise DataError(
+                f"{error}; data.on_bad_document = 'skip' leaves such examples out"
+            ) from error
+        self._bad_documents += 1
+        self._num_bad_in_a_row += 1
+        if self._num_bad_in_a_row >= _MAX_BAD_IN_A_ROW:
+            raise DataError(
+                f"{_MAX_BAD_IN_A_ROW:,} examples in a row cannot be read; the last one: {error}"
+            ) from error
 
     def _read(self, document: NextDocument) -> LabelledExample:
         with naming(document.where):
@@ -211,10 +238,10 @@ class _LabelledRow:
         self._end, self._num_examples = end, self._num_examples + 1
         return True
 
-    def build(self, source: int) -> Row:
+    def build(self, source: int, *, bad_documents: int = 0) -> Row:
         """The row with what has been added so far."""
         tokens = int(np.count_nonzero(self._segment_ids))
-        counts = Counts(tokens, self._num_examples, 0)
+        counts = Counts(tokens, self._num_examples, bad_documents)
         arrays = (self._tokens, self._targets, self._segment_ids)
         return Row(*arrays, 0, source, counts, loss_mask=self._loss_mask)
 

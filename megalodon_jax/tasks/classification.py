@@ -155,6 +155,13 @@ class Classification(abc.ABC):
                 f"the examples of task {config.task!r} need model.input = {needs.input!r} and "
                 f"{name} {needs.size}, got {model.input!r} and {size}"
             )
+        settings = config.examples
+        is_wav = config.task == "audio" and not settings.tfds_name and settings.path != "synthetic"
+        if settings.normalize == "time" and not is_wav:
+            raise ConfigError(
+                "examples.normalize = 'time' is for folders of WAV files; use 'constant' with "
+                "examples.mean and examples.std"
+            )
         if model.num_classes < needs.num_classes:
             raise ConfigError(
                 f"task {config.task!r} has {needs.num_classes} classes; set model.num_classes to it"
@@ -187,7 +194,7 @@ class Classification(abc.ABC):
         labels, weights = _labels(batch, most)
         if self.documents_per_example == 2:
             labels, weights = labels[:, 1::2], weights[:, 1::2]
-        return class_loss(scores, labels, weights, batch.segment_ids)
+        return class_loss(scores, labels, weights, batch.segment_ids, z_loss=config.z_loss)
 
     def metric(self, sums: Sequence[LossOutput], num_bytes: int | None) -> Evaluation:
         """Loss, accuracy and the confusion matrix."""
@@ -200,13 +207,24 @@ def class_loss(
     labels: Int32[Array, "B M"],
     weights: Float32[Array, "B M"],
     segment_ids: Int32[Array, "B L"],
+    *,
+    z_loss: float = 0.0,
 ) -> LossOutput:
-    """Sums of -log softmax(scores)[label], and the confusion matrix."""
+    """Sums of -log softmax(scores)[label], and the confusion matrix.
+
+    Args:
+      scores: of the classes of M examples of every row.
+      labels: their classes.
+      weights: 0 where a row has fewer than M.
+      segment_ids: of the tokens, to count them.
+      z_loss: weight of log(Z)^2, as in `cross_entropy`.
+    """
     # Scores of documents that a row lacks mean nothing, and may be NaN: selections leave them out.
     is_example = weights > 0
     scores = jnp.where(is_example[..., None], scores, 0.0)
     chosen = jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(scores, axis=-1) - chosen
+    log_z = jax.nn.logsumexp(scores, axis=-1)
+    losses = log_z - chosen
     found = jnp.argmax(scores, axis=-1)
     classes = jnp.arange(scores.shape[-1])
     one_hot = (labels[..., None] == classes) * weights[..., None]
@@ -215,7 +233,7 @@ def class_loss(
     return LossOutput(
         loss_sum=jnp.sum(losses * weights),
         weight_sum=jnp.sum(weights),
-        z_loss_sum=jnp.zeros((), jnp.float32),
+        z_loss_sum=z_loss * jnp.sum(jnp.square(log_z) * weights),
         correct_sum=jnp.sum((found == labels) * weights),
         num_tokens=jnp.sum((segment_ids != 0).astype(jnp.float32)),
         confusion=confusion,

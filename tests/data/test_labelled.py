@@ -116,6 +116,24 @@ def test_an_example_that_fits_no_row_is_refused():
     assert max(np.bincount(row).max() for b in batches for row in b.tokens if row.any()) >= 3
 
 
+class WithBad(Counting):
+    """Every third example cannot be read."""
+
+    def example(self, index: int) -> LabelledExample:
+        if index % 3 == 0:
+            raise DataError("unreadable")
+        return super().example(index)
+
+
+def test_bad_examples_stop_the_pass_or_are_left_out():
+    with pytest.raises(DataError, match=r"unreadable.*'skip' leaves such examples out"):
+        list(loader(WithBad(12)))
+    reader = loader(WithBad(12), on_bad_document="skip")
+    assert sum(batch.weights.sum() for batch in reader) == 8
+    # The last bad example may come after the last row.
+    assert reader.bad_documents in (3, 4)
+
+
 def value_of(tokens: list[int]) -> int:
     """The value of a tree, by a stack; not derived from the generator."""
     stack: list = []
