@@ -126,7 +126,8 @@ class Encoder(nnx.Module):
           dropout_key: turns dropout on.
 
         Raises:
-          ValueError: inputs of another shape; or pairs without two documents a row.
+          ValueError: inputs of another shape; several documents a row without segment ids; pairs
+            without two documents a row.
         """
         stack_key, head_key = split_key(dropout_key, 2)
         options: Any = {
@@ -204,6 +205,11 @@ class Encoder(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], PositionInfo]:
         config = self.config
         shape = self._check_inputs(inputs)
+        if segment_ids is None and max_documents > 1:
+            raise ValueError(
+                f"max_documents is {max_documents} without segment_ids, which tell where the "
+                "documents of a row are; pass both"
+            )
         info = position_info(
             shape,
             chunk_size=config.chunk_size,

@@ -1,6 +1,6 @@
 """Every kind of model, by the name in `model.kind`."""
 
-from typing import overload
+from typing import Any, overload
 
 from flax import nnx
 
@@ -19,9 +19,11 @@ from megalodon_jax.model import Megalodon
 @overload
 def build_model(config: LanguageModelConfig, *, rngs: nnx.Rngs) -> LanguageModel: ...
 @overload
-def build_model(config: AnyModelConfig, *, rngs: nnx.Rngs) -> LanguageModel | Encoder: ...
-def build_model(config: AnyModelConfig, *, rngs: nnx.Rngs) -> LanguageModel | Encoder:
-    """A model of `config.kind` with fresh weights."""
+def build_model(config: EncoderConfig, *, rngs: nnx.Rngs) -> Encoder: ...
+@overload
+def build_model(config: AnyModelConfig, *, rngs: nnx.Rngs) -> Any: ...
+def build_model(config: AnyModelConfig, *, rngs: nnx.Rngs) -> Any:
+    """A model of `config.kind` with fresh weights: a `LanguageModel`, or an `Encoder`."""
     if isinstance(config, EncoderConfig):
         return Encoder(config, rngs=rngs)
     if isinstance(config, ModelConfig):

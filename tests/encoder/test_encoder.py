@@ -274,6 +274,8 @@ def test_what_is_refused():
         nnx.merge(*model_of(dataclasses.replace(SMALL, head="pairs")))(inputs)
     with pytest.raises(ValueError, match=r"shape \(2, 8\).*'values' needs"):
         nnx.merge(*model_of(VARIANTS["values, SiLU"]))(inputs)
+    with pytest.raises(ValueError, match="max_documents is 2 without segment_ids"):
+        nnx.merge(*model_of(SMALL))(inputs, max_documents=2)
     with pytest.raises(ValueError, match="no matrix of tokens"):
         nnx.merge(*model_of(SMALL)).output_matrix()
     with pytest.raises(ConfigError, match=r"head is 'tokens'.*input is 'values'"):
