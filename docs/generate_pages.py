@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args, get_origin
 from megalodon_jax.cli.help import field_docs
 from megalodon_jax.config import (
     DataConfig,
+    EncoderConfig,
+    ExamplesConfig,
     HeldoutSet,
     LoraConfig,
     MeshConfig,
@@ -47,9 +49,11 @@ TABLES: tuple[tuple[str, type], ...] = (
     ("", TrainConfig),
     ("model", ModelConfig),
     ("model", TransformerConfig),
+    ("model", EncoderConfig),
     ("data", DataConfig),
     ("data.sources", MixtureSource),
     ("data.heldout_sets", HeldoutSet),
+    ("examples", ExamplesConfig),
     ("optim", OptimConfig),
     ("lora", LoraConfig),
     ("sft", SftConfig),

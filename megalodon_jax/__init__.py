@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from megalodon_jax.baselines.transformer import Transformer
     from megalodon_jax.cache import Cache, LayerCache
     from megalodon_jax.config import (
+        EncoderConfig,
         MeshConfig,
         ModelConfig,
         TrainConfig,
         TransformerConfig,
         load_config,
     )
+    from megalodon_jax.encoder import Encoder
     from megalodon_jax.errors import ConfigError
     from megalodon_jax.generate import Completion, generate_text
     from megalodon_jax.inference.engine import Engine
@@ -38,6 +40,8 @@ _MODULES = {
     "Cache": "cache",
     "Completion": "generate",
     "ConfigError": "errors",
+    "Encoder": "encoder",
+    "EncoderConfig": "config",
     "Engine": "inference.engine",
     "HiddenOutput": "language_model",
     "HiddenStatesOutput": "language_model",
@@ -65,6 +69,8 @@ __all__ = [
     "Cache",
     "Completion",
     "ConfigError",
+    "Encoder",
+    "EncoderConfig",
     "Engine",
     "HiddenOutput",
     "HiddenStatesOutput",

@@ -8,7 +8,7 @@ import jax.export
 from flax import nnx
 from jax import numpy as jnp
 
-from megalodon_jax.config import AnyModelConfig
+from megalodon_jax.config import LanguageModelConfig
 from megalodon_jax.modules.embedding import Embedding, check_embeddings, check_tokens
 from megalodon_jax.modules.matmul import interceptable_matmul, is_quantized, is_wrapped_by_qwix
 from megalodon_jax.modules.parameters import axis_names, embedding_initializer
@@ -76,7 +76,7 @@ class ModelInputs(NamedTuple):
     cache: Any
     dropout_key: PRNGKey | None
 
-    def check(self, config: AnyModelConfig) -> tuple[int, int]:
+    def check(self, config: LanguageModelConfig) -> tuple[int, int]:
         """Rows B and tokens L; raises ValueError as `LanguageModel.__call__` does."""
         tokens, embeddings = self.tokens, self.inputs_embeds
         if (tokens is None) == (embeddings is None):
@@ -118,7 +118,7 @@ class LanguageModel(nnx.Module):
       output: the output matrix; None if it is tied to the embedding.
     """
 
-    config: AnyModelConfig
+    config: LanguageModelConfig
     embed: Embedding
     output: OutputLayer | None
 
@@ -266,7 +266,7 @@ class LanguageModel(nnx.Module):
         return self.reset_rows(cache, (first != 0) & (first != cache.segment))
 
 
-def make_output_layer(config: AnyModelConfig, *, rngs: nnx.Rngs) -> OutputLayer | None:
+def make_output_layer(config: LanguageModelConfig, *, rngs: nnx.Rngs) -> OutputLayer | None:
     """The output matrix of a model; None if `share_emb` ties it to the embedding."""
     if config.share_emb:
         return None

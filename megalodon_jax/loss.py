@@ -23,12 +23,17 @@ class LossOutput(NamedTuple):
       weight_sum: sum of the weights.
       z_loss_sum: weighted z_loss * log(Z)^2; train on (loss_sum + z_loss_sum) / weight_sum.
       correct_sum: weighted count of tokens whose target has the highest logit.
+      num_tokens: input tokens, where they are not the weighted targets; else None.
+      confusion: counts of examples by their class (rows) and the class of the highest score; None
+        where targets are tokens.
     """
 
     loss_sum: Float32[Array, ""]
     weight_sum: Float32[Array, ""]
     z_loss_sum: Float32[Array, ""]
     correct_sum: Float32[Array, ""]
+    num_tokens: Float32[Array, ""] | None = None
+    confusion: Float32[Array, "K K"] | None = None
 
 
 def cross_entropy(

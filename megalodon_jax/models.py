@@ -1,15 +1,31 @@
 """Every kind of model, by the name in `model.kind`."""
 
+from typing import Any, overload
+
 from flax import nnx
 
 from megalodon_jax.baselines.transformer import Transformer
-from megalodon_jax.config import AnyModelConfig, ModelConfig
+from megalodon_jax.config import (
+    AnyModelConfig,
+    EncoderConfig,
+    LanguageModelConfig,
+    ModelConfig,
+)
+from megalodon_jax.encoder import Encoder
 from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.model import Megalodon
 
 
-def build_model(config: AnyModelConfig, *, rngs: nnx.Rngs) -> LanguageModel:
-    """A model of `config.kind` with fresh weights."""
+@overload
+def build_model(config: LanguageModelConfig, *, rngs: nnx.Rngs) -> LanguageModel: ...
+@overload
+def build_model(config: EncoderConfig, *, rngs: nnx.Rngs) -> Encoder: ...
+@overload
+def build_model(config: AnyModelConfig, *, rngs: nnx.Rngs) -> Any: ...
+def build_model(config: AnyModelConfig, *, rngs: nnx.Rngs) -> Any:
+    """A model of `config.kind` with fresh weights: a `LanguageModel`, or an `Encoder`."""
+    if isinstance(config, EncoderConfig):
+        return Encoder(config, rngs=rngs)
     if isinstance(config, ModelConfig):
         return Megalodon(config, rngs=rngs)
     return Transformer(config, rngs=rngs)

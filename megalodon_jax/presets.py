@@ -39,7 +39,7 @@ def read_preset(kind: PresetKind, name: str) -> dict[str, Any]:
 def config_names() -> list[str]:
     """Names of the shipped training configurations, such as `first_run` and `pods/v5e_256`."""
     folder = configs_dir()
-    found = (*folder.glob("*.toml"), *folder.glob("pods/*.toml"))
+    found = [path for group in ("", "pods/", "tasks/") for path in folder.glob(f"{group}*.toml")]
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in found)
 
 

@@ -118,6 +118,10 @@ def load_with_tokenizer(
       ConvertError, CheckpointError, DataError: as for `load`.
     """
     model, own = load(source, tokenizer=tokenizer, step=step, allow_unverified=allow_unverified)
+    if not isinstance(model, LanguageModel):
+        raise ConfigError(
+            f"{source} is an encoder, which writes no text; use megalodon classify or evaluate"
+        )
     if own is None:
         raise ConfigError(f"{source} has no tokenizer; name one with --tokenizer or tokenizer=")
     return TrainedModel(model, own)

@@ -16,8 +16,9 @@ class Batch(NamedTuple):
     """Rows of packed documents, ready for a training step (numpy on the host, jax on devices).
 
     Attributes:
-      tokens: input tokens.
-      targets: the token that follows each input token in its document; anything at weight 0.
+      tokens: input tokens; for encoders of images and sound values, float32 (B, L, c).
+      targets: the token that follows each input token in its document; anything at weight 0. For
+        classification the class of an example, at its last token.
       segment_ids: documents of a row numbered 1, 2, ... in order; 0 is padding. With
         `data.carry_state` document 1 continues the last one of the same row of the batch before,
         and a row that starts with a new document is numbered from 2.

@@ -102,7 +102,7 @@ def compile_for(
         return compile_lowered(jax.jit(function, donate_argnums=donate_argnums).lower(*shapes))
 
 
-def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+def compile_lowered(lowered: jax.stages.Lowered) -> Any:
     """Compiles a program that was lowered for a device of this module, and keeps the reports on its
     Mosaic GPU kernels, each of which a process compiles once."""
     with ptxas_reports() as reports:

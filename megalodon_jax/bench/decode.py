@@ -41,7 +41,8 @@ from megalodon_jax.bench.options import BenchDecodeOptions, ModelPreset
 from megalodon_jax.bench.prefill import FirstToken, PrefillSpeed, first_tokens, prefill_speed
 from megalodon_jax.bench.train import TRANSFORMERS, small, use_all_memory
 from megalodon_jax.config import (
-    AnyModelConfig,
+    EncoderConfig,
+    LanguageModelConfig,
     ModelConfig,
     TrainConfig,
     TransformerConfig,
@@ -223,7 +224,7 @@ def _measure_against(
     assert isinstance(full, TransformerConfig)
     grouped = grouped_queries(full)
     name = TRANSFORMERS[options.preset]
-    contenders: dict[str, AnyModelConfig | None] = {
+    contenders: dict[str, LanguageModelConfig | None] = {
         options.preset: None,
         name: full,
         f"{name}, kv_heads {grouped.kv_heads}": grouped,
@@ -248,7 +249,7 @@ def _measure_against(
                 yield _format_context(row)
 
 
-def bench_config(preset: ModelPreset, dtype: DType, *, is_small: bool) -> AnyModelConfig:
+def bench_config(preset: ModelPreset, dtype: DType, *, is_small: bool) -> LanguageModelConfig:
     """The model of a benchmark of inference, written out as for training at full speed.
 
     Args:
@@ -257,7 +258,10 @@ def bench_config(preset: ModelPreset, dtype: DType, *, is_small: bool) -> AnyMod
       is_small: a model for a CPU.
     """
     config = model_preset(preset, dtype=dtype, scan_layers=False)
-    return small(TrainConfig(model=config)).model if is_small else config
+    config = small(TrainConfig(model=config)).model if is_small else config
+    if isinstance(config, EncoderConfig):
+        raise ValueError(f"preset {preset!r} is an encoder, which does not decode")
+    return config
 
 
 def chain_of(*, is_small: bool) -> Chain:

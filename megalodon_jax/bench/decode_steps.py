@@ -21,7 +21,7 @@ from megalodon_jax.bench.kernel_times import KernelTimes, kernel_times
 from megalodon_jax.compiled.hlo import parse_program
 from megalodon_jax.compiled.launches import count_launches
 from megalodon_jax.compiled.memory import read_memory
-from megalodon_jax.config import AnyModelConfig
+from megalodon_jax.config import LanguageModelConfig
 from megalodon_jax.inference.blocks import (
     Emitted,
     RowRequest,
@@ -89,7 +89,7 @@ class BenchModel:
     weights: AnyDecodeWeights
 
     @classmethod
-    def make(cls, config: AnyModelConfig, weights: WeightFormat = "model") -> "BenchModel":
+    def make(cls, config: LanguageModelConfig, weights: WeightFormat = "model") -> "BenchModel":
         """Fresh weights.
 
         Raises:
@@ -140,7 +140,7 @@ class BenchModel:
         return make(self.params)
 
 
-def random_model(config: AnyModelConfig) -> LanguageModel:
+def random_model(config: LanguageModelConfig) -> LanguageModel:
     """A model with fresh weights, made by one program."""
     graphdef = nnx.split(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))[0]
     params = jax.jit(lambda: nnx.split(build_model(config, rngs=nnx.Rngs(0)))[1])()

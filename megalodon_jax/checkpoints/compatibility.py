@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from megalodon_jax.config import AnyModelConfig, OptimConfig
+from megalodon_jax.config import AnyModelConfig, EncoderConfig, OptimConfig
 from megalodon_jax.errors import CheckpointError, MismatchError
 from megalodon_jax.storage.location import AnyPath
 
@@ -29,6 +29,16 @@ _COMPUTE_FIELDS = frozenset(
 )
 # Fields that a run may change when it starts from trained weights: no parameter depends on them.
 CONTINUATION_FIELDS = frozenset({"chunk_size", "rope_base"})
+# Fields of an encoder's head, which a run from trained weights may have afresh, and of dropout.
+HEAD_FIELDS = frozenset({"head", "num_classes", "head_bias", "pooling_residual"})
+DROPOUT_FIELDS = frozenset({"dropout", "hidden_dropout", "attention_dropout"})
+
+
+def has_other_head(saved: AnyModelConfig, wanted: AnyModelConfig) -> bool:
+    """Whether two encoders have heads of different parameters."""
+    if not isinstance(saved, EncoderConfig) or not isinstance(wanted, EncoderConfig):
+        return False
+    return any(getattr(saved, name) != getattr(wanted, name) for name in HEAD_FIELDS)
 
 
 def check_format(found: Any, source: str | AnyPath) -> None:

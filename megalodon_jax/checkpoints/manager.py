@@ -317,6 +317,10 @@ class RunCheckpoints(CheckpointReader):
                 f"the held-out loss cannot be written to {self.directory}: {reason(error)}"
             ) from error
 
+    def best_step(self) -> int | None:
+        """The complete checkpoint with the lowest held-out loss; None: none has one."""
+        return HeldoutLosses(self._files).best(self.complete_steps())
+
     def close(self) -> None:
         """Waits for the last save, stops the writer threads and releases the run directory."""
         try:

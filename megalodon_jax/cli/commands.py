@@ -14,6 +14,7 @@ import tyro
 from megalodon_jax.bench import options as bench
 from megalodon_jax.cli.chat import Chat
 from megalodon_jax.cli.command import Command
+from megalodon_jax.cli.encoders import Classify, Embed
 from megalodon_jax.cli.evaluate import Evaluate
 from megalodon_jax.cli.examples import Examples
 from megalodon_jax.cli.generate import Generate
@@ -272,6 +273,8 @@ COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "evaluate": Evaluate,
     "examples": Examples,
+    "classify": Classify,
+    "embed": Embed,
     "generate": Generate,
     "chat": Chat,
     "serve": Serve,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 EvaluationTask = Literal[
     "text",
+    "examples",
     "perplexity_by_context",
     "loss_by_position",
     "passkey",
@@ -33,6 +34,7 @@ _ANSWERS = ("count", "seed", "method", "window", "tokens_per_call")
 # The options of every task, besides those of the model and `json`.
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "text": (*_FILES, "batch_size", "piece_length"),
+    "examples": ("best", "examples_path", "split", "picture"),
     "perplexity_by_context": (
         *_FILES, "contexts", "tail", "join", "max_tokens", "window", "tokens_per_call",
     ),
@@ -56,7 +58,8 @@ class Evaluate(WithCompilationCache):
     """Evaluates a trained model: text files of any length, or a task with --task.
 
     Every task streams in constant device memory (a Transformer with full attention: a cache of the
-    context). An option of another task is an error.
+    context). An option of another task is an error. The run of an encoder without --files takes the
+    task examples.
 
     Example: megalodon evaluate --checkpoint runs/first --files a.txt "books/*.txt.gz"
     """
@@ -70,7 +73,7 @@ class Evaluate(WithCompilationCache):
     loss and decoding time without the attention of the last blocks (skip_attention). Without
     --files: a number in a long text (passkey), random letters to repeat (copy), the value of a
     random key (recall), sums of reversed digits (addition), time and memory of prefill by length
-    (prefill_cost)."""
+    (prefill_cost). Of an encoder: the result of its run's task on held-out examples (examples)."""
     files: tuple[str, ...] = ()
     """Paths, folders, globs or URLs of text: plain, .jsonl (both also .gz, .zst), .parquet."""
     text_field: str = "text"
@@ -123,6 +126,15 @@ class Evaluate(WithCompilationCache):
     """prefill_cost, skip_attention: timed calls, after one for warm-up."""
     skip: tuple[int, ...] = (0, 1, 2)
     """skip_attention: numbers of last blocks whose attention is left out."""
+    best: bool = False
+    """examples: take the checkpoint of the best held-out result."""
+    examples_path: str = ""
+    """examples: where the examples (`examples.path`) are now; empty: where the run has read
+    them."""
+    split: Literal["valid", "test"] | None = None
+    """examples: held-out part of data that has both; that of the run if not set."""
+    picture: str = ""
+    """examples: new SVG file with the confusion matrix."""
     json: str = ""
     """Also write the results to this file."""
     step: int | None = None
@@ -134,7 +146,11 @@ class Evaluate(WithCompilationCache):
 
     def run(self) -> int:
         """Prints the results: of `text` a line with bits per byte, of other tasks a table."""
+        if self.task == "text" and not self.files and self._is_encoder():
+            return dataclasses.replace(self, task="examples").run()
         self._check()
+        if self.task == "examples":
+            return self._evaluate_examples()
         with self.keep_programs():
             trained, results = self._evaluate()
         from megalodon_jax.evaluation.results import results_table, write_results
@@ -149,6 +165,30 @@ class Evaluate(WithCompilationCache):
                 checkpoint=self.checkpoint,
                 options={name: getattr(self, name) for name in _OPTIONS[self.task]},
             )
+        return 0
+
+    def _is_encoder(self) -> bool:
+        from megalodon_jax.training.encoder_runs import is_encoder_run
+
+        return is_encoder_run(self.checkpoint)
+
+    def _evaluate_examples(self) -> int:
+        from megalodon_jax.cli.encoders import evaluate_encoder
+
+        if self.json:
+            raise ConfigError("--json is not an option of --task examples; it prints one line")
+        if not self._is_encoder():
+            raise ConfigError(f"--task examples is for runs of encoders; {self.checkpoint} is none")
+        with self.keep_programs():
+            line = evaluate_encoder(
+                self.checkpoint,
+                step=self.step,
+                best=self.best,
+                examples_path=self.examples_path,
+                split=self.split,
+                picture=self.picture,
+            )
+        print(line)
         return 0
 
     def _check(self) -> None:

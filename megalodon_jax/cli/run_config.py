@@ -10,6 +10,7 @@ import tyro
 from megalodon_jax.cli.help import described
 from megalodon_jax.config import (
     DataConfig,
+    ExamplesConfig,
     LoraConfig,
     MeshConfig,
     OptimConfig,
@@ -46,6 +47,7 @@ _TABLES: dict[str, tuple[Any, Any]] = {
     "optim": (OptimConfig, described(OptimConfig)),
     "lora": (LoraConfig, described(LoraConfig)),
     "sft": (SftConfig, described(SftConfig)),
+    "examples": (ExamplesConfig, described(ExamplesConfig)),
     "mesh": (MeshConfig, _with_preset(MeshConfig, "meshes")),
     "processes": (ProcessesConfig, described(ProcessesConfig)),
 }

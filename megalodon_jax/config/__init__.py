@@ -6,8 +6,11 @@ stored in every checkpoint. The docstring of a field is its `--help` text.
 """
 
 from megalodon_jax.config.data import DataConfig, HeldoutSet, MixtureSource, TextSource
+from megalodon_jax.config.encoder import EncoderConfig
+from megalodon_jax.config.examples import ExamplesConfig
 from megalodon_jax.config.kinds import (
     AnyModelConfig,
+    LanguageModelConfig,
     model_config_class,
     model_preset,
 )
@@ -34,8 +37,11 @@ __all__ = [
     "AttentionImplementation",
     "DType",
     "DataConfig",
+    "EncoderConfig",
+    "ExamplesConfig",
     "HeldoutSet",
     "InitMode",
+    "LanguageModelConfig",
     "LoraConfig",
     "MeshConfig",
     "MixtureSource",

@@ -4,19 +4,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from megalodon_jax.config.checks import require, shown
+from megalodon_jax.config.encoder import EncoderConfig
 from megalodon_jax.config.model import ModelConfig
 from megalodon_jax.config.transformer import TransformerConfig
 from megalodon_jax.errors import did_you_mean
 from megalodon_jax.presets import read_preset
 
-AnyModelConfig = ModelConfig | TransformerConfig
-MODEL_CONFIGS: dict[str, type[ModelConfig] | type[TransformerConfig]] = {
+LanguageModelConfig = ModelConfig | TransformerConfig
+AnyModelConfig = ModelConfig | TransformerConfig | EncoderConfig
+MODEL_CONFIGS: dict[str, type[AnyModelConfig]] = {
     "megalodon": ModelConfig,
     "transformer": TransformerConfig,
+    "encoder": EncoderConfig,
 }
 
 
-def model_config_class(table: Mapping[str, Any]) -> type[ModelConfig] | type[TransformerConfig]:
+def model_config_class(table: Mapping[str, Any]) -> type[AnyModelConfig]:
     """The configuration class of a `[model]` table by its `kind`; MEGALODON if it has none.
 
     Raises:

@@ -2,10 +2,11 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from megalodon_jax.config.checks import Rule, check
 from megalodon_jax.config.data import DataConfig
+from megalodon_jax.config.examples import ExamplesConfig
 from megalodon_jax.config.kinds import AnyModelConfig
 from megalodon_jax.config.lora import LoraConfig
 from megalodon_jax.config.mesh import MeshConfig, ProcessesConfig
@@ -24,6 +25,12 @@ from megalodon_jax.config.ranges import (
     Weight,
 )
 from megalodon_jax.config.sft import SftConfig
+
+TaskName = Literal[
+    "language", "sft", "listops", "pixels", "patches", "pathfinder", "text", "retrieval", "audio",
+    "masked_language",
+]  # fmt: skip
+ENCODER_TASKS = get_args(TaskName)[2:]
 
 RULES = (
     Rule(
@@ -58,6 +65,22 @@ RULES = (
         lambda c: not c.data.carry_state or c.task == "language",
         "data.carry_state is set for task {c.task!r}, whose rows do not follow each other; use "
         "task = 'language', or carry_state = false",
+    ),
+    Rule(
+        lambda c: (c.model.kind == "encoder") == (c.task in ENCODER_TASKS),
+        "task is {c.task!r} and model.kind {c.model.kind!r}; an encoder has one of the tasks "
+        f"{', '.join(ENCODER_TASKS)}, and other models have language or sft",
+    ),
+    Rule(
+        lambda c: (
+            c.model.kind != "encoder" or (c.model.head == "tokens") == (c.task == "masked_language")
+        ),
+        "model.head is {c.model.head!r} and task {c.task!r}; masked_language has the head "
+        "'tokens', the other tasks have 'classes', and retrieval 'pairs'",
+    ),
+    Rule(
+        lambda c: c.model.kind != "encoder" or not c.lora.rank,
+        "lora.rank is {c.lora.rank} for an encoder; factors are for language models: use 0",
     ),
     Rule(
         lambda c: not c.profile_steps or _is_step_range(c.profile_steps),
@@ -95,9 +118,13 @@ class TrainConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
     sft: SftConfig = field(default_factory=SftConfig)
-    task: Literal["language", "sft"] = "language"
+    examples: ExamplesConfig = field(default_factory=ExamplesConfig)
+    task: TaskName = "language"
     """Task of the run: its examples, its loss and its metric. language: the next token of running
-    text; sft: supervised fine-tuning, the responses of prompts or of conversations in .jsonl."""
+    text; sft: supervised fine-tuning, the responses of prompts or of conversations in .jsonl. The
+    others are those of encoders: listops, pixels, patches, pathfinder, text (bytes), retrieval
+    (pairs of texts) and audio classify documents; masked_language finds masked tokens of running
+    text."""
     run_dir: RequiredLocation = "runs/default"
     """Directory of the run's checkpoints, logs and resolved configuration; a path, or a URL gs://
     or s3://."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from megalodon_jax.data.contents import read_all
 from megalodon_jax.data.documents import Documents, NextDocument
-from megalodon_jax.data.examples import Example, encode_example
+from megalodon_jax.data.examples import Example, ExampleFormat, encode_example
 from megalodon_jax.data.packing import Row, RowBuilder, TokenPiece
 from megalodon_jax.data.pieces import decode_utf8
 from megalodon_jax.data.reader import MAX_BAD_IN_A_ROW, ReadOptions, with_way_out
@@ -36,7 +36,7 @@ class ExampleReader:
     """
 
     def __init__(self, documents: Documents, options: ReadOptions, *, source: int):
-        assert options.examples is not None
+        assert isinstance(options.examples, ExampleFormat)
         self._documents = documents
         self._options = options
         self._format = options.examples

@@ -51,7 +51,7 @@ class Row(NamedTuple):
     """One row of a batch (see `Batch`), in the smallest types that hold it.
 
     Attributes:
-      tokens: inputs.
+      tokens: inputs; values (L, c) in float32 for encoders of images and sound.
       targets: targets.
       segment_ids: number of the segment, from 1; 0: padding.
       num_bytes: text bytes that the targets encode; 0 if not counted.
@@ -60,7 +60,7 @@ class Row(NamedTuple):
       loss_mask: targets that the loss counts; None: all that are not padding.
     """
 
-    tokens: Int[np.ndarray, " L"]
+    tokens: np.ndarray
     targets: Int[np.ndarray, " L"]
     segment_ids: Int[np.ndarray, " L"]
     num_bytes: int
@@ -151,7 +151,10 @@ def collate(rows: Sequence[Row], *, num_rows: int, num_sources: int, state: str)
       state: the reader's position after the last row.
     """
     shape = (num_rows, len(rows[0].tokens))
-    tokens, targets, segment_ids = np.zeros((3, *shape), np.int32)
+    targets, segment_ids = np.zeros((2, *shape), np.int32)
+    first = rows[0].tokens
+    is_value = first.dtype == np.float32
+    tokens = np.zeros((num_rows, *first.shape), np.float32 if is_value else np.int32)
     counts = np.zeros((num_sources, len(Counts._fields)), np.int64)
     weights = np.zeros(shape, np.float32)
     for index, row in enumerate(rows):

@@ -13,6 +13,7 @@ from megalodon_jax.data.documents import Documents, Slice, open_documents
 from megalodon_jax.data.example_reader import ExampleReader
 from megalodon_jax.data.huggingface import StreamedSource
 from megalodon_jax.data.interleaved import InterleavedReader
+from megalodon_jax.data.labelled import LabelledFormat, LabelledReader
 from megalodon_jax.data.packing import PackedRows, Row, collate
 from megalodon_jax.data.reader import ReadOptions, RowReader
 from megalodon_jax.data.sources import Source
@@ -175,8 +176,10 @@ class _BatchIterator(grain.DatasetIterator[PackedRows]):
 
 def open_rows(
     documents: Documents, options: ReadOptions, *, source: int, interleave: bool
-) -> InterleavedReader | RowReader | ExampleReader:
-    """The rows of one source: of running text, or of examples of a prompt and a response."""
+) -> InterleavedReader | RowReader | ExampleReader | LabelledReader:
+    """The rows of one source: running text, examples of a prompt and a response, or of a class."""
+    if isinstance(options.examples, LabelledFormat):
+        return LabelledReader(documents, options, source=source)
     if options.examples is not None:
         return ExampleReader(documents, options, source=source)
     reader = InterleavedReader if interleave else RowReader

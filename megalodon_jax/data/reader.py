@@ -7,6 +7,7 @@ import numpy as np
 from megalodon_jax.data.contents import Content
 from megalodon_jax.data.documents import Documents, NextDocument
 from megalodon_jax.data.examples import ExampleFormat
+from megalodon_jax.data.labelled import LabelledFormat
 from megalodon_jax.data.packing import Row, RowBuilder, TokenPiece
 from megalodon_jax.data.pieces import read_piece
 from megalodon_jax.data.text_files import naming
@@ -32,7 +33,8 @@ class ReadOptions(NamedTuple):
       packing: see `DataConfig.packing`.
       count_bytes: whether to count the text bytes of every token.
       on_bad_document: see `DataConfig.on_bad_document`.
-      examples: how examples of a prompt and a response are read; None: documents are running text.
+      examples: how examples of a prompt and a response, or of a class, are read; None: documents
+        are running text.
       carry_state: rows follow each other: documents are numbered as `Batch` says of
         `data.carry_state`.
     """
@@ -42,7 +44,7 @@ class ReadOptions(NamedTuple):
     packing: Literal["pack", "pad"]
     count_bytes: bool
     on_bad_document: BadDocuments
-    examples: ExampleFormat | None = None
+    examples: ExampleFormat | LabelledFormat | None = None
     carry_state: bool = False
 
 

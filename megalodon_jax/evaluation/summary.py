@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 
 from megalodon_jax.errors import DataError
@@ -20,8 +21,12 @@ class Evaluation(NamedTuple):
       bits_per_byte: total nats / ln 2 / bytes of text; comparable between tokenizers. NaN if the
         bytes are not known.
       perplexity: exp(loss), per token.
-      num_tokens: number of predicted tokens.
+      num_tokens: number of predicted tokens; of examples in classification.
       num_bytes: UTF-8 bytes that they encode; 0 if not known.
+      accuracy: fraction of examples, or of masked tokens, with the right answer; None for the next
+        token.
+      confusion: counts of examples by their class (rows) and the answer (columns); None without
+        classes.
     """
 
     loss: float
@@ -29,9 +34,26 @@ class Evaluation(NamedTuple):
     perplexity: float
     num_tokens: int
     num_bytes: int
+    accuracy: float | None = None
+    confusion: np.ndarray | None = None
+
+    @property
+    def selection_loss(self) -> float:
+        """The number by which the best checkpoint is chosen: lower is better."""
+        return self.loss if self.accuracy is None else 1.0 - self.accuracy
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers that a run logs."""
+        if self.accuracy is not None:
+            return {"loss": self.loss, "accuracy": self.accuracy}
+        return {"loss": self.loss, "bits_per_byte": self.bits_per_byte}
 
     def describe(self) -> str:
         """The numbers as text, without bits per byte if the bytes are not known."""
+        if self.accuracy is not None:
+            return (
+                f"accuracy {self.accuracy:.2%} ({self.num_tokens:,} answers, loss {self.loss:.4f})"
+            )
         loss = f"loss {self.loss:.4f} nats per token"
         if math.isnan(self.bits_per_byte):
             return f"{loss} ({self.num_tokens:,} tokens)"

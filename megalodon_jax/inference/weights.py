@@ -147,6 +147,7 @@ class _Preparation(NamedTuple):
 
     def layer(self, block: Block) -> DecodeLayer:
         mega, ffn = block.mega, block.nffn
+        assert mega.rmsnorm is not None, "decoding is that of language models"
         scale, offset = mega.scale_and_offset()
         return DecodeLayer(
             norm=_norm_vectors(mega.timenorm),

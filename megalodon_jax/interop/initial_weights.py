@@ -8,8 +8,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from megalodon_jax.checkpoints.base_model import BaseRecord, check_same_base
-from megalodon_jax.checkpoints.compatibility import CONTINUATION_FIELDS, check_same_model
-from megalodon_jax.config import AnyModelConfig, TrainConfig
+from megalodon_jax.checkpoints.compatibility import (
+    CONTINUATION_FIELDS,
+    DROPOUT_FIELDS,
+    HEAD_FIELDS,
+    check_same_model,
+    has_other_head,
+)
+from megalodon_jax.config import AnyModelConfig, EncoderConfig, TrainConfig
 from megalodon_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -19,7 +25,7 @@ from megalodon_jax.errors import (
 )
 from megalodon_jax.inference.sessions import fingerprint
 from megalodon_jax.interop.sources import read_source
-from megalodon_jax.models import abstract_model
+from megalodon_jax.models import abstract_model, build_model
 from megalodon_jax.parallel.sharding import with_shardings
 from megalodon_jax.storage.location import AnyPath
 
@@ -50,7 +56,9 @@ def read_initial_weights(
     """Reads trained weights of any form for a run.
 
     `chunk_size` and `rope_base` may be others than those of the weights, because no parameter
-    depends on them: training goes on with longer chunks, or with slower rotations.
+    depends on them: training goes on with longer chunks, or with slower rotations. An encoder may
+    have another head, such as a classifier after masked language modeling: `pool` and `head` are
+    then fresh, from `config.seed`, and the rest is that of the weights.
 
     Args:
       source: as for `megalodon_jax.load`.
@@ -77,14 +85,31 @@ def read_initial_weights(
         )
     path = str(source) if read.run is None else str(read.run.path)
     saved = read.config.model
-    check_same_model(saved, config.model, path, allowed=CONTINUATION_FIELDS)
+    allowed, params = CONTINUATION_FIELDS, nnx.state(read.model, nnx.Param)
+    if isinstance(config.model, EncoderConfig):
+        allowed = allowed | DROPOUT_FIELDS
+    is_fresh = has_other_head(saved, config.model)
+    if is_fresh:
+        allowed = allowed | HEAD_FIELDS
+    check_same_model(saved, config.model, path, allowed=allowed)
+    if is_fresh:
+        params = _with_fresh_head(params, config)
     changes = {
         f"model.{name}": (getattr(saved, name), getattr(config.model, name))
-        for name in sorted(CONTINUATION_FIELDS)
+        for name in sorted(allowed)
         if getattr(saved, name, None) != getattr(config.model, name, None)
     }
-    params = _place(nnx.state(read.model, nnx.Param), config, mesh)
+    params = _place(params, config, mesh)
     return InitialWeights(params, path, saved, changes)
+
+
+def _with_fresh_head(params: nnx.State, config: TrainConfig) -> nnx.State:
+    """The trained parameters of an encoder, with the fresh pool and head of the run."""
+    fresh = nnx.state(build_model(config.model, rngs=nnx.Rngs(config.seed)), nnx.Param)
+    heads = ("pool", "head")
+    kept = {path: leaf for path, leaf in nnx.to_flat_state(params) if path[0] not in heads}
+    new = {path: leaf for path, leaf in nnx.to_flat_state(fresh) if path[0] in heads}
+    return nnx.from_flat_state({**kept, **new})
 
 
 def _place(params: nnx.State, config: TrainConfig, mesh: Mesh | None) -> nnx.State:

@@ -1,7 +1,8 @@
 """Moving-average equipped gated attention inside chunks, the first sub-layer of a block."""
 
+import functools
 import math
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 from flax import nnx
@@ -12,6 +13,11 @@ from jax.typing import DTypeLike
 from megalodon_jax.cache import LayerCache
 from megalodon_jax.config import InitMode, ModelConfig, MovingAverage, TimeNorm
 from megalodon_jax.modules.activations import silu, silu_gate
+from megalodon_jax.modules.bidirectional import (
+    BidirectionalCEMA,
+    BidirectionalEMA,
+    make_bidirectional_average,
+)
 from megalodon_jax.modules.cema import make_moving_average
 from megalodon_jax.modules.dropout import (
     dropout,
@@ -22,10 +28,11 @@ from megalodon_jax.modules.dropout import (
 )
 from megalodon_jax.modules.linear import Linear, SharedInput
 from megalodon_jax.modules.matmul import PRODUCT, PROJECTION
-from megalodon_jax.modules.norms import RMSNorm, rms_normalize
+from megalodon_jax.modules.norms import RMSNorm, l2_normalize, rms_normalize
 from megalodon_jax.modules.options import DropoutRates, Implementations
 from megalodon_jax.modules.parameters import parameter
 from megalodon_jax.modules.positions import PositionInfo, position_info
+from megalodon_jax.modules.precision import at_least_float32
 from megalodon_jax.modules.rotary import Rotation, rotate
 from megalodon_jax.modules.time_norm import make_time_norm, normalize
 from megalodon_jax.parallel.sharding import (
@@ -60,7 +67,7 @@ class AttentionOutput(NamedTuple):
     @property
     def out(self) -> Float32[Array, "B L D"]:
         """product + bias, in float32."""
-        out = self.product.astype(jnp.float32)
+        out = self.product.astype(at_least_float32(self.product.dtype))
         return out if self.bias is None else out + self.bias
 
 
@@ -71,21 +78,29 @@ class MegaAttention(nnx.Module):
     projection, values from u, the gate r and the linear path from m:
     out = m Wh1 + bh1 + (softmax(q k^T) v * r) Wh2.
 
+    The authors' encoders (appendix C) have SequenceNorm, bidirectional CEMA, non-causal attention,
+    m = RMSNorm or SiLU of CEMA, and queries and keys of the norm 1 (`qk_norm="l2"`).
+
     Args:
       features: width D of input and output.
       z_dim: width Z of queries and keys, all heads together.
       value_dim: width E of values and of their gate, all heads together.
-      chunk_size: tokens C that attend to one another; attention never crosses a chunk.
+      chunk_size: tokens C that attend to one another; attention never crosses a chunk. None: all
+        tokens of a document do.
       num_heads: heads H.
       cema_order: orders N of CEMA.
-      norm_num_groups: groups G of TimestepNorm.
+      norm_num_groups: groups G of TimestepNorm or SequenceNorm; None: every channel is one.
       norm_prior_count: see `TimestepNorm`.
       norm_eps: added to variances.
       norm_affine: whether RMSNorm has a learned scale.
       moving_average: "cema", "ema", or "none": m = RMSNorm(u).
-      time_norm: the norm of x: "timestep", "layer" or "rms".
-      qk_norm: RMSNorm of the heads of z, the shared projection of queries and keys; False:
-        z = silu(m Wz + bz), and softmax(q k^T / sqrt(Z / H)), as in MEGA (Ma et al. 2023).
+      time_norm: the norm of x: "timestep", "sequence", "layer" or "rms".
+      qk_norm: RMSNorm of the heads of z, the shared projection of queries and keys. "l2": heads
+        are z / max(|z|, 1e-5), the same but for where the epsilon is. False: z = silu(m Wz + bz),
+        and softmax(q k^T / sqrt(Z / H)), as in MEGA (Ma et al. 2023).
+      causal: False: the average runs in both directions, and attention sees the whole chunk; there
+        is no cache.
+      average_activation: m = RMSNorm or SiLU of the average.
       rope_base: base of the rotary angles; None: no position embedding.
       init_mode: initializer of the weights by its released name.
       dropout: dropped fractions; None: nothing is dropped.
@@ -102,16 +117,18 @@ class MegaAttention(nnx.Module):
         *,
         z_dim: int,
         value_dim: int,
-        chunk_size: int,
+        chunk_size: int | None,
         num_heads: int = 1,
         cema_order: int = 16,
-        norm_num_groups: int = 32,
+        norm_num_groups: int | None = 32,
         norm_prior_count: int = 0,
         norm_eps: float = 1e-5,
         norm_affine: bool = True,
         moving_average: MovingAverage = "cema",
-        time_norm: TimeNorm = "timestep",
-        qk_norm: bool = True,
+        time_norm: TimeNorm | Literal["sequence"] = "timestep",
+        qk_norm: bool | Literal["l2"] = True,
+        causal: bool = True,
+        average_activation: Literal["rms", "silu"] = "rms",
         rope_base: float | None = 10_000.0,
         init_mode: InitMode = "he",
         dropout: DropoutRates | None = None,
@@ -123,7 +140,7 @@ class MegaAttention(nnx.Module):
     ):
         D, Z, E = features, z_dim, value_dim
         self.chunk_size, self.rope_base, self.norm_eps = chunk_size, rope_base, norm_eps
-        self.num_heads, self.qk_norm = num_heads, qk_norm
+        self.num_heads, self.qk_norm, self.causal = num_heads, qk_norm, causal
         self.head_dim, self.value_head_dim = Z // num_heads, E // num_heads
         self.dropout = dropout or DropoutRates()
         self.implementations = implementations = implementations or Implementations()
@@ -139,12 +156,18 @@ class MegaAttention(nnx.Module):
             implementations=implementations,
             **dtypes,
         )
-        self.cema = make_moving_average(
+        make_average = make_moving_average
+        if not causal:
+            wide = at_least_float32(param_dtype)
+            make_average = functools.partial(make_bidirectional_average, param_dtype=wide)
+        self.cema = make_average(
             moving_average, D, order=cema_order, implementation=implementations.cema, rngs=rngs
         )
-        self.rmsnorm = RMSNorm(
-            D, eps=norm_eps, affine=norm_affine, implementation=implementations.rowwise, **dtypes
-        )
+        if average_activation not in ("rms", "silu"):
+            raise ValueError(f"average_activation is {average_activation!r}; use 'rms' or 'silu'")
+        norm = functools.partial(RMSNorm, implementation=implementations.rowwise, **dtypes)
+        is_normed = average_activation == "rms"
+        self.rmsnorm = norm(D, eps=norm_eps, affine=norm_affine) if is_normed else None
         options: Any = {
             "init_mode": init_mode, "reduce_dtype": reduce_dtype, "rngs": rngs, **dtypes
         }  # fmt: skip
@@ -204,7 +227,8 @@ class MegaAttention(nnx.Module):
 
         Raises:
           ValueError: `positions` is missing beside a cache, given beside `segment_ids`, or has
-            rotary angles for a module without them (or none for one with them).
+            rotary angles for a module without them (or none for one with them); a cache without
+            causality.
         """
         if positions is None:
             positions = self._positions_from_zero(x, segment_ids, cache)
@@ -216,6 +240,8 @@ class MegaAttention(nnx.Module):
                 f"{'None' if positions.rotation is None else 'not None'}; pass the same rope_base "
                 "to position_info"
             )
+        if cache is not None and not self.causal:
+            raise ValueError("a non-causal layer sees the tokens to come: it has no cache")
         hidden_key, attention_key, gate_key, output_key = split_key(dropout_key, 4)
         segment_ids = positions.segment_ids
         u, norm_state = normalize(
@@ -223,14 +249,12 @@ class MegaAttention(nnx.Module):
             x,
             segment_ids=segment_ids,
             initial_state=None if cache is None else cache.norm,
+            lengths=positions.lengths,
         )
-        averaged, cema_state = u, None
-        if self.cema is not None:
-            state = None if cache is None or cache.cema is None else unpack_state(cache.cema)
-            averaged, cema_state = self.cema(u, segment_ids=segment_ids, initial_state=state)
+        averaged, cema_state = self._average(u, segment_ids, cache)
         value_input = SharedInput(u, self.wv, dropout_key=fold_key(dropout_key, 0))
         averaged = value_input.finish_before(averaged, name=PROJECTION)
-        m = dropout(self.rmsnorm(averaged), self.dropout.hidden, hidden_key)
+        m = dropout(self._activate(averaged), self.dropout.hidden, hidden_key)
         m = SharedInput(m, self.wz, self.wr, self.wh1, dropout_key=fold_key(dropout_key, 1))
         query, key = self._queries_and_keys(m, positions.rotation)
         attended, keys_and_values = self._attend(
@@ -265,6 +289,29 @@ class MegaAttention(nnx.Module):
             head_dim=self.head_dim,
             rope_base=self.rope_base,
             segment_ids=segment_ids,
+            dtype=self.dtype,
+        )
+
+    def _average(
+        self, u: Float[Array, "B L D"], segment_ids: Array | None, cache: LayerCache | None
+    ) -> tuple[Float[Array, "B L D"], Array | None]:
+        """The moving average of u, and its state if it has one."""
+        if self.cema is None:
+            return u, None
+        if isinstance(self.cema, BidirectionalCEMA | BidirectionalEMA):
+            return self.cema(u, segment_ids=segment_ids), None
+        state = None if cache is None or cache.cema is None else unpack_state(cache.cema)
+        return self.cema(u, segment_ids=segment_ids, initial_state=state)
+
+    def _activate(self, averaged: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        if self.rmsnorm is not None:
+            return self.rmsnorm(averaged)
+        return silu(
+            averaged,
+            None,
+            features="channels",
+            dtype=self.dtype,
+            implementation=self.implementations.rowwise,
         )
 
     def _values(self, u: SharedInput) -> Float[Array, "B L H Dv"]:
@@ -293,7 +340,10 @@ class MegaAttention(nnx.Module):
         heads = (self.num_heads, self.head_dim)
         z = self.wz(m, name=PROJECTION)
         z = z.reshape(*z.shape[:2], *heads)
-        z = rms_normalize(z, self.norm_eps) if self.qk_norm else jax.nn.silu(z)
+        if self.qk_norm == "l2":
+            z = l2_normalize(z)
+        else:
+            z = rms_normalize(z, self.norm_eps) if self.qk_norm else jax.nn.silu(z)
         scale, offset = self.scale_and_offset()
 
         def transform(i: int) -> Array:
@@ -304,8 +354,10 @@ class MegaAttention(nnx.Module):
 
     def scale_and_offset(self) -> tuple[Float32[Array, "2 Z"], Float32[Array, "2 Z"]]:
         """Scale and offset of z for queries (row 0) and keys (row 1), with the scores' scale."""
-        scale = 1.0 + self.gamma[...].astype(jnp.float32)
-        offset = self.beta[...].astype(jnp.float32)
+        wide = at_least_float32(self.gamma.dtype)
+        scale, offset = 1.0 + self.gamma[...].astype(wide), self.beta[...].astype(wide)
+        if self.qk_norm == "l2":
+            return scale, offset
         if self.qk_norm:
             # As released: 1/sqrt(d) in q and in k, before the offsets.
             return scale / math.sqrt(self.head_dim), offset
@@ -324,6 +376,7 @@ class MegaAttention(nnx.Module):
             return chunk_attention(
                 *qkv,
                 chunk_size=self.chunk_size,
+                causal=self.causal,
                 positions=positions,
                 segment_ids=segment_ids,
                 cache=cache,

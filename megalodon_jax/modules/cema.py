@@ -45,7 +45,7 @@ class CEMA(nnx.Module):
         self.implementation: Implementation | None = implementation
         self.alpha = parameter(0.2 * jax.random.normal(rngs.params(), (D, N)), "channels", None)
         self.delta = parameter(0.2 * jax.random.normal(rngs.params(), (D, N)), "channels", None)
-        self.theta = parameter(_initial_theta(rngs.params(), D), "channels")
+        self.theta = parameter(initial_theta(rngs.params(), D), "channels")
         gamma = jax.random.normal(rngs.params(), (D, N))
         self.gamma = parameter(
             jnp.stack([gamma, jnp.zeros_like(gamma)], -1), "channels", None, None
@@ -207,7 +207,7 @@ def _average(
     )(x, params, initial_state, segment_ids)
 
 
-def _initial_theta(key: Array, D: int) -> Array:
+def initial_theta(key: Array, D: int) -> Array:
     """Logits of D frequencies, geometric from 1/D to almost 1, in random order over channels."""
     k = jax.random.permutation(key, jnp.arange(1, D + 1))
     log_frequency = -math.log(D) / D * k.astype(jnp.float32)

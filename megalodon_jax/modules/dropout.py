@@ -4,6 +4,7 @@ import jax
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 
+from megalodon_jax.modules.precision import at_least_float32
 from megalodon_jax.typing import Array, Float, PRNGKey
 
 _FOLDED = 1 << 30
@@ -28,7 +29,7 @@ def dtype_before_dropout(dtype: DTypeLike, rate: float, key: PRNGKey | None) -> 
     float32 if dropout rescales it, else `dtype`: the product casts to `dtype`, so that the value is
     rounded once in both cases.
     """
-    return jnp.float32 if drops(rate, key) else dtype
+    return at_least_float32(dtype) if drops(rate, key) else dtype
 
 
 def fold_key(key: PRNGKey | None, number: int) -> PRNGKey | None:

@@ -18,12 +18,15 @@ from pallas_kernels.common.dispatch import Implementation
 
 
 class FeedForward(nnx.Module):
-    """silu(n W1) W2, or (silu(n W1) * (n W3)) W2 with SwiGLU, where n = LayerNorm(y); no biases.
+    """silu(n W1) W2, or (silu(n W1) * (n W3)) W2 with SwiGLU, where n = LayerNorm(y).
+
+    There are no biases but with `hidden_bias`: silu(n W1 + b1), as in the authors' encoders.
 
     Args:
       features: width D of input and output.
       hidden_features: hidden width F.
       swiglu: gate the hidden activations.
+      hidden_bias: whether b1 is there.
       rescale_start: the result is multiplied by a learned vector `alpha` with this initial value;
         None: it is not.
       norm_eps: added to LayerNorm's variance.
@@ -44,6 +47,7 @@ class FeedForward(nnx.Module):
         hidden_features: int,
         *,
         swiglu: bool = False,
+        hidden_bias: bool = False,
         rescale_start: Array | float | None = None,
         norm_eps: float = 1e-5,
         norm_affine: bool = True,
@@ -65,11 +69,13 @@ class FeedForward(nnx.Module):
             features, eps=norm_eps, affine=norm_affine, implementation=implementation, **dtypes
         )
 
-        def linear(rows: int, columns: int, axes: tuple[str, str]) -> Linear:
+        def linear(
+            rows: int, columns: int, axes: tuple[str, str], *, use_bias: bool = False
+        ) -> Linear:
             return Linear(
                 rows,
                 columns,
-                use_bias=False,
+                use_bias=use_bias,
                 axes=axes,
                 init_mode=init_mode,
                 reduce_dtype=reduce_dtype,
@@ -77,7 +83,7 @@ class FeedForward(nnx.Module):
                 **dtypes,
             )
 
-        self.fc1 = linear(features, hidden_features, ("embed", "ffn"))
+        self.fc1 = linear(features, hidden_features, ("embed", "ffn"), use_bias=hidden_bias)
         self.fc2 = linear(hidden_features, features, ("ffn", "embed"))
         self.fc3 = linear(features, hidden_features, ("embed", "ffn")) if swiglu else None
         self.alpha = (
@@ -128,9 +134,11 @@ class FeedForward(nnx.Module):
             "implementation": self.implementation,
         }
         if self.fc3 is None:
-            hidden = silu(product, None, **options)
+            hidden = silu(product, self.fc1.offset, **options)
         else:
-            hidden = silu_gate(product, None, self.fc3.product(normed, name=PRODUCT), **options)
+            hidden = silu_gate(
+                product, self.fc1.offset, self.fc3.product(normed, name=PRODUCT), **options
+            )
         hidden = dropout(hidden, self.hidden_dropout, hidden_key)
         out = self.fc2(hidden, dropout_key=fold_key(dropout_key, 1))
         out = dropout(out, self.output_dropout, output_key)

@@ -26,6 +26,7 @@ from megalodon_jax.modules.matmul import (
     quantized_matmul,
 )
 from megalodon_jax.modules.parameters import kernel_initializer, parameter
+from megalodon_jax.modules.precision import at_least_float32
 from megalodon_jax.typing import Array, Float, Float32, PRNGKey
 
 
@@ -112,7 +113,8 @@ class Linear(nnx.Module):
         dropout_key: PRNGKey | None = None,
     ) -> Float32[Array, "... out"]:
         """Maps the last axis of x; `name` is the product's checkpoint name."""
-        y = self.product(x, name=name, dropout_key=dropout_key).astype(jnp.float32)
+        y = self.product(x, name=name, dropout_key=dropout_key)
+        y = y.astype(at_least_float32(y.dtype))
         offset = self.offset
         return y if offset is None else y + offset
 
@@ -147,7 +149,9 @@ class Linear(nnx.Module):
     @property
     def offset(self) -> Float32[Array, " out"] | None:
         """b in float32."""
-        return None if self.bias is None else self.bias[...].astype(jnp.float32)
+        if self.bias is None:
+            return None
+        return self.bias[...].astype(at_least_float32(self.bias.dtype))
 
 
 class SharedInput:

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
+from megalodon_jax.modules.precision import at_least_float32
 from megalodon_jax.parallel.sharding import constrain, has_multiple_devices
 from megalodon_jax.typing import Array, Float
 from pallas_kernels.common.target import find_target
@@ -66,7 +67,7 @@ def _backward(
     dx = contract(dy, kernel, ((dy.ndim - 1,), (1,)), dtype)
     dx = _constrain_features(dx, _reduced_axis(axes[0]))
     # The partitioner sums the product over devices in the dtype that the product returns.
-    sum_dtype = reduce_dtype if has_multiple_devices() else jnp.float32
+    sum_dtype = reduce_dtype if has_multiple_devices() else at_least_float32(dtype)
     dkernel = constrain(contract(x, dy, (leading, leading), sum_dtype), *axes)
     return dx.astype(like_x.dtype), dkernel.astype(like_kernel.dtype)
 

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.modules.parameters import parameter
+from megalodon_jax.modules.precision import at_least_float32
 from megalodon_jax.modules.sharded_norms import (
     LayerNormVectors,
     NormOptions,
@@ -26,6 +27,13 @@ def rms_normalize(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]
     """x / sqrt(mean(x^2) + eps) over the last axis, in float32 (float64 if x is)."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+def l2_normalize(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """x / max(|x|, 1e-5) over the last axis, in float32 at least; the gradient at 0 is finite."""
+    x = x.astype(at_least_float32(x.dtype))
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-10))
 
 
 class RMSNorm(nnx.Module):

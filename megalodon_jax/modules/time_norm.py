@@ -1,6 +1,6 @@
-"""The norm before attention and after the last block: TimestepNorm, or a norm of single tokens."""
+"""The norm before attention and after the last block: over time, or of single tokens."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jax import numpy as jnp
 from jax.typing import DTypeLike
@@ -8,25 +8,26 @@ from jax.typing import DTypeLike
 from megalodon_jax.config import ModelConfig, TimeNorm
 from megalodon_jax.modules.norms import LayerNorm, RMSNorm
 from megalodon_jax.modules.options import Implementations
+from megalodon_jax.modules.sequence_norm import SequenceNorm
 from megalodon_jax.modules.timestep_norm import TimestepNorm
 from megalodon_jax.typing import Array, Float, Int32
 from pallas_kernels.timestep_norm import TimestepNormState
 
-TimeNormModule = TimestepNorm | LayerNorm | RMSNorm
+TimeNormModule = TimestepNorm | SequenceNorm | LayerNorm | RMSNorm
 
 
 class TimeNormOutput(NamedTuple):
-    """Normalized features; the state after them, None for LayerNorm and RMSNorm."""
+    """Normalized features; the state after them, None but for TimestepNorm."""
 
     y: Float[Array, "B L D"]
     final_state: TimestepNormState | None
 
 
 def make_time_norm(
-    kind: TimeNorm,
+    kind: TimeNorm | Literal["sequence"],
     features: int,
     *,
-    num_groups: int = 32,
+    num_groups: int | None = 32,
     prior_count: int = 0,
     eps: float = 1e-5,
     affine: bool = True,
@@ -37,12 +38,12 @@ def make_time_norm(
     """The norm of a kind.
 
     Args:
-      kind: "timestep", "layer" or "rms".
+      kind: "timestep", "layer" or "rms"; "sequence" in encoders.
       features: channels D.
-      num_groups: groups of TimestepNorm.
+      num_groups: groups of TimestepNorm and SequenceNorm; None: every channel is one.
       prior_count: see `TimestepNorm`.
       eps: added to variances.
-      affine: whether LayerNorm and RMSNorm have learned parameters; TimestepNorm always has them.
+      affine: whether LayerNorm and RMSNorm have learned parameters; the others always have them.
       dtype: of the result.
       param_dtype: of the parameters.
       implementations: of the operations; None: the fastest known for the platform.
@@ -57,17 +58,19 @@ def make_time_norm(
         case "timestep":
             return TimestepNorm(
                 features,
-                num_groups=num_groups,
+                num_groups=features if num_groups is None else num_groups,
                 prior_count=prior_count,
                 implementation=implementations.timestep_norm,
                 **options,
             )
+        case "sequence":
+            return SequenceNorm(features, num_groups=num_groups, **options)
         case "layer":
             return LayerNorm(features, **by_row)
         case "rms":
             return RMSNorm(features, **by_row)
         case _:
-            raise ValueError(f"time_norm is {kind!r}; use 'timestep', 'layer' or 'rms'")
+            raise ValueError(f"time_norm is {kind!r}; use 'timestep', 'sequence', 'layer' or 'rms'")
 
 
 def time_norm_from_config(config: ModelConfig) -> TimeNormModule:
@@ -91,11 +94,14 @@ def normalize(
     *,
     segment_ids: Int32[Array, "B L"] | None,
     initial_state: TimestepNormState | None,
+    lengths: Int32[Array, "B M"] | None = None,
 ) -> TimeNormOutput:
-    """Normalizes x; arguments as in `TimestepNorm`, of which other norms need only x.
+    """Normalizes x; arguments as in `TimestepNorm` and `SequenceNorm`, other norms need only x.
 
-    Padding becomes 0 in TimestepNorm; other norms normalize it like a token.
+    Padding becomes 0 in norms over time; other norms normalize it like a token.
     """
+    if isinstance(norm, SequenceNorm):
+        return TimeNormOutput(norm(x, segment_ids=segment_ids, lengths=lengths), None)
     if isinstance(norm, TimestepNorm):
         return TimeNormOutput(*norm(x, segment_ids=segment_ids, initial_state=initial_state))
     return TimeNormOutput(norm(x), None)

@@ -169,7 +169,7 @@ def place_batch(batch: Batch, mesh: Mesh, *, rows: Sequence[int], batch_size: in
 
     Args:
       batch: numpy arrays (..., b, L) with equal leading axes: the rows `rows` of the global batch,
-        each with all L tokens.
+        each with all L tokens; values of encoders are (..., b, L, c).
       mesh: the run's devices.
       rows: from `rows_of_process`.
       batch_size: rows B of the global batch.
@@ -177,19 +177,21 @@ def place_batch(batch: Batch, mesh: Mesh, *, rows: Sequence[int], batch_size: in
     Returns:
       Global arrays (..., B, L).
     """
+    num_leading = batch.targets.ndim - 2
 
     def place_on_mesh(array: np.ndarray) -> jax.Array:
-        *leading, _, length = array.shape
+        leading, tail = array.shape[:num_leading], array.shape[num_leading + 1 :]
         sharding = batch_sharding(mesh, leading=len(leading))
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
-            start, stop, _ = index[-2].indices(batch_size)
+            start, stop, _ = index[num_leading].indices(batch_size)
             # The rows of a device are contiguous, also within the rows of its process.
             first = bisect.bisect_left(rows, start)
-            return array[..., first : first + stop - start, index[-1]]
+            own = slice(first, first + stop - start)
+            return array[*index[:num_leading], own, *index[num_leading + 1 :]]
 
-        return jax.make_array_from_callback((*leading, batch_size, length), sharding, shard)
+        return jax.make_array_from_callback((*leading, batch_size, *tail), sharding, shard)
 
     return jax.tree.map(place_on_mesh, batch)
 

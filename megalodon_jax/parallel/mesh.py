@@ -14,7 +14,13 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from megalodon_jax.config import AnyModelConfig, MeshConfig, ModelConfig, TrainConfig
+from megalodon_jax.config import (
+    AnyModelConfig,
+    EncoderConfig,
+    MeshConfig,
+    TrainConfig,
+    TransformerConfig,
+)
 from megalodon_jax.errors import ConfigError
 
 AXES = ("replica", "data", "chunk", "model")
@@ -81,8 +87,12 @@ def _arrange(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
 def feature_sizes(model: AnyModelConfig) -> dict[str, int]:
     """The sizes of a model that the mesh axis `model` divides."""
     names = ["model_dim", "num_heads", "ffn_hidden_dim", "vocab_size"]
-    names += ["norm_num_groups"] if isinstance(model, ModelConfig) else ["kv_heads"]
-    return {name: getattr(model, name) for name in names} | {"output_size": model.num_outputs}
+    names += ["kv_heads"] if isinstance(model, TransformerConfig) else ["norm_num_groups"]
+    sizes = {name: getattr(model, name) for name in names}
+    if isinstance(model, EncoderConfig):
+        # Every channel is a group of its own; scores of classes are not sharded.
+        return {name: size for name, size in sizes.items() if size is not None}
+    return sizes | {"output_size": model.num_outputs}
 
 
 def check_fits(config: TrainConfig, sizes: dict[str, int]) -> None:
@@ -114,13 +124,13 @@ def check_fits(config: TrainConfig, sizes: dict[str, int]) -> None:
             "shards start from the empty state; use mesh.data, mesh.replica or mesh.model"
         )
     shard_length = data.seq_len // sequence_shards
-    if not isinstance(model, ModelConfig):
+    if isinstance(model, TransformerConfig):
         if sequence_shards > 1:
             problems.append(
                 f"mesh.chunk is {sequence_shards}, but attention of a {model.kind} needs whole "
                 "rows; use mesh.data or mesh.model"
             )
-    elif sequence_shards > 1 and shard_length % model.chunk_size:
+    elif sequence_shards > 1 and model.chunk_size and shard_length % model.chunk_size:
         problems.append(
             f"data.seq_len {data.seq_len} over mesh.chunk = {sequence_shards} gives "
             f"{shard_length} tokens per device, not a multiple of model.chunk_size "

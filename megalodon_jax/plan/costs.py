@@ -2,7 +2,7 @@
 
 from megalodon_jax.compiled.hlo import Program
 from megalodon_jax.compiled.kernels import CompiledKernel, find_kernels
-from megalodon_jax.config import AnyModelConfig, ModelConfig
+from megalodon_jax.config import AnyModelConfig, ModelConfig, TransformerConfig
 from megalodon_jax.flops import causal_flops_per_token, mean_visible_keys
 
 
@@ -28,7 +28,7 @@ def find_step_kernels(
             kernel = kernel._replace(flops=_attention_flops(kernel, model, tokens, tensor_shards))
         elif not kernel.flops and kernel.name in _FLOPS_PER_ELEMENT:
             kernel = kernel._replace(flops=_definition_flops(kernel, model, tokens, tensor_shards))
-        elif not isinstance(model, ModelConfig) and kernel.operation == "attention":
+        elif isinstance(model, TransformerConfig) and kernel.operation == "attention":
             # Products per token and key: two forward, five backward, of them one for the scores.
             products = next((count for name, count in _PRODUCTS.items() if name in kernel.name), 0)
             keys = mean_visible_keys(length, model.attention_window)

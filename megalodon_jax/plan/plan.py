@@ -23,7 +23,7 @@ from megalodon_jax.compiled.kernels import (
 from megalodon_jax.compiled.matmul_flops import count_matmul_flops
 from megalodon_jax.compiled.memory import read_memory
 from megalodon_jax.compiled.memory_traffic import count_hbm_bytes
-from megalodon_jax.config import TrainConfig, TransformerConfig
+from megalodon_jax.config import EncoderConfig, TrainConfig, TransformerConfig
 from megalodon_jax.flops import model_flops_per_token
 from megalodon_jax.parallel.mesh import make_mesh
 from megalodon_jax.parallel.sharding import batch_sharding
@@ -275,7 +275,12 @@ def _abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     integers = [array(jnp.int32) for _ in range(3)]
-    return Batch(*integers, weights=array(jnp.float32))
+    batch = Batch(*integers, weights=array(jnp.float32))
+    model = config.model
+    if not isinstance(model, EncoderConfig) or model.input == "tokens":
+        return batch
+    shape = (*shape, model.input_size)
+    return batch._replace(tokens=array(jnp.float32))
 
 
 def _memory(compiled: jax.stages.Compiled, state: TrainState, machine: Machine) -> StepMemory:

@@ -1,7 +1,7 @@
 """The protocol of a task."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from megalodon_jax.cache import CarriedState
 from megalodon_jax.config import TrainConfig
@@ -41,13 +41,16 @@ class Task(Protocol):
 
     def loss(
         self,
-        model: LanguageModel,
+        model: Any,
         batch: Batch,
         *,
         config: TrainConfig,
         dropout_key: PRNGKey | None = None,
     ) -> LossOutput:
-        """Sums of the loss over one batch, inside `jit`; training divides by `weight_sum`."""
+        """Sums of the loss over one batch, inside `jit`; training divides by `weight_sum`.
+
+        The model is that of the run: a `LanguageModel`, or an `Encoder`.
+        """
         ...
 
     def metric(self, sums: Sequence[LossOutput], num_bytes: int | None) -> Evaluation:

@@ -37,6 +37,7 @@ from megalodon_jax.train_state import TrainState
 from megalodon_jax.training.callbacks import Callback, RunView
 from megalodon_jax.training.clock import ThroughputClock
 from megalodon_jax.training.metrics import ProgressDisplay
+from megalodon_jax.training.pictures import write_pictures
 from megalodon_jax.training.report import ReportWindow, mean_metrics
 from megalodon_jax.training.result import TrainResult
 from megalodon_jax.training.run_context import (
@@ -336,7 +337,8 @@ class _Run:
             activity = "in the final evaluation"
             heldout = self._evaluate(config.final_eval_batches)
             activity = "in the sample"
-            sample = self._sample() if config.sample_tokens else ""
+            writes_text = config.sample_tokens and config.model.kind != "encoder"
+            sample = self._sample() if writes_text else ""
         except _StoppedError:
             assert self.stop_signal is not None
             saved = self.context.stop.describe_saved()
@@ -345,6 +347,8 @@ class _Run:
             display.message(f"sample:\n{sample}")
         if heldout is not None:
             display.message(f"final held-out {heldout.describe()}")
+        if heldout is not None and heldout.confusion is not None and self.context.log is not None:
+            write_pictures(self.context.log.run_dir, heldout, config, self.context.task)
         if self.stop_signal is None:
             display.message(f"step {self.step}; checkpoints and logs are in {config.run_dir}")
         run_time.write(self.step)
@@ -356,13 +360,15 @@ class _Run:
     def _report_compilation(self, metrics: StepMetrics) -> None:
         self.context.display.message(f"first step, with compilation: {self.clock.seconds():.1f} s")
         # Throughput excludes this step, because most of its time is compilation.
-        self.clock.restart_without(float(metrics.tokens))
+        self.clock.restart_without(float(metrics.processed_tokens))
         self.context.display.restart(self.step)
 
     def _report(self) -> None:
         self.context.checkpoints.check()
         metrics: dict[str, Any] = mean_metrics(window := self.window.take())
-        tokens_per_second = self.clock.tokens_per_second(metrics["tokens"])
+        tokens_per_second = self.clock.tokens_per_second(
+            metrics.get("input_tokens", metrics["tokens"])
+        )
         mfu = (
             None
             if tokens_per_second is None
@@ -415,12 +421,12 @@ class _Run:
                 max_batches=max_batches,
             )
         if np.isfinite(heldout.loss):
-            self.context.checkpoints.report_heldout(self.step, heldout.loss)
+            self.context.checkpoints.report_heldout(self.step, heldout.selection_loss)
             self.context.checkpoints.confirm(self.step)
-        logged = {"heldout_loss": heldout.loss, "heldout_bits_per_byte": heldout.bits_per_byte}
+        logged = {f"heldout_{key}": value for key, value in heldout.metrics().items()}
         for name, evaluation in by_set.items():
-            logged[f"heldout_loss/{name}"] = evaluation.loss
-            logged[f"heldout_bits_per_byte/{name}"] = evaluation.bits_per_byte
+            for key, value in evaluation.metrics().items():
+                logged[f"heldout_{key}/{name}"] = value
         self._log(logged)
         text = "".join(f"  {name} {each.describe()}" for name, each in by_set.items())
         self.context.display.message(

@@ -45,6 +45,7 @@ class RunLog:
         writers: Sequence[MetricWriter] | None = None,
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
+        self.run_dir = run_dir
         self._writers = list(writers or ())
         if wandb_project and writers is None:
             self._writers.append(WandbWriter(wandb_project, run_dir=run_dir, config=config))

@@ -126,8 +126,13 @@ def mean_metrics(window: list[StepMetrics]) -> dict[str, float]:
         "skipped_updates": float(last.skipped),
         "spiked_updates": float(last.spiked),
         "tokens": float(np.sum([metrics.tokens for metrics in window])),
+        **({} if last.input_tokens is None else {"input_tokens": _processed_tokens(window)}),
         **({} if last.carried is None else {"carried_tokens": _carried_fraction(window)}),
     }
+
+
+def _processed_tokens(window: list[StepMetrics]) -> float:
+    return float(np.sum([metrics.processed_tokens for metrics in window]))
 
 
 def _carried_fraction(window: list[StepMetrics]) -> float:

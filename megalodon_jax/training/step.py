@@ -45,6 +45,8 @@ class StepMetrics(NamedTuple):
       skipped: number of skipped updates of the run so far.
       skipped_in_row: number of them since the last update that was applied.
       spiked: number of spikes of the run so far.
+      input_tokens: input tokens of this update, where they are not the weighted targets (a class of
+        a document); None where they are.
       carried: fraction of weighted targets in documents that began in an earlier row, see
         `data.carry_state`; None without.
     """
@@ -61,6 +63,12 @@ class StepMetrics(NamedTuple):
     skipped_in_row: Int32[Array, ""]
     spiked: Int32[Array, ""]
     carried: Float32[Array, ""] | None = None
+    input_tokens: Float32[Array, ""] | None = None
+
+    @property
+    def processed_tokens(self) -> Float32[Array, ""]:
+        """Tokens that went through the model and count for its speed."""
+        return self.tokens if self.input_tokens is None else self.input_tokens
 
 
 _GPU_OPTIONS = {
@@ -173,6 +181,7 @@ def make_train_step(
             skipped_in_row=guard.skipped_in_row,
             spiked=guard.spiked,
             carried=None if num_carried is None else num_carried / weight,
+            input_tokens=sums.num_tokens,
         )
 
     jit = partial(
@@ -262,6 +271,8 @@ def _make_sums_and_gradient(
     graphdef: nnx.GraphDef, config: TrainConfig, task: Task
 ) -> _SumsAndGradient:
     has_dropout = config.model.has_dropout or bool(config.lora.rank and config.lora.dropout)
+    # Masks of masked language modeling are drawn with the key too.
+    has_dropout = has_dropout or getattr(task, "needs_key", False)
     loss = make_loss(task, config)
 
     def objective(

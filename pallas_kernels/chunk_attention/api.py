@@ -6,7 +6,7 @@ from typing import get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.chunk_attention import context_parallel, reference, xla
+from pallas_kernels.chunk_attention import context_parallel, noncausal, reference, xla
 from pallas_kernels.chunk_attention.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.chunk_attention.pallas_tpu import op as pallas_tpu
 from pallas_kernels.chunk_attention.pallas_tpu.block_sizes import (
@@ -32,13 +32,22 @@ IMPLEMENTATIONS: dict[str, Callable[..., ChunkAttentionOutput]] = {
     "pallas_tpu": pallas_tpu.chunk_attention,
 }
 
+# All called as f(q, keys, chunk_size, positions, segment_ids, dropout).
+NONCAUSAL_IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "reference": reference.noncausal_attention,
+    "xla": noncausal.noncausal_attention,
+}
+# A chunk that no document fills.
+_UNBOUNDED = 1 << 30
+
 
 def chunk_attention(
     q: Float[Array, "B L H Dk"],
     k: Float[Array, "B L H Dk"],
     v: Float[Array, "B L H Dv"],
     *,
-    chunk_size: int,
+    chunk_size: int | None,
+    causal: bool = True,
     positions: Int32[Array, "B L"] | None = None,
     segment_ids: Int32[Array, "B L"] | None = None,
     cache: KeyValueCache | None = None,
@@ -46,19 +55,23 @@ def chunk_attention(
     implementation: Implementation | None = None,
     sequence_axis: str | None = None,
 ) -> ChunkAttentionOutput:
-    """Causal softmax attention inside chunks: o[t] = Σ_s softmax_s(q[t]·k[s]) v[s].
+    """Softmax attention inside chunks: o[t] = Σ_s softmax_s(q[t]·k[s]) v[s].
 
-    s runs over the tokens of t's document and chunk up to t; a token's chunk is position // C. The
-    scores are not scaled (Ma et al. 2024, section 3.3, as released: the scale is in q). The softmax
-    is float32 (float64 for float64 operands).
+    s runs over the tokens of t's document and chunk up to t, or over all of them if not `causal`
+    (encoders, Ma et al. 2024, appendix C); a token's chunk is position // C. The scores are not
+    scaled (section 3.3, as released: the scale is in q). The softmax is float32 (float64 for
+    float64 operands).
 
     Args:
       q: queries after RoPE.
       k: keys after RoPE.
       v: values.
-      chunk_size: tokens C in a chunk, at least 1.
+      chunk_size: tokens C in a chunk, at least 1. None: no chunks, a token sees its document.
+      causal: whether a token sees the tokens up to itself only.
       positions: each token's position in its document, consecutive inside a document. None: 0..L-1
-        in every row, which needs no mask per token; only without segment_ids and cache.
+        in every row, which needs no mask per token; only without segment_ids and cache. Non-causal
+        rows may have segment_ids without positions, where documents begin at multiples of C: then
+        a chunk has C keys, and with positions 3C.
       segment_ids: documents of a row numbered 1, 2, ...; a document's tokens are contiguous. 0 is
         padding: its output is 0, and its k and v are ignored. None: one document, no padding. With
         a cache, padding comes only after a row's tokens.
@@ -76,11 +89,20 @@ def chunk_attention(
 
     Raises:
       ValueError: shapes or dtypes do not fit together, positions are missing, the implementation
-        does not exist or cannot run these operands on this device.
+        does not exist or cannot run these operands on this device; a cache without causality or
+        chunks, or causal attention without chunks in sequence shards.
     """
     _check_operands(q, k, v, chunk_size)
-    _check_rows(q, positions, segment_ids, cache is not None)
     check_implementation("chunk attention", implementation, IMPLEMENTATIONS)
+    if not causal or chunk_size is None:
+        _check_encoder_call(causal, chunk_size, cache, implementation, sequence_axis)
+        implementation = implementation or "xla"
+    if not causal:
+        return _noncausal(
+            q, k, v, chunk_size, positions, segment_ids, dropout, implementation, sequence_axis
+        )
+    _check_rows(q, positions, segment_ids, cache is not None)
+    chunk_size = _UNBOUNDED if chunk_size is None else chunk_size
     if sequence_axis is not None:
         cache = context_parallel.incoming_cache(
             k, v, chunk_size=chunk_size, positions=positions, cache=cache, axis=sequence_axis
@@ -93,6 +115,34 @@ def chunk_attention(
     out = IMPLEMENTATIONS[name](q, k, v, chunk_size, positions, segment_ids, cache, dropout)
     # A sequence shard's cache is not the row's.
     return out if sequence_axis is None else out._replace(cache=None)
+
+
+def _noncausal(
+    q: Array,
+    k: Array,
+    v: Array,
+    chunk_size: int | None,
+    positions: Array | None,
+    segment_ids: Array | None,
+    dropout: AttentionDropout | None,
+    implementation: str | None,
+    sequence_axis: str | None,
+) -> ChunkAttentionOutput:
+    _check_row_shapes(q, positions, segment_ids)
+    if dropout is not None:
+        _check_dropout(dropout)
+    keys = context_parallel.keys_in_reach(
+        k,
+        v,
+        chunk_size=chunk_size,
+        positions=positions,
+        segment_ids=segment_ids,
+        axis=sequence_axis,
+    )
+    if keys.segment_ids is not None and segment_ids is None:
+        segment_ids = jnp.ones(q.shape[:2], jnp.int32)
+    attend = NONCAUSAL_IMPLEMENTATIONS[implementation or "xla"]
+    return ChunkAttentionOutput(attend(q, keys, chunk_size, positions, segment_ids, dropout), None)
 
 
 def _choose_implementation(
@@ -125,7 +175,29 @@ def _choose_implementation(
     return "xla"
 
 
-def _check_operands(q: Array, k: Array, v: Array, chunk_size: int) -> None:
+def _check_encoder_call(
+    causal: bool,
+    chunk_size: int | None,
+    cache: KeyValueCache | None,
+    implementation: str | None,
+    sequence_axis: str | None,
+) -> None:
+    what = "non-causal attention" if not causal else "attention without chunks"
+    if implementation not in (None, *NONCAUSAL_IMPLEMENTATIONS):
+        raise ValueError(
+            f"{what} has no implementation {implementation!r}: its kernels are causal and chunked; "
+            f"use one of {', '.join(map(repr, NONCAUSAL_IMPLEMENTATIONS))} or None"
+        )
+    if cache is not None:
+        raise ValueError(f"{what} has no cache: a cache holds one chunk before; pass cache=None")
+    if causal and sequence_axis is not None:
+        raise ValueError(
+            "causal attention without chunks needs whole rows, and sequence_axis is "
+            f"{sequence_axis!r}; set chunk_size, or shard the rows"
+        )
+
+
+def _check_operands(q: Array, k: Array, v: Array, chunk_size: int | None) -> None:
     if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or q.shape[:3] != v.shape[:3]:
         raise ValueError(
             f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; "
@@ -135,21 +207,25 @@ def _check_operands(q: Array, k: Array, v: Array, chunk_size: int) -> None:
         raise ValueError(f"q has shape {q.shape}: a row needs at least one token")
     if q.dtype != k.dtype:
         raise ValueError(f"q and k are {q.dtype} and {k.dtype}; cast them to one dtype")
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; must be at least 1")
 
 
 def _check_rows(
     q: Array, positions: Array | None, segment_ids: Array | None, with_cache: bool
 ) -> None:
-    for name, array in (("positions", positions), ("segment_ids", segment_ids)):
-        if array is not None and array.shape != q.shape[:2]:
-            raise ValueError(f"{name} has shape {array.shape}; expected {q.shape[:2]} as q's rows")
+    _check_row_shapes(q, positions, segment_ids)
     if positions is None and (segment_ids is not None or with_cache):
         raise ValueError(
             "positions are None, which means 0..L-1 in every row; with segment_ids or a cache pass "
             "each token's position in its document"
         )
+
+
+def _check_row_shapes(q: Array, positions: Array | None, segment_ids: Array | None) -> None:
+    for name, array in (("positions", positions), ("segment_ids", segment_ids)):
+        if array is not None and array.shape != q.shape[:2]:
+            raise ValueError(f"{name} has shape {array.shape}; expected {q.shape[:2]} as q's rows")
 
 
 def _check_cache(cache: KeyValueCache, k: Array, v: Array, chunk_size: int) -> None:

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.chunk_attention.context_parallel import KeysInReach
 from pallas_kernels.chunk_attention.types import (
     AttentionDropout,
     ChunkAttentionOutput,
@@ -47,6 +48,42 @@ def chunk_attention(
         cache = _next_cache(k, v, chunk_size, positions, segment_ids, cache)
         cache = cache.swap_heads_and_slots()
     return ChunkAttentionOutput(out, cache)
+
+
+def noncausal_attention(
+    q: Float[Array, "B L H Dk"],
+    keys: KeysInReach,
+    chunk_size: int | None,
+    positions: Int32[Array, "B L"] | None,
+    segment_ids: Int32[Array, "B L"] | None,
+    dropout: AttentionDropout | None,
+) -> Float[Array, "B L H Dv"]:
+    """Dense attention to the tokens of a query's document and chunk, before and after it.
+
+    Args:
+      q: queries.
+      keys: the keys in reach.
+      chunk_size: tokens C in a chunk; None: no chunks.
+      positions: of the queries in their documents; None: their columns.
+      segment_ids: documents of the queries, 0 for padding; None: one document.
+      dropout: attention dropout.
+    """
+    B, L = q.shape[:2]
+    S = keys.key.shape[1]
+    query, key = jnp.arange(L), jnp.arange(S)
+    allowed = jnp.ones((B, L, S), bool)
+    if segment_ids is not None and keys.segment_ids is not None:
+        allowed &= segment_ids[:, :, None] == keys.segment_ids[:, None, :]
+        allowed &= segment_ids[:, :, None] != 0
+    if chunk_size is not None:
+        of_query = (query[None] if positions is None else positions) // chunk_size
+        of_key = (key[None] if keys.positions is None else keys.positions) // chunk_size
+        allowed &= of_query[:, :, None] == of_key[:, None, :]
+    own = query[:, None] + keys.num_before == key
+    own = jnp.broadcast_to(own, allowed.shape)
+    return _masked_softmax_attention(
+        q, keys.key, keys.value, allowed[:, None], own[:, None], dropout
+    )
 
 
 def _allowed_among_tokens(

@@ -1,0 +1,1 @@
+"""Sets of labelled examples: generated (ListOps), from local files, from tensorflow-datasets."""

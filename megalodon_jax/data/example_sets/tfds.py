@@ -1,0 +1,104 @@
+"""Labelled examples of tensorflow-datasets sets that were prepared as array_record files."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from megalodon_jax.data.labelled import ExampleSet, LabelledExample
+from megalodon_jax.data.sources import digest_of
+from megalodon_jax.errors import DataError
+
+# The features of an example and the splits, by the name of the set.
+INPUTS = {
+    "cifar10": "image", "imagenet2012": "image", "speech_commands": "audio", "imdb_reviews": "text",
+}  # fmt: skip
+HELDOUT_SPLITS = {
+    "cifar10": ("test", "test"),
+    "imagenet2012": ("validation", "validation"),
+    "speech_commands": ("validation", "test"),
+    "imdb_reviews": ("test", "test"),
+}
+# The ten words of the raw speech task of the paper (its reference is Kidger et al. 2020).
+SPEECH_WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
+
+
+class TfdsExamples(ExampleSet):
+    """A split of a set.
+
+    Args:
+      name: a set of `INPUTS`, with config and version if needed.
+      split: its split.
+      directory: of prepared sets; empty: the library's own.
+      transform: from the feature (an image, samples or bytes) to a document.
+
+    Raises:
+      DataError: the set is not known or not prepared.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        *,
+        directory: str,
+        transform: Callable[[Any], np.ndarray],
+    ):
+        import tensorflow_datasets as tfds
+
+        base = name.partition("/")[0].partition(":")[0]
+        if base not in INPUTS:
+            raise DataError(
+                f"examples.tfds_name is {name!r}; use one of {', '.join(INPUTS)}, or local files"
+            )
+        try:
+            builder: Any = tfds.builder(name, data_dir=directory or None)
+            self._data: Any = builder.as_data_source(split)
+        except (ValueError, KeyError, OSError, RuntimeError, AssertionError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise DataError(
+                f"cannot open TFDS data set {name!r}, split {split!r}: {reason} Prepare it first: "
+                f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
+            ) from error
+        self._name, self._split, self._feature = name, split, INPUTS[base]
+        self._transform = transform
+        names = tuple(builder.info.features["label"].names)
+        self.classes, self._numbers = names, None
+        if base == "speech_commands":
+            self.classes = SPEECH_WORDS
+            wanted = {names.index(word): n for n, word in enumerate(SPEECH_WORDS) if word in names}
+            labels = [int(example["label"]) for example in self._data]
+            self._numbers = [i for i, label in enumerate(labels) if label in wanted]
+            self._wanted = wanted
+
+    def __len__(self) -> int:
+        return len(self._data if self._numbers is None else self._numbers)
+
+    def name(self, index: int) -> str:
+        return f"{self._name}/{self._split}#{index}"
+
+    def example(self, index: int) -> LabelledExample:
+        record = self._data[index if self._numbers is None else self._numbers[index]]
+        label = int(record["label"])
+        if self._numbers is not None:
+            label = self._wanted[label]
+        return LabelledExample((self._transform(record[self._feature]),), label)
+
+    def fingerprint(self) -> str:
+        return digest_of(self._name, self._split, len(self))
+
+
+def crop_and_resize(image: np.ndarray, size: int) -> np.ndarray:
+    """The largest square in the middle of an image (h, w, c), resized to `size` by averages.
+
+    Every pixel of the result is the mean of the pixels under it, by the nearest borders.
+    """
+    side = min(image.shape[:2])
+    top, left = ((length - side) // 2 for length in image.shape[:2])
+    square = image[top : top + side, left : left + side].astype(np.float32)
+    borders = np.arange(size + 1) * side // size
+    counts = np.maximum(np.diff(borders), 1)
+    # An empty range of `reduceat` gives the pixel at its start.
+    rows = np.add.reduceat(square, borders[:-1], axis=0) / counts[:, None, None]
+    pixels = np.add.reduceat(rows, borders[:-1], axis=1) / counts[None, :, None]
+    return np.round(pixels).astype(np.uint8)
