@@ -34,6 +34,7 @@ from megalodon_jax.parallel.mesh import resolve_mesh
 from megalodon_jax.storage.location import require_installed
 from megalodon_jax.tasks import HeldoutLoader, Task, find_task, own_loaders
 from megalodon_jax.train_state import TrainState
+from megalodon_jax.training import run_report
 from megalodon_jax.training.callbacks import Callback, RunView
 from megalodon_jax.training.clock import ThroughputClock
 from megalodon_jax.training.metrics import ProgressDisplay
@@ -47,12 +48,6 @@ from megalodon_jax.training.run_context import (
     open_log,
 )
 from megalodon_jax.training.run_files import open_run_files
-from megalodon_jax.training.run_report import (
-    data_counts,
-    describe_devices,
-    describe_run,
-    utilization,
-)
 from megalodon_jax.training.run_time import RunTime
 from megalodon_jax.training.signals import stop_on_signals
 from megalodon_jax.training.start import initial_state
@@ -150,7 +145,7 @@ def train(
         run_time = RunTime(
             files.local if distributed.is_main() else None,
             started=started,
-            devices=describe_devices(list(mesh.devices.flat)),
+            devices=run_report.describe_devices(list(mesh.devices.flat)),
         )
         graphdef, state, changes = initial_state(
             config, mesh, training_loader, checkpoints, optimizer=optimizer
@@ -238,7 +233,7 @@ class _Run:
         """Trains until the last step or a signal, then saves."""
         config, run_time = self.config, self.context.run_time
         self.context.display.message(
-            describe_run(config, self.state, self.devices, first_step=self.first_step)
+            run_report.describe_run(config, self.state, self.devices, first_step=self.first_step)
         )
         self.context.checkpoints.check()  # before a compilation of minutes
         run_time.enter("steps")
@@ -372,7 +367,7 @@ class _Run:
         mfu = (
             None
             if tokens_per_second is None
-            else utilization(self.config, self.devices, tokens_per_second)
+            else run_report.utilization(self.config, self.devices, tokens_per_second)
         )
         self.context.run_time.write(self.step)
         report = {
@@ -380,7 +375,7 @@ class _Run:
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
             **self.context.run_time.metrics(),
-            **data_counts(self.context.loader, self.config),
+            **run_report.data_counts(self.context.loader, self.config),
         }
         self._log(report)
         self._notify("on_report", report)
