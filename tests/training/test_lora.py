@@ -225,3 +225,21 @@ def test_meshes_and_rematerialization_change_nothing(session_config):
         np.testing.assert_allclose(losses, results[0][0], rtol=1e-5)
         assert heldout == pytest.approx(results[0][1], rel=1e-5)
         chex.assert_trees_all_close(params, results[0][2], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_factors_with_carried_states_resume_bit_for_bit(lora_run, tmp_path):
+    """Documents that are longer than a row, whose state the checkpoint has beside the factors."""
+    data = dataclasses.replace(lora_run.data, carry_state=True, seq_len=27)
+    whole = dataclasses.replace(lora_run, data=data, steps=4, checkpoint_every=2)
+    train(whole)
+    again = shutil.copytree(whole.run_dir, tmp_path / "again")
+    train(dataclasses.replace(whole, run_dir=str(again), resume=True, resume_step=2))
+    states = []
+    for run_dir in (whole.run_dir, again):
+        with RunCheckpoints(run_dir, read_only=True) as checkpoints:
+            states.append(checkpoints.restore(4, whole).state)
+    assert states[0].carried is not None
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(states[0].carried))
+    chex.assert_trees_all_equal(states[0].params, states[1].params)
+    chex.assert_trees_all_equal(states[0].carried, states[1].carried)
