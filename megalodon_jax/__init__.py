@@ -3,9 +3,9 @@
 Names are imported on first use, so that `import megalodon_jax` does not import JAX.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from megalodon_jax.lazy_names import lazy_names
 from megalodon_jax.version import __version__
 
 if TYPE_CHECKING:
@@ -94,12 +94,4 @@ __all__ = [
     "save",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+__getattr__, __dir__ = lazy_names(__name__, _MODULES, globals())

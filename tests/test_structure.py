@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up; modules of one entry may import each other, without cycles.
 LAYERS = [
-    ("megalodon_jax.errors", "megalodon_jax.version"),
+    ("megalodon_jax.errors", "megalodon_jax.version", "megalodon_jax.lazy_names"),
     (
         "megalodon_jax.typing",
         "megalodon_jax.chips",

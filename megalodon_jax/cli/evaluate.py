@@ -68,7 +68,7 @@ class Evaluate(WithCompilationCache):
     """The run_dir of a training run or one of its checkpoints, a path or a URL gs:// or s3://; a
     .safetensors file; or a folder in the Hugging Face form."""
     task: EvaluationTask = "text"
-    """What to measure. With --files: bits per byte of whole documents (text), perplexity of blocks
+    """The measurement. With --files: bits per byte of whole documents (text), perplexity of blocks
     of several lengths (perplexity_by_context), the loss by a token's position (loss_by_position),
     loss and decoding time without the attention of the last blocks (skip_attention). Without
     --files: a number in a long text (passkey), random letters to repeat (copy), the value of a

@@ -71,7 +71,7 @@ class EncoderConfig:
     kind: Literal["encoder"] = "encoder"
     """Architecture."""
     input: EncoderInputKind = "tokens"
-    """What enters: token ids, real values (pixels, samples of sound), or patches of images."""
+    """Input: token ids, real values (pixels, samples of sound), or patches of images."""
     input_size: Size = 1
     """Numbers of a token: channels of a real value, or numbers of a patch."""
     vocab_size: TokenIds = 256
@@ -105,7 +105,7 @@ class EncoderConfig:
     cema_ndim: Annotated[int, Range(low=1, high=32)] = 16
     """Order N of the moving average in each direction, 1 to 32."""
     average_activation: Literal["rms", "silu"] = "rms"
-    """What follows the moving average: RMSNorm or SiLU."""
+    """Activation after the moving average: RMSNorm or SiLU."""
     causal: bool = False
     """See only the tokens up to each token, as a language model does, for comparisons."""
     chunk_size: Annotated[int | None, Range(low=1, high=2_000_000_000)] = None

@@ -3,8 +3,9 @@
 Names are imported on first use: training imports `summary`, and no more than that.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from megalodon_jax.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from megalodon_jax.evaluation.answers import (
@@ -130,12 +131,4 @@ __all__ = [
     "write_results",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+__getattr__, __dir__ = lazy_names(__name__, _MODULES, globals())

@@ -25,7 +25,7 @@ from megalodon_jax.language_model import LanguageModel
 
 AnswerMethod = Literal["teacher_forcing", "generation"]
 
-# Of the normal distribution, for intervals that hold 95 %.
+# Quantile of the normal distribution for intervals that hold 95 %.
 _Z = 1.959964
 # Prompts that are continued side by side.
 _GENERATED_ROWS = 16

@@ -1,4 +1,4 @@
-"""What inference costs: prefill by length, and a decoding step."""
+"""The cost of inference: prefill by length, and a decoding step."""
 
 import statistics
 import time

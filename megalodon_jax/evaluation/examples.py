@@ -31,7 +31,7 @@ _LABELLED_ROWS = 1024
 
 
 class Labels(NamedTuple):
-    """What a model made of the prompts of its next round.
+    """Answers of a model to the prompts of its next round.
 
     Attributes:
       num_written: examples in the file.

@@ -1,4 +1,4 @@
-"""What enters an encoder: tokens, real values (pixels, samples of sound), patches of images."""
+"""Inputs of an encoder: tokens, real values (pixels, samples of sound), patches of images."""
 
 import math
 
