@@ -78,6 +78,7 @@ def test_tpu_compiler_refuses_what_does_not_fit():
         compile_for(tpu_device("v5e:1x1"), affine_tpu, too_large)
 
 
+@pytest.mark.slow
 def test_h200_registers_and_spills():
     device = h200_device()
     assert device.device_kind == "NVIDIA H200"

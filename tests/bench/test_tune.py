@@ -78,6 +78,7 @@ def test_a_wrong_or_failing_implementation_is_never_chosen(monkeypatch):
     assert "error" in tune.format_candidate(fast[1])
 
 
+@pytest.mark.slow
 def test_command_writes_prints_and_resets(tmp_path, capsys):
     file = tmp_path / "run.toml"
     file.write_text(CONFIG)

@@ -72,6 +72,7 @@ def test_the_default_task_prints_a_line(trained_run, text_file, tmp_path, capsys
     assert out.startswith(f"bits per byte {result['bits_per_byte']:.4f}  perplexity per token ")
 
 
+@pytest.mark.slow
 def test_costs(trained_run, text_file, tmp_path, capsys):
     options = {"run_dir": trained_run.run_dir, "path": tmp_path / "a.json", "capsys": capsys}
     _, content = evaluate("prefill_cost", "--lengths", "20", "40", "--repeats", "1", **options)

@@ -458,6 +458,7 @@ def _run_python(code: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_loader_can_be_collected_on_its_read_ahead_thread(
     numbers: Tokenizer, number_config: ConfigMaker, monkeypatch
 ):

@@ -82,6 +82,7 @@ def carried_of(state: TrainState) -> CarriedState:
     return state.carried
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one_inside_documents(carrying, tmp_path):
     config = dataclasses.replace(carrying, run_dir=str(tmp_path / "run"))
     whole, resumed = KeepState(), KeepState()

@@ -24,6 +24,7 @@ from megalodon_jax.training.loop import train
 STILL = OptimConfig(lr=1e-30, warmup_steps=0, weight_decay=0.0)
 
 
+@pytest.mark.slow
 def test_longer_chunks_and_another_rotation(trained_run, tmp_path, capsys):
     model = dataclasses.replace(trained_run.model, chunk_size=32, rope_base=5e5)
     run = dataclasses.replace(

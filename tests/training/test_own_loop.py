@@ -125,6 +125,7 @@ def config(config) -> TrainConfig:
     return dataclasses.replace(config, sample_tokens=0)
 
 
+@pytest.mark.slow
 def test_events_metrics_and_evaluation(config):
     recorder, lines, batches = Recorder(), Lines(), Stateful()
     result = train(
