@@ -20,7 +20,7 @@ Split = Literal["train", "test"]
 KeyPosition = Literal["start", "middle", "end"]
 KEY_POSITIONS: tuple[KeyPosition, ...] = get_args(KeyPosition)
 
-# Of 256 hashes those of test problems: an eighth.
+# Hashes of test problems, of 256 values: an eighth.
 _TEST_HASHES = 32
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # Munkhdalai et al. 2024 (arXiv 2404.07143), section 4.3.

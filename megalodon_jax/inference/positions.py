@@ -36,7 +36,7 @@ class PendingLayer(NamedTuple):
 
     @classmethod
     def of(cls, layer: LayerCache) -> "PendingLayer":
-        """What `_SeveralTokens` makes of a layer's states."""
+        """A layer's states after several tokens, of `_SeveralTokens`."""
         return cls(layer.norm, layer.cema)
 
 

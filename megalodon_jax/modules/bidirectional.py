@@ -6,7 +6,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 
 from megalodon_jax.config import MovingAverage
-from megalodon_jax.modules.cema import initial_theta
+from megalodon_jax.modules.cema import initial_theta, real_average
 from megalodon_jax.modules.parameters import parameter
 from megalodon_jax.parallel.sharding import partition_spec, sequence_axis, shard_map_logical
 from megalodon_jax.typing import Array, Float, Int32
@@ -107,15 +107,8 @@ class BidirectionalEMA(nnx.Module):
 
     @property
     def params(self) -> CemaParams:
-        """CEMA's arrays for these averages: angle 0, see `EMA`."""
-        weights = self.gamma[...] * self.beta[...]
-        return CemaParams(
-            self.alpha[...],
-            self.delta[...],
-            jnp.full(weights.shape[:1], -jnp.inf, weights.dtype),
-            jnp.stack([weights, jnp.zeros_like(weights)], axis=-1),
-            self.omega[...],
-        )
+        """CEMA's arrays for these averages, see `EMA`."""
+        return real_average(self.alpha, self.delta, self.gamma, self.beta, self.omega)
 
 
 def make_bidirectional_average(

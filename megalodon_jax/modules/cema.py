@@ -139,15 +139,22 @@ class EMA(nnx.Module):
     @property
     def params(self) -> CemaParams:
         """CEMA's arrays for this average."""
-        weights = self.gamma[...] * self.beta[...]
-        return CemaParams(
-            self.alpha[...],
-            self.delta[...],
-            # sigmoid(-inf) is 0, with a finite gradient (0): the angle of q.
-            jnp.full(weights.shape[:1], -jnp.inf, weights.dtype),
-            jnp.stack([weights, jnp.zeros_like(weights)], axis=-1),
-            self.omega[...],
-        )
+        return real_average(self.alpha, self.delta, self.gamma, self.beta, self.omega)
+
+
+def real_average(
+    alpha: nnx.Param, delta: nnx.Param, gamma: nnx.Param, beta: nnx.Param, omega: nnx.Param
+) -> CemaParams:
+    """CEMA's arrays for a real moving average: angle 0 and real weights gamma beta."""
+    weights = gamma[...] * beta[...]
+    return CemaParams(
+        alpha[...],
+        delta[...],
+        # sigmoid(-inf) is 0, with a finite gradient (0): the angle of q.
+        jnp.full(weights.shape[:1], -jnp.inf, weights.dtype),
+        jnp.stack([weights, jnp.zeros_like(weights)], axis=-1),
+        omega[...],
+    )
 
 
 def make_moving_average(

@@ -37,7 +37,7 @@ class CurvePoint(NamedTuple):
 
 
 class RunResult(NamedTuple):
-    """What came out of one run.
+    """The result of one run.
 
     Attributes:
       stage: name of its stage.

@@ -32,7 +32,7 @@ class ExampleSets(NamedTuple):
 
 
 class ModelNeeds(NamedTuple):
-    """What the examples need of the encoder.
+    """Requirements of the examples on the encoder.
 
     Attributes:
       input: the kind of `model.input`.
@@ -66,7 +66,7 @@ class Classification(abc.ABC):
 
     @abc.abstractmethod
     def needs(self, config: TrainConfig) -> ModelNeeds:
-        """What the model must be for these examples."""
+        """The model's settings that these examples require."""
 
     @abc.abstractmethod
     def read_file(self, path: Path, config: TrainConfig) -> "list[tuple[np.ndarray, ...]]":

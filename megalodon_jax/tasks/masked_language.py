@@ -14,7 +14,7 @@ from megalodon_jax.loss import LossOutput, cross_entropy
 from megalodon_jax.tasks.language import LanguageModeling
 from megalodon_jax.typing import Array, Batch, PRNGKey
 
-# Of the chosen tokens: hidden behind the mask, replaced by another token; the others stay.
+# Shares of the chosen tokens that the mask hides, or another token replaces; the others stay.
 HIDDEN, REPLACED = 0.8, 0.1
 _EVALUATION_SEED = 0
 
