@@ -35,6 +35,6 @@ pytest_plugins = ["tests.fixtures_runs"]
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Runs a file in one worker if there are few: its compiled functions are then shared."""
-    from xdist.scheduler import LoadFileScheduling
+    from tests.file_scheduling import FileScheduling
 
-    return LoadFileScheduling(config, log) if len(config.option.tx) <= 4 else None
+    return FileScheduling(config, log) if len(config.option.tx) <= 4 else None

@@ -42,6 +42,8 @@ class Stage:
       seeds: values of `seed` and `data.shuffle_seed`, the same for all variants.
       best_of: an earlier stage with one seed or more: each variant takes the point of its grid with
         the best mean metric there.
+      init_from: an earlier stage without a grid of its own: each run starts from the weights of the
+        same variant's run there, with the same seed, or with the only one.
       variants: names of those that run; empty: all.
       evaluate: run the study's evaluations after each run.
     """
@@ -51,6 +53,7 @@ class Stage:
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     best_of: str = ""
+    init_from: str = ""
     variants: tuple[str, ...] = ()
     evaluate: bool = False
 
@@ -63,11 +66,31 @@ class StudyEvaluation:
       name: its key in the results.
       arguments: the command's arguments, without `--checkpoint` and `--json`.
       variants: names of the variants that it is for; empty: all.
+      stages: names of the stages that it is for; empty: all with `evaluate`.
     """
 
     name: str
     arguments: tuple[str, ...]
     variants: tuple[str, ...] = ()
+    stages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyExamples:
+    """A command `megalodon examples` that runs before the first training run.
+
+    Attributes:
+      name: the name of its record in the study's directory.
+      arguments: the command's arguments, `--out` among them: the file that runs read.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+
+    @property
+    def file(self) -> str:
+        """The path that follows `--out`."""
+        return self.arguments[self.arguments.index("--out") + 1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +106,7 @@ class Study:
       variants: what is compared; the first is the one that others are compared with.
       stages: in order.
       evaluations: after runs of stages with `evaluate`.
+      examples: files of training examples that are written first.
     """
 
     name: str
@@ -92,6 +116,7 @@ class Study:
     variants: tuple[Variant, ...]
     stages: tuple[Stage, ...]
     evaluations: tuple[StudyEvaluation, ...] = ()
+    examples: tuple[StudyExamples, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +128,9 @@ class Run:
       variant: name of its variant.
       point: its values of the grid, by dotted setting.
       seed: its seed.
-      table: its configuration as a nested table, without `run_dir`.
+      table: its configuration as a nested table, without `run_dir` and the `init_from` of a stage.
       evaluations: what runs after it.
+      init_from: the stage from whose run of this variant it starts; empty: from random weights.
     """
 
     stage: str
@@ -113,6 +139,7 @@ class Run:
     seed: int
     table: Settings
     evaluations: tuple[StudyEvaluation, ...]
+    init_from: str = ""
 
     @property
     def name(self) -> str:
@@ -182,6 +209,9 @@ def study_from_dict(table: Settings) -> Study:
         evaluations=tuple(
             _evaluation(entry) for entry in _tables(values.get("evaluations", []), "evaluations")
         ),
+        examples=tuple(
+            _examples(entry) for entry in _tables(values.get("examples", []), "examples")
+        ),
     )
     _check_references(study)
     return study
@@ -212,7 +242,9 @@ def stage_runs(
             evaluations = tuple(
                 entry
                 for entry in study.evaluations
-                if stage.evaluate and (not entry.variants or variant.name in entry.variants)
+                if stage.evaluate
+                and (not entry.variants or variant.name in entry.variants)
+                and (not entry.stages or stage.name in entry.stages)
             )
             runs.append(
                 Run(
@@ -222,9 +254,19 @@ def stage_runs(
                     seed=seed,
                     table=table,
                     evaluations=evaluations,
+                    init_from=stage.init_from,
                 )
             )
     return runs
+
+
+def start_of(run: Run, earlier: Sequence[Run]) -> Run | None:
+    """The run, one of `earlier`, from whose weights a run with `init_from` starts.
+
+    None if its variant has no run there, because it has no best point.
+    """
+    own = [r for r in earlier if (r.stage, r.variant) == (run.init_from, run.variant)]
+    return next((r for r in own if len(own) == 1 or r.seed == run.seed), None)
 
 
 def _all_points(study: Study, stage: Stage) -> list[Run]:
@@ -292,6 +334,7 @@ def _stage(entry: Settings) -> Stage:
         grid={key: tuple(points) for key, points in grid.items()},
         seeds=tuple(seeds),
         best_of=str(values.get("best_of", "")),
+        init_from=str(values.get("init_from", "")),
         variants=_strings(values.get("variants", []), f"stage {name}: variants"),
         evaluate=values.get("evaluate", False),
     )
@@ -304,17 +347,33 @@ def _evaluation(entry: Settings) -> StudyEvaluation:
     for option in ("--checkpoint", "--json"):
         if any(argument.partition("=")[0] == option for argument in arguments):
             raise ConfigError(f"evaluation {name} has {option}, which the study sets; leave it out")
-    variants = _strings(values.get("variants", []), f"evaluation {name}: variants")
-    return StudyEvaluation(name=name, arguments=arguments, variants=variants)
+    return StudyEvaluation(
+        name=name,
+        arguments=arguments,
+        variants=_strings(values.get("variants", []), f"evaluation {name}: variants"),
+        stages=_strings(values.get("stages", []), f"evaluation {name}: stages"),
+    )
+
+
+def _examples(entry: Settings) -> StudyExamples:
+    values = _checked(entry, StudyExamples, "examples", required=("name", "arguments"))
+    name = _name(values["name"], "examples")
+    arguments = _strings(values["arguments"], f"examples {name}: arguments")
+    if "--out" not in arguments[:-1]:
+        raise ConfigError(f"examples {name} have no --out; name the file that the runs read")
+    return StudyExamples(name=name, arguments=arguments)
 
 
 def _check_references(study: Study) -> None:
     for kind, entries in (
         ("variant", study.variants), ("stage", study.stages), ("evaluation", study.evaluations),
+        ("set of examples", study.examples),
     ):  # fmt: skip
         names = [entry.name for entry in entries]
         if double := {name for name in names if names.count(name) > 1}:
-            raise ConfigError(f"two of the {kind}s are named {sorted(double)[0]!r}; rename one")
+            raise ConfigError(
+                f"a {kind} has the name of another, {sorted(double)[0]!r}; rename one"
+            )
     variants = [variant.name for variant in study.variants]
     for entry in (*study.stages, *study.evaluations):
         for name in entry.variants:
@@ -322,14 +381,35 @@ def _check_references(study: Study) -> None:
                 raise ConfigError(
                     f"{entry.name}: no variant {name!r}{did_you_mean(name, variants)}"
                 )
-    earlier: list[str] = []
+    stages = [stage.name for stage in study.stages]
+    for evaluation in study.evaluations:
+        for name in evaluation.stages:
+            if name not in stages:
+                raise ConfigError(
+                    f"{evaluation.name}: no stage {name!r}{did_you_mean(name, stages)}"
+                )
+    earlier: dict[str, Stage] = {}
     for stage in study.stages:
-        if stage.best_of and stage.best_of not in earlier:
-            raise ConfigError(
-                f"stage {stage.name}: best_of is {stage.best_of!r}; use an earlier stage"
-                f"{did_you_mean(stage.best_of, earlier)}"
-            )
-        earlier.append(stage.name)
+        for key, name in (("best_of", stage.best_of), ("init_from", stage.init_from)):
+            if name and name not in earlier:
+                raise ConfigError(
+                    f"stage {stage.name}: {key} is {name!r}; use an earlier stage"
+                    f"{did_you_mean(name, list(earlier))}"
+                )
+        if stage.init_from:
+            _check_start(stage, earlier[stage.init_from], variants)
+        earlier[stage.name] = stage
+
+
+def _check_start(stage: Stage, start: Stage, variants: Sequence[str]) -> None:
+    """A run of `stage` must start from one run of `start`."""
+    where = f"stage {stage.name}: init_from is {start.name!r}"
+    if any(len(points) > 1 for points in start.grid.values()):
+        raise ConfigError(f"{where}, which has a grid; use a stage with one run for every seed")
+    if len(start.seeds) > 1 and (missing := sorted({*stage.seeds} - {*start.seeds})):
+        raise ConfigError(f"{where}, which has no seed {missing[0]}; use its seeds")
+    if missing_names := {*(stage.variants or variants)} - {*(start.variants or variants)}:
+        raise ConfigError(f"{where}, which does not run {sorted(missing_names)[0]!r}")
 
 
 def _checked(table: Any, kind: type, where: str, *, required: Sequence[str]) -> dict[str, Any]:
@@ -350,7 +430,7 @@ def _table(value: Any, where: str) -> dict[str, Any]:
 
 
 def _tables(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list) or (where != "evaluations" and not value):
+    if not isinstance(value, list) or (where in ("variants", "stages") and not value):
         raise ConfigError(f"{where} is {value!r:.80}; use tables [[{where}]]")
     return value
 

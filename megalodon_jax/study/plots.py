@@ -9,19 +9,21 @@ from typing import Any
 import numpy as np
 
 from megalodon_jax.errors import ConfigError
+from megalodon_jax.study.evaluations import EvaluationSeries, evaluation_series
 from megalodon_jax.study.report import Summary, summarize_runs
 from megalodon_jax.study.results import CurvePoint, RunResult, StudyResults
 
 # Colors that readers with impaired color vision can tell apart (Okabe and Ito 2008).
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_STYLES = ("-", "--", ":", "-.")
 _SIZE = (6.4, 4.2)
 # Fewer tokens are start-up: the axis begins where the curves are worth comparing.
 _SHOWN_FROM = 0.1
 
 
 def draw_results(results: StudyResults, directory: str | Path) -> list[Path]:
-    """Draws the last stage: held-out loss against tokens and seconds, the variants' final values,
-    and loss by context where the study evaluated it.
+    """Draws the last stage with the metric, against tokens and seconds, the variants' final values
+    there, and every evaluation by length, distance or digits.
 
     The same results always give the same bytes.
 
@@ -38,14 +40,19 @@ def draw_results(results: StudyResults, directory: str | Path) -> list[Path]:
     summaries = [summary for summary in summarize_runs(results) if summary.runs]
     if not summaries:
         raise ConfigError(f"no run of {results.name} is done; nothing to draw")
-    summaries = [summary for summary in summaries if summary.stage == summaries[-1].stage]
+    stages = [s.stage for s in summaries if any(results.metric in run.final for run in s.runs)]
+    summaries = [s for s in summaries if s.stage == (stages or [summaries[-1].stage])[-1]]
     pictures: dict[str, Callable[[Any], None]] = {
         "tokens": lambda axes: _curves(axes, summaries, results.metric, by="tokens"),
         "seconds": lambda axes: _curves(axes, summaries, results.metric, by="seconds"),
         "final": lambda axes: _final(axes, summaries, results.metric),
     }
-    for name in _context_evaluations(summaries):
-        pictures[name] = lambda axes, name=name: _contexts(axes, summaries, name)
+    all_series = evaluation_series(results)
+    names = [series.name for series in all_series]
+    for series in all_series:
+        # An evaluation after several stages has a picture for each.
+        name = series.name if names.count(series.name) == 1 else f"{series.name}_{series.stage}"
+        pictures[name] = lambda axes, series=series: _evaluation(axes, series)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     return [
@@ -121,35 +128,30 @@ def _final(axes: Any, summaries: Sequence[Summary], metric: str) -> None:
     axes.set_xlabel(f"{_words(metric)} (axis does not begin at zero)")
 
 
-def _contexts(axes: Any, summaries: Sequence[Summary], name: str) -> None:
-    for color, summary in zip(_cycle(), summaries, strict=False):
-        curves = [
-            run.evaluations[name]["results"] for run in summary.runs if name in run.evaluations
-        ]
-        if not curves:
-            continue
-        points = [
-            (rows[0]["context"], np.mean([row["perplexity"] for row in rows]))
-            for rows in zip(*curves, strict=True)
-            if rows[0]["context"]
-        ]
-        x, y = zip(*points, strict=True)
-        axes.plot(x, y, "o-", color=color, label=_label(summary, summaries))
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("tokens of context")
-    axes.set_ylabel("perplexity per token")
+def _evaluation(axes: Any, series: EvaluationSeries) -> None:
+    """The mean over the seeds by the first part of the key, a line style for every other part."""
+    others = list(dict.fromkeys(v.key[1:] for values in series.by_variant.values() for v in values))
+    highest = 0
+    for color, (variant, values) in zip(_cycle(), series.by_variant.items(), strict=False):
+        for style, other in zip(itertools.cycle(_STYLES), others, strict=False):
+            # A context of 0, a whole document, has no place on the axis.
+            own = sorted(v for v in values if v.key[1:] == other and v.key[0])
+            if not own:
+                continue
+            x = [value.key[0] for value in own]
+            label = ", ".join([variant, *map(str, other)]) if len(others) > 1 else variant
+            axes.plot(x, [v.mean for v in own], "o", linestyle=style, color=color, label=label)
+            axes.fill_between(
+                x, [v.low for v in own], [v.high for v in own], color=color, alpha=0.2, linewidth=0
+            )
+            highest = max(highest, *x)
+    if highest > 256:
+        axes.set_xscale("log", base=2)
+    if series.measure == "exact_match":
+        axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel(series.axis)
+    axes.set_ylabel(series.measure.replace("_", " "))
     axes.legend(frameon=False)
-
-
-def _context_evaluations(summaries: Sequence[Summary]) -> list[str]:
-    found = {
-        name
-        for summary in summaries
-        for run in summary.runs
-        for name, content in run.evaluations.items()
-        if content.get("task") == "perplexity_by_context"
-    }
-    return sorted(found)
 
 
 def _heldout(run: RunResult, metric: str) -> list[CurvePoint]:

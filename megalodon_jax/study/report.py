@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from megalodon_jax.study.evaluations import EvaluationSeries, EvaluationValue, evaluation_series
 from megalodon_jax.study.results import RunResult, StudyResults
 
 
@@ -49,12 +50,15 @@ def _summary(key: tuple[str, str, str], runs: Sequence[RunResult], metric: str) 
 
 
 def results_markdown(results: StudyResults) -> str:
-    """The results as Markdown: a table of means for every stage, then a table of all runs."""
+    """The results as Markdown: tables of means for every stage and evaluation, then all runs."""
     lines = [f"# {results.title}", "", f"`{results.metric}`, lower is better."]
     summaries = summarize_runs(results)
     for stage in dict.fromkeys(summary.stage for summary in summaries):
         own = [summary for summary in summaries if summary.stage == stage]
         lines += ["", f"## {stage}", "", *_stage_table(own)]
+    for series in evaluation_series(results):
+        title = f"{series.stage}, {series.name}: {series.measure} ({series.task})"
+        lines += ["", f"## {title}", "", *_evaluation_table(series)]
     lines += ["", "## All runs", "", *_runs_table(results)]
     return "\n".join(lines) + "\n"
 
@@ -85,6 +89,34 @@ def _stage_table(summaries: Sequence[Summary]) -> list[str]:
             )
         )
     return _table(header, rows)
+
+
+def _evaluation_table(series: EvaluationSeries) -> list[str]:
+    """A line for every length, distance or number of digits, a column for every variant."""
+    columns = {
+        variant: {value.key: value for value in values}
+        for variant, values in series.by_variant.items()
+    }
+    keys = dict.fromkeys(key for values in columns.values() for key in values)
+    header = (*series.keys, *columns)
+    rows = [
+        (*map(_part, key), *(_with_range(values.get(key)) for values in columns.values()))
+        for key in keys
+    ]
+    return _table(header, rows)
+
+
+def _part(part: object) -> str:
+    return f"{part:,}" if isinstance(part, int) else str(part)
+
+
+def _with_range(value: EvaluationValue | None) -> str:
+    """The mean over the seeds, and their range where they differ."""
+    if value is None or math.isnan(value.mean):
+        return ""
+    if value.low == value.high:
+        return f"{value.mean:.4g}"
+    return f"{value.mean:.4g} ({value.low:.4g} to {value.high:.4g})"
 
 
 def _runs_table(results: StudyResults) -> list[str]:

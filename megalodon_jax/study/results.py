@@ -60,6 +60,7 @@ class RunResult(NamedTuple):
       heldout: held-out losses.
       evaluations: what the study's evaluations wrote, by name.
       failed_evaluations: messages of those that failed.
+      init_from: directory of the run, below the study's, whose weights it started from.
     """
 
     stage: str
@@ -82,6 +83,7 @@ class RunResult(NamedTuple):
     heldout: tuple[CurvePoint, ...] = ()
     evaluations: dict[str, Any] = {}  # noqa: RUF012
     failed_evaluations: dict[str, str] = {}  # noqa: RUF012
+    init_from: str = ""
 
     @property
     def name(self) -> str:
@@ -117,7 +119,7 @@ class StudyResults(NamedTuple):
     runs: tuple[RunResult, ...]
 
 
-def failed_result(run: Run, *, exit_code: int | None, error: str) -> RunResult:
+def failed_result(run: Run, *, exit_code: int | None, error: str, init_from: str = "") -> RunResult:
     """The result of a run that failed."""
     return RunResult(
         stage=run.stage,
@@ -128,10 +130,13 @@ def failed_result(run: Run, *, exit_code: int | None, error: str) -> RunResult:
         status="failed",
         exit_code=exit_code,
         error=error,
+        init_from=init_from,
     )
 
 
-def read_run(run: Run, directory: Path, *, failed_evaluations: dict[str, str]) -> RunResult:
+def read_run(
+    run: Run, directory: Path, *, failed_evaluations: dict[str, str], init_from: str = ""
+) -> RunResult:
     """The result of a run that has ended, from its metrics and its evaluations' files."""
     config = run.config(str(directory / RUN_DIR))
     per_step = config.data.batch_size * config.data.seq_len * max(1, config.optim.accumulate_steps)
@@ -186,6 +191,7 @@ def read_run(run: Run, directory: Path, *, failed_evaluations: dict[str, str]) -
             for path in sorted((directory / EVALUATIONS).glob("*.json"))
         },
         failed_evaluations=failed_evaluations,
+        init_from=init_from,
     )
 
 

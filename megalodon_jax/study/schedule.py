@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from megalodon_jax.study.definition import (
     Stage,
     Study,
     StudyEvaluation,
+    StudyExamples,
     run_name,
     stage_runs,
+    start_of,
 )
 from megalodon_jax.study.results import (
     EVALUATIONS,
@@ -36,6 +38,8 @@ from megalodon_jax.study.results import (
 )
 from megalodon_jax.study.toml_text import to_toml
 
+# Directory of the logs of `megalodon examples`.
+EXAMPLES = "examples"
 _POLL_SECONDS = 0.2
 # A run saves within seconds of SIGTERM; the rest is for a step and the last copy.
 _STOP_SECONDS = 120.0
@@ -80,15 +84,20 @@ def run_study(
             write_result(out / run_name(result), result)
     stop = threading.Event() if stop is None else stop
     environments = [{device_variable: device} for device in devices] or [{}]
+    pool = _Pool(out, environments, stop=stop, retry_failed=retry_failed, report=report)
+    pool.write_examples(study.examples)
     results: list[RunResult] = []
-    for stage in study.stages:
+    all_runs: list[Run] = []
+    for stage in () if stop.is_set() else study.stages:
         best = best_points(study, stage, results) if stage.best_of else None
         runs = stage_runs(study, stage, best)
         report(f"stage {stage.name}: {len(runs)} runs")
         for chosen, point in (best or {}).items():
             report(f"  {chosen}: {', '.join(f'{k} {v}' for k, v in point.items())}")
-        pool = _Pool(out, environments, stop=stop, retry_failed=retry_failed, report=report)
-        results += pool.run(runs)
+        pool.run(runs, all_runs)
+        all_runs += runs
+        found = (read_result(out / run.name) for run in all_runs)
+        results = [result for result in found if result is not None]
         write_results(out, study, results)
         if stop.is_set():
             break
@@ -136,13 +145,76 @@ class _Pool:
         self._stop = stop
         self._retry_failed = retry_failed
         self._report = report
+        # By the names of the runs that start from the weights of another.
+        self._starts: dict[str, Run] = {}
 
-    def run(self, runs: Sequence[Run]) -> list[RunResult]:
-        """The results of the runs that have one, in their order."""
+    def write_examples(self, examples: Sequence[StudyExamples]) -> None:
+        """Writes the files that are missing, and beside each the arguments that it was written with.
+
+        Raises:
+          ConfigError: `megalodon examples` failed, or a file has other arguments or none.
+        """
+        for entry in examples:
+            arguments = list(entry.arguments)
+            file = Path(entry.file)
+            record = file.with_suffix(".arguments.json")
+            if file.exists():
+                if record.exists() and json.loads(record.read_text()) == arguments:
+                    continue
+                raise ConfigError(
+                    f"{file} exists, and was not written with the arguments of the examples "
+                    f"{entry.name}; move it away, or name another file"
+                )
+            log = self._out / EXAMPLES / f"{entry.name}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_name(f"{file.name}.unfinished")
+            unfinished.unlink(missing_ok=True)
+            arguments[arguments.index("--out") + 1] = str(unfinished)
+            code = self._process(["examples", *arguments], log, {})
+            if self._stop.is_set():
+                return
+            if code != 0:
+                raise ConfigError(f"examples {entry.name}: {_last_lines(log)}")
+            record.write_text(json.dumps(list(entry.arguments)))
+            os.replace(unfinished, file)
+            self._report(f"{file}: examples {entry.name}")
+
+    def run(self, runs: Sequence[Run], earlier: Sequence[Run] = ()) -> None:
+        """Runs those that have no result yet.
+
+        Runs of earlier stages whose weights are missing, because only their results came from
+        another directory, are run again where others start from them.
+        """
+        starts = {run.name: start_of(run, earlier) for run in runs if run.init_from}
+        self._starts.update({name: start for name, start in starts.items() if start is not None})
+        for name in [name for name, start in starts.items() if start is None]:
+            self._report(f"{name}: there is no run to start from")
+        runs = [run for run in runs if not run.init_from or run.name in self._starts]
+        missing = [run for run in runs if not self._is_finished(run)]
+        self._run_all(self._without_weights(missing))
+        self._run_all(missing)
+
+    def _without_weights(self, runs: Sequence[Run]) -> list[Run]:
+        """The runs that others start from, of which there is only the result."""
+        lost = {}
+        for run in runs:
+            start = self._starts.get(run.name)
+            if start is None or (self._out / start.name / RUN_DIR).exists():
+                continue
+            result = read_result(self._out / start.name)
+            if result is not None and result.status == "done" and start.name not in lost:
+                self._report(f"{start.name}: its weights are not in {self._out}; it runs again")
+                lost[start.name] = start
+        return list(lost.values())
+
+    def _start_name(self, run: Run) -> str:
+        return self._starts[run.name].name if run.name in self._starts else ""
+
+    def _run_all(self, runs: Iterable[Run]) -> None:
         waiting: queue.SimpleQueue[Run] = queue.SimpleQueue()
         for run in runs:
-            if not self._is_finished(run):
-                waiting.put(run)
+            waiting.put(run)
         with ThreadPoolExecutor(len(self._environments)) as workers:
             tasks = [workers.submit(self._work, waiting, e) for e in self._environments]
             for task in as_completed(tasks):
@@ -150,14 +222,13 @@ class _Pool:
                     self._stop.set()
         for task in tasks:
             task.result()
-        results = (read_result(self._out / run.name) for run in runs)
-        return [result for result in results if result is not None]
 
     def _is_finished(self, run: Run) -> bool:
         result = read_result(self._out / run.name)
         if result is None:
             return False
-        if result.table != json.loads(json.dumps(run.table)):
+        is_same = result.table == json.loads(json.dumps(run.table))
+        if not is_same or result.init_from != self._start_name(run):
             raise ConfigError(
                 f"{self._out / run.name} has the result of another configuration; take another "
                 "--out, or remove that directory"
@@ -173,7 +244,7 @@ class _Pool:
             try:
                 self._run_one(run, environment)
             except OSError as error:
-                self._finish(run, failed_result(run, exit_code=None, error=str(error)))
+                self._fail(run, exit_code=None, error=str(error))
 
     def _run_one(self, run: Run, environment: Mapping[str, str]) -> None:
         directory = self._out / run.name
@@ -183,19 +254,22 @@ class _Pool:
         started = time.monotonic()
         self._report(f"{run.name}: starts{_on(environment)}")
         arguments = ["train", str(config), "--run_dir", str(directory / RUN_DIR), "--auto_resume"]
+        if run.name in self._starts:
+            arguments += ["--init_from", str(self._out / self._start_name(run) / RUN_DIR)]
         code = self._process(arguments, directory / "train.log", environment)
         if self._stop.is_set():
             self._report(f"{run.name}: stopped")
             return
         if code != 0:
-            error = _last_lines(directory / "train.log")
-            self._finish(run, failed_result(run, exit_code=code, error=error))
+            self._fail(run, exit_code=code, error=_last_lines(directory / "train.log"))
             return
         failed = self._evaluate(run, directory, environment)
         if failed is None:
             return
-        result = read_run(run, directory, failed_evaluations=failed)
-        self._finish(run, result)
+        result = read_run(
+            run, directory, failed_evaluations=failed, init_from=self._start_name(run)
+        )
+        write_result(directory, result)
         self._report(f"{run.name}: {result.describe()}, {time.monotonic() - started:,.0f} s")
 
     def _evaluate(
@@ -215,10 +289,12 @@ class _Pool:
                 return None
         return failed
 
-    def _finish(self, run: Run, result: RunResult) -> None:
+    def _fail(self, run: Run, *, exit_code: int | None, error: str) -> None:
+        result = failed_result(
+            run, exit_code=exit_code, error=error, init_from=self._start_name(run)
+        )
         write_result(self._out / run.name, result)
-        if result.status != "done":
-            self._report(f"{run.name}: {result.describe()}")
+        self._report(f"{run.name}: {result.describe()}")
 
     def _process(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
         """Runs `megalodon` with these arguments; output goes to `log`. Returns the exit code."""

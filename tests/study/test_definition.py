@@ -8,6 +8,7 @@ from megalodon_jax.config import load_config
 from megalodon_jax.errors import ConfigError
 from megalodon_jax.presets import find_study, study_names
 from megalodon_jax.study import read_study, stage_runs
+from megalodon_jax.study.definition import start_of
 from megalodon_jax.study.toml_text import to_toml
 
 STUDY = """
@@ -43,9 +44,17 @@ best_of = "rates"
 seeds = [0, 7]
 variants = ["ema"]
 evaluate = true
+[[stages]]
+name = "tuned"
+init_from = "final"
+variants = ["ema"]
+seeds = [7]
 [[evaluations]]
 name = "context"
 arguments = ["--task", "perplexity_by_context", "--files", "book.txt"]
+[[examples]]
+name = "keys"
+arguments = ["passkey", "--out", "keys.jsonl", "--count", "10"]
 """
 
 
@@ -87,6 +96,17 @@ def test_a_stage_takes_the_best_point_of_an_earlier_one(write):
     assert not stage_runs(study, study.stages[1], {})
 
 
+def test_a_run_starts_from_its_variant_and_seed_in_an_earlier_stage(write):
+    study = read_study(write(STUDY))
+    best = {"ema": {"optim.lr": 2e-3, "model.chunk_size": 16}}
+    earlier = stage_runs(study, study.stages[1], best)
+    (run,) = stage_runs(study, study.stages[2])
+    assert start_of(run, earlier) is earlier[1]
+    assert start_of(run, earlier[:1]) is earlier[0]
+    assert start_of(run, stage_runs(study, study.stages[0])) is None
+    assert study.examples[0].file == "keys.jsonl"
+
+
 def test_the_file_of_a_run_is_its_configuration(write, tmp_path):
     study = read_study(write(STUDY))
     run = stage_runs(study, study.stages[0])[-1]
@@ -112,13 +132,19 @@ def test_toml_of_unusual_values():
         ("seeds = [0, 7]", "seed = [0, 7]", "no key 'seed'; did you mean 'seeds'"),
         ("seeds = [0, 7]", 'seeds = ["0"]', "use a list of whole numbers"),
         ('best_of = "rates"', 'best_of = "final"', "best_of is 'final'; use an earlier stage"),
-        ('name = "ema"', 'name = "base"', "two of the variants are named 'base'"),
+        ('name = "ema"', 'name = "base"', "a variant has the name of another, 'base'"),
         ('variants = ["ema"]', 'variants = ["em"]', "no variant 'em'; did you mean 'ema'"),
         ("[1e-3, 2e-3, 4e-3]", "1e-3", "'optim.lr' is 0.001; use a list of values"),
         ("[1e-3, 2e-3, 4e-3]", "[-1.0]", r"rates/base/lr=-1.0,.*optim.lr is -1.0"),
         ("moving_average", "moving_averages", "moving_averages"),
         ('"--task", ', '"--json", ', "has --json, which the study sets"),
         ("evaluate = true", "evaluate = 1", "use true or false"),
+        ('init_from = "final"', 'init_from = "rates"', "'rates', which has a grid"),
+        ('init_from = "final"', 'init_from = "tuned"', "init_from is 'tuned'; use an earlier"),
+        ("seeds = [7]", "seeds = [8]", "which has no seed 8"),
+        ('init_from = "final"\nvariants = ["ema"]', 'init_from = "final"', "not run 'base'"),
+        ('"--out", ', "", "have no --out"),
+        ("name = \"context\"", 'name = "context"\nstages = ["end"]', "context: no stage 'end'"),
         ("[run]", "[runs]", "no key 'runs'; did you mean 'run'"),
         ("[run]", "[run", "is not valid TOML"),
     ],

@@ -1,6 +1,7 @@
 """Studies: real training processes, a failing variant, a stop and its continuation, the report."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from megalodon_jax.errors import ConfigError
 from megalodon_jax.study import RunResult, StudyResults, read_results, read_study, run_study
 from megalodon_jax.study.plots import draw_results
 from megalodon_jax.study.report import results_markdown, summarize_runs
-from megalodon_jax.study.results import CurvePoint
+from megalodon_jax.study.results import CurvePoint, write_result
 from tests.fixtures_runs import TINY_TABLES
 
 METRIC = "heldout_bits_per_byte/books"
@@ -103,18 +104,33 @@ name = "broken"
 settings.data.files = ["{missing}"]
 [[stages]]
 name = "rates"
-grid."optim.lr" = [1e-3, 1e-2]
+grid."optim.lr" = [1e-2]
 [[stages]]
 name = "final"
 best_of = "rates"
 seeds = [3]
 evaluate = true
 settings.steps = 6
+[[stages]]
+name = "tuned"
+init_from = "final"
+seeds = [3]
+evaluate = true
+settings.task = "sft"
+settings.steps = 2
+settings.data.files = ["{examples}"]
+settings.data.heldout_files = []
+settings.data.heldout_fraction = 0.2
+[[examples]]
+name = "sums"
+arguments = ["addition", "--out", "{examples}", "--count", "40", "--digits", "1", "2"]
 [[evaluations]]
-name = "text"
-arguments = ["--task", "loss_by_position", "--files", "{text_file}"]
+name = "sums"
+stages = ["tuned"]
+arguments = ["--task", "addition", "--digits", "1", "3", "--count", "8"]
 [[evaluations]]
 name = "no_such_file"
+stages = ["final"]
 arguments = ["--files", "{missing}"]
 """
 
@@ -127,9 +143,51 @@ def study_file(tmp_path, text_file) -> Path:
     )
     path = tmp_path / "study.toml"
     path.write_text(
-        STUDY.format(tables=tables, text_file=text_file, missing=tmp_path / "missing.txt")
+        STUDY.format(
+            tables=tables,
+            missing=tmp_path / "missing.txt",
+            examples=tmp_path / "data/sums.jsonl",
+        )
     )
     return path
+
+
+def test_a_start_of_which_only_the_result_is_there_runs_again(study_file, tmp_path, monkeypatch):
+    ran = []
+
+    def run_one(pool, run, _environment):
+        ran.append(run.name)
+        loss = 1 + run.point.get("optim.lr", 0)
+        (tmp_path / "out" / run.name / "run").mkdir(parents=True, exist_ok=True)
+        result = RunResult(
+            stage=run.stage, variant=run.variant, point=dict(run.point), seed=run.seed,
+            table=dict(run.table), status="done", final={"heldout_bits_per_byte": loss},
+            init_from=pool._start_name(run),
+        )  # fmt: skip
+        write_result(tmp_path / "out" / run.name, result)
+
+    monkeypatch.setattr("megalodon_jax.study.schedule._Pool._run_one", run_one)
+    monkeypatch.setattr("megalodon_jax.study.schedule._Pool.write_examples", lambda *_: None)
+    text = study_file.read_text().replace("[1e-2]", "[1e-3, 1e-2]")
+    study_file.write_text(text)
+    study = read_study(study_file)
+    first = run_study(study, tmp_path / "out")
+    assert ran[-1] == "tuned/broken/seed=3"
+    assert first.runs[-1].init_from == "final/broken/lr=0.001,seed=3"
+    assert len(ran) == len(first.runs) == 8
+    # The results alone on another machine: nothing runs, until a run needs one's weights.
+    shutil.rmtree(tmp_path / "out")
+    ran.clear()
+    assert run_study(study, tmp_path / "out", earlier=first).runs == first.runs
+    assert not ran
+    shutil.rmtree(tmp_path / "out/tuned/base")
+    assert run_study(study, tmp_path / "out").runs == first.runs
+    assert ran == ["final/base/lr=0.001,seed=3", "tuned/base/seed=3"]
+    # From another start the weights would be others.
+    path = tmp_path / "out/tuned/base/seed=3"
+    write_result(path, first.runs[-2]._replace(init_from="final/base/lr=0.01,seed=3"))
+    with pytest.raises(ConfigError, match="has the result of another configuration"):
+        run_study(study, tmp_path / "out")
 
 
 @pytest.mark.slow
@@ -137,7 +195,7 @@ def test_a_study_with_a_stop_and_a_variant_that_fails(study_file, tmp_path, caps
     out = tmp_path / "out"
     study = read_study(study_file)
     stop = threading.Event()
-    running = out / "rates/base/lr=0.001,seed=0/run/metrics.jsonl"
+    running = out / "rates/base/lr=0.01,seed=0/run/metrics.jsonl"
 
     def stop_early() -> None:
         while not running.exists() or not running.read_text():
@@ -163,12 +221,13 @@ def test_a_study_with_a_stop_and_a_variant_that_fails(study_file, tmp_path, caps
     results = read_results(published / "tiny.json")
     status = {run.name: run.status for run in results.runs}
     assert status == {
-        "rates base lr 0.001 seed 0": "done", "rates base lr 0.01 seed 0": "done",
-        "rates broken lr 0.001 seed 0": "failed", "rates broken lr 0.01 seed 0": "failed",
+        "rates base lr 0.01 seed 0": "done", "rates broken lr 0.01 seed 0": "failed",
         # The variant without a finished run has no best point.
         "final base lr 0.01 seed 3": "done",
+        "tuned base seed 3": "done",
     }  # fmt: skip
-    final = results.runs[-1]
+    assert "tuned/broken/seed=3: there is no run to start from" in output
+    final = results.runs[-2]
     metrics = out / "final/base/lr=0.01,seed=3/run/metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     heldout = [line["heldout_bits_per_byte"] for line in lines if "heldout_loss" in line]
@@ -177,14 +236,16 @@ def test_a_study_with_a_stop_and_a_variant_that_fails(study_file, tmp_path, caps
     assert final.heldout[-1].tokens == 6 * 2 * 32
     assert final.device == "1 x cpu"
     assert final.parameters > final.parameters_without_embeddings > 0
-    assert final.evaluations["text"]["task"] == "loss_by_position"
     assert "missing.txt" in final.failed_evaluations["no_such_file"]
-    # The best rate of the grid is that of the lower loss.
-    rates = {
-        run.point["optim.lr"]: run.final["heldout_bits_per_byte"] for run in results.runs[:4:2]
-    }
-    assert min(rates, key=rates.__getitem__) == 1e-2
     assert (published / "tiny_tokens.svg").exists()
+    tuned = results.runs[-1]
+    assert tuned.init_from == "final/base/lr=0.01,seed=3"
+    start = str(out / tuned.init_from / "run")
+    resolved = json.loads((out / "tuned/base/seed=3/run/config.json").read_text())
+    assert resolved["init_from"] == start
+    assert [line["digits"] for line in tuned.evaluations["sums"]["results"]] == [1, 3]
+    assert "tuned, sums: exact_match (addition)" in output
+    assert (published / "tiny_sums.svg").exists()
     # Finished runs are not run again, those of a published file neither.
     before = (out / "results.json").read_bytes()
     assert main(command) == 1
