@@ -149,7 +149,7 @@ class _Pool:
         self._starts: dict[str, Run] = {}
 
     def write_examples(self, examples: Sequence[StudyExamples]) -> None:
-        """Writes the files that are missing, and beside each the arguments that it was written with.
+        """Writes the files that are missing, and beside each its arguments.
 
         Raises:
           ConfigError: `megalodon examples` failed, or a file has other arguments or none.

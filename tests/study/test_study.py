@@ -190,6 +190,31 @@ def test_a_start_of_which_only_the_result_is_there_runs_again(study_file, tmp_pa
         run_study(study, tmp_path / "out")
 
 
+def test_examples_are_written_once(study_file, tmp_path, monkeypatch):
+    codes = [1, 0]
+
+    def process(_pool, arguments, log, _environment):
+        Path(arguments[arguments.index("--out") + 1]).write_text("{}")
+        log.write_text("the reason")
+        return codes.pop(0)
+
+    monkeypatch.setattr("megalodon_jax.study.schedule._Pool._process", process)
+    monkeypatch.setattr("megalodon_jax.study.schedule._Pool._run_one", lambda *_: None)
+    study = read_study(study_file)
+    file = tmp_path / "data/sums.jsonl"
+    with pytest.raises(ConfigError, match="examples sums: the reason"):
+        run_study(study, tmp_path / "out")
+    assert not file.exists()
+    # The second call writes it, the third, of another directory, finds it.
+    run_study(study, tmp_path / "out")
+    run_study(study, tmp_path / "elsewhere")
+    assert file.read_text() == "{}"
+    assert codes == []
+    study_file.write_text(study_file.read_text().replace('"40"', '"50"'))
+    with pytest.raises(ConfigError, match="was not written with the arguments"):
+        run_study(read_study(study_file), tmp_path / "out")
+
+
 @pytest.mark.slow
 def test_a_study_with_a_stop_and_a_variant_that_fails(study_file, tmp_path, capsys):
     out = tmp_path / "out"
