@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 
@@ -20,7 +21,50 @@ _MUON_RMS = 0.2
 Schedule = Callable[[Any], Float32[Array, ""]]
 
 
-def learning_rate_schedule(config: OptimConfig, *, total_steps: int) -> Schedule:
+class ScheduleValues(NamedTuple):
+    """The numbers of a learning-rate schedule, float32.
+
+    A compiled step takes them as an argument: runs that differ in them share its program.
+
+    Attributes:
+      lr: peak rate.
+      init_ratio: first rate over the peak rate.
+      init_rest: 1 - `init_ratio`.
+      warmup: steps of the warm-up.
+      warmup_length: `warmup`, at least 1.
+      total: steps of the run.
+      decay_length: `total` - `warmup`, at least 1.
+      end_ratio: last rate over the peak rate.
+      end_rest: 1 - `end_ratio`.
+      wsd_length: steps of the decay of "wsd".
+    """
+
+    lr: Any
+    init_ratio: Any
+    init_rest: Any
+    warmup: Any
+    warmup_length: Any
+    total: Any
+    decay_length: Any
+    end_ratio: Any
+    end_rest: Any
+    wsd_length: Any
+
+
+def schedule_values(config: OptimConfig, *, total_steps: int) -> ScheduleValues:
+    """The numbers of the schedule of a run of `total_steps` updates."""
+    warmup = config.warmup_steps
+    values = (
+        config.lr, config.init_ratio, 1.0 - config.init_ratio, warmup, max(warmup, 1),
+        total_steps, max(total_steps - warmup, 1), config.end_ratio, 1.0 - config.end_ratio,
+        config.decay_steps,
+    )  # fmt: skip
+    return ScheduleValues(*(np.float32(value) for value in values))
+
+
+def learning_rate_schedule(
+    config: OptimConfig, *, total_steps: int, values: ScheduleValues | None = None
+) -> Schedule:
     """Learning rate of update `step` (0, 1, ...), as released.
 
     With r = `init_ratio`, e = `end_ratio`, w = `warmup_steps`, s = (step - w) / (total_steps - w):
@@ -37,31 +81,34 @@ def learning_rate_schedule(config: OptimConfig, *, total_steps: int) -> Schedule
     Args:
       config: peak rate, shape and ratios.
       total_steps: number of updates of the run.
+      values: the numbers, for a compiled step; None: `schedule_values` of the others.
 
     Returns:
       A function from the step (int32 scalar) to the rate (float32 scalar).
     """
+    v = schedule_values(config, total_steps=total_steps) if values is None else values
 
     def schedule(step: Any) -> Float32[Array, ""]:
         step = jnp.asarray(step, jnp.float32)
-        warmup, end = config.warmup_steps, config.end_ratio
-        warmup_factor = config.init_ratio + step * (1.0 - config.init_ratio) / max(warmup, 1)
-        progress = jnp.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
+        warmup_factor = v.init_ratio + step * v.init_rest / v.warmup_length
+        progress = jnp.clip((step - v.warmup) / v.decay_length, 0.0, 1.0)
         if config.schedule == "linear":
-            decay_factor = progress * end + (1.0 - progress)
+            decay_factor = progress * v.end_ratio + (1.0 - progress)
         elif config.schedule == "cosine":
-            decay_factor = end + 0.5 * (1.0 - end) * (jnp.cos(jnp.pi * progress) + 1.0)
+            decay_factor = v.end_ratio + 0.5 * v.end_rest * (jnp.cos(jnp.pi * progress) + 1.0)
         elif config.schedule == "wsd":
-            decayed = jnp.clip((step - total_steps) / config.decay_steps + 1.0, 0.0, 1.0)
-            decay_factor = 1.0 - (1.0 - end) * jnp.sqrt(decayed)
+            decayed = jnp.clip((step - v.total) / v.wsd_length + 1.0, 0.0, 1.0)
+            decay_factor = 1.0 - v.end_rest * jnp.sqrt(decayed)
         else:
             decay_factor = jnp.ones_like(step)
-        return config.lr * jnp.where(step < warmup, warmup_factor, decay_factor)
+        return v.lr * jnp.where(step < v.warmup, warmup_factor, decay_factor)
 
     return schedule
 
 
-def make_optimizer(config: OptimConfig, *, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimConfig, *, total_steps: int, values: ScheduleValues | None = None
+) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW with weight decay of every parameter, as released.
 
     With the clipped gradient g and the scheduled rate lr of this update:
@@ -82,12 +129,14 @@ def make_optimizer(config: OptimConfig, *, total_steps: int) -> optax.GradientTr
     Args:
       config: rates, betas, decay and clipping.
       total_steps: number of updates of the run, for the schedule.
+      values: of the schedule, see `learning_rate_schedule`.
 
     Raises:
       ConfigError: from `init`, if a pattern matches no parameter.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    inner = optax.chain(clip, _unclipped(config, total_steps=total_steps))
+    schedule = learning_rate_schedule(config, total_steps=total_steps, values=values)
+    inner = optax.chain(clip, _unclipped(config, schedule))
 
     def init(params: optax.Params) -> optax.OptState:
         for setting in ("no_weight_decay", "frozen"):
@@ -104,9 +153,7 @@ def make_optimizer(config: OptimConfig, *, total_steps: int) -> optax.GradientTr
     return optax.GradientTransformation(init, update)
 
 
-def _unclipped(config: OptimConfig, *, total_steps: int) -> optax.GradientTransformation:
-    schedule = learning_rate_schedule(config, total_steps=total_steps)
-
+def _unclipped(config: OptimConfig, schedule: Schedule) -> optax.GradientTransformation:
     def is_decayed(params: optax.Params) -> Any:
         return map_names(lambda name: not is_selected(name, config.no_weight_decay), params)
 

@@ -1,13 +1,15 @@
 """The train state: step, parameters, optimizer state and guard, with their shardings."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import UInt32
 
 from megalodon_jax.cache import CarriedState
 from megalodon_jax.carried_state import (
@@ -18,11 +20,32 @@ from megalodon_jax.carried_state import (
 from megalodon_jax.config import TrainConfig
 from megalodon_jax.lora import add_lora
 from megalodon_jax.models import build_model
-from megalodon_jax.optimizer import first_moments, make_optimizer
+from megalodon_jax.optimizer import (
+    ScheduleValues,
+    first_moments,
+    make_optimizer,
+    schedule_values,
+)
 from megalodon_jax.parallel.mesh import resolve_mesh
 from megalodon_jax.parallel.sharding import shardings_of, with_shardings
-from megalodon_jax.typing import Array, Int32
+from megalodon_jax.typing import Array, Int32, PRNGKey
 from megalodon_jax.update_guard import GuardState, init_guard
+
+
+class RunValues(NamedTuple):
+    """Numbers of a run's configuration that a train step reads.
+
+    They are arguments of the compiled step, not part of its program: runs that differ in them alone
+    (learning rates, number of steps, seed) find it in the compilation cache. Checkpoints leave them
+    out; a resumed run takes those of its configuration.
+
+    Attributes:
+      schedule: of the learning rate, float32.
+      seed: of dropout and of other random numbers.
+    """
+
+    schedule: ScheduleValues
+    seed: UInt32[Array, ""]
 
 
 class TrainState(NamedTuple):
@@ -37,6 +60,7 @@ class TrainState(NamedTuple):
       carried: the streaming state at the end of every training row, see `data.carry_state`; None
         without.
       base: the frozen parameters of a run with LoRA, which its checkpoints leave out; else None.
+      values: numbers of the configuration, which a step returns as they are.
     """
 
     step: Int32[Array, ""]
@@ -46,6 +70,7 @@ class TrainState(NamedTuple):
     average: nnx.State | None = None
     carried: CarriedState | None = None
     base: nnx.State | None = None
+    values: RunValues | None = None
 
     @property
     def evaluated_params(self) -> nnx.State:
@@ -83,14 +108,15 @@ def init_state(
     used = optimizer_of(config, optimizer)
 
     needs_base = base is None
+    values = run_values(config, mesh)
 
     @partial(jax.jit, out_shardings=(*shardings[:3], shardings.base if needs_base else None))
-    def create() -> tuple[Int32[Array, ""], nnx.State, optax.OptState, nnx.State | None]:
-        _, params, frozen = _split_model(config)
+    def create(seed) -> tuple[Int32[Array, ""], nnx.State, optax.OptState, nnx.State | None]:
+        _, params, frozen = _split_model(config, jax.random.key(seed))
         frozen = frozen if needs_base else None
         return jnp.zeros((), jnp.int32), params, used.init(params), frozen
 
-    step, params, opt_state, frozen = create()
+    step, params, opt_state, frozen = create(values.seed)
     # A program of its own: fused into the initialization it would change how weights are rounded.
     guard = fresh_guard(config, params, opt_state, mesh)
     average = fresh_average(config, params, mesh)
@@ -102,6 +128,7 @@ def init_state(
         average,
         carried=fresh_carried_state(config, mesh),
         base=frozen if needs_base else base,
+        values=values,
     )
     return abstract_run_model(config)[0], state
 
@@ -119,7 +146,7 @@ def abstract_run_model(config: TrainConfig) -> RunModel:
     found: list[nnx.GraphDef] = []
 
     def split() -> tuple[nnx.State, nnx.State | None]:
-        graphdef, params, base = _split_model(config)
+        graphdef, params, base = _split_model(config, jax.random.key(config.seed))
         found.append(graphdef)
         return params, base
 
@@ -127,8 +154,8 @@ def abstract_run_model(config: TrainConfig) -> RunModel:
     return RunModel(found[0], params, base)
 
 
-def _split_model(config: TrainConfig) -> RunModel:
-    rngs = nnx.Rngs(config.seed)
+def _split_model(config: TrainConfig, key: PRNGKey) -> RunModel:
+    rngs = nnx.Rngs(key)
     model = build_model(config.model, rngs=rngs)
     if not config.lora.rank:
         graphdef, params = nnx.split(model, nnx.Param)
@@ -136,6 +163,21 @@ def _split_model(config: TrainConfig) -> RunModel:
     add_lora(model, config.lora, rngs=rngs)
     graphdef, params, base = nnx.split(model, nnx.LoRAParam, nnx.Param)
     return RunModel(graphdef, params, base)
+
+
+def run_values(config: TrainConfig, mesh: Mesh | None = None) -> RunValues:
+    """The numbers of a configuration that a train step reads, on every device of the mesh."""
+    everywhere = NamedSharding(resolve_mesh(config, mesh), PartitionSpec())
+    return jax.tree.map(
+        lambda value: jax.make_array_from_callback((), everywhere, lambda _: value),
+        _host_values(config),
+    )
+
+
+def _host_values(config: TrainConfig) -> RunValues:
+    schedule = schedule_values(config.optim, total_steps=config.steps)
+    seed: Any = np.asarray(config.seed, np.uint32)
+    return RunValues(jax.tree.map(np.asarray, schedule), seed)
 
 
 def fresh_average(
@@ -201,16 +243,20 @@ def resumed_state(
     if average is None:
         average = fresh_average(config, params, mesh)
     carried = resumed_carried_state(config, mesh, carried)
-    return TrainState(step, params, opt_state, guard, average, carried)
+    values = run_values(config, mesh)
+    return TrainState(step, params, opt_state, guard, average, carried, values=values)
 
 
 def optimizer_of(
-    config: TrainConfig, optimizer: optax.GradientTransformation | None = None
+    config: TrainConfig,
+    optimizer: optax.GradientTransformation | None = None,
+    values: RunValues | None = None,
 ) -> optax.GradientTransformation:
-    """The optimizer of a run: the given one, else that of `config.optim`."""
+    """The optimizer of a run: the given one, else that of `config.optim` with these values."""
     if optimizer is not None:
         return optimizer
-    return make_optimizer(config.optim, total_steps=config.steps)
+    schedule = None if values is None else values.schedule
+    return make_optimizer(config.optim, total_steps=config.steps, values=schedule)
 
 
 def state_shardings(
@@ -248,6 +294,7 @@ def _abstract_state(
         guard = init_guard(config, params, first_moments(opt_state))
         average = _float32_copy(params) if config.optim.ema_decay else None
         step = jnp.zeros((), jnp.int32)
-        return TrainState(step, params, opt_state, guard, average, base=base)
+        values = jax.tree.map(jnp.asarray, _host_values(config))
+        return TrainState(step, params, opt_state, guard, average, base=base, values=values)
 
     return jax.eval_shape(init, *abstract_run_model(config)[1:])

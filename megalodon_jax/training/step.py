@@ -119,13 +119,14 @@ def make_train_step(
     """
     mesh = resolve_mesh(config, mesh)
     shardings = state_shardings(config, mesh, optimizer=optimizer)
-    used = optimizer_of(config, optimizer)
-    schedule = learning_rate_schedule(config.optim, total_steps=config.steps)
     sums_and_gradient = _make_sums_and_gradient(graphdef, config, task or find_task(config.task))
     on_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm")
 
     def step(state: TrainState, batches: Batch) -> tuple[TrainState, StepMetrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        if state.values is None:
+            raise ValueError("the state has no values; take that of init_state or of a checkpoint")
+        key = jax.random.fold_in(jax.random.key(state.values.seed), state.step)
+        used = optimizer_of(config, optimizer, state.values)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             (sums, num_carried, carried), gradient = sums_and_gradient(
                 state.params, state.base, batches, state.carried, key
@@ -144,6 +145,9 @@ def make_train_step(
         }
         # The optimizer's own count, which skipped updates do not advance.
         if optimizer is None:
+            schedule = learning_rate_schedule(
+                config.optim, total_steps=config.steps, values=state.values.schedule
+            )
             learning_rate, unbounded = schedule(state.step - state.guard.skipped), None
         else:
             learning_rate, unbounded = _injected_learning_rate(opt_state), new_params
@@ -167,7 +171,7 @@ def make_train_step(
             # not finite leaves in it is not used: documents that go on begin anew.
             carried = start_new(carried, ~jnp.isfinite(metrics["loss"]))
         new_state = TrainState(
-            state.step + 1, params, opt_state, guard, average, carried, state.base
+            state.step + 1, params, opt_state, guard, average, carried, state.base, state.values
         )
         return new_state, StepMetrics(
             **metrics,

@@ -30,7 +30,7 @@ def state(session_config) -> TrainState:
 def at_step(state: TrainState, step: int) -> TrainState:
     """A state whose arrays differ between steps."""
     moved = jax.tree.map(lambda leaf: leaf + step, (state.params, state.opt_state, state.guard))
-    return TrainState(jnp.asarray(step, jnp.int32), *moved)
+    return TrainState(jnp.asarray(step, jnp.int32), *moved, values=state.values)
 
 
 def save(checkpoints: RunCheckpoints, state: TrainState, config) -> None:

@@ -21,7 +21,7 @@ import pytest
 from megalodon_jax.checkpoints import RunCheckpoints
 from megalodon_jax.checkpoints.lock import RunLock
 from megalodon_jax.errors import CheckpointError, RunLockedError
-from megalodon_jax.train_state import TrainState, init_state
+from megalodon_jax.train_state import init_state
 from tests.faults import corruptions
 from tests.fixtures_runs import TINY_TABLES
 
@@ -70,7 +70,7 @@ def test_after_a_failed_save_no_thread_keeps_the_process_alive(config, fault):
 
     def save(step: int) -> None:
         checkpoints.save(
-            TrainState(jnp.asarray(step, jnp.int32), *state[1:]),
+            state._replace(step=jnp.asarray(step, jnp.int32)),
             loader_state={}, config=config, tokenizer_fingerprint="bytes",
         )  # fmt: skip
         checkpoints.wait()

@@ -9,7 +9,13 @@ import pytest
 from flax import nnx
 
 from megalodon_jax.config import OptimConfig
-from megalodon_jax.train_state import TrainState, init_state
+from megalodon_jax.train_state import (
+    TrainState,
+    abstract_run_model,
+    abstract_state,
+    init_state,
+    run_values,
+)
 from megalodon_jax.training.step import make_eval_step, make_train_step
 from megalodon_jax.typing import Batch
 
@@ -39,6 +45,27 @@ def step_and_state(no_warmup):
     """The jitted step, compiled once per shape, and the state of step 0."""
     graphdef, state = init_state(no_warmup)
     return make_train_step(graphdef, no_warmup), state
+
+
+def test_runs_of_other_rates_steps_and_seeds_share_a_program(no_warmup):
+    """Nothing compiles anew between the points of a grid, nor when a run is made longer."""
+    other = dataclasses.replace(
+        no_warmup, steps=77, seed=2**32 - 1,
+        optim=dataclasses.replace(no_warmup.optim, lr=3e-4, warmup_steps=5, end_ratio=0.3),
+    )  # fmt: skip
+    batch = jax.tree.map(lambda rows: rows[None], random_batch(rows=2))
+    texts = []
+    for config in (no_warmup, other):
+        state = abstract_state(config)
+        graphdef = abstract_run_model(config).graphdef
+        texts.append(make_train_step(graphdef, config).lower(state, batch).as_text())
+    assert texts[0] == texts[1]
+    # The values themselves are those of each run.
+    values = run_values(other)
+    assert float(values.schedule.lr) == np.float32(3e-4)
+    assert (float(values.schedule.total), float(values.schedule.warmup)) == (77, 5)
+    key = jax.random.key(other.seed)
+    assert jax.random.bits(jax.random.key(values.seed)) == jax.random.bits(key)
 
 
 @pytest.mark.slow
