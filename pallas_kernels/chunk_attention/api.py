@@ -156,7 +156,7 @@ def _choose_implementation(
 ) -> Implementation:
     """The fastest by measurement (Hopper) and by the TPU compiler's estimates (README.md).
 
-    A measurement on the user's device (`megalodon tune`) that prefers `xla` or `triton` comes first.
+    Before them comes `xla` or `triton`, if `megalodon tune` measured it on the user's device.
     """
     if has_symbolic_shape(q):
         return "xla"

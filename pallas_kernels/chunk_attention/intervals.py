@@ -128,9 +128,11 @@ def noncausal_intervals(
     if ids is not None:
         stop = jnp.where(ids != 0, stop, start)
     before = jnp.asarray(keys.num_before, jnp.int32)
-    return tuple(
-        jax.lax.dynamic_slice_in_dim(bound, before, num_queries, axis=1) for bound in (start, stop)
-    )
+
+    def of_queries(bound: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(bound, before, num_queries, axis=1)
+
+    return of_queries(start), of_queries(stop)
 
 
 def pad_length(x: Float[Array, "B L H D"], before: int, after: int) -> Float[Array, "B _ H D"]:

@@ -49,10 +49,10 @@ _FLOAT32 = TileSizes(queries=32, keys=32, num_warps=4, stages=1, deep_stages=1)
 SIZES: dict[tuple[Width, Pass], TileSizes] = {
     ("small", "forward"): TileSizes(64, 64, 4, 3, 3),
     ("small", "query_gradient"): TileSizes(64, 64, 4, 2, 3),
-    ("small", "key_gradient"): TileSizes(32, 64, 4, 2, 3),
+    ("small", "key_gradient"): TileSizes(32, 32, 4, 2, 3),
     ("medium", "forward"): TileSizes(64, 64, 8, 2, 3),
     ("medium", "query_gradient"): TileSizes(64, 32, 8, 2, 3),
-    ("medium", "key_gradient"): TileSizes(32, 64, 8, 2, 3),
+    ("medium", "key_gradient"): TileSizes(32, 32, 4, 2, 3),
     ("wide", "forward"): TileSizes(64, 64, 4, 3, 3),
     ("wide", "output"): TileSizes(64, 32, 8, 2, 3),
     ("wide", "query_gradient"): TileSizes(64, 64, 8, 3, 3),
@@ -106,6 +106,9 @@ def choose_tiles(
     key_block, value_block = _power_of_two(key_width), _power_of_two(value_width)
     width = _find_width(key_block, value_block, dtype)
     is_narrow = width in _NARROW
+    if width == "medium":
+        # With fewer columns of a key Triton arranges the sums in a way that spills.
+        key_block = max(key_block, 64)
     if not is_narrow and which in ("output", "value_gradient"):
         value_block = _cheapest_block(key_block, value_width, _MAX_VALUE_BLOCK[width])
     elif not is_narrow:

@@ -118,7 +118,7 @@ def _check(q: Array, v: Array, dropout: AttentionDropout | None) -> None:
 
 
 def _attend_causal(q: Array, k: Array, v: Array, start: Int32[Array, "B L"]) -> Array:
-    """Attention of query t to keys start[t] .. t of its row; of the keys, the last L are its own."""
+    """Attention of query t to the keys from start[t] to its own; the last L keys are the row's."""
     own_key = k.shape[1] - q.shape[1] + jnp.arange(q.shape[1], dtype=jnp.int32)
     stop = jnp.broadcast_to(own_key + 1, start.shape)
     return _attend(is_interpreted(), q, k, v, Intervals(start, stop))

@@ -57,7 +57,7 @@ def draw(seed, rows, length, heads, key_width, value_width):
     ],
 )
 def test_values_in_several_blocks_equal_float64(dtype, causal, widths, implementation):
-    """Packed rows whose padding is NaN, tiles that are partly filled, a dozen of columns too few."""
+    """Packed rows whose padding is NaN; widths and lengths that fill no tile."""
     length, chunk_size = 83, 40
     q, k, v, do = draw(0, 1, length, 2, *widths)
     ids = np.zeros((1, length), np.int32)
