@@ -1,6 +1,6 @@
 """Launches of the attention kernels: operands, result shapes, grids."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -161,8 +161,13 @@ def query_runs(
     # Queries that see no key repeat the bounds of the query before them: both stay sorted.
     start, stop = (jax.lax.cummax(jnp.where(sees_keys, x, 0), axis=1) for x in (start, stop))
     key = jnp.arange(0, num_keys, size, dtype=jnp.int32)
-    first = jnp.sum(stop[:, None, :] <= key[:, None], axis=2, dtype=jnp.int32)
-    end = jnp.sum(start[:, None, :] < key[:, None] + size, axis=2, dtype=jnp.int32)
+
+    def count(bounds: Int32[Array, " L"], limit: Array, side: Literal["left", "right"]) -> Array:
+        # Unrolled: a loop on a GPU would launch every step of the search.
+        return jnp.searchsorted(bounds, limit, side=side, method="scan_unrolled").astype(jnp.int32)
+
+    first = jax.vmap(lambda bounds: count(bounds, key, "right"))(stop)
+    end = jax.vmap(lambda bounds: count(bounds, key + size, "left"))(start)
     return first, end
 
 
