@@ -1,7 +1,7 @@
 """Tiles of the Triton kernels, by the widths of heads and the shared memory of the card.
 
-The sizes are the largest that spill no registers on any card and fit into its shared memory
-(tests/kernels/chunk_attention/test_triton_aot.py). Nobody has timed others.
+The sizes fit into the shared memory of every card. At the widths of the shipped models they spill
+no registers (tests/kernels/chunk_attention/test_triton_aot.py). Nobody has timed them or others.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -22,6 +22,8 @@ _NARROW: dict[Width, tuple[int, int]] = {
 # Wider values are cut: into blocks of the sums, and into slices of the products over columns.
 _MAX_VALUE_BLOCK = {"wide": 512, "float32 wide": 128}
 _VALUE_SLICE = {"wide": 64, "float32 wide": 32}
+# Columns of 32-bit queries and keys at a time: more operands of a product fill the registers.
+_FLOAT32_KEY_SLICE = 32
 # Bytes of shared memory of a block from which `deep_stages` fit: all but sm_86, sm_89, sm_120.
 _DEEP = 160 * 1024
 
@@ -76,6 +78,7 @@ class AttentionTiles(NamedTuple):
       queries: queries of a tile.
       keys: keys of a tile.
       key_block: columns of a query or key, padded to a power of two.
+      key_slice: columns of a query or key that the kernels of scores multiply at a time.
       value_block: columns of a value at a time, a power of two.
       is_narrow: whether `value_block` holds all columns of a value.
       num_warps: warps of a program.
@@ -85,6 +88,7 @@ class AttentionTiles(NamedTuple):
     queries: int
     keys: int
     key_block: int
+    key_slice: int
     value_block: int
     is_narrow: bool
     num_warps: int
@@ -115,7 +119,10 @@ def choose_tiles(
         value_block = _VALUE_SLICE[width]
     queries, keys, num_warps, stages, deep_stages = SIZES[width, which]
     num_stages = deep_stages if shared_memory >= _DEEP else stages
-    return AttentionTiles(queries, keys, key_block, value_block, is_narrow, num_warps, num_stages)
+    key_slice = min(key_block, _FLOAT32_KEY_SLICE) if width == "float32 wide" else key_block
+    return AttentionTiles(
+        queries, keys, key_block, key_slice, value_block, is_narrow, num_warps, num_stages
+    )
 
 
 def _find_width(key_block: int, value_block: int, dtype: Any) -> Width:

@@ -42,8 +42,8 @@ MASKED_SCORE: tl.constexpr = tl.constexpr(-1e38)
 @triton.jit
 def chunk_attention_forward(
     q, k, v, start, stop, num_queries, num_keys, out, lse, HEADS: tl.constexpr, DK: tl.constexpr,
-    DV: tl.constexpr, KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, IS_NARROW: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    DV: tl.constexpr, KEY_BLOCK: tl.constexpr, KEY_SLICE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    IS_NARROW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """lse of QUERIES queries; if IS_NARROW, VALUE_BLOCK holds all columns, and the output too."""
     row, head, tile = find_tile(num_queries, QUERIES, HEADS)
@@ -54,15 +54,22 @@ def chunk_attention_forward(
     stops = load_numbers(stop + row * num_queries, query, num_queries, QUERIES)
     first = tl.reduce(tl.where(starts < stops, starts, num_keys), 0, smaller)
     end = tl.reduce(tl.where(starts < stops, stops, 0), 0, larger)
-    q_tile = load_tile(q, query, num_queries, 0, HEADS * DK, DK, QUERIES, KEY_BLOCK)
+    if KEY_SLICE == KEY_BLOCK:
+        q_tile = load_tile(q, query, num_queries, 0, HEADS * DK, DK, QUERIES, KEY_BLOCK)
     m_i = tl.full([QUERIES], MASKED_SCORE, tl.float32)
     l_i = tl.full([QUERIES], 0.0, tl.float32)
     if IS_NARROW:
         v = find_head(v, row, head, num_keys, HEADS, DV)
         acc = tl.full([QUERIES, VALUE_BLOCK], 0.0, tl.float32)
     for key in range(first, end, KEYS):
-        k_tile = load_tile(k, key, num_keys, 0, HEADS * DK, DK, KEYS, KEY_BLOCK)
-        scores = multiply(q_tile, tl.trans(k_tile), tl.full([QUERIES, KEYS], 0.0, tl.float32))
+        if KEY_SLICE == KEY_BLOCK:
+            k_tile = load_tile(k, key, num_keys, 0, HEADS * DK, DK, KEYS, KEY_BLOCK)
+            zeros = tl.full([QUERIES, KEYS], 0.0, tl.float32)
+            scores = multiply(q_tile, tl.trans(k_tile), zeros)
+        else:
+            scores = multiply_heads(
+                q, k, query, key, num_queries, num_keys, HEADS * DK, DK, QUERIES, KEYS, KEY_SLICE
+            )
         keys = key + tl.arange(0, KEYS)
         allowed = (keys[None, :] >= starts[:, None]) & (keys[None, :] < stops[:, None])
         scores = tl.where(allowed, scores, MASKED_SCORE)
@@ -89,8 +96,8 @@ def chunk_attention_forward(
 @triton.jit
 def chunk_attention_output(
     q, k, v, lse, start, stop, num_queries, num_keys, out, HEADS: tl.constexpr, DK: tl.constexpr,
-    DV: tl.constexpr, KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
+    DV: tl.constexpr, KEY_BLOCK: tl.constexpr, KEY_SLICE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """VALUE_BLOCK columns of the output of QUERIES queries, where a value has several blocks."""
     row, head, tile = find_tile(num_queries, QUERIES, HEADS)
@@ -105,12 +112,20 @@ def chunk_attention_output(
     lse_i = load_numbers(lse + (row * HEADS + head) * num_queries, query, num_queries, QUERIES)
     first = tl.reduce(tl.where(starts < stops, starts, num_keys), 0, smaller)
     end = tl.reduce(tl.where(starts < stops, stops, 0), 0, larger)
-    q_tile = load_tile(q, query, num_queries, 0, HEADS * DK, DK, QUERIES, KEY_BLOCK)
+    if KEY_SLICE == KEY_BLOCK:
+        q_tile = load_tile(q, query, num_queries, 0, HEADS * DK, DK, QUERIES, KEY_BLOCK)
     acc = tl.full([QUERIES, VALUE_BLOCK], 0.0, tl.float32)
     for key in range(first, end, KEYS):
-        k_tile = load_tile(k, key, num_keys, 0, HEADS * DK, DK, KEYS, KEY_BLOCK)
+        if KEY_SLICE == KEY_BLOCK:
+            k_tile = load_tile(k, key, num_keys, 0, HEADS * DK, DK, KEYS, KEY_BLOCK)
         v_tile = load_tile(v, key, num_keys, column, HEADS * DV, DV, KEYS, VALUE_BLOCK)
-        scores = multiply(q_tile, tl.trans(k_tile), tl.full([QUERIES, KEYS], 0.0, tl.float32))
+        if KEY_SLICE == KEY_BLOCK:
+            zeros = tl.full([QUERIES, KEYS], 0.0, tl.float32)
+            scores = multiply(q_tile, tl.trans(k_tile), zeros)
+        else:
+            scores = multiply_heads(
+                q, k, query, key, num_queries, num_keys, HEADS * DK, DK, QUERIES, KEYS, KEY_SLICE
+            )
         keys = key + tl.arange(0, KEYS)
         allowed = (keys[None, :] >= starts[:, None]) & (keys[None, :] < stops[:, None])
         weights = tl.where(allowed, tl.exp(scores - lse_i[:, None]), 0.0)
@@ -233,7 +248,7 @@ def chunk_attention_key_gradient(
 def chunk_attention_value_gradient(
     q, k, do, lse, start, stop, first_query, end_query, num_queries, num_keys, dv,
     HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, KEY_BLOCK: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    KEY_SLICE: tl.constexpr, VALUE_BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """VALUE_BLOCK columns of dV of KEYS keys, where a value has more than one block of columns."""
     row, head, tile = find_tile(num_keys, KEYS, HEADS)
@@ -247,17 +262,24 @@ def chunk_attention_value_gradient(
     dv = find_head(dv, row, head, num_keys, HEADS, DV)
     of_head = (row * HEADS + head) * num_queries
     keys = key + tl.arange(0, KEYS)
-    k_tile = load_tile(k, key, num_keys, 0, HEADS * DK, DK, KEYS, KEY_BLOCK)
+    if KEY_SLICE == KEY_BLOCK:
+        k_tile = load_tile(k, key, num_keys, 0, HEADS * DK, DK, KEYS, KEY_BLOCK)
     acc = tl.full([KEYS, VALUE_BLOCK], 0.0, tl.float32)
     for query in range(first, end, QUERIES):
-        q_tile = load_tile(q, query, num_queries, 0, HEADS * DK, DK, QUERIES, KEY_BLOCK)
+        if KEY_SLICE == KEY_BLOCK:
+            q_tile = load_tile(q, query, num_queries, 0, HEADS * DK, DK, QUERIES, KEY_BLOCK)
         do_tile = load_tile(do, query, num_queries, column, HEADS * DV, DV, QUERIES, VALUE_BLOCK)
         starts = load_numbers(start + row * num_queries, query, num_queries, QUERIES)
         stops = load_numbers(stop + row * num_queries, query, num_queries, QUERIES)
         lse_i = load_numbers(lse + of_head, query, num_queries, QUERIES)
         allowed = (keys[:, None] >= starts[None, :]) & (keys[:, None] < stops[None, :])
-        zeros = tl.full([KEYS, QUERIES], 0.0, tl.float32)
-        scores = multiply(k_tile, tl.trans(q_tile), zeros)
+        if KEY_SLICE == KEY_BLOCK:
+            zeros = tl.full([KEYS, QUERIES], 0.0, tl.float32)
+            scores = multiply(k_tile, tl.trans(q_tile), zeros)
+        else:
+            scores = multiply_heads(
+                k, q, key, query, num_keys, num_queries, HEADS * DK, DK, KEYS, QUERIES, KEY_SLICE
+            )
         weights = tl.where(allowed, tl.exp(scores - lse_i[None, :]), 0.0)
         acc = multiply(round_as(weights, do_tile), do_tile, acc)
     store_tile(dv, acc, key, num_keys, column, HEADS * DV, DV, KEYS, VALUE_BLOCK)

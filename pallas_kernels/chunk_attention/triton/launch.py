@@ -200,6 +200,8 @@ def _launch(
     }
     if name not in ("output", "value_gradient"):
         constants["IS_NARROW"] = tiles.is_narrow
+    if name not in ("query_gradient", "key_gradient"):
+        constants["KEY_SLICE"] = tiles.key_slice
     return triton.launch(
         getattr(kernels, f"chunk_attention_{name}"),
         arguments,
