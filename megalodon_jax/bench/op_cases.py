@@ -179,7 +179,6 @@ class ChunkAttentionCase(OpCase):
     """Chunk attention; "carried" starts in the middle of a chunk."""
 
     op = "chunk_attention"
-    implementations = tuple(name for name in get_args(Implementation) if name != "triton")
     limit = "matmul"
 
     heads: int
@@ -238,6 +237,35 @@ class ChunkAttentionCase(OpCase):
 
 
 @dataclasses.dataclass(frozen=True)
+class NoncausalAttentionCase(ChunkAttentionCase):
+    """An encoder's attention: a token sees its whole chunk."""
+
+    op = "noncausal_attention"
+    implementations = ("reference", "xla", "triton")
+    modes: ClassVar[tuple[BenchMode, ...]] = ("plain", "packed")
+
+    def apply(
+        self, differentiable: dict[str, Any], fixed: dict[str, Any], implementation: Any
+    ) -> dict[str, Any]:
+        out, _ = chunk_attention.chunk_attention(
+            **differentiable,
+            **fixed,
+            chunk_size=self.chunk_size,
+            causal=False,
+            implementation=implementation,
+        )
+        return {"out": out}
+
+    def forward_flops(self, fixed: dict[str, Any]) -> int:
+        shape = (self.rows, self.length)
+        positions = fixed.get("positions", np.broadcast_to(np.arange(self.length), shape))
+        ids = np.asarray(fixed.get("segment_ids", np.ones(shape, np.int32)), np.int64)
+        chunks = np.asarray(positions) // self.chunk_size + self.length * ids
+        keys = sum(np.sum(np.unique(row, return_counts=True)[1] ** 2) for row in chunks)
+        return int(2 * keys * self.heads * (self.key_width + self.value_width))
+
+
+@dataclasses.dataclass(frozen=True)
 class RowwiseCase(OpCase):
     """A norm or a gate of rows; documents do not matter to it."""
 
@@ -291,6 +319,8 @@ CASES: tuple[OpCase, ...] = (
     TimestepNormCase(1, 131_072, 1024, groups=32),
     ChunkAttentionCase(1, 16_384, heads=4, key_width=256, value_width=2048, chunk_size=4096),
     ChunkAttentionCase(1, 16_384, heads=4, key_width=256, value_width=2048, chunk_size=2048),
+    NoncausalAttentionCase(50, 1024, heads=1, key_width=96, value_width=320, chunk_size=128),
+    NoncausalAttentionCase(50, 1024, heads=1, key_width=96, value_width=320, chunk_size=1024),
     RowwiseCase(8, 2048, 1024, "rms_norm"),
     RowwiseCase(8, 2048, 1024, "layer_norm"),
     RowwiseCase(8, 2048, 2048, "layer_norm"),
@@ -303,6 +333,7 @@ SMALL_CASES: tuple[OpCase, ...] = (
     CemaCase(2, 256, 128),
     TimestepNormCase(2, 256, 128, groups=4),
     ChunkAttentionCase(2, 256, heads=2, key_width=16, value_width=64, chunk_size=64),
+    NoncausalAttentionCase(2, 256, heads=2, key_width=16, value_width=64, chunk_size=64),
     RowwiseCase(2, 256, 128, "layer_norm"),
     RowwiseCase(2, 256, 128, "silu_gate"),
 )

@@ -1,7 +1,7 @@
 """The options of the benchmarks; importing this module is cheap."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from megalodon_jax.config.mesh import MeshConfig
 from megalodon_jax.config.model import DType, Remat
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 else:
     ModelPreset = Literal[tuple(preset_names())]
 
-BenchedOperation = Literal["cema", "timestep_norm", "chunk_attention", "rowwise"]
+BenchedOperation = Literal[
+    "cema", "timestep_norm", "chunk_attention", "noncausal_attention", "rowwise"
+]
 BenchMode = Literal["plain", "packed", "carried"]
 DecayRange = Literal["initial", "long"]
 # Meshes of which one axis takes all devices, or all but pairs along a second axis.
@@ -33,7 +35,7 @@ class BenchOpsOptions:
     Example: megalodon bench ops --op cema --check
     """
 
-    op: tuple[BenchedOperation, ...] = ("cema", "timestep_norm", "chunk_attention", "rowwise")
+    op: tuple[BenchedOperation, ...] = get_args(BenchedOperation)
     """Operations to measure."""
     implementation: tuple[Implementation, ...] = ()
     """Implementations to measure; if not given, all but the reference."""

@@ -19,13 +19,14 @@ from megalodon_jax.bench.ceilings import measure_ceilings
 from megalodon_jax.bench.op_cases import (
     CemaCase,
     ChunkAttentionCase,
+    NoncausalAttentionCase,
     OpCase,
     RowwiseCase,
     TimestepNormCase,
 )
 from megalodon_jax.bench.ops import make_checked, make_cotangents, measure, measure_errors
 from megalodon_jax.bench.options import BenchMode
-from megalodon_jax.config import ModelConfig, TrainConfig
+from megalodon_jax.config import EncoderConfig, ModelConfig, TrainConfig
 from megalodon_jax.errors import ConfigError
 from pallas_kernels.common.dispatch import Implementation
 from pallas_kernels.common.measured_choice import MeasuredChoice, write_choices
@@ -60,20 +61,24 @@ def tuned_cases(config: TrainConfig) -> list[tuple[str, int, OpCase]]:
       ConfigError: a kind of model without these operations.
     """
     model, mesh = config.model, config.mesh
-    if not isinstance(model, ModelConfig):
-        raise ConfigError(f"model.kind is {model.kind!r}; only MEGALODON has operations to tune")
+    if not isinstance(model, ModelConfig | EncoderConfig):
+        raise ConfigError(
+            f"model.kind is {model.kind!r}; only MEGALODON and encoders have operations to tune"
+        )
     rows = max(1, config.data.batch_size // max(1, mesh.replica * mesh.data))
     length = max(2, config.data.seq_len // max(1, mesh.chunk))
     D, value_width = model.model_dim, model.value_dim // model.num_heads
-    chunk_size = min(model.chunk_size, length)
+    chunk_size = min(model.chunk_size or length, length)
     cases: list[tuple[str, int, OpCase]] = [("cema", D, CemaCase(rows, length, D, model.cema_ndim))]
-    if model.time_norm == "timestep":
+    if model.time_norm == "timestep" and model.norm_num_groups is not None:
         norm = TimestepNormCase(rows, length, D, model.norm_num_groups)
         cases.append(("timestep_norm", D, norm))
-    attention = ChunkAttentionCase(
+    # Without chunks a causal encoder chooses as a non-causal one does.
+    is_causal = isinstance(model, ModelConfig) or (model.causal and model.chunk_size is not None)
+    attention = (ChunkAttentionCase if is_causal else NoncausalAttentionCase)(
         rows, length, model.num_heads, model.z_dim // model.num_heads, value_width, chunk_size
     )
-    cases.append(("chunk_attention", value_width, attention))
+    cases.append((attention.op, value_width, attention))
     gate_width = model.value_dim
     cases.append(("rms_norm", D, RowwiseCase(rows, length, D, "rms_norm")))
     cases.append(("layer_norm", D, RowwiseCase(rows, length, D, "layer_norm")))

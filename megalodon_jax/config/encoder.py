@@ -52,9 +52,9 @@ RULES = (
         "input = 'tokens'",
     ),
     Rule(
-        lambda c: c.causal or c.implementation in (None, "reference", "xla"),
-        "model.implementation is {c.implementation!r}, but non-causal attention has 'reference' "
-        "and 'xla' alone; use one of them, or cema_implementation and rowwise_implementation",
+        lambda c: c.causal or c.implementation in (None, "reference", "xla", "triton"),
+        "model.implementation is {c.implementation!r}, but non-causal attention has 'reference', "
+        "'xla' and 'triton'; use one of them, or cema_implementation and rowwise_implementation",
     ),
     Rule(
         lambda c: c.rowwise_implementation != "pallas_tpu",
@@ -156,7 +156,7 @@ class EncoderConfig:
     """Implementation of CEMA; None: the fastest known for the platform."""
     timestep_norm_implementation: Implementation | None = None
     """Implementation of TimestepNorm; None: the fastest known for the platform."""
-    attention_implementation: Literal["reference", "xla"] | None = None
+    attention_implementation: Literal["reference", "xla", "triton"] | None = None
     """Implementation of attention; None: the fastest known for the platform."""
     rowwise_implementation: Implementation | None = None
     """Implementation of RMSNorm, LayerNorm and SiLU gates; None: the fastest known for the

@@ -17,15 +17,10 @@ ResidualConnection = Literal["two_hop", "pre_norm"]
 ModelOperation = Literal["cema", "timestep_norm", "attention", "rowwise"]
 
 # Operations that have no kernels of an implementation.
-_WITHOUT_KERNELS = {("pallas_tpu", "rowwise"), ("triton", "attention")}
+_WITHOUT_KERNELS = {("pallas_tpu", "rowwise")}
 
 # Rules of every kind of model.
 SHARED_RULES = (
-    Rule(
-        lambda c: c.attention_implementation != "triton",
-        "model.attention_implementation is 'triton', but chunk attention has no Triton kernels; "
-        "use 'xla', or leave it out",
-    ),
     Rule(
         # Smaller and larger bases give angles that float32 cannot hold.
         lambda c: c.rope_base is None or 1.0 <= c.rope_base <= 1e12,
@@ -159,8 +154,8 @@ class ModelConfig:
     """Run the blocks in one `scan`, so that compile time does not grow with depth. False unrolls
     the blocks, which compiles longer and avoids the scan's copies of activations."""
     implementation: Implementation | None = None
-    """Implementation of all operations; overrides the four settings below. Operations without such
-    kernels use `xla`: norms and gates with `pallas_tpu`, attention with `triton`."""
+    """Implementation of all operations; overrides the four settings below. Norms and gates, which
+    have no `pallas_tpu` kernels, then use `xla`."""
     cema_implementation: Implementation | None = None
     """Implementation of CEMA; None: the fastest known for the platform."""
     timestep_norm_implementation: Implementation | None = None

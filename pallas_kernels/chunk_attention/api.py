@@ -13,6 +13,7 @@ from pallas_kernels.chunk_attention.pallas_tpu.block_sizes import (
     SHORTEST_LENGTH,
     TPUS_FASTER_THAN_XLA,
 )
+from pallas_kernels.chunk_attention.triton import op as triton
 from pallas_kernels.chunk_attention.types import (
     AttentionDropout,
     ChunkAttentionOutput,
@@ -30,12 +31,14 @@ IMPLEMENTATIONS: dict[str, Callable[..., ChunkAttentionOutput]] = {
     "xla": xla.chunk_attention,
     "mosaic_gpu": mosaic_gpu.chunk_attention,
     "pallas_tpu": pallas_tpu.chunk_attention,
+    "triton": triton.chunk_attention,
 }
 
 # All called as f(q, keys, chunk_size, positions, segment_ids, dropout).
 NONCAUSAL_IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "reference": reference.noncausal_attention,
     "xla": noncausal.noncausal_attention,
+    "triton": triton.noncausal_attention,
 }
 # A chunk that no document fills.
 _UNBOUNDED = 1 << 30
@@ -80,7 +83,9 @@ def chunk_attention(
       dropout: attention dropout; None: no dropout.
       implementation: "reference" (dense, L x (C + L) scores), "xla" (blocks, any platform),
         "mosaic_gpu" (kernels for NVIDIA Hopper; bfloat16, no dropout, the default there from 512
-        tokens on), "pallas_tpu" (kernels for TPU; no dropout), or None for the fastest known here.
+        tokens on), "pallas_tpu" (kernels for TPU; no dropout), "triton" (kernels for NVIDIA GPUs
+        from Ampere on, extra `triton`; no dropout), or None for the fastest known here. Non-causal
+        attention and attention without chunks have "reference", "xla" and "triton".
       sequence_axis: inside `jax.shard_map`, the mesh axis over which the sequence is sharded
         (context parallelism); without positions every shard must hold whole chunks.
 
@@ -96,8 +101,9 @@ def chunk_attention(
     check_implementation("chunk attention", implementation, IMPLEMENTATIONS)
     if not causal or chunk_size is None:
         _check_encoder_call(causal, chunk_size, cache, implementation, sequence_axis)
-        implementation = implementation or "xla"
+        implementation = implementation or _choose_for_encoder(q, v, dropout)
     if not causal:
+        assert implementation is not None
         return _noncausal(
             q, k, v, chunk_size, positions, segment_ids, dropout, implementation, sequence_axis
         )
@@ -125,7 +131,7 @@ def _noncausal(
     positions: Array | None,
     segment_ids: Array | None,
     dropout: AttentionDropout | None,
-    implementation: str | None,
+    implementation: str,
     sequence_axis: str | None,
 ) -> ChunkAttentionOutput:
     _check_row_shapes(q, positions, segment_ids)
@@ -141,7 +147,7 @@ def _noncausal(
     )
     if keys.segment_ids is not None and segment_ids is None:
         segment_ids = jnp.ones(q.shape[:2], jnp.int32)
-    attend = NONCAUSAL_IMPLEMENTATIONS[implementation or "xla"]
+    attend = NONCAUSAL_IMPLEMENTATIONS[implementation]
     return ChunkAttentionOutput(attend(q, keys, chunk_size, positions, segment_ids, dropout), None)
 
 
@@ -150,13 +156,13 @@ def _choose_implementation(
 ) -> Implementation:
     """The fastest by measurement (Hopper) and by the TPU compiler's estimates (README.md).
 
-    Kernels that a measurement on the user's device (`megalodon tune`) found slower are not chosen.
+    Before them comes `xla` or `triton`, if `megalodon tune` measured it on the user's device.
     """
     if has_symbolic_shape(q):
         return "xla"
     dtypes, target = {q.dtype, v.dtype}, find_target()
     measured = find_measured("chunk_attention", v, tokens=q.shape[0] * q.shape[1])
-    if measured == "xla":
+    if measured == "xla" or (measured == "triton" and triton.can_run(q, v, dropout)):
         return measured
     if (
         target.is_hopper
@@ -175,6 +181,14 @@ def _choose_implementation(
     return "xla"
 
 
+def _choose_for_encoder(q: Array, v: Array, dropout: AttentionDropout | None) -> Implementation:
+    """`xla`, unless `megalodon tune` found Triton's kernels to be faster on the user's device."""
+    if has_symbolic_shape(q):
+        return "xla"
+    measured = find_measured("noncausal_attention", v, tokens=q.shape[0] * q.shape[1])
+    return "triton" if measured == "triton" and triton.can_run(q, v, dropout) else "xla"
+
+
 def _check_encoder_call(
     causal: bool,
     chunk_size: int | None,
@@ -185,8 +199,8 @@ def _check_encoder_call(
     what = "non-causal attention" if not causal else "attention without chunks"
     if implementation not in (None, *NONCAUSAL_IMPLEMENTATIONS):
         raise ValueError(
-            f"{what} has no implementation {implementation!r}: its kernels are causal and chunked; "
-            f"use one of {', '.join(map(repr, NONCAUSAL_IMPLEMENTATIONS))} or None"
+            f"{what} has no implementation {implementation!r}, whose kernels are causal and "
+            f"chunked; use one of {', '.join(map(repr, NONCAUSAL_IMPLEMENTATIONS))} or None"
         )
     if cache is not None:
         raise ValueError(f"{what} has no cache: a cache holds one chunk before; pass cache=None")

@@ -2,7 +2,8 @@
 
 Cached keys and the row's keys lie end to end. A document's tokens are contiguous, so every query
 sees one interval of keys that ends with its own: start .. key_offset + t for query t. All
-implementations but the reference compute this form.
+implementations but the reference compute this form. Without causality the interval also goes on
+after the query (`noncausal_intervals`).
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.chunk_attention.context_parallel import KeysInReach
 from pallas_kernels.chunk_attention.types import ChunkAttentionOutput, KeyValueCache, last_token
 
 # attend(q, k, v, start) with k and v of `key_offset` + L tokens, to (B, L, H, Dv).
@@ -61,7 +63,7 @@ def attend_intervals(
     left_padding = key_offset - (all_k.shape[1] - q.shape[1])
     out = attend(q, pad_length(all_k, left_padding, 0), pad_length(all_v, left_padding, 0), start)
     if is_token is not None:
-        out = _zero_unless(is_token, out)
+        out = zero_unless(is_token, out)
     if cache is not None:
         cache = _next_cache(all_k, all_v, chunk_size, positions, segment_ids, cache)
         cache = cache.swap_heads_and_slots()
@@ -96,6 +98,43 @@ def interval_starts(
     return jnp.where(segment_ids != 0, jnp.maximum(start, document_start), own_key + 1)
 
 
+def noncausal_intervals(
+    keys: KeysInReach, chunk_size: int | None, num_queries: int
+) -> tuple[Int32[Array, "B L"], Int32[Array, "B L"]]:
+    """The first key that every query sees without causality, and the key after the last one.
+
+    Padding has an empty interval.
+
+    Args:
+      keys: the keys in reach.
+      chunk_size: tokens C in a chunk; None: no chunks.
+      num_queries: queries of a row; the first one's own key is `keys.num_before`.
+    """
+    B, S = keys.key.shape[:2]
+    key = jnp.arange(S, dtype=jnp.int32)
+    start, stop = jnp.zeros((B, S), jnp.int32), jnp.full((B, S), S, jnp.int32)
+    ids = keys.segment_ids
+    if ids is not None:
+        changes = ids[:, 1:] != ids[:, :-1]
+        edge = jnp.ones((B, 1), bool)
+        is_first = jnp.concatenate([edge, changes], axis=1)
+        is_last = jnp.concatenate([changes, edge], axis=1)
+        start = jax.lax.cummax(jnp.where(is_first, key, 0), axis=1)
+        stop = jax.lax.cummin(jnp.where(is_last, key + 1, S), axis=1, reverse=True)
+    if chunk_size is not None:
+        # A chunk of a document in reach may begin before the first key.
+        chunk_start = key - (key if keys.positions is None else keys.positions) % chunk_size
+        start, stop = jnp.maximum(start, chunk_start), jnp.minimum(stop, chunk_start + chunk_size)
+    if ids is not None:
+        stop = jnp.where(ids != 0, stop, start)
+    before = jnp.asarray(keys.num_before, jnp.int32)
+
+    def of_queries(bound: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(bound, before, num_queries, axis=1)
+
+    return of_queries(start), of_queries(stop)
+
+
 def pad_length(x: Float[Array, "B L H D"], before: int, after: int) -> Float[Array, "B _ H D"]:
     """Adds zeros before and after the row."""
     if before == 0 and after == 0:
@@ -110,7 +149,7 @@ def _align_right(
     C = slots.shape[1]
     slot = jnp.arange(C, dtype=jnp.int32)
     rolled = jnp.take_along_axis(slots, ((slot + num_cached) % C)[:, :, None, None], axis=1)
-    return _zero_unless((slot >= C - num_cached)[:, :, None, None], rolled)
+    return zero_unless((slot >= C - num_cached)[:, :, None, None], rolled)
 
 
 def _next_cache(
@@ -131,11 +170,11 @@ def _next_cache(
     def take(tokens: Array, previous: Array) -> Array:
         chunk = jnp.take_along_axis(tokens, source[:, :, None, None], axis=1)
         is_padding_row = (last < 0)[:, :, None, None]
-        return jnp.where(is_padding_row, previous, _zero_unless(is_filled, chunk))
+        return jnp.where(is_padding_row, previous, zero_unless(is_filled, chunk))
 
     return KeyValueCache(take(k, cache.key), take(v, cache.value))
 
 
-def _zero_unless(condition: Bool[Array, "..."], x: Array) -> Array:
+def zero_unless(condition: Bool[Array, "..."], x: Array) -> Array:
     """A selection, not a product: 0 times NaN is NaN."""
     return jnp.where(condition, x, 0)

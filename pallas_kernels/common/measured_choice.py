@@ -26,7 +26,8 @@ class MeasuredChoice(NamedTuple):
     """The fastest implementation of one operation at one shape.
 
     Attributes:
-      operation: "cema", "timestep_norm", "chunk_attention", or a row operation's name.
+      operation: "cema", "timestep_norm", "chunk_attention", "noncausal_attention", or a row
+        operation's name.
       dtype: dtype of the activations, "bfloat16".
       width: channels; of attention, the width of a value head.
       tokens: tokens of the batch, B L.

@@ -20,6 +20,7 @@ from megalodon_jax.bench.op_cases import (
     SMALL_CASES,
     CemaCase,
     ChunkAttentionCase,
+    NoncausalAttentionCase,
     RowwiseCase,
     TimestepNormCase,
 )
@@ -33,6 +34,9 @@ TINY = {
     "cema": CemaCase(2, 24, channels=4, order=2),
     "timestep_norm": TimestepNormCase(2, 24, channels=4, groups=2),
     "chunk_attention": ChunkAttentionCase(2, 24, heads=2, key_width=4, value_width=6, chunk_size=5),
+    "noncausal_attention": NoncausalAttentionCase(
+        2, 24, heads=2, key_width=4, value_width=6, chunk_size=5
+    ),
     "rowwise": RowwiseCase(2, 24, channels=4, function="layer_norm"),
 }
 
@@ -82,6 +86,7 @@ def test_errors_of_every_result_and_gradient(op, mode):
         "cema": ["x", "alpha", "delta", "theta", "gamma", "omega"],
         "timestep_norm": ["x", "scale", "bias"],
         "chunk_attention": ["q", "k", "v"],
+        "noncausal_attention": ["q", "k", "v"],
         "rowwise": ["x", "added", "scale", "bias", "offset"],
     }[op]
     if mode == "carried":
@@ -93,7 +98,7 @@ def test_errors_of_every_result_and_gradient(op, mode):
     assert {name.removeprefix("params.") for name in gradients} == set(expected)
     assert len(results) == 1 + len(expected) - {"cema": 6, "rowwise": 5}.get(op, 3)
     for name, error in (results | gradients).items():
-        rounded = name in ("x", "added", "y", "out") or op == "chunk_attention"
+        rounded = name in ("x", "added", "y", "out") or op.endswith("attention")
         # bfloat16 rounds by up to 2^-9; attention rounds its weights too.
         assert error < (1e-2 if rounded else 1e-5), name
         assert error > 1e-4 or not rounded, name
@@ -135,6 +140,16 @@ def test_attention_flops_are_those_of_the_pairs(mode):
     assert least_work(forward) == pytest.approx(pairs * case.heads * 20)
     assert least_work(both) == pytest.approx(3 * pairs * case.heads * 20)
     assert forward.share * CEILINGS.flops_per_second == pytest.approx(forward.rate)
+
+
+@pytest.mark.parametrize("mode", ["plain", "packed"])
+def test_non_causal_attention_flops_are_those_of_the_pairs(mode):
+    case = TINY["noncausal_attention"]
+    fixed = case.make_inputs(seeded(), mode, "initial").fixed
+    ids = fixed.get("segment_ids", np.ones((2, 24), int))
+    chunks = np.asarray(fixed.get("positions", np.tile(np.arange(24), (2, 1)))) // 5
+    sees = (ids[:, :, None] == ids[:, None]) & (chunks[:, :, None] == chunks[:, None])
+    assert case.forward_flops(fixed) == sees.sum() * case.heads * 2 * (4 + 6)
 
 
 def test_least_bytes():
@@ -249,7 +264,8 @@ def test_every_operation_is_measured():
     # Single tokens are measured in whole steps, by `bench decode`.
     packages -= {"chunk_decode", "norm_state_step", "skinny_matmul", "state_step"}
     for cases in (CASES, SMALL_CASES, TINY.values()):
-        assert {case.op for case in cases} == packages
+        # Non-causal attention is a call of chunk attention.
+        assert {case.op for case in cases} == packages | {"noncausal_attention"}
     assert len({(case.op, str(case)) for case in CASES}) == len(CASES)
     for case in CASES:
         assert {"reference", "xla"} <= set(case.implementations)

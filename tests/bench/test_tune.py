@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,18 @@ import pytest
 from megalodon_jax.bench import tune
 from megalodon_jax.bench.op_cases import RowwiseCase
 from megalodon_jax.cli.main import main
-from megalodon_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
+from megalodon_jax.config import (
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainConfig,
+    load_config,
+)
 from pallas_kernels.common.measured_choice import choices_file, read_choices
 from pallas_kernels.rowwise import api as rowwise_api
 from pallas_kernels.rowwise import xla
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CONFIG = """
 [model]
 num_layers = 1
@@ -49,6 +57,21 @@ def test_cases_have_the_shapes_of_one_device():
     assert cases["timestep_norm"] == (64, "B 4 L 64 D 64 G 4")
     assert cases["chunk_attention"] == (48, "B 4 L 64 H 2 K 4 V 48 C 64")
     assert cases["silu_gate"][0] == 96
+
+
+def test_encoders_tune_non_causal_attention():
+    config = load_config(CONFIGS / "tasks" / "lra_image.toml")
+
+    def attention(**changes):
+        model = dataclasses.replace(config.model, **changes)
+        cases = tune.tuned_cases(dataclasses.replace(config, model=model))
+        return [(operation, width, str(case)) for operation, width, case in cases
+                if "attention" in operation]  # fmt: skip
+
+    sizes = "B 50 L 1024 H 1 K 96 V 320"
+    assert attention() == [("noncausal_attention", 320, f"{sizes} C 128")]
+    assert attention(chunk_size=None) == [("noncausal_attention", 320, f"{sizes} C 1024")]
+    assert attention(causal=True) == [("chunk_attention", 320, f"{sizes} C 128")]
 
 
 def test_a_wrong_or_failing_implementation_is_never_chosen(monkeypatch):
@@ -102,7 +125,7 @@ def test_other_models_and_a_missing_config_are_refused(capsys):
     from megalodon_jax.errors import ConfigError
 
     config = dataclasses.replace(TrainConfig(), model=TransformerConfig())
-    with pytest.raises(ConfigError, match="only MEGALODON has operations to tune"):
+    with pytest.raises(ConfigError, match="only MEGALODON and encoders have operations to tune"):
         tune.tuned_cases(config)
     assert main(["tune"]) != 0
     assert "no config given" in capsys.readouterr().err

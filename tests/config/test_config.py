@@ -144,14 +144,12 @@ def test_implementation_overrides_the_four_settings(operation: ModelOperation):
     assert {ModelConfig(**single).implementation_of(other) for other in others} == {None}
 
 
-def test_attention_has_no_triton_kernels():
+def test_triton_has_kernels_of_all_operations():
     config = ModelConfig(implementation="triton")
-    chosen = {name: config.implementation_of(name) for name in get_args(ModelOperation)}
-    assert chosen == {
-        "cema": "triton", "timestep_norm": "triton", "attention": "xla", "rowwise": "triton",
-    }  # fmt: skip
-    with pytest.raises(ConfigError, match="chunk attention has no Triton kernels"):
-        ModelConfig(attention_implementation="triton")
+    chosen = {config.implementation_of(name) for name in get_args(ModelOperation)}
+    assert chosen == {"triton"}
+    single = ModelConfig(attention_implementation="triton")
+    assert single.implementation_of("attention") == "triton"
 
 
 def test_norms_and_gates_have_no_tpu_kernels():

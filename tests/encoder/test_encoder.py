@@ -16,6 +16,7 @@ from megalodon_jax.errors import ConfigError
 from megalodon_jax.modules import BidirectionalEMA, SequenceNorm, document_lengths
 from megalodon_jax.parallel.mesh import make_mesh
 from megalodon_jax.parallel.sharding import batch_sharding
+from pallas_kernels.common.target import interpreted
 from tests.golden_files import relative_error
 
 SMALL = EncoderConfig(
@@ -266,6 +267,17 @@ def test_bidirectional_ema_is_cema_at_angle_zero():
             k = kernel[:3, t - s] if s <= t else kernel[3:, s - t - 1]
             expected[:, t] += k * x[:, s]
     assert relative_error(ema(jnp.asarray(x)), expected) <= 1e-5
+
+
+@pytest.mark.slow
+def test_triton_attention_equals_plain_jax():
+    """Packed rows in chunks; gradients are tested with the operation."""
+    pytest.importorskip("triton", reason="needs the extra: pip install -e '.[triton]'")
+    ids, inputs = rows_of(DOCUMENTS, 16), draw_inputs(SMALL, (3, 16))
+    expected = run(SMALL, inputs, ids, max_documents=3)
+    kernels = dataclasses.replace(SMALL, attention_implementation="triton")
+    with interpreted():
+        np.testing.assert_allclose(run(kernels, inputs, ids, max_documents=3), expected, rtol=1e-4)
 
 
 def test_what_is_refused():

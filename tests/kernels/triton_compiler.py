@@ -30,6 +30,7 @@ def compile_kernel(
     folder: Path,
     *,
     num_warps: int = 4,
+    num_stages: int = 3,
 ) -> TritonUsage:
     """Compiles a `triton.jit` function.
 
@@ -40,6 +41,7 @@ def compile_kernel(
       constants: its constexpr arguments.
       folder: for the compiled file.
       num_warps: warps of a block.
+      num_stages: stages of the pipelines that Triton makes of loops with matrix products.
     """
     triton = pytest.importorskip("triton", reason="needs the extra: pip install -e '.[triton]'")
     from triton.backends.compiler import GPUTarget
@@ -57,7 +59,9 @@ def compile_kernel(
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    compiled = triton.compile(
+        source, target=target, options={"num_warps": num_warps, "num_stages": num_stages}
+    )
     file = folder / f"{kernel.__name__}_{capability}.cubin"
     file.write_bytes(compiled.asm["cubin"])
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

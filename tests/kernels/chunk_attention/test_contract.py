@@ -13,8 +13,13 @@ from pallas_kernels.chunk_attention import KeyValueCache, blocks, chunk_attentio
 
 GOLDEN = np.load(Path(__file__).resolve().parents[2] / "golden" / "ops_attention.npz")
 CASES = json.loads(GOLDEN["__meta__"].item())["cases"]
-IMPLEMENTATIONS = ("reference", "xla")
+pytestmark = pytest.mark.usefixtures("runnable")
+IMPLEMENTATIONS = ("reference", "xla", "triton")
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+# Many launches, which take seconds in Triton's interpreter.
+slow_in_triton = pytest.mark.parametrize(
+    "implementation", ["reference", "xla", pytest.param("triton", marks=pytest.mark.slow)]
+)
 
 run = jax.jit(chunk_attention, static_argnames=("chunk_size", "implementation"))
 
@@ -80,7 +85,7 @@ def rotate(x, base, chunk_size):
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape)
 
 
-@each_implementation
+@slow_in_triton
 @pytest.mark.parametrize("case", CASES)
 def test_matches_released_code(case, implementation):
     load = {key.split("/")[1]: GOLDEN[key] for key in GOLDEN.files if key.startswith(case + "/")}
@@ -157,7 +162,7 @@ def test_result_is_independent_of_tiles_and_groups(monkeypatch):
 ROWS = ([31, 32, 1, 31], [64, 31], [0], [1, 64, 31])
 
 
-@each_implementation
+@slow_in_triton
 def test_packed_documents_equal_documents_alone(implementation, attend_token_by_token):
     C, L = 32, 96
     qkv, cotangent = draw(1, len(ROWS), L)
@@ -225,7 +230,7 @@ def empty_cache(B, C, H=2, Dk=8, Dv=12, fill=0.0):
     )
 
 
-@each_implementation
+@slow_in_triton
 def test_streaming_equals_one_call(implementation):
     C, sizes = 32, (1, 40, 22, 1, 1, 40)
     L = sum(sizes)
@@ -233,7 +238,7 @@ def test_streaming_equals_one_call(implementation):
     positions = np.tile(np.arange(L, dtype=np.int32), (2, 1))
     whole, whole_grads = exact_differentiate(qkv, cotangent, chunk_size=C)
     # Slots without a token are ignored whatever they hold.
-    cache = empty_cache(2, C, fill=np.nan if implementation == "xla" else 0.0)
+    cache = empty_cache(2, C, fill=0.0 if implementation == "reference" else np.nan)
 
     @jax.jit
     def with_gradients(qkv):
@@ -254,7 +259,7 @@ def test_streaming_equals_one_call(implementation):
         assert relative(a, b) <= 5e-6
 
 
-@each_implementation
+@slow_in_triton
 @pytest.mark.parametrize("sizes", [(24, 1, 1, 24), (50,)])
 def test_rows_at_different_positions(sizes, implementation, attend_token_by_token):
     """Rows begin anywhere in a chunk, calls end in padding, documents end inside calls."""

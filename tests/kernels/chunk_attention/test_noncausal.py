@@ -1,4 +1,4 @@
-"""Non-causal chunk attention and attention without chunks, over both implementations."""
+"""Non-causal chunk attention and attention without chunks, over all implementations."""
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from pallas_kernels.chunk_attention import (
     noncausal,
 )
 
+pytestmark = pytest.mark.usefixtures("runnable")
 LENGTH, CHUNK = 37, 8
 DOCUMENTS = [[5, 17, 9], [37], [1, 1, 30]]
 
@@ -83,10 +84,19 @@ CASES = {
 # Causal attention in chunks has its own tests (test_contract.py).
 WITH_CAUSAL = [(case, False) for case in CASES]
 WITH_CAUSAL += [(case, True) for case, (chunk_size, *_) in CASES.items() if chunk_size is None]
+# In Triton's interpreter every case takes seconds: these two go through all of its code.
+WITH_TRITON = [(case, False, "triton") for case in ("whole", "aligned chunks")]
+WITH_TRITON += [
+    pytest.param(*case, "triton", marks=pytest.mark.slow)
+    for case in WITH_CAUSAL
+    if (*case, "triton") not in WITH_TRITON
+]
 
 
-@pytest.mark.parametrize(("case", "causal"), WITH_CAUSAL)
-def test_matches_definition_with_gradients(case: str, causal: bool):
+@pytest.mark.parametrize(
+    ("case", "causal", "implementation"), [(*case, "xla") for case in WITH_CAUSAL] + WITH_TRITON
+)
+def test_matches_definition_with_gradients(case: str, causal: bool, implementation: str):
     chunk_size, align, packed = CASES[case]
     documents = [[5, 11], [37], [3, 2, 6]] if align > 1 else DOCUMENTS
     ids, positions = rows_of(documents if packed else [[LENGTH]] * 3, align=align)
@@ -104,7 +114,7 @@ def test_matches_definition_with_gradients(case: str, causal: bool):
     options = {"chunk_size": chunk_size, "causal": causal, **given}
     exact_out, exact_gradients = exact(qkv, cotangent, **options)
     assert relative(exact_out, expected) <= 1e-12
-    out, gradients = differentiate(qkv, cotangent, implementation="xla", **options)
+    out, gradients = differentiate(qkv, cotangent, implementation=implementation, **options)
     assert relative(out, expected) <= 1e-6
     for found, wanted in zip(gradients, exact_gradients, strict=True):
         assert relative(found, wanted) <= 5e-6
@@ -166,12 +176,14 @@ def test_sequence_shards_equal_one_device(case: str):
         assert relative(found, np.asarray(wanted, np.float64)) <= 2e-6
 
 
-def test_bfloat16_stays_near_float32():
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_bfloat16_stays_near_float32(implementation: str):
     *qkv, cotangent = draw(3)
     options = {"chunk_size": CHUNK, "causal": False}
     out, gradients = differentiate(
-        [jnp.asarray(a, jnp.bfloat16) for a in qkv], jnp.asarray(cotangent, jnp.bfloat16), **options
-    )
+        [jnp.asarray(a, jnp.bfloat16) for a in qkv], jnp.asarray(cotangent, jnp.bfloat16),
+        implementation=implementation, **options,
+    )  # fmt: skip
     assert out.dtype == jnp.bfloat16
     expected = exact(qkv, cotangent, **options)
     assert relative(out, expected[0]) <= 1e-2
@@ -235,7 +247,7 @@ def test_what_cannot_run_says_so():
 
 
 def test_kernels_are_not_chosen(monkeypatch):
-    """On a Hopper GPU, whose kernels are causal, bfloat16 rows still run in XLA."""
+    """On a Hopper GPU, whose default kernels are causal, bfloat16 rows still run in XLA."""
     from pallas_kernels.common import target
 
     hopper = target.find_target()._replace(platform="gpu", kind="NVIDIA H100 80GB HBM3")

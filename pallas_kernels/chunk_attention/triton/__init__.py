@@ -1,0 +1,1 @@
+"""Chunk attention kernels in Triton."""
