@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 from megalodon_jax.config.checks import Rule, check
 from megalodon_jax.config.data import DataConfig
 from megalodon_jax.config.examples import ExamplesConfig
-from megalodon_jax.config.kinds import AnyModelConfig
+from megalodon_jax.config.kinds import AnyEncoderConfig, AnyModelConfig
 from megalodon_jax.config.lora import LoraConfig
 from megalodon_jax.config.mesh import MeshConfig, ProcessesConfig
 from megalodon_jax.config.model import ModelConfig
@@ -67,19 +67,20 @@ RULES = (
         "task = 'language', or carry_state = false",
     ),
     Rule(
-        lambda c: (c.model.kind == "encoder") == (c.task in ENCODER_TASKS),
+        lambda c: isinstance(c.model, AnyEncoderConfig) == (c.task in ENCODER_TASKS),
         "task is {c.task!r} and model.kind {c.model.kind!r}; an encoder has one of the tasks "
         f"{', '.join(ENCODER_TASKS)}, and other models have language or sft",
     ),
     Rule(
         lambda c: (
-            c.model.kind != "encoder" or (c.model.head == "tokens") == (c.task == "masked_language")
+            not isinstance(c.model, AnyEncoderConfig)
+            or (c.model.head == "tokens") == (c.task == "masked_language")
         ),
         "model.head is {c.model.head!r} and task {c.task!r}; masked_language has the head "
         "'tokens', the other tasks have 'classes', and retrieval 'pairs'",
     ),
     Rule(
-        lambda c: c.model.kind != "encoder" or not c.lora.rank,
+        lambda c: not isinstance(c.model, AnyEncoderConfig) or not c.lora.rank,
         "lora.rank is {c.lora.rank} for an encoder; factors are for language models: use 0",
     ),
     Rule(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from megalodon_jax.config import EncoderConfig, TrainConfig
-from megalodon_jax.encoder import Encoder
+from megalodon_jax.config import AnyEncoderConfig, TrainConfig
+from megalodon_jax.encoder_model import EncoderModel
 from megalodon_jax.errors import ConfigError
 from megalodon_jax.evaluation.classes import summarize_classes
 from megalodon_jax.evaluation.summary import Evaluation
@@ -115,7 +115,7 @@ class Classification(abc.ABC):
 
     def class_names(self, config: TrainConfig) -> tuple[str, ...]:
         """Names of the classes; of data that is not here those of the settings, or numbers."""
-        assert isinstance(config.model, EncoderConfig)
+        assert isinstance(config.model, AnyEncoderConfig)
         return config.examples.classes or tuple(map(str, range(config.model.num_classes)))
 
     def layout(self, config: TrainConfig) -> "LabelledFormat":
@@ -176,7 +176,7 @@ class Classification(abc.ABC):
 
     def loss(
         self,
-        model: Encoder,
+        model: EncoderModel,
         batch: Batch,
         *,
         config: TrainConfig,
@@ -251,10 +251,11 @@ def _labels(batch: Batch, max_documents: int) -> tuple[Array, Array]:
     )
 
 
-def _encoder(config: TrainConfig) -> EncoderConfig:
-    if not isinstance(config.model, EncoderConfig):
+def _encoder(config: TrainConfig) -> AnyEncoderConfig:
+    if not isinstance(config.model, AnyEncoderConfig):
         raise ConfigError(
-            f"task {config.task!r} needs model.kind = 'encoder', got {config.model.kind!r}"
+            f"task {config.task!r} needs model.kind = 'encoder' or 'transformer_encoder', got "
+            f"{config.model.kind!r}"
         )
     return config.model
 
