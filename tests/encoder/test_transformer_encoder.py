@@ -93,7 +93,7 @@ def test_scores_and_every_gradient_equal_the_definition(config: TransformerEncod
 
     def exact(params) -> tuple[float, dict]:
         found = {at: scores_of_document(params, config, each) for at, each in documents.items()}
-        return sum(np.sum(np.sin(each) * weights[at]) for at, each in found.items()), found
+        return sum(float(np.sum(np.sin(x) * weights[at])) for at, x in found.items()), found
 
     for at, expected in exact(wide)[1].items():
         assert relative_error(scores[at], expected) <= 1e-5

@@ -21,6 +21,7 @@ HELDOUT_SPLITS = {
 }
 # The ten words of the raw speech task of the paper (its reference is Kidger et al. 2020).
 SPEECH_WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
+_SPEECH_COMMANDS_VERSION = "0.0.3"
 
 
 class TfdsExamples(ExampleSet):
@@ -44,15 +45,13 @@ class TfdsExamples(ExampleSet):
         directory: str,
         transform: Callable[[Any], np.ndarray],
     ):
-        import tensorflow_datasets as tfds
-
         base = name.partition("/")[0].partition(":")[0]
         if base not in INPUTS:
             raise DataError(
                 f"examples.tfds_name is {name!r}; use one of {', '.join(INPUTS)}, or local files"
             )
         try:
-            builder: Any = tfds.builder(name, data_dir=directory or None)
+            builder = _open_builder(name, directory or None)
             self._data: Any = builder.as_data_source(split)
         except (ValueError, KeyError, OSError, RuntimeError, AssertionError) as error:
             reason = str(error).strip().partition("\n")[0]
@@ -78,7 +77,13 @@ class TfdsExamples(ExampleSet):
         return f"{self._name}/{self._split}#{index}"
 
     def example(self, index: int) -> LabelledExample:
-        record = self._data[index if self._numbers is None else self._numbers[index]]
+        try:
+            record = self._data[index if self._numbers is None else self._numbers[index]]
+        except ImportError as error:
+            raise DataError(
+                f"{self.name(index)}: images need Pillow or OpenCV, and neither is installed: pip "
+                "install 'megalodon-flax[images]'"
+            ) from error
         label = int(record["label"])
         if self._numbers is not None:
             label = self._wanted[label]
@@ -86,6 +91,41 @@ class TfdsExamples(ExampleSet):
 
     def fingerprint(self) -> str:
         return digest_of(self._name, self._split, len(self))
+
+
+def _open_builder(name: str, directory: str | None) -> Any:
+    """The reader of prepared files; the code that generates a set may need TensorFlow."""
+    from tensorflow_datasets.core.read_only_builder import builder_from_files
+
+    base, _, version = name.partition(":")
+    if base != "speech_commands":
+        return builder_from_files(name, data_dir=directory)
+    return _speech_commands(version or _SPEECH_COMMANDS_VERSION, directory)
+
+
+def _speech_commands(version: str, directory: str | None) -> Any:
+    """The reader of speech_commands, whose samples are tensors of whole numbers.
+
+    The library's own feature for sound needs TensorFlow.
+    """
+    import tensorflow_datasets as tfds
+
+    class SpeechCommands(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version(version)
+
+        def _info(self) -> Any:
+            audio = tfds.features.Tensor(shape=(None,), dtype=np.int64)
+            features = {"audio": audio, "label": tfds.features.ClassLabel()}
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager: Any) -> Any:
+            raise DataError("this reader of speech_commands does not prepare it")
+
+        _generate_examples = _split_generators
+
+    return SpeechCommands(data_dir=directory, file_format="array_record")
 
 
 def crop_and_resize(image: np.ndarray, size: int) -> np.ndarray:
