@@ -112,6 +112,8 @@ def test_toml_of_unusual_values():
         ("seeds = [0, 7]", "seed = [0, 7]", "no key 'seed'; did you mean 'seeds'"),
         ("seeds = [0, 7]", 'seeds = ["0"]', "use a list of whole numbers"),
         ('best_of = "rates"', 'best_of = "final"', "best_of is 'final'; use an earlier stage"),
+        ('"heldout_loss"', '"heldout_accuracy"', "higher values are better; set mode = 'max'"),
+        ('name = "tiny"', 'name = "tiny"\nmode = "best"', "mode is 'best'; use 'min' or 'max'"),
         ('name = "ema"', 'name = "base"', "two of the variants are named 'base'"),
         ('variants = ["ema"]', 'variants = ["em"]', "no variant 'em'; did you mean 'ema'"),
         ("[1e-3, 2e-3, 4e-3]", "1e-3", "'optim.lr' is 0.001; use a list of values"),

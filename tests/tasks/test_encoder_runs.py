@@ -10,18 +10,22 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 
+from megalodon_jax.baselines.transformer_encoder import TransformerEncoder
+from megalodon_jax.checkpoints.compatibility import check_same_model
 from megalodon_jax.cli.main import main
 from megalodon_jax.config import (
+    AnyEncoderConfig,
     DataConfig,
     EncoderConfig,
     ExamplesConfig,
     OptimConfig,
     TrainConfig,
+    TransformerEncoderConfig,
     load_config,
 )
 from megalodon_jax.data import ByteTokenizer
 from megalodon_jax.encoder import Encoder
-from megalodon_jax.errors import ConfigError
+from megalodon_jax.errors import ConfigError, MismatchError
 from megalodon_jax.evaluation.pictures import confusion_matrix, learning_curve
 from megalodon_jax.evaluation.summary import Evaluation
 from megalodon_jax.interop.initial_weights import read_initial_weights
@@ -43,6 +47,12 @@ pytestmark = pytest.mark.usefixtures("shared_compilation", "short_prefetch")
 TINY = EncoderConfig(
     num_layers=1, model_dim=8, z_dim=4, value_dim=8, ffn_hidden_dim=8, cema_ndim=2, num_classes=2,
     chunk_size=8, norm_num_groups=2, cema_implementation="reference", vocab_size=257,
+)  # fmt: skip
+
+
+TINY_TRANSFORMER = TransformerEncoderConfig(
+    num_layers=1, model_dim=8, num_heads=2, ffn_hidden_dim=8, num_classes=2, chunk_size=None,
+    vocab_size=258,
 )  # fmt: skip
 
 
@@ -217,10 +227,7 @@ def test_retrieval_text_and_masked_language_train(tmp_path, capsys):
         )
     )  # fmt: skip
     assert heldout_of(result).accuracy is not None
-    for folder in ("ham", "spam"):
-        (tmp_path / "mail" / folder).mkdir(parents=True)
-        for number in range(10):
-            (tmp_path / "mail" / folder / f"{number}.txt").write_text(f"{folder} {number} " * 5)
+    write_mail(tmp_path)
     result = train(
         TrainConfig(
             model=TINY, task="text", data=data, run_dir=str(tmp_path / "text"), optim=optim,
@@ -228,18 +235,53 @@ def test_retrieval_text_and_masked_language_train(tmp_path, capsys):
         )
     )  # fmt: skip
     assert np.shape(heldout_of(result).confusion) == (2, 2)
+    check_masked_language(tmp_path, dataclasses.replace(TINY, vocab_size=258), common, capsys)
+
+
+@pytest.mark.slow
+def test_a_transformer_encoder_trains_embeds_and_starts_a_classifier(tmp_path, capsys):
+    common = {
+        "steps": 2, "log_every": 1, "eval_every": 0, "checkpoint_every": 0, "compilation_cache": "",
+    }  # fmt: skip
+    write_mail(tmp_path)
+    check_masked_language(tmp_path, TINY_TRANSFORMER, common, capsys)
+    run = load_encoder(tmp_path / "tuned")
+    assert isinstance(run.model, TransformerEncoder)
+    result = evaluate_run(run)
+    json_file = tmp_path / "result.json"
+    arguments = ["evaluate", "--checkpoint", str(tmp_path / "tuned"), "--json", str(json_file)]
+    assert main([*arguments, "--compilation_cache", ""]) == 0
+    (found,) = json.loads(json_file.read_text())["results"]
+    assert found["accuracy"] == result.accuracy
+    assert found["count"] == result.num_tokens
+    with pytest.raises(MismatchError, match="is of a transformer_encoder, the run asks for a"):
+        check_same_model(TINY_TRANSFORMER, TINY, "there")
+
+
+def write_mail(folder: Path) -> None:
+    for name in ("ham", "spam"):
+        (folder / "mail" / name).mkdir(parents=True)
+        for number in range(10):
+            (folder / "mail" / name / f"{number}.txt").write_text(f"{name} {number} " * 5)
+
+
+def check_masked_language(tmp_path: Path, model: AnyEncoderConfig, common, capsys) -> None:
+    """Masked language modeling, vectors, and a classifier from its weights."""
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 200)
-    data = dataclasses.replace(data, files=(str(tmp_path / "text.txt"),), packing="pad")
+    data = DataConfig(
+        seq_len=64, batch_size=2, heldout_fraction=0.2, num_shards=1, packing="pad",
+        files=(str(tmp_path / "text.txt"),),
+    )  # fmt: skip
     result = train(
         TrainConfig(
-            model=dataclasses.replace(TINY, head="tokens", vocab_size=258), task="masked_language",
-            data=data, run_dir=str(tmp_path / "masked"), optim=optim, **common,
+            model=dataclasses.replace(model, head="tokens"), task="masked_language", data=data,
+            run_dir=str(tmp_path / "masked"), optim=OptimConfig(warmup_steps=1), **common,
         )
     )  # fmt: skip
     assert heldout_of(result).accuracy is not None
     assert heldout_of(result).num_tokens > 10
     check_embed(tmp_path, capsys)
-    check_fresh_head(tmp_path, data, common)
+    check_fresh_head(tmp_path, data, model, common)
 
 
 def check_embed(tmp_path, capsys):
@@ -260,11 +302,11 @@ def check_embed(tmp_path, capsys):
     np.testing.assert_allclose(np.load(output)[1], vectors[1].values, rtol=1e-5)
 
 
-def check_fresh_head(tmp_path, data, common):
+def check_fresh_head(tmp_path, data, model, common):
     """A classifier starts from the masked language model, with a pool and head of its own."""
     data = dataclasses.replace(data, files=(), packing="pack")
     config = TrainConfig(
-        model=dataclasses.replace(TINY, vocab_size=258), task="text", data=data,
+        model=model, task="text", data=data,
         run_dir=str(tmp_path / "tuned"), init_from=str(tmp_path / "masked"),
         examples=ExamplesConfig(path=str(tmp_path / "mail")), optim=OptimConfig(warmup_steps=1),
         **common,
