@@ -31,6 +31,7 @@ TaskName = Literal[
     "masked_language",
 ]  # fmt: skip
 ENCODER_TASKS = get_args(TaskName)[2:]
+IMAGE_TASKS = ("pixels", "patches")
 
 RULES = (
     Rule(
@@ -78,6 +79,23 @@ RULES = (
         ),
         "model.head is {c.model.head!r} and task {c.task!r}; masked_language has the head "
         "'tokens', the other tasks have 'classes', and retrieval 'pairs'",
+    ),
+    Rule(
+        lambda c: (
+            c.task in IMAGE_TASKS
+            or not (c.examples.is_augmented or c.examples.is_mixed or c.examples.repeats > 1)
+        ),
+        "task {c.task!r} has no images to augment; examples.random_crop, random_flip, "
+        "rand_augment, random_erasing, mixup, cutmix and repeats are for "
+        f"{' and '.join(IMAGE_TASKS)}",
+    ),
+    Rule(
+        lambda c: (
+            not c.examples.is_mixed or (c.data.packing == "pad" and c.data.batch_size % 2 == 0)
+        ),
+        "examples.mixup {c.examples.mixup} and cutmix {c.examples.cutmix} mix the rows of pairs; "
+        "use data.packing = 'pad' and an even data.batch_size, not {c.data.packing!r} and "
+        "{c.data.batch_size}",
     ),
     Rule(
         lambda c: not isinstance(c.model, AnyEncoderConfig) or not c.lora.rank,

@@ -14,6 +14,7 @@ from megalodon_jax.errors import ConfigError
 from megalodon_jax.evaluation.classes import summarize_classes
 from megalodon_jax.evaluation.summary import Evaluation
 from megalodon_jax.loss import LossOutput
+from megalodon_jax.tasks.mixing import mix_images, neighbours
 from megalodon_jax.typing import Array, Batch, Float32, Int32, PRNGKey
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from megalodon_jax.data.labelled import ExampleSet, LabelledFormat
     from megalodon_jax.data.loader import Loader
     from megalodon_jax.data.tokenizer import Tokenizer
+
+
+# Folded into the key of a training step for mixup and cutmix.
+_MIXING = 1 << 29
 
 
 class ExampleSets(NamedTuple):
@@ -55,6 +60,8 @@ class Classification(abc.ABC):
     """
 
     documents_per_example = 1
+    # Mixing draws from the key of a training step.
+    needs_key = True
 
     @abc.abstractmethod
     def example_sets(self, config: TrainConfig) -> ExampleSets:
@@ -182,24 +189,49 @@ class Classification(abc.ABC):
         config: TrainConfig,
         dropout_key: PRNGKey | None = None,
     ) -> LossOutput:
-        """Cross-entropy of the classes of the examples."""
-        most = self.max_documents(config)
+        """Cross-entropy of the classes of the examples; a key turns training's options on."""
+        most, settings = self.max_documents(config), config.examples
+        labels, weights = _labels(batch, most)
+        tokens, mixed = batch.tokens, None
+        if dropout_key is not None and settings.is_mixed:
+            tokens, share = mix_images(
+                tokens,
+                jax.random.fold_in(dropout_key, _MIXING),
+                mixup=settings.mixup,
+                cutmix=settings.cutmix,
+                patch_size=settings.patch_size or 1,
+            )
+            mixed = MixedLabels(neighbours(labels), share)
         scores = model(
-            batch.tokens,
+            tokens,
             segment_ids=batch.segment_ids,
             max_documents=most,
             aligned=True,
-            dropout_key=dropout_key,
+            dropout_key=dropout_key if config.model.has_dropout else None,
         )
-        labels, weights = _labels(batch, most)
         if self.documents_per_example == 2:
             labels, weights = labels[:, 1::2], weights[:, 1::2]
-        return class_loss(scores, labels, weights, batch.segment_ids, z_loss=config.z_loss)
+        return class_loss(
+            scores,
+            labels,
+            weights,
+            batch.segment_ids,
+            z_loss=config.z_loss,
+            mixed=mixed,
+            label_smoothing=0.0 if dropout_key is None else settings.label_smoothing,
+        )
 
     def metric(self, sums: Sequence[LossOutput], num_bytes: int | None) -> Evaluation:
         """Loss, accuracy and the confusion matrix."""
         del num_bytes
         return summarize_classes(sums)
+
+
+class MixedLabels(NamedTuple):
+    """Classes of the images that were mixed into the examples, and the share of their own."""
+
+    others: Int32[Array, "B M"]
+    share: Float32[Array, ""]
 
 
 def class_loss(
@@ -209,8 +241,13 @@ def class_loss(
     segment_ids: Int32[Array, "B L"],
     *,
     z_loss: float = 0.0,
+    mixed: MixedLabels | None = None,
+    label_smoothing: float = 0.0,
 ) -> LossOutput:
-    """Sums of -log softmax(scores)[label], and the confusion matrix.
+    """Sums of -Σ_k t_k log softmax(scores)_k, and the confusion matrix.
+
+    The target t is 1 at the label; with mixed images its share is there, and the rest at the other
+    image's label. Smoothing by e makes it (1 - e) t + e / K.
 
     Args:
       scores: of the classes of M examples of every row.
@@ -218,11 +255,17 @@ def class_loss(
       weights: 0 where a row has fewer than M.
       segment_ids: of the tokens, to count them.
       z_loss: weight of log(Z)^2, as in `cross_entropy`.
+      mixed: of mixed images; the class that counts for the accuracy is that of the larger share.
+      label_smoothing: e.
     """
     # Scores of documents that a row lacks mean nothing, and may be NaN: selections leave them out.
     is_example = weights > 0
     scores = jnp.where(is_example[..., None], scores, 0.0)
-    chosen = jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
+    chosen = _score_of(scores, labels)
+    if mixed is not None:
+        chosen = mixed.share * chosen + (1.0 - mixed.share) * _score_of(scores, mixed.others)
+        labels = jnp.where(mixed.share >= 0.5, labels, mixed.others)
+    chosen = (1.0 - label_smoothing) * chosen + label_smoothing * jnp.mean(scores, axis=-1)
     log_z = jax.nn.logsumexp(scores, axis=-1)
     losses = log_z - chosen
     found = jnp.argmax(scores, axis=-1)
@@ -238,6 +281,10 @@ def class_loss(
         num_tokens=jnp.sum((segment_ids != 0).astype(jnp.float32)),
         confusion=confusion,
     )
+
+
+def _score_of(scores: Float32[Array, "B M K"], labels: Int32[Array, "B M"]) -> Array:
+    return jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
 
 
 def _labels(batch: Batch, max_documents: int) -> tuple[Array, Array]:

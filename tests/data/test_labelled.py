@@ -365,7 +365,7 @@ def test_pathfinder_in_the_layout_of_long_range_arena(tmp_path):
 def test_images_are_cropped_to_a_square_and_averaged():
     image = np.zeros((4, 8, 1), np.uint8)
     image[:2, 2:4], image[2:, 4:6] = 100, 40
-    np.testing.assert_array_equal(tfds.crop_and_resize(image, 2)[..., 0], [[100, 0], [0, 40]])
-    assert tfds.crop_and_resize(np.full((5, 7, 3), 9, np.uint8), 3).shape == (3, 3, 3)
+    np.testing.assert_array_equal(arrays.crop_and_resize(image, 2)[..., 0], [[100, 0], [0, 40]])
+    assert arrays.crop_and_resize(np.full((5, 7, 3), 9, np.uint8), 3).shape == (3, 3, 3)
     with pytest.raises(DataError, match="use one of cifar10"):
         tfds.TfdsExamples("mnist", "train", directory="", transform=np.asarray)

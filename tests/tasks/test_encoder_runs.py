@@ -18,6 +18,7 @@ from megalodon_jax.config import (
     DataConfig,
     EncoderConfig,
     ExamplesConfig,
+    MeshConfig,
     OptimConfig,
     TrainConfig,
     TransformerEncoderConfig,
@@ -44,6 +45,7 @@ from megalodon_jax.typing import Batch
 
 pytestmark = pytest.mark.usefixtures("shared_compilation", "short_prefetch")
 
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs/tasks").glob("*.toml"))
 TINY = EncoderConfig(
     num_layers=1, model_dim=8, z_dim=4, value_dim=8, ffn_hidden_dim=8, cema_ndim=2, num_classes=2,
     chunk_size=8, norm_num_groups=2, cema_implementation="reference", vocab_size=257,
@@ -258,6 +260,48 @@ def test_a_transformer_encoder_trains_embeds_and_starts_a_classifier(tmp_path, c
         check_same_model(TINY_TRANSFORMER, TINY, "there")
 
 
+@pytest.mark.slow
+def test_a_run_with_all_augmentations_resumes_and_shards(tmp_path):
+    """The recipe of ImageNet: resumed equals uninterrupted, eight devices equal one."""
+    images = np.random.default_rng(0).integers(0, 256, (12, 20, 20, 3)).astype(np.uint8)
+    labels = np.arange(12) % 2
+    path = tmp_path / "colors.npz"
+    np.savez(path, images=images, labels=labels, heldout_images=images, heldout_labels=labels)
+    recipe = load_config(SHIPPED[0].with_name("imagenet.toml"))
+    examples = dataclasses.replace(
+        recipe.examples, tfds_name="", path=str(path), image_size=16, patch_size=4
+    )
+    model = dataclasses.replace(
+        TINY, input="patches", input_size=48, max_positions=16, num_layers=2, drop_path=0.5,
+        chunk_size=None,
+    )  # fmt: skip
+    config = TrainConfig(
+        model=model, task="patches", examples=examples, steps=4, log_every=1, eval_every=0,
+        checkpoint_every=2, compilation_cache="", run_dir=str(tmp_path / "whole"),
+        data=DataConfig(seq_len=16, batch_size=8, packing="pad", num_shards=2),
+        optim=OptimConfig(warmup_steps=1, lr=1e-2),
+    )  # fmt: skip
+    whole = train(config)
+    assert heldout_of(whole).num_tokens == 12
+    resumed = dataclasses.replace(config, run_dir=str(tmp_path / "resumed"))
+    train(dataclasses.replace(resumed, steps=2))
+    train(dataclasses.replace(resumed, resume=True))
+    runs = [load_encoder(each.run_dir).model for each in (config, resumed)]
+    for a, b in zip(*(jax.tree.leaves(nnx.state(m, nnx.Param)) for m in runs), strict=True):
+        np.testing.assert_array_equal(a, b)
+    sharded = dataclasses.replace(
+        config, run_dir=str(tmp_path / "sharded"), mesh=MeshConfig(data=8)
+    )
+    train(sharded)
+    losses = [
+        [json.loads(line)["loss"] for line in (Path(each.run_dir) / "metrics.jsonl").open()
+         if "loss" in json.loads(line)]
+        for each in (config, sharded)
+    ]  # fmt: skip
+    assert len(losses[0]) == 4
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
 def write_mail(folder: Path) -> None:
     for name in ("ham", "spam"):
         (folder / "mail" / name).mkdir(parents=True)
@@ -347,9 +391,6 @@ def test_settings_that_do_not_fit(tmp_path):
     one = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=1))
     with pytest.raises(ConfigError, match="have 2 classes"):
         task.open_loaders(one, ByteTokenizer(), rows=range(4), num_shards=1)
-
-
-SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs/tasks").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from megalodon_jax.data.labelled import ExampleSet, LabelledExample
+from megalodon_jax.data.example_sets.arrays import TransformedExamples
 from megalodon_jax.data.sources import digest_of
 from megalodon_jax.errors import DataError
 
@@ -24,7 +24,7 @@ SPEECH_WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop",
 _SPEECH_COMMANDS_VERSION = "0.0.3"
 
 
-class TfdsExamples(ExampleSet):
+class TfdsExamples(TransformedExamples):
     """A split of a set.
 
     Args:
@@ -45,6 +45,7 @@ class TfdsExamples(ExampleSet):
         directory: str,
         transform: Callable[[Any], np.ndarray],
     ):
+        super().__init__(transform)
         base = name.partition("/")[0].partition(":")[0]
         if base not in INPUTS:
             raise DataError(
@@ -60,7 +61,6 @@ class TfdsExamples(ExampleSet):
                 f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
             ) from error
         self._name, self._split, self._feature = name, split, INPUTS[base]
-        self._transform = transform
         names = tuple(builder.info.features["label"].names)
         self.classes, self._numbers = names, None
         if base == "speech_commands":
@@ -76,7 +76,7 @@ class TfdsExamples(ExampleSet):
     def name(self, index: int) -> str:
         return f"{self._name}/{self._split}#{index}"
 
-    def example(self, index: int) -> LabelledExample:
+    def array(self, index: int) -> tuple[np.ndarray, int]:
         try:
             record = self._data[index if self._numbers is None else self._numbers[index]]
         except ImportError as error:
@@ -87,7 +87,7 @@ class TfdsExamples(ExampleSet):
         label = int(record["label"])
         if self._numbers is not None:
             label = self._wanted[label]
-        return LabelledExample((self._transform(record[self._feature]),), label)
+        return record[self._feature], label
 
     def fingerprint(self) -> str:
         return digest_of(self._name, self._split, len(self))
@@ -126,19 +126,3 @@ def _speech_commands(version: str, directory: str | None) -> Any:
         _generate_examples = _split_generators
 
     return SpeechCommands(data_dir=directory, file_format="array_record")
-
-
-def crop_and_resize(image: np.ndarray, size: int) -> np.ndarray:
-    """The largest square in the middle of an image (h, w, c), resized to `size` by averages.
-
-    Every pixel of the result is the mean of the pixels under it, by the nearest borders.
-    """
-    side = min(image.shape[:2])
-    top, left = ((length - side) // 2 for length in image.shape[:2])
-    square = image[top : top + side, left : left + side].astype(np.float32)
-    borders = np.arange(size + 1) * side // size
-    counts = np.maximum(np.diff(borders), 1)
-    # An empty range of `reduceat` gives the pixel at its start.
-    rows = np.add.reduceat(square, borders[:-1], axis=0) / counts[:, None, None]
-    pixels = np.add.reduceat(rows, borders[:-1], axis=1) / counts[None, :, None]
-    return np.round(pixels).astype(np.uint8)
