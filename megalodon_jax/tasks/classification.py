@@ -94,6 +94,8 @@ class Classification(abc.ABC):
         self.check_model(config)
         sets, layout = self.example_sets(config), self.layout(config)
         self._check_classes(config, sets.train.classes)
+        if config.examples.is_mixed:
+            _check_whole_rows(config, sets.train)
 
         def open_set(examples: "ExampleSet", *, repeat: bool) -> "Loader":
             return make_labelled_loader(
@@ -199,7 +201,7 @@ class Classification(abc.ABC):
                 jax.random.fold_in(dropout_key, _MIXING),
                 mixup=settings.mixup,
                 cutmix=settings.cutmix,
-                patch_size=settings.patch_size or 1,
+                patch_size=(settings.patch_size or 1) if config.model.input == "patches" else 1,
             )
             mixed = MixedLabels(neighbours(labels), share)
         scores = model(
@@ -281,6 +283,17 @@ def class_loss(
         num_tokens=jnp.sum((segment_ids != 0).astype(jnp.float32)),
         confusion=confusion,
     )
+
+
+def _check_whole_rows(config: TrainConfig, examples: "ExampleSet") -> None:
+    if not len(examples):
+        return
+    length = len(examples.example(0).documents[0])
+    if length != config.data.seq_len:
+        raise ConfigError(
+            f"an image has {length} tokens and data.seq_len is {config.data.seq_len}; mixup and "
+            f"cutmix need rows of one image: set data.seq_len to {length}"
+        )
 
 
 def _score_of(scores: Float32[Array, "B M K"], labels: Int32[Array, "B M"]) -> Array:

@@ -293,13 +293,15 @@ def test_a_run_with_all_augmentations_resumes_and_shards(tmp_path):
         config, run_dir=str(tmp_path / "sharded"), mesh=MeshConfig(data=8)
     )
     train(sharded)
-    losses = [
-        [json.loads(line)["loss"] for line in (Path(each.run_dir) / "metrics.jsonl").open()
-         if "loss" in json.loads(line)]
-        for each in (config, sharded)
-    ]  # fmt: skip
+    losses = []
+    for each in (config, sharded):
+        lines = (Path(each.run_dir) / "metrics.jsonl").read_text().splitlines()
+        losses.append([entry["loss"] for entry in map(json.loads, lines) if "loss" in entry])
     assert len(losses[0]) == 4
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    longer = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=25))
+    with pytest.raises(ConfigError, match="an image has 16 tokens and data.seq_len is 25"):
+        find_task("patches").open_loaders(longer, ByteTokenizer(), rows=range(8), num_shards=1)
 
 
 def write_mail(folder: Path) -> None:
