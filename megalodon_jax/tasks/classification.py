@@ -201,7 +201,7 @@ class Classification(abc.ABC):
                 jax.random.fold_in(dropout_key, _MIXING),
                 mixup=settings.mixup,
                 cutmix=settings.cutmix,
-                patch_size=(settings.patch_size or 1) if config.model.input == "patches" else 1,
+                patch_size=(settings.patch_size or 1) if model.config.input == "patches" else 1,
             )
             mixed = MixedLabels(neighbours(labels), share)
         scores = model(

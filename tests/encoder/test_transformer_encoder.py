@@ -129,7 +129,7 @@ def test_aligned_documents_give_the_same():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [{"data": 4}, {"chunk": 4}, {"data": 2, "model": 2}])
+@pytest.mark.parametrize("sizes", [{"chunk": 4}, {"data": 2, "model": 2}])
 def test_meshes_equal_one_device(sizes: dict[str, int]):
     check_mesh(FULL if "chunk" in sizes else SMALL, sizes)
 

@@ -18,11 +18,13 @@ from megalodon_jax.study import (
     read_results,
     read_study,
     run_study,
+    stage_runs,
 )
 from megalodon_jax.study.plots import draw_results
 from megalodon_jax.study.report import results_markdown, summarize_runs
-from megalodon_jax.study.results import CurvePoint, write_results
+from megalodon_jax.study.results import CurvePoint, read_run, write_results
 from megalodon_jax.study.schedule import best_points
+from megalodon_jax.study.toml_text import to_toml
 from tests.fixtures_runs import TINY_TABLES
 
 METRIC = "heldout_bits_per_byte/books"
@@ -278,17 +280,26 @@ arguments = ["--best", "--split", "test", "--compilation_cache", ""]
 
 
 @pytest.mark.slow
-def test_a_study_of_images_has_accuracies(tmp_path):
+def test_a_study_of_images_has_accuracies(tmp_path, shared_compilation, short_prefetch):
+    """The commands of a study, in this process."""
     images = np.random.default_rng(0).integers(0, 256, (8, 4, 4)).astype(np.uint8)
     labels = np.arange(8) % 2
     np.savez(tmp_path / "images.npz", images=images, labels=labels, heldout_images=images,
              heldout_labels=labels)  # fmt: skip
     path = tmp_path / "study.toml"
     path.write_text(IMAGES.format(images=tmp_path / "images.npz"))
-    results = run_study(read_study(path), tmp_path / "out")
-    (run,) = results.runs
-    assert run.status == "done", run.error
-    assert not run.failed_evaluations
+    study, out = read_study(path), tmp_path / "out"
+    (planned,) = stage_runs(study, study.stages[0])
+    (out / "evaluations").mkdir(parents=True)
+    (out / "config.toml").write_text(to_toml(planned.table))
+    assert main(["train", str(out / "config.toml"), "--run_dir", str(out / "run")]) == 0
+    for entry in planned.evaluations:
+        target = str(out / f"evaluations/{entry.name}.json")
+        command = ["evaluate", "--checkpoint", str(out / "run"), "--json", target]
+        assert main([*command, *entry.arguments]) == 0
+    run = read_run(planned, out, failed_evaluations={})
+    results = StudyResults(study.name, study.title, study.metric, (run,), study.mode)
+    assert "heldout_accuracy" in run.describe()
     accuracies = [point.values["heldout_accuracy"] for point in run.heldout]
     assert run.evaluations["test"]["results"][0]["accuracy"] == max(accuracies)
     assert run.evaluations["test"]["results"][0]["count"] == 8

@@ -262,7 +262,7 @@ def test_a_transformer_encoder_trains_embeds_and_starts_a_classifier(tmp_path, c
 
 @pytest.mark.slow
 def test_a_run_with_all_augmentations_resumes_and_shards(tmp_path):
-    """The recipe of ImageNet: resumed equals uninterrupted, eight devices equal one."""
+    """The recipe of ImageNet: a run resumed on eight devices equals one on one device."""
     images = np.random.default_rng(0).integers(0, 256, (12, 20, 20, 3)).astype(np.uint8)
     labels = np.arange(12) % 2
     path = tmp_path / "colors.npz"
@@ -285,22 +285,15 @@ def test_a_run_with_all_augmentations_resumes_and_shards(tmp_path):
     assert heldout_of(whole).num_tokens == 12
     resumed = dataclasses.replace(config, run_dir=str(tmp_path / "resumed"))
     train(dataclasses.replace(resumed, steps=2))
-    train(dataclasses.replace(resumed, resume=True))
-    runs = [load_encoder(each.run_dir).model for each in (config, resumed)]
-    for a, b in zip(*(jax.tree.leaves(nnx.state(m, nnx.Param)) for m in runs), strict=True):
-        np.testing.assert_array_equal(a, b)
-    sharded = dataclasses.replace(
-        config, run_dir=str(tmp_path / "sharded"), mesh=MeshConfig(data=8)
-    )
-    train(sharded)
+    train(dataclasses.replace(resumed, resume=True, mesh=MeshConfig(data=8)))
     losses = []
-    for each in (config, sharded):
+    for each in (config, resumed):
         lines = (Path(each.run_dir) / "metrics.jsonl").read_text().splitlines()
         losses.append([entry["loss"] for entry in map(json.loads, lines) if "loss" in entry])
     assert len(losses[0]) == 4
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
     longer = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=25))
-    with pytest.raises(ConfigError, match="an image has 16 tokens and data.seq_len is 25"):
+    with pytest.raises(ConfigError, match=r"an image has 16 tokens and data.seq_len is 25"):
         find_task("patches").open_loaders(longer, ByteTokenizer(), rows=range(8), num_shards=1)
 
 
