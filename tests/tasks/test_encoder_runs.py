@@ -272,8 +272,8 @@ def test_a_run_with_all_augmentations_resumes_and_shards(tmp_path):
         recipe.examples, tfds_name="", path=str(path), image_size=16, patch_size=4
     )
     model = dataclasses.replace(
-        TINY, input="patches", input_size=48, max_positions=16, num_layers=2, drop_path=0.5,
-        chunk_size=None,
+        TINY_TRANSFORMER, input="patches", input_size=48, max_positions=16, num_layers=2,
+        drop_path=0.5,
     )  # fmt: skip
     config = TrainConfig(
         model=model, task="patches", examples=examples, steps=4, log_every=1, eval_every=0,
