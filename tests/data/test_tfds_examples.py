@@ -18,7 +18,9 @@ from megalodon_jax.presets import configs_dir
 from megalodon_jax.tasks import find_task
 from megalodon_jax.tasks.classification import ExampleSets
 
-tfds = pytest.importorskip("tensorflow_datasets")
+pytest.importorskip("tensorflow_datasets")
+import tensorflow_datasets as tfds
+
 Image = pytest.importorskip("PIL.Image")
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 32, 32, 3)).astype(np.uint8)
