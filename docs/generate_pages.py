@@ -21,6 +21,7 @@ from megalodon_jax.config import (
     SftConfig,
     TrainConfig,
     TransformerConfig,
+    TransformerEncoderConfig,
     model_preset,
 )
 from megalodon_jax.config.ranges import Range, plain_type, range_of
@@ -50,6 +51,7 @@ TABLES: tuple[tuple[str, type], ...] = (
     ("model", ModelConfig),
     ("model", TransformerConfig),
     ("model", EncoderConfig),
+    ("model", TransformerEncoderConfig),
     ("data", DataConfig),
     ("data.sources", MixtureSource),
     ("data.heldout_sets", HeldoutSet),

@@ -10,6 +10,7 @@ from megalodon_jax.version import __version__
 
 if TYPE_CHECKING:
     from megalodon_jax.baselines.transformer import Transformer
+    from megalodon_jax.baselines.transformer_encoder import TransformerEncoder
     from megalodon_jax.cache import Cache, LayerCache
     from megalodon_jax.config import (
         EncoderConfig,
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
         ModelConfig,
         TrainConfig,
         TransformerConfig,
+        TransformerEncoderConfig,
         load_config,
     )
     from megalodon_jax.encoder import Encoder
@@ -57,6 +59,8 @@ _MODULES = {
     "TrainConfig": "config",
     "Transformer": "baselines.transformer",
     "TransformerConfig": "config",
+    "TransformerEncoder": "baselines.transformer_encoder",
+    "TransformerEncoderConfig": "config",
     "cross_entropy": "loss",
     "generate_text": "generate",
     "load": "pretrained",
@@ -86,6 +90,8 @@ __all__ = [
     "TrainConfig",
     "Transformer",
     "TransformerConfig",
+    "TransformerEncoder",
+    "TransformerEncoderConfig",
     "__version__",
     "cross_entropy",
     "generate_text",

@@ -1,7 +1,14 @@
 """FLOPs of a model by formula, and the utilization of devices that follows from them."""
 
 from megalodon_jax.chips import find_chip
-from megalodon_jax.config import AnyModelConfig, EncoderConfig, ModelConfig, TransformerConfig
+from megalodon_jax.config import (
+    AnyEncoderConfig,
+    AnyModelConfig,
+    EncoderConfig,
+    ModelConfig,
+    TransformerConfig,
+    TransformerEncoderConfig,
+)
 
 
 def causal_flops_per_token(span: int, width: int) -> int:
@@ -32,10 +39,14 @@ def model_flops_per_token(config: AnyModelConfig, *, seq_len: int | None = None)
 
         F = 3 * (layers * [2 (2DE + DZ + D^2 + ED) + 4DF + 2s(Z + E)] + 2D^2)
 
-    and 2DV in place of 2D^2 for scores of tokens. Attention counts only pairs that are not masked
-    by causality, chunks or the window; norms, CEMA and recomputation count nothing, so utilization
-    from this number is a lower bound. The formula is therefore that of every moving average, norm,
-    residual connection and position embedding.
+    Transformer encoder:
+
+        F = 3 * (layers * [8D^2 + 6DF + 4sD] + 2D^2)
+
+    and for both 2DV in place of 2D^2 for scores of tokens. Attention counts only pairs that are not
+    masked by causality, chunks or the window; norms, CEMA and recomputation count nothing, so
+    utilization from this number is a lower bound. The formula is therefore that of every moving
+    average, norm, residual connection and position embedding.
 
     Args:
       config: the model's shape.
@@ -46,7 +57,7 @@ def model_flops_per_token(config: AnyModelConfig, *, seq_len: int | None = None)
     """
     if isinstance(config, TransformerConfig):
         return _transformer_flops(config, seq_len)
-    if isinstance(config, EncoderConfig):
+    if isinstance(config, AnyEncoderConfig):
         return _encoder_flops(config, seq_len)
     return _megalodon_flops(config, seq_len)
 
@@ -60,17 +71,25 @@ def _megalodon_flops(config: ModelConfig, seq_len: int | None) -> float:
     return 3.0 * (config.num_layers * block + 2 * d * config.num_outputs)
 
 
-def _encoder_flops(config: EncoderConfig, seq_len: int | None) -> float:
+def _encoder_flops(config: AnyEncoderConfig, seq_len: int | None) -> float:
     spans = [length for length in (config.chunk_size, seq_len) if length is not None]
     if not spans:
         raise ValueError("attention without chunks spans the row; pass seq_len")
-    d, z, e, span = config.model_dim, config.z_dim, config.value_dim, min(spans)
-    projections = 2 * (2 * d * e + d * z + d * d + e * d)
-    seen = causal_flops_per_token(span, z + e) if config.causal else 2 * span * (z + e)
-    block = projections + 4 * d * config.ffn_hidden_dim + seen
+    d, span = config.model_dim, min(spans)
+    if isinstance(config, TransformerEncoderConfig):
+        block = 8 * d * d + 6 * d * config.ffn_hidden_dim + 4 * span * d
+    else:
+        block = _encoder_block_flops(config, span)
     # The head of classes reads one vector of a document; before it every token has a product.
     outputs = config.vocab_size if config.head == "tokens" else d
     return 3.0 * (config.num_layers * block + 2 * d * outputs)
+
+
+def _encoder_block_flops(config: EncoderConfig, span: int) -> int:
+    d, z, e = config.model_dim, config.z_dim, config.value_dim
+    projections = 2 * (2 * d * e + d * z + d * d + e * d)
+    seen = causal_flops_per_token(span, z + e) if config.causal else 2 * span * (z + e)
+    return projections + 4 * d * config.ffn_hidden_dim + seen
 
 
 def _transformer_flops(config: TransformerConfig, seq_len: int | None) -> float:

@@ -29,13 +29,15 @@ SAVED_NAMES: dict[Remat, tuple[str, ...]] = {
 class _Layer(NamedTuple):
     """One block's parameters, streaming state and dropout key; stacked along axis 0 for a scan.
 
-    `number` is that of the layer, for blocks with random streams of their own.
+    `number` is that of the layer, for blocks with random streams of their own; `path_scales` are
+    the factors of drop path.
     """
 
     params: nnx.State
     cache: Any
     dropout_key: PRNGKey | None
     number: Int32[Array, ""] | None
+    path_scales: Float32[Array, "2 B M"] | None = None
 
 
 class _LayerOutput(NamedTuple):
@@ -88,6 +90,7 @@ def run_blocks(
     cache: Any = None,
     carries: bool = False,
     dropout_key: PRNGKey | None = None,
+    path_scales: Float32[Array, "S 2 B M"] | None = None,
     hidden_states: bool = False,
 ) -> StackOutput:
     """Runs x through all blocks.
@@ -105,6 +108,8 @@ def run_blocks(
       carries: the states are those of training rows (`CarriedState`): with `scan_layers` they come
         and go stacked along a leading axis, and gradients stop at the new ones.
       dropout_key: turns dropout on.
+      path_scales: factors of drop path, from `draw_path_scales`; blocks take their own as
+        `path_scales=`.
       hidden_states: whether to return the features of every layer.
 
     Raises:
@@ -122,7 +127,10 @@ def run_blocks(
     def run_block(x: Array, layer: _Layer) -> tuple[Array, _LayerOutput]:
         block = merge_layer(stacked, layer.params, layer.number)
         before = snapshot(block)
-        out, cache = block(x, positions=positions, cache=layer.cache, dropout_key=layer.dropout_key)
+        options = {} if layer.path_scales is None else {"path_scales": layer.path_scales}
+        out, cache = block(
+            x, positions=positions, cache=layer.cache, dropout_key=layer.dropout_key, **options
+        )
         out = constrain(out, "batch", "length", "channels")
         # Inside the loop: outside it, zero gradients of all new states would be computed with.
         cache = jax.lax.stop_gradient(cache) if carries else cache
@@ -143,7 +151,7 @@ def run_blocks(
     num_complete = count - config.skip_attention
     if config.scan_layers and (cache is None or is_stacked or x.shape[1] > 1):
         stacked_cache = cache if cache is None or is_stacked else jax.tree.map(_stack, *cache)
-        layers = _Layer(stacked.params, stacked_cache, keys, numbers)
+        layers = _Layer(stacked.params, stacked_cache, keys, numbers, path_scales)
         x, outputs = _scan(run_block, x, layers, slice(0, num_complete))
         if config.skip_attention:
             x, others = _scan(skip_attention, x, layers, slice(num_complete, count))
@@ -152,7 +160,7 @@ def run_blocks(
         if cache is not None and not is_stacked:
             caches = tuple(unstack_layers(caches, count))
     else:
-        layers = unstack_layers(_Layer(stacked.params, None, keys, numbers), count)
+        layers = unstack_layers(_Layer(stacked.params, None, keys, numbers, path_scales), count)
         if cache is not None:
             layers = [layer._replace(cache=each) for layer, each in zip(layers, cache, strict=True)]
         functions = [run_block] * num_complete + [skip_attention] * config.skip_attention

@@ -26,6 +26,7 @@ LAYERS = [
     ("megalodon_jax.modules",),
     ("megalodon_jax.layer_variables",),
     ("megalodon_jax.layer_stack", "megalodon_jax.language_model", "megalodon_jax.loss"),
+    ("megalodon_jax.encoder_model",),
     ("megalodon_jax.model", "megalodon_jax.encoder", "megalodon_jax.baselines"),
     (
         "megalodon_jax.models",

@@ -15,11 +15,11 @@ from jax import numpy as jnp
 from megalodon_jax.baselines.attention import causal_attention
 from megalodon_jax.baselines.cache import TransformerCache
 from megalodon_jax.baselines.cached import cached_attention
-from megalodon_jax.config import TransformerConfig
+from megalodon_jax.config import TransformerConfig, TransformerEncoderConfig
 from megalodon_jax.language_model import LanguageModel, ModelInputs, make_output_layer
 from megalodon_jax.layer_stack import run_blocks, stack_blocks
 from megalodon_jax.modules.activations import silu_gate
-from megalodon_jax.modules.dropout import split_key
+from megalodon_jax.modules.dropout import dropout, dtype_before_dropout, fold_key, split_key
 from megalodon_jax.modules.embedding import Embedding
 from megalodon_jax.modules.linear import Linear, SharedInput
 from megalodon_jax.modules.matmul import PRODUCT, PROJECTION
@@ -30,6 +30,7 @@ from megalodon_jax.parallel.sharding import partition_spec, shard_map_logical
 from megalodon_jax.typing import Array, Float, Float32, PRNGKey
 from pallas_kernels.chunk_attention import KeyValueCache
 
+AnyTransformerConfig = TransformerConfig | TransformerEncoderConfig
 # The slots of a growing cache are a multiple: few sizes are compiled, and copies are aligned.
 _SLOTS = 128
 
@@ -47,10 +48,10 @@ class SelfAttention(nnx.Module):
     Query head h reads key and value head h // (H / K). There are no biases.
     """
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: AnyTransformerConfig, *, rngs: nnx.Rngs):
         D, d = config.model_dim, config.head_dim
         self.config = config
-        self.norm = _norm(config)
+        self.norm = make_norm(config)
         self.wq = _linear(config, D, config.num_heads * d, axes=("embed", "query"), rngs=rngs)
         self.wk = _linear(config, D, config.kv_heads * d, axes=("embed", "query"), rngs=rngs)
         self.wv = _linear(config, D, config.kv_heads * d, axes=("embed", "value"), rngs=rngs)
@@ -75,7 +76,9 @@ class SelfAttention(nnx.Module):
         query, key = heads(self.wq), heads(self.wk)
         if positions.rotation is not None:
             query, key = (rotate(each, positions.rotation) for each in (query, key))
-        attended, cache = self._attend((query, key, heads(self.wv)), positions, cache)
+        attended, cache = self._attend(
+            (query, key, heads(self.wv)), positions, cache, fold_key(dropout_key, 0)
+        )
         attended = attended.reshape(*x.shape[:2], -1)
         return self.wo(attended, dropout_key=output_key), cache
 
@@ -84,12 +87,16 @@ class SelfAttention(nnx.Module):
         qkv: tuple[Array, Array, Array],
         info: PositionInfo,
         cache: KeyValueCache | None,
+        dropout_key: PRNGKey | None,
     ) -> tuple[Float[Array, "B L H d"], KeyValueCache | None]:
-        window = self.config.attention_window
+        del dropout_key  # Llama-2 has no dropout.
+        assert isinstance(self.config, TransformerConfig)
+        window, implementation = (
+            self.config.attention_window, self.config.attention_implementation
+        )  # fmt: skip
 
         def attend(qkv, positions, segment_ids, cache):
             if cache is None:
-                implementation = self.config.attention_implementation
                 return causal_attention(
                     *qkv, window=window, segment_ids=segment_ids, implementation=implementation
                 ), None
@@ -125,10 +132,12 @@ class SelfAttention(nnx.Module):
 class SwiGLU(nnx.Module):
     """(silu(n W1) * (n W3)) W2 with n = RMSNorm(x) (Shazeer 2020); no biases."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: AnyTransformerConfig, *, hidden_dropout: float = 0.0, rngs: nnx.Rngs
+    ):
         D, F = config.model_dim, config.ffn_hidden_dim
-        self.config = config
-        self.norm = _norm(config)
+        self.config, self.hidden_dropout = config, hidden_dropout
+        self.norm = make_norm(config)
         self.fc1 = _linear(config, D, F, axes=("embed", "ffn"), rngs=rngs)
         self.fc2 = _linear(config, F, D, axes=("ffn", "embed"), rngs=rngs)
         self.fc3 = _linear(config, D, F, axes=("embed", "ffn"), rngs=rngs)
@@ -138,15 +147,17 @@ class SwiGLU(nnx.Module):
     ) -> Float32[Array, "B L D"]:
         """The sub-layer's output in float32, before the residual is added."""
         inputs_key, output_key = split_key(dropout_key, 2)
+        hidden_key = fold_key(dropout_key, 0)
         normed = SharedInput(self.norm(x), self.fc1, self.fc3, dropout_key=inputs_key)
         hidden = silu_gate(
             self.fc1.product(normed, name=PRODUCT),
             None,
             self.fc3.product(normed, name=PRODUCT),
             features="ffn",
-            dtype=self.config.dtype,
+            dtype=dtype_before_dropout(self.config.dtype, self.hidden_dropout, hidden_key),
             implementation=self.config.rowwise_implementation,
         )
+        hidden = dropout(hidden, self.hidden_dropout, hidden_key)
         return self.fc2(hidden, dropout_key=output_key)
 
 
@@ -196,7 +207,7 @@ class Transformer(LanguageModel):
         self.layers = stack_blocks(
             lambda _, rngs: TransformerBlock(config, rngs=rngs), config.num_layers, rngs=rngs
         )
-        self.final_norm = _norm(config)
+        self.final_norm = make_norm(config)
         self.output = make_output_layer(config, rngs=rngs)
 
     def _run(
@@ -278,7 +289,8 @@ class Transformer(LanguageModel):
         return TransformerCache(position, segment, layers, is_ring)
 
 
-def _norm(config: TransformerConfig) -> RMSNorm:
+def make_norm(config: AnyTransformerConfig) -> RMSNorm:
+    """The norm before a sub-layer, and after the last block."""
     return RMSNorm(
         config.model_dim,
         eps=config.norm_eps,
@@ -289,7 +301,7 @@ def _norm(config: TransformerConfig) -> RMSNorm:
 
 
 def _linear(
-    config: TransformerConfig,
+    config: AnyTransformerConfig,
     in_features: int,
     out_features: int,
     *,

@@ -41,7 +41,7 @@ from megalodon_jax.bench.options import BenchDecodeOptions, ModelPreset
 from megalodon_jax.bench.prefill import FirstToken, PrefillSpeed, first_tokens, prefill_speed
 from megalodon_jax.bench.train import TRANSFORMERS, small, use_all_memory
 from megalodon_jax.config import (
-    EncoderConfig,
+    AnyEncoderConfig,
     LanguageModelConfig,
     ModelConfig,
     TrainConfig,
@@ -259,7 +259,7 @@ def bench_config(preset: ModelPreset, dtype: DType, *, is_small: bool) -> Langua
     """
     config = model_preset(preset, dtype=dtype, scan_layers=False)
     config = small(TrainConfig(model=config)).model if is_small else config
-    if isinstance(config, EncoderConfig):
+    if isinstance(config, AnyEncoderConfig):
         raise ValueError(f"preset {preset!r} is an encoder, which does not decode")
     return config
 

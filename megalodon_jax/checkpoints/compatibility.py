@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from megalodon_jax.config import AnyModelConfig, EncoderConfig, OptimConfig
+from megalodon_jax.config import AnyEncoderConfig, AnyModelConfig, OptimConfig
 from megalodon_jax.errors import CheckpointError, MismatchError
 from megalodon_jax.storage.location import AnyPath
 
@@ -31,12 +31,12 @@ _COMPUTE_FIELDS = frozenset(
 CONTINUATION_FIELDS = frozenset({"chunk_size", "rope_base"})
 # Fields of an encoder's head, which a run from trained weights may have afresh, and of dropout.
 HEAD_FIELDS = frozenset({"head", "num_classes", "head_bias", "pooling_residual"})
-DROPOUT_FIELDS = frozenset({"dropout", "hidden_dropout", "attention_dropout"})
+DROPOUT_FIELDS = frozenset({"dropout", "hidden_dropout", "attention_dropout", "drop_path"})
 
 
 def has_other_head(saved: AnyModelConfig, wanted: AnyModelConfig) -> bool:
     """Whether two encoders have heads of different parameters."""
-    if not isinstance(saved, EncoderConfig) or not isinstance(wanted, EncoderConfig):
+    if not isinstance(saved, AnyEncoderConfig) or not isinstance(wanted, AnyEncoderConfig):
         return False
     return any(getattr(saved, name) != getattr(wanted, name) for name in HEAD_FIELDS)
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import tyro
 
@@ -100,6 +100,24 @@ class Embed(WithCompilationCache):
         return 0
 
 
+class ExamplesResult(NamedTuple):
+    """The result of a run's task on held-out examples.
+
+    Attributes:
+      split: held-out part of data with both.
+      step: of the checkpoint.
+      count: answers.
+      accuracy: fraction of right ones.
+      loss: mean cross-entropy in nats.
+    """
+
+    split: str
+    step: int
+    count: int
+    accuracy: float
+    loss: float
+
+
 def evaluate_encoder(
     run_dir: str,
     *,
@@ -108,6 +126,7 @@ def evaluate_encoder(
     examples_path: str,
     split: Literal["valid", "test"] | None,
     picture: str,
+    json_path: str,
 ) -> str:
     """Evaluates a run of an encoder on its held-out examples; a line about the result.
 
@@ -118,8 +137,10 @@ def evaluate_encoder(
       examples_path: where the examples are now; empty: where the run has read them.
       split: held-out part of data with both; None: that of the run.
       picture: new SVG file with the confusion matrix; empty: none.
+      json_path: new file with the result, an `ExamplesResult`; empty: none.
     """
     from megalodon_jax.evaluation.pictures import confusion_matrix
+    from megalodon_jax.evaluation.results import write_results
     from megalodon_jax.tasks import Classification, find_task
     from megalodon_jax.training.encoder_runs import evaluate_run, load_encoder
 
@@ -131,6 +152,7 @@ def evaluate_encoder(
         examples = dataclasses.replace(examples, heldout_split=split)
     run = run._replace(config=dataclasses.replace(run.config, examples=examples))
     result = evaluate_run(run)
+    assert result.accuracy is not None
     if picture:
         if result.confusion is None:
             raise ConfigError(f"task {run.config.task!r} has no classes, and no confusion matrix")
@@ -139,4 +161,16 @@ def evaluate_encoder(
         title = f"{run.config.task}: {result.accuracy:.2%} of {result.num_tokens:,} examples"
         content = confusion_matrix(result.confusion, names, title=title)
         Path(picture).write_text(content, encoding="utf-8")
+    if json_path:
+        split = examples.heldout_split
+        found = ExamplesResult(split, run.step, result.num_tokens, result.accuracy, result.loss)
+        options = {"best": best, "examples_path": examples_path, "split": split}
+        write_results(
+            json_path,
+            [found],
+            model=run.model,
+            task="examples",
+            checkpoint=run_dir,
+            options=options,
+        )
     return f"step {run.step}  {result.describe()}"

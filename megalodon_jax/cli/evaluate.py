@@ -175,8 +175,6 @@ class Evaluate(WithCompilationCache):
     def _evaluate_examples(self) -> int:
         from megalodon_jax.cli.encoders import evaluate_encoder
 
-        if self.json:
-            raise ConfigError("--json is not an option of --task examples; it prints one line")
         if not self._is_encoder():
             raise ConfigError(f"--task examples is for runs of encoders; {self.checkpoint} is none")
         with self.keep_programs():
@@ -187,6 +185,7 @@ class Evaluate(WithCompilationCache):
                 examples_path=self.examples_path,
                 split=self.split,
                 picture=self.picture,
+                json_path=self.json,
             )
         print(line)
         return 0

@@ -9,6 +9,7 @@ from megalodon_jax.config.data import DataConfig, HeldoutSet, MixtureSource, Tex
 from megalodon_jax.config.encoder import EncoderConfig
 from megalodon_jax.config.examples import ExamplesConfig
 from megalodon_jax.config.kinds import (
+    AnyEncoderConfig,
     AnyModelConfig,
     LanguageModelConfig,
     model_config_class,
@@ -31,8 +32,10 @@ from megalodon_jax.config.parsing import config_from_dict, load_config
 from megalodon_jax.config.run import TrainConfig
 from megalodon_jax.config.sft import SftConfig
 from megalodon_jax.config.transformer import AttentionImplementation, TransformerConfig
+from megalodon_jax.config.transformer_encoder import TransformerEncoderConfig
 
 __all__ = [
+    "AnyEncoderConfig",
     "AnyModelConfig",
     "AttentionImplementation",
     "DType",
@@ -57,6 +60,7 @@ __all__ = [
     "TimeNorm",
     "TrainConfig",
     "TransformerConfig",
+    "TransformerEncoderConfig",
     "config_from_dict",
     "load_config",
     "model_config_class",

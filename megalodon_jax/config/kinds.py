@@ -7,15 +7,18 @@ from megalodon_jax.config.checks import require, shown
 from megalodon_jax.config.encoder import EncoderConfig
 from megalodon_jax.config.model import ModelConfig
 from megalodon_jax.config.transformer import TransformerConfig
+from megalodon_jax.config.transformer_encoder import TransformerEncoderConfig
 from megalodon_jax.errors import did_you_mean
 from megalodon_jax.presets import read_preset
 
 LanguageModelConfig = ModelConfig | TransformerConfig
-AnyModelConfig = ModelConfig | TransformerConfig | EncoderConfig
+AnyEncoderConfig = EncoderConfig | TransformerEncoderConfig
+AnyModelConfig = ModelConfig | TransformerConfig | EncoderConfig | TransformerEncoderConfig
 MODEL_CONFIGS: dict[str, type[AnyModelConfig]] = {
     "megalodon": ModelConfig,
     "transformer": TransformerConfig,
     "encoder": EncoderConfig,
+    "transformer_encoder": TransformerEncoderConfig,
 }
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 from megalodon_jax.config.checks import Rule, check
 from megalodon_jax.config.data import DataConfig
 from megalodon_jax.config.examples import ExamplesConfig
-from megalodon_jax.config.kinds import AnyModelConfig
+from megalodon_jax.config.kinds import AnyEncoderConfig, AnyModelConfig
 from megalodon_jax.config.lora import LoraConfig
 from megalodon_jax.config.mesh import MeshConfig, ProcessesConfig
 from megalodon_jax.config.model import ModelConfig
@@ -31,6 +31,7 @@ TaskName = Literal[
     "masked_language",
 ]  # fmt: skip
 ENCODER_TASKS = get_args(TaskName)[2:]
+IMAGE_TASKS = ("pixels", "patches")
 
 RULES = (
     Rule(
@@ -67,19 +68,37 @@ RULES = (
         "task = 'language', or carry_state = false",
     ),
     Rule(
-        lambda c: (c.model.kind == "encoder") == (c.task in ENCODER_TASKS),
+        lambda c: isinstance(c.model, AnyEncoderConfig) == (c.task in ENCODER_TASKS),
         "task is {c.task!r} and model.kind {c.model.kind!r}; an encoder has one of the tasks "
         f"{', '.join(ENCODER_TASKS)}, and other models have language or sft",
     ),
     Rule(
         lambda c: (
-            c.model.kind != "encoder" or (c.model.head == "tokens") == (c.task == "masked_language")
+            not isinstance(c.model, AnyEncoderConfig)
+            or (c.model.head == "tokens") == (c.task == "masked_language")
         ),
         "model.head is {c.model.head!r} and task {c.task!r}; masked_language has the head "
         "'tokens', the other tasks have 'classes', and retrieval 'pairs'",
     ),
     Rule(
-        lambda c: c.model.kind != "encoder" or not c.lora.rank,
+        lambda c: (
+            c.task in IMAGE_TASKS
+            or not (c.examples.is_augmented or c.examples.is_mixed or c.examples.repeats > 1)
+        ),
+        "task {c.task!r} has no images to augment; examples.random_crop, random_flip, "
+        "rand_augment, random_erasing, mixup, cutmix and repeats are for "
+        f"{' and '.join(IMAGE_TASKS)}",
+    ),
+    Rule(
+        lambda c: (
+            not c.examples.is_mixed or (c.data.packing == "pad" and c.data.batch_size % 2 == 0)
+        ),
+        "examples.mixup {c.examples.mixup} and cutmix {c.examples.cutmix} mix the rows of pairs; "
+        "use data.packing = 'pad' and an even data.batch_size, not {c.data.packing!r} and "
+        "{c.data.batch_size}",
+    ),
+    Rule(
+        lambda c: not isinstance(c.model, AnyEncoderConfig) or not c.lora.rank,
         "lora.rank is {c.lora.rank} for an encoder; factors are for language models: use 0",
     ),
     Rule(

@@ -87,13 +87,16 @@ class _IndexedDocuments:
         self._num_read = position
 
     def next(self) -> NextDocument | None:
-        step = self._part.first + self._num_read * self._part.step
+        visit = self._part.first + self._num_read * self._part.step
+        step = visit // self._source.repeats
         epoch = step // len(self._source)
         if self._epochs and epoch >= self._epochs:
             return None
         self._num_read += 1
         source, index = self._source, self._order[step]
-        return NextDocument(epoch, lambda: source.where(index), lambda: source.open(index))
+        return NextDocument(
+            epoch, lambda: source.where(index), lambda: source.open_visit(index, visit)
+        )
 
 
 class _StreamedDocuments:

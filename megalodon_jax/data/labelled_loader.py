@@ -52,6 +52,11 @@ def make_labelled_loader(
         "num_readers": max(1, config.num_workers) if repeat else 1,
         "num_shards": num_shards, "examples": layout.settings(),
     }  # fmt: skip
+    if examples.repeats > 1:
+        settings["repeats"] = examples.repeats
+    # Tokens by the memory that they take: a token of values has several numbers.
+    row_size = config.seq_len * max(1, layout.value_size)
+    shuffles = repeat and examples.repeats == 1
     options = ReadOptions(
         tokenizer=ByteTokenizer(),
         seq_len=config.seq_len,
@@ -72,7 +77,8 @@ def make_labelled_loader(
             [pipeline.MixedSource(examples, 1.0, epochs=0 if repeat else 1)],
             options,
             num_rows=num_rows,
-            window=max(1, pipeline.WINDOW_TOKENS // config.seq_len) if repeat else 1,
+            # A window would move the repeats of an example apart.
+            window=max(1, pipeline.WINDOW_TOKENS // row_size) if shuffles else 1,
             document_seed=config.shuffle_seed if repeat else pipeline.SINGLE_PASS_SEED,
             row_seed=config.shuffle_seed,
             part=Slice(shard + num_shards * reader, num_shards * num_readers),
@@ -81,7 +87,7 @@ def make_labelled_loader(
         )
         return pipeline.prefetched(
             batches,
-            tokens_per_batch=num_rows * config.seq_len,
+            tokens_per_batch=num_rows * row_size,
             in_process=repeat and config.num_workers > 0,
         )
 

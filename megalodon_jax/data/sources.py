@@ -52,6 +52,21 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """A hash of the documents' names and sizes."""
 
+    @property
+    def repeats(self) -> int:
+        """Times that a document follows itself in the order of training."""
+        return 1
+
+    def open_visit(self, index: int, visit: int) -> Content:
+        """`open` for a place in the order of training, from which augmentations draw.
+
+        Args:
+          index: of the document.
+          visit: number of the place, counted over all epochs.
+        """
+        del visit
+        return self.open(index)
+
     def names(self) -> Iterator[str]:
         """The names of all documents."""
         return (self.name(index) for index in range(len(self)))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from megalodon_jax.encoder_model import EncoderModel
 from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.storage.location import AnyPath, as_path
 
@@ -27,7 +28,7 @@ def write_results(
     path: str | AnyPath,
     results: Sequence[Any],
     *,
-    model: LanguageModel,
+    model: LanguageModel | EncoderModel,
     task: str,
     checkpoint: str,
     options: dict[str, Any],

@@ -15,7 +15,7 @@ from megalodon_jax.checkpoints.compatibility import (
     check_same_model,
     has_other_head,
 )
-from megalodon_jax.config import AnyModelConfig, EncoderConfig, TrainConfig
+from megalodon_jax.config import AnyEncoderConfig, AnyModelConfig, TrainConfig
 from megalodon_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -86,7 +86,7 @@ def read_initial_weights(
     path = str(source) if read.run is None else str(read.run.path)
     saved = read.config.model
     allowed, params = CONTINUATION_FIELDS, nnx.state(read.model, nnx.Param)
-    if isinstance(config.model, EncoderConfig):
+    if isinstance(config.model, AnyEncoderConfig):
         allowed = allowed | DROPOUT_FIELDS
     is_fresh = has_other_head(saved, config.model)
     if is_fresh:

@@ -7,10 +7,11 @@ from flax import nnx
 from megalodon_jax.cache import LayerCache
 from megalodon_jax.config import ModelConfig, ResidualConnection
 from megalodon_jax.modules.attention import MegaAttention
+from megalodon_jax.modules.drop_path import scale_documents
 from megalodon_jax.modules.dropout import split_key
 from megalodon_jax.modules.feed_forward import FeedForward
 from megalodon_jax.modules.positions import PositionInfo
-from megalodon_jax.typing import Array, Float, Int32, PRNGKey
+from megalodon_jax.typing import Array, Float, Float32, Int32, PRNGKey
 
 
 class BlockOutput(NamedTuple):
@@ -70,14 +71,25 @@ class Block(nnx.Module):
         positions: PositionInfo | None = None,
         cache: LayerCache | None = None,
         dropout_key: PRNGKey | None = None,
+        path_scales: Float32[Array, "2 B M"] | None = None,
     ) -> BlockOutput:
-        """Transforms x (B, L, D); arguments as in `MegaAttention`."""
+        """Transforms x (B, L, D); arguments as in `MegaAttention`.
+
+        `path_scales` are factors of the outputs of both sub-layers for every document, from
+        `draw_path_scales`; they need `positions`.
+        """
         attention_key, ffn_key = split_key(dropout_key, 2)
         attended = self.mega(
             x, segment_ids=segment_ids, positions=positions, cache=cache, dropout_key=attention_key
         )
+        ids = None if positions is None else positions.segment_ids
+        if path_scales is not None:
+            scaled = scale_documents(attended.out, path_scales[0], ids)
+            attended = attended._replace(product=scaled, bias=None)
         # LayerNorm's kernel forms y = x + attention(x), so y is never stored.
         hidden = self.nffn(x, added=attended.product, offset=attended.bias, dropout_key=ffn_key)
+        if path_scales is not None:
+            hidden = scale_documents(hidden, path_scales[1], ids)
         # The network returns float32: the sum is rounded once, to the residual stream's dtype.
         out = x + hidden
         if self.residual_connection == "pre_norm":

@@ -78,6 +78,8 @@ def mean_of_documents(
 ) -> Float32[Array, "B M D"]:
     """The mean over the tokens of every document, 0 where there is none; arguments as for `Pool`.
 
+    Rows with more than M documents give NaN.
+
     Raises:
       ValueError: segment ids without lengths.
     """
@@ -98,7 +100,11 @@ def mean_of_documents(
         out_specs=partition_spec("batch", None, "channels"),
     )(x, segment_ids)
     counts = x.shape[1] if lengths is None else jnp.maximum(lengths, 1)[..., None]
-    return sums / jnp.asarray(counts, sums.dtype)
+    means = sums / jnp.asarray(counts, sums.dtype)
+    if segment_ids is None:
+        return means
+    has_more = jnp.max(segment_ids, axis=1)[:, None, None] > max_documents
+    return jnp.where(has_more, jnp.nan, means)
 
 
 class Classifier(nnx.Module):

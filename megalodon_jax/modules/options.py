@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from megalodon_jax.config import ModelConfig
+from megalodon_jax.config import AnyEncoderConfig, ModelConfig
 from pallas_kernels.common.dispatch import Implementation
 
 
@@ -24,7 +24,7 @@ class DropoutRates:
     attention_mode: Literal["softmax", "dropkey"] = "softmax"
 
     @classmethod
-    def from_config(cls, config: ModelConfig) -> Self:
+    def from_config(cls, config: ModelConfig | AnyEncoderConfig) -> Self:
         """The rates of a model."""
         return cls(
             output=config.dropout,

@@ -15,11 +15,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from megalodon_jax.config import (
+    AnyEncoderConfig,
     AnyModelConfig,
-    EncoderConfig,
     MeshConfig,
     TrainConfig,
     TransformerConfig,
+    TransformerEncoderConfig,
 )
 from megalodon_jax.errors import ConfigError
 
@@ -87,9 +88,12 @@ def _arrange(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
 def feature_sizes(model: AnyModelConfig) -> dict[str, int]:
     """The sizes of a model that the mesh axis `model` divides."""
     names = ["model_dim", "num_heads", "ffn_hidden_dim", "vocab_size"]
-    names += ["kv_heads"] if isinstance(model, TransformerConfig) else ["norm_num_groups"]
+    if isinstance(model, TransformerConfig):
+        names.append("kv_heads")
+    elif not isinstance(model, TransformerEncoderConfig):
+        names.append("norm_num_groups")
     sizes = {name: getattr(model, name) for name in names}
-    if isinstance(model, EncoderConfig):
+    if isinstance(model, AnyEncoderConfig):
         # Every channel is a group of its own; scores of classes are not sharded.
         return {name: size for name, size in sizes.items() if size is not None}
     return sizes | {"output_size": model.num_outputs}

@@ -23,7 +23,12 @@ from megalodon_jax.compiled.kernels import (
 from megalodon_jax.compiled.matmul_flops import count_matmul_flops
 from megalodon_jax.compiled.memory import read_memory
 from megalodon_jax.compiled.memory_traffic import count_hbm_bytes
-from megalodon_jax.config import EncoderConfig, TrainConfig, TransformerConfig
+from megalodon_jax.config import (
+    AnyEncoderConfig,
+    TrainConfig,
+    TransformerConfig,
+    TransformerEncoderConfig,
+)
 from megalodon_jax.flops import model_flops_per_token
 from megalodon_jax.parallel.mesh import make_mesh
 from megalodon_jax.parallel.sharding import batch_sharding
@@ -277,7 +282,7 @@ def _abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
     integers = [array(jnp.int32) for _ in range(3)]
     batch = Batch(*integers, weights=array(jnp.float32))
     model = config.model
-    if not isinstance(model, EncoderConfig) or model.input == "tokens":
+    if not isinstance(model, AnyEncoderConfig) or model.input == "tokens":
         return batch
     shape = (*shape, model.input_size)
     return batch._replace(tokens=array(jnp.float32))
@@ -305,7 +310,7 @@ def _local_bytes(tree: Any) -> int:
 def _implementations(config: TrainConfig, kernels: Sequence[CompiledKernel]) -> dict[str, str]:
     settings = {"chunk_attention": "attention"}
     unused = set()
-    if isinstance(config.model, TransformerConfig):
+    if isinstance(config.model, TransformerConfig | TransformerEncoderConfig):
         operations = ("attention", "rowwise")
     else:
         operations = KERNEL_OPERATIONS

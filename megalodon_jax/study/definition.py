@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from megalodon_jax.config import TrainConfig
 from megalodon_jax.config.parsing import MAX_CONFIG_BYTES, config_from_dict
@@ -16,6 +16,7 @@ from megalodon_jax.file_limits import FileLimitError, read_bytes
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 Settings = Mapping[str, Any]
+Mode = Literal["min", "max"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,8 @@ class Study:
       name: name of its results.
       title: one line for tables and pictures.
       metric: name in a run's metrics that decides between points of a grid and that the table
-        shows; lower is better.
+        shows.
+      mode: `min` if lower values are better, `max` for accuracies.
       run: the configuration that all runs share, as in a file of `megalodon train`.
       variants: what is compared; the first is the one that others are compared with.
       stages: in order.
@@ -112,6 +114,7 @@ class Study:
     name: str
     title: str
     metric: str
+    mode: Mode
     run: Settings
     variants: tuple[Variant, ...]
     stages: tuple[Stage, ...]
@@ -199,10 +202,12 @@ def study_from_dict(table: Settings) -> Study:
     for key in ("name", "title", "metric"):
         if not isinstance(values.get(key, ""), str):
             raise ConfigError(f"study.{key} is {values[key]!r}; use a string")
+    metric = values.get("metric", "heldout_loss")
     study = Study(
         name=_name(values["name"], "study"),
         title=values.get("title", values["name"]),
-        metric=values.get("metric", "heldout_loss"),
+        metric=metric,
+        mode=_mode(values.get("mode", "min"), metric),
         run=_table(values["run"], "run"),
         variants=tuple(_variant(entry) for entry in _tables(values["variants"], "variants")),
         stages=tuple(_stage(entry) for entry in _tables(values["stages"], "stages")),
@@ -362,6 +367,16 @@ def _examples(entry: Settings) -> StudyExamples:
     if "--out" not in arguments[:-1]:
         raise ConfigError(f"examples {name} have no --out; name the file that the runs read")
     return StudyExamples(name=name, arguments=arguments)
+
+
+def _mode(value: Any, metric: str) -> Mode:
+    if value not in get_args(Mode):
+        raise ConfigError(f"study.mode is {value!r:.80}; use 'min' or 'max'")
+    if value == "min" and "accuracy" in metric:
+        raise ConfigError(
+            f"study.metric is {metric!r}, of which higher values are better; set mode = 'max'"
+        )
+    return value
 
 
 def _check_references(study: Study) -> None:

@@ -51,7 +51,8 @@ def _summary(key: tuple[str, str, str], runs: Sequence[RunResult], metric: str) 
 
 def results_markdown(results: StudyResults) -> str:
     """The results as Markdown: tables of means for every stage and evaluation, then all runs."""
-    lines = [f"# {results.title}", "", f"`{results.metric}`, lower is better."]
+    better = "lower" if results.mode == "min" else "higher"
+    lines = [f"# {results.title}", "", f"`{results.metric}`, {better} is better."]
     summaries = summarize_runs(results)
     for stage in dict.fromkeys(summary.stage for summary in summaries):
         own = [summary for summary in summaries if summary.stage == stage]
@@ -128,12 +129,23 @@ def _runs_table(results: StudyResults) -> list[str]:
             if name.startswith(("heldout_bits_per_byte", "heldout_accuracy"))
         }
     )
-    header = ("run", "status", *names, "training loss", "seconds", "all seconds", "device")
+    evaluations = _accuracies(results)
+    header = (
+        "run",
+        "status",
+        *names,
+        *evaluations,
+        "training loss",
+        "seconds",
+        "all seconds",
+        "device",
+    )
     rows = [
         (
             run.name,
             run.status if run.status == "done" else run.describe().replace("\n", " "),
             *(_number(run.final.get(name, math.nan), ".4f") for name in names),
+            *(_number(found.get(run.name, math.nan), ".4f") for found in evaluations.values()),
             _number(run.final.get("loss", math.nan), ".4f"),
             _number(run.seconds, ",.0f"),
             _number(run.seconds_total, ",.0f"),
@@ -142,6 +154,17 @@ def _runs_table(results: StudyResults) -> list[str]:
         for run in results.runs
     ]
     return _table(header, rows)
+
+
+def _accuracies(results: StudyResults) -> dict[str, dict[str, float]]:
+    """Accuracies of the evaluations on examples, by name and by the name of the run."""
+    found: dict[str, dict[str, float]] = {}
+    for run in results.runs:
+        for name, content in run.evaluations.items():
+            if content.get("task") == "examples":
+                accuracy = content["results"][0]["accuracy"]
+                found.setdefault(f"{name} accuracy", {})[run.name] = accuracy
+    return found
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

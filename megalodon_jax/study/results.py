@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from megalodon_jax.errors import ConfigError
 from megalodon_jax.file_limits import FileLimitError, read_bytes
-from megalodon_jax.study.definition import Run, Study
+from megalodon_jax.study.definition import Mode, Run, Study
 
 RUN_DIR = "run"
 EVALUATIONS = "evaluations"
@@ -98,7 +98,7 @@ class RunResult(NamedTuple):
         losses = [
             f"{name} {value:.4f}"
             for name, value in self.final.items()
-            if name.startswith("heldout_bits_per_byte")
+            if name.startswith(("heldout_bits_per_byte", "heldout_accuracy"))
         ]
         return ", ".join(losses) or f"loss {self.final.get('loss', math.nan):.4f}"
 
@@ -111,12 +111,14 @@ class StudyResults(NamedTuple):
       title: the study's title.
       metric: the study's metric.
       runs: one for each run that has ended, in order.
+      mode: the study's mode.
     """
 
     name: str
     title: str
     metric: str
     runs: tuple[RunResult, ...]
+    mode: Mode = "min"
 
 
 def failed_result(run: Run, *, exit_code: int | None, error: str, init_from: str = "") -> RunResult:
@@ -218,6 +220,7 @@ def write_results(out: Path, study: Study, results: Sequence[RunResult]) -> None
         "name": study.name,
         "title": study.title,
         "metric": study.metric,
+        "mode": study.mode,
         "runs": [_as_table(result) for result in results],
     }
     _write_json(out / RESULTS_FILE, content)
@@ -233,7 +236,9 @@ def read_results(path: str | Path) -> StudyResults:
     table = _read_json(path)
     try:
         runs = tuple(_result(entry, path) for entry in table["runs"])
-        return StudyResults(table["name"], table["title"], table["metric"], runs)
+        # Results of versions without a mode have losses.
+        mode = table.get("mode", "min")
+        return StudyResults(table["name"], table["title"], table["metric"], runs, mode)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not the results of a study: {error!r}") from error
 
@@ -280,7 +285,8 @@ def _count_parameters(config: Any) -> tuple[int, int]:
 
     leaves = jax.tree_util.tree_leaves_with_path(abstract_model(config)[1])
     sizes = [(jax.tree_util.keystr(path), leaf.size) for path, leaf in leaves]
-    outside = sum(size for path, size in sizes if path.startswith(("['embed']", "['output']")))
+    tables = ("['embed']", "['output']", "['inputs']['embed']")
+    outside = sum(size for path, size in sizes if path.startswith(tables))
     total = sum(size for _, size in sizes)
     return total, total - outside
 

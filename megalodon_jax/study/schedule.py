@@ -101,13 +101,13 @@ def run_study(
         write_results(out, study, results)
         if stop.is_set():
             break
-    return StudyResults(study.name, study.title, study.metric, tuple(results))
+    return StudyResults(study.name, study.title, study.metric, tuple(results), study.mode)
 
 
 def best_points(
     study: Study, stage: Stage, results: Sequence[RunResult]
 ) -> dict[str, Mapping[str, Any]]:
-    """The point with the lowest mean metric of every variant in the stage that `best_of` names."""
+    """The point with the best mean metric of every variant in the stage that `best_of` names."""
     best: dict[str, tuple[float, Mapping[str, Any]]] = {}
     points: dict[tuple[str, str], list[RunResult]] = {}
     for result in results:
@@ -123,8 +123,9 @@ def best_points(
                 f"{', '.join(sorted(runs[0].final))}"
             )
         mean = sum(float(value) for value in values if value is not None) / len(values)
-        if variant not in best or mean < best[variant][0]:
-            best[variant] = (mean, runs[0].point)
+        cost = mean if study.mode == "min" else -mean
+        if variant not in best or cost < best[variant][0]:
+            best[variant] = (cost, runs[0].point)
     return {variant: point for variant, (_, point) in best.items()}
 
 

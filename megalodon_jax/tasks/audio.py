@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megalodon_jax.config import EncoderConfig, TrainConfig
+from megalodon_jax.config import AnyEncoderConfig, TrainConfig
 from megalodon_jax.tasks.classification import Classification, ExampleSets, ModelNeeds
 from megalodon_jax.tasks.images import tfds_heldout_split
 
@@ -47,7 +47,7 @@ class AudioTask(Classification):
         from megalodon_jax.data.example_sets.sound import synthetic_words
 
         settings, model = config.examples, config.model
-        assert isinstance(model, EncoderConfig)
+        assert isinstance(model, AnyEncoderConfig)
         classes = tuple(f"word {number}" for number in range(model.num_classes))
 
         def draw(count: int, seed: int) -> ArrayExamples:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from megalodon_jax.config import EncoderConfig, TrainConfig
-from megalodon_jax.encoder import Encoder
+from megalodon_jax.config import AnyEncoderConfig, TrainConfig
+from megalodon_jax.encoder_model import EncoderModel
 from megalodon_jax.errors import ConfigError
 from megalodon_jax.evaluation.classes import summarize_classes
 from megalodon_jax.evaluation.summary import Evaluation
 from megalodon_jax.loss import LossOutput
+from megalodon_jax.tasks.mixing import mix_images, neighbours
 from megalodon_jax.typing import Array, Batch, Float32, Int32, PRNGKey
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from megalodon_jax.data.labelled import ExampleSet, LabelledFormat
     from megalodon_jax.data.loader import Loader
     from megalodon_jax.data.tokenizer import Tokenizer
+
+
+# Folded into the key of a training step for mixup and cutmix.
+_MIXING = 1 << 29
 
 
 class ExampleSets(NamedTuple):
@@ -55,6 +60,8 @@ class Classification(abc.ABC):
     """
 
     documents_per_example = 1
+    # Mixing draws from the key of a training step.
+    needs_key = True
 
     @abc.abstractmethod
     def example_sets(self, config: TrainConfig) -> ExampleSets:
@@ -87,6 +94,8 @@ class Classification(abc.ABC):
         self.check_model(config)
         sets, layout = self.example_sets(config), self.layout(config)
         self._check_classes(config, sets.train.classes)
+        if config.examples.is_mixed:
+            _check_whole_rows(config, sets.train)
 
         def open_set(examples: "ExampleSet", *, repeat: bool) -> "Loader":
             return make_labelled_loader(
@@ -115,7 +124,7 @@ class Classification(abc.ABC):
 
     def class_names(self, config: TrainConfig) -> tuple[str, ...]:
         """Names of the classes; of data that is not here those of the settings, or numbers."""
-        assert isinstance(config.model, EncoderConfig)
+        assert isinstance(config.model, AnyEncoderConfig)
         return config.examples.classes or tuple(map(str, range(config.model.num_classes)))
 
     def layout(self, config: TrainConfig) -> "LabelledFormat":
@@ -176,30 +185,55 @@ class Classification(abc.ABC):
 
     def loss(
         self,
-        model: Encoder,
+        model: EncoderModel,
         batch: Batch,
         *,
         config: TrainConfig,
         dropout_key: PRNGKey | None = None,
     ) -> LossOutput:
-        """Cross-entropy of the classes of the examples."""
-        most = self.max_documents(config)
+        """Cross-entropy of the classes of the examples; a key turns training's options on."""
+        most, settings = self.max_documents(config), config.examples
+        labels, weights = _labels(batch, most)
+        tokens, mixed = batch.tokens, None
+        if dropout_key is not None and settings.is_mixed:
+            tokens, share = mix_images(
+                tokens,
+                jax.random.fold_in(dropout_key, _MIXING),
+                mixup=settings.mixup,
+                cutmix=settings.cutmix,
+                patch_size=(settings.patch_size or 1) if model.config.input == "patches" else 1,
+            )
+            mixed = MixedLabels(neighbours(labels), share)
         scores = model(
-            batch.tokens,
+            tokens,
             segment_ids=batch.segment_ids,
             max_documents=most,
             aligned=True,
-            dropout_key=dropout_key,
+            dropout_key=dropout_key if config.model.has_dropout else None,
         )
-        labels, weights = _labels(batch, most)
         if self.documents_per_example == 2:
             labels, weights = labels[:, 1::2], weights[:, 1::2]
-        return class_loss(scores, labels, weights, batch.segment_ids, z_loss=config.z_loss)
+        return class_loss(
+            scores,
+            labels,
+            weights,
+            batch.segment_ids,
+            z_loss=config.z_loss,
+            mixed=mixed,
+            label_smoothing=0.0 if dropout_key is None else settings.label_smoothing,
+        )
 
     def metric(self, sums: Sequence[LossOutput], num_bytes: int | None) -> Evaluation:
         """Loss, accuracy and the confusion matrix."""
         del num_bytes
         return summarize_classes(sums)
+
+
+class MixedLabels(NamedTuple):
+    """Classes of the images that were mixed into the examples, and the share of their own."""
+
+    others: Int32[Array, "B M"]
+    share: Float32[Array, ""]
 
 
 def class_loss(
@@ -209,8 +243,13 @@ def class_loss(
     segment_ids: Int32[Array, "B L"],
     *,
     z_loss: float = 0.0,
+    mixed: MixedLabels | None = None,
+    label_smoothing: float = 0.0,
 ) -> LossOutput:
-    """Sums of -log softmax(scores)[label], and the confusion matrix.
+    """Sums of -Σ_k t_k log softmax(scores)_k, and the confusion matrix.
+
+    The target t is 1 at the label; with mixed images its share is there, and the rest at the other
+    image's label. Smoothing by e makes it (1 - e) t + e / K.
 
     Args:
       scores: of the classes of M examples of every row.
@@ -218,11 +257,17 @@ def class_loss(
       weights: 0 where a row has fewer than M.
       segment_ids: of the tokens, to count them.
       z_loss: weight of log(Z)^2, as in `cross_entropy`.
+      mixed: of mixed images; the class that counts for the accuracy is that of the larger share.
+      label_smoothing: e.
     """
     # Scores of documents that a row lacks mean nothing, and may be NaN: selections leave them out.
     is_example = weights > 0
     scores = jnp.where(is_example[..., None], scores, 0.0)
-    chosen = jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
+    chosen = _score_of(scores, labels)
+    if mixed is not None:
+        chosen = mixed.share * chosen + (1.0 - mixed.share) * _score_of(scores, mixed.others)
+        labels = jnp.where(mixed.share >= 0.5, labels, mixed.others)
+    chosen = (1.0 - label_smoothing) * chosen + label_smoothing * jnp.mean(scores, axis=-1)
     log_z = jax.nn.logsumexp(scores, axis=-1)
     losses = log_z - chosen
     found = jnp.argmax(scores, axis=-1)
@@ -240,6 +285,21 @@ def class_loss(
     )
 
 
+def _check_whole_rows(config: TrainConfig, examples: "ExampleSet") -> None:
+    if not len(examples):
+        return
+    length = len(examples.example(0).documents[0])
+    if length != config.data.seq_len:
+        raise ConfigError(
+            f"an image has {length} tokens and data.seq_len is {config.data.seq_len}; mixup and "
+            f"cutmix need rows of one image: set data.seq_len to {length}"
+        )
+
+
+def _score_of(scores: Float32[Array, "B M K"], labels: Int32[Array, "B M"]) -> Array:
+    return jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
+
+
 def _labels(batch: Batch, max_documents: int) -> tuple[Array, Array]:
     """Class and weight of every document, (B, M); 0 where there is none."""
     numbers = jnp.arange(1, max_documents + 1)
@@ -251,10 +311,11 @@ def _labels(batch: Batch, max_documents: int) -> tuple[Array, Array]:
     )
 
 
-def _encoder(config: TrainConfig) -> EncoderConfig:
-    if not isinstance(config.model, EncoderConfig):
+def _encoder(config: TrainConfig) -> AnyEncoderConfig:
+    if not isinstance(config.model, AnyEncoderConfig):
         raise ConfigError(
-            f"task {config.task!r} needs model.kind = 'encoder', got {config.model.kind!r}"
+            f"task {config.task!r} needs model.kind = 'encoder' or 'transformer_encoder', got "
+            f"{config.model.kind!r}"
         )
     return config.model
 

@@ -15,7 +15,7 @@ from megalodon_jax.tasks.classification import (
 )
 
 if TYPE_CHECKING:
-    from megalodon_jax.data.example_sets.arrays import PixelOptions
+    from megalodon_jax.data.example_sets.arrays import PixelOptions, TransformedExamples
 
 
 class PixelsTask(Classification):
@@ -39,14 +39,21 @@ class PixelsTask(Classification):
                 data, self.options(config), name, config.examples.classes or classes
             )
 
-        return ExampleSets(open_split("train"), {"": open_split("heldout")})
+        train = _for_training(open_split("train"), config, self.options(config))
+        return ExampleSets(train, {"": open_split("heldout")})
 
     def options(self, config: TrainConfig) -> "PixelOptions":
         """How an image becomes a document."""
         from megalodon_jax.data.example_sets.arrays import PixelOptions
 
         settings = config.examples
-        return PixelOptions(settings.mean, settings.std, settings.gray, 0)
+        return PixelOptions(
+            settings.mean,
+            settings.std,
+            settings.gray,
+            size=settings.image_size,
+            center_crop=settings.center_crop,
+        )
 
     def needs(self, config: TrainConfig) -> ModelNeeds:
         """Real values; one of a pixel unless a set of colors is read as it is."""
@@ -111,20 +118,37 @@ class PathfinderTask(PixelsTask):
 
 
 def _tfds_images(config: TrainConfig, options: "PixelOptions") -> ExampleSets:
-    from megalodon_jax.data.example_sets.tfds import TfdsExamples, crop_and_resize
+    from megalodon_jax.data.example_sets.tfds import TfdsExamples
 
     settings = config.examples
 
-    def transform(image: np.ndarray) -> np.ndarray:
-        size = settings.image_size
-        return options(crop_and_resize(image, size) if size else image)
-
     def open_split(split: str) -> TfdsExamples:
         return TfdsExamples(
-            settings.tfds_name, split, directory=settings.tfds_dir, transform=transform
+            settings.tfds_name, split, directory=settings.tfds_dir, transform=options
         )
 
-    return ExampleSets(open_split("train"), {"": open_split(tfds_heldout_split(config))})
+    train = _for_training(open_split("train"), config, options)
+    return ExampleSets(train, {"": open_split(tfds_heldout_split(config))})
+
+
+def _for_training(
+    examples: "TransformedExamples", config: TrainConfig, options: "PixelOptions"
+) -> "TransformedExamples":
+    """The examples with the augmentations of the settings, in the order of the run's seed."""
+    from megalodon_jax.data.example_sets.augmentation import ImageAugmentation
+
+    settings, augment = config.examples, None
+    if settings.is_augmented:
+        augment = ImageAugmentation(
+            options,
+            smallest_area=settings.random_crop,
+            flip=settings.random_flip,
+            magnitude=settings.rand_augment,
+            magnitude_std=settings.rand_augment_std,
+            erasing=settings.random_erasing,
+        )
+    seed = config.data.shuffle_seed
+    return examples.for_training(augment, seed=seed, repeats=settings.repeats)
 
 
 def tfds_heldout_split(config: TrainConfig) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from megalodon_jax.config import EncoderConfig, TrainConfig
-from megalodon_jax.encoder import Encoder
+from megalodon_jax.config import AnyEncoderConfig, TrainConfig
+from megalodon_jax.encoder_model import EncoderModel
 from megalodon_jax.errors import ConfigError
 from megalodon_jax.evaluation.summary import Evaluation, summarize
 from megalodon_jax.loss import LossOutput, cross_entropy
@@ -32,7 +32,7 @@ class MaskedLanguageModeling(LanguageModeling):
     def open_loaders(self, config, tokenizer, *, rows, num_shards):
         """Packed rows of text, and those of the held-out sets."""
         model = config.model
-        if isinstance(model, EncoderConfig) and tokenizer.vocab_size >= model.vocab_size:
+        if isinstance(model, AnyEncoderConfig) and tokenizer.vocab_size >= model.vocab_size:
             raise ConfigError(
                 f"tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} ids, and the mask "
                 f"takes one more; set model.vocab_size to {tokenizer.vocab_size + 1} or more"
@@ -41,7 +41,7 @@ class MaskedLanguageModeling(LanguageModeling):
 
     def loss(
         self,
-        model: Encoder,
+        model: EncoderModel,
         batch: Batch,
         *,
         config: TrainConfig,

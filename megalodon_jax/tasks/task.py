@@ -49,7 +49,7 @@ class Task(Protocol):
     ) -> LossOutput:
         """Sums of the loss over one batch, inside `jit`; training divides by `weight_sum`.
 
-        The model is that of the run: a `LanguageModel`, or an `Encoder`.
+        The model is that of the run: a `LanguageModel`, or an `EncoderModel`.
         """
         ...
 

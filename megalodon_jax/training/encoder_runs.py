@@ -10,10 +10,10 @@ import numpy as np
 from flax import nnx
 
 from megalodon_jax.checkpoints import LoadedRun, RunCheckpoints, load_run
-from megalodon_jax.config import EncoderConfig, MeshConfig, ProcessesConfig, TrainConfig
+from megalodon_jax.config import AnyEncoderConfig, MeshConfig, ProcessesConfig, TrainConfig
 from megalodon_jax.data import Tokenizer, open_source
 from megalodon_jax.data.labelled import LabelledExample, pack_examples
-from megalodon_jax.encoder import Encoder
+from megalodon_jax.encoder_model import EncoderModel
 from megalodon_jax.errors import CheckpointError, ConfigError, DataError
 from megalodon_jax.evaluation.summary import Evaluation, evaluate_sets
 from megalodon_jax.storage.location import AnyPath
@@ -28,7 +28,7 @@ _SHORTEST_ROW = 256
 class EncoderRun(NamedTuple):
     """A trained encoder, its run on one device, and the step of the checkpoint."""
 
-    model: Encoder
+    model: EncoderModel
     config: TrainConfig
     step: int
 
@@ -68,7 +68,7 @@ def load_encoder(
             raise ConfigError(f"step {step} and best name two checkpoints; give one of them")
         step = best_step(run_dir)
     run: LoadedRun = load_run(run_dir, step)
-    if not isinstance(run.model, Encoder):
+    if not isinstance(run.model, EncoderModel):
         raise ConfigError(
             f"{run_dir} has a model of kind {run.config.model.kind!r}, and this needs an encoder"
         )
@@ -101,7 +101,7 @@ def is_encoder_run(run_dir: str | AnyPath) -> bool:
         if not steps:
             return False
         config, _ = checkpoints.config_with_own_tokenizer(steps[-1])
-    return isinstance(config.model, EncoderConfig)
+    return isinstance(config.model, AnyEncoderConfig)
 
 
 def evaluate_run(run: EncoderRun, *, max_batches: int | None = None) -> Evaluation:
@@ -199,7 +199,7 @@ def embed_files(run: EncoderRun, tokenizer: Tokenizer, paths: Sequence[str]) -> 
       ConfigError: the encoder takes no tokens.
       DataError: a file cannot be read.
     """
-    if run.config.model.kind != "encoder" or run.model.config.input != "tokens":
+    if run.model.config.input != "tokens":
         raise ConfigError("embed takes texts; this encoder takes images or sound")
     text = dataclasses.replace(run.config.data, source="auto", files=tuple(paths), sources=(),
                                heldout_files=(), heldout_sets=(), heldout_fraction=0.0)  # fmt: skip

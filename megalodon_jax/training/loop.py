@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from megalodon_jax.checkpoints import RunCheckpoints, load_run_tokenizer, resolve_auto_resume
 from megalodon_jax.compilation_cache import persistent_compilation_cache
-from megalodon_jax.config import TrainConfig
+from megalodon_jax.config import AnyEncoderConfig, TrainConfig
 from megalodon_jax.config.run import locations, step_range
 from megalodon_jax.data.loader import merge_states
 from megalodon_jax.errors import CheckpointError, DataError
@@ -332,7 +332,7 @@ class _Run:
             activity = "in the final evaluation"
             heldout = self._evaluate(config.final_eval_batches)
             activity = "in the sample"
-            writes_text = config.sample_tokens and config.model.kind != "encoder"
+            writes_text = config.sample_tokens and not isinstance(config.model, AnyEncoderConfig)
             sample = self._sample() if writes_text else ""
         except _StoppedError:
             assert self.stop_signal is not None

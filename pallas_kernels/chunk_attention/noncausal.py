@@ -231,7 +231,8 @@ def _over_groups(sizes: _Sizes, function: Any, tree: Any) -> Any:
         return function(jnp.zeros((), jnp.int32), tree)
 
     def split(x: Array) -> Array:
-        if x.ndim == 0:
+        # A constant residual of rematerialized code is a number without `ndim`.
+        if jnp.ndim(x) == 0:
             return jnp.broadcast_to(x, (count,))
         return x.reshape(count, sizes.units_per_group, *x.shape[1:])
 

@@ -1,5 +1,6 @@
 """Labelled examples: generated and read sets, packing into rows, resumption."""
 
+import dataclasses
 import gzip
 import json
 import struct
@@ -8,8 +9,8 @@ import wave
 import numpy as np
 import pytest
 
-from megalodon_jax.config import DataConfig
-from megalodon_jax.data import merge_states
+from megalodon_jax.config import DataConfig, load_config
+from megalodon_jax.data import ByteTokenizer, merge_states
 from megalodon_jax.data.example_sets import arrays, listops, pathfinder, sound, texts, tfds
 from megalodon_jax.data.labelled import (
     ExampleSet,
@@ -21,6 +22,8 @@ from megalodon_jax.data.labelled import (
 from megalodon_jax.data.labelled_loader import make_labelled_loader
 from megalodon_jax.data.sources import digest_of
 from megalodon_jax.errors import DataError
+from megalodon_jax.presets import configs_dir
+from megalodon_jax.tasks import find_task
 
 
 class Counting(ExampleSet):
@@ -299,10 +302,70 @@ def test_pathfinder_of_a_file_and_a_folder(tmp_path):
         pathfinder.open_pathfinder(str(tmp_path), arrays.PixelOptions())
 
 
+def write_pathfinder_level(folder, count: int = 24, per_list: int = 2) -> np.ndarray:
+    """A level in Long Range Arena's layout; image n has its first pixel n, and class n % 2."""
+    Image = pytest.importorskip("PIL.Image")
+    images = np.random.default_rng(0).integers(0, 256, (count, 32, 32)).astype(np.uint8)
+    images[:, 0, 0] = np.arange(count)
+    (folder / "metadata").mkdir(parents=True)
+    for number in range(count // per_list):
+        (folder / f"imgs/{number}").mkdir(parents=True)
+        lines = []
+        for n in range(number * per_list, (number + 1) * per_list):
+            Image.fromarray(images[n]).save(folder / f"imgs/{number}/sample_{n}.png")
+            # Folder, image, number of the image, class, and the generator's settings.
+            lines.append(f"imgs/{number} sample_{n}.png {n} {n % 2} 0 0.4 3 8 3 1 6 1.0")
+        (folder / f"metadata/{number}.npy").write_text("\n".join(lines) + "\n")
+    return images
+
+
+def test_pathfinder_in_the_layout_of_long_range_arena(tmp_path):
+    """Read through the shipped run: every image once in one of the parts, with its own class."""
+    config = load_config(configs_dir() / "tasks/pathfinder.toml")
+    folder = tmp_path / "pathfinder32/curv_baseline"
+    images = write_pathfinder_level(folder)
+    # The file of the release that is empty.
+    (folder / "imgs/0/sample_172.png").touch()
+    with (folder / "metadata/0.npy").open("a") as listed:
+        listed.write("imgs/0 sample_172.png 172 1 0 0.4\n")
+    seen = []
+    for split in ("valid", "test"):
+        settings = dataclasses.replace(
+            config.examples, path=str(folder), heldout_split=split, max_documents=1
+        )
+        sets = find_task("pathfinder").example_sets(dataclasses.replace(config, examples=settings))
+        parts = [sets.train, sets.heldout[""]] if split == "valid" else [sets.heldout[""]]
+        for part in parts:
+            assert part.classes == ("apart", "connected")
+            for index in range(len(part)):
+                (document,), label = part.example(index)
+                pixels = np.round((document[:, 0] * 0.5 + 0.5) * 255).astype(int)
+                number = pixels[0]
+                np.testing.assert_array_equal(pixels, images[number].reshape(-1))
+                assert label == number % 2
+                assert part.name(index).endswith(f"/{number // 2}/sample_{number}.png")
+                seen.append(number)
+    assert sorted(seen) == list(range(24))
+    settings = dataclasses.replace(config.examples, path=str(folder))
+    data = dataclasses.replace(config.data, batch_size=4)
+    run = dataclasses.replace(config, examples=settings, data=data)
+    training, heldout = find_task("pathfinder").open_loaders(
+        run, ByteTokenizer(), rows=range(4), num_shards=1
+    )
+    batch = next(training)
+    assert batch.tokens.shape == (4, 1024, 1)
+    np.testing.assert_array_equal(batch.weights.sum(axis=1), 1)
+    assert sum(int(batch.weights.sum()) for batch, _ in heldout[""].with_bytes()) == 2
+    training.close()
+    (folder / "metadata/3.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(DataError, match=r"3\.npy cannot be read as lines of text"):
+        pathfinder.open_pathfinder(str(folder), arrays.PixelOptions())
+
+
 def test_images_are_cropped_to_a_square_and_averaged():
     image = np.zeros((4, 8, 1), np.uint8)
     image[:2, 2:4], image[2:, 4:6] = 100, 40
-    np.testing.assert_array_equal(tfds.crop_and_resize(image, 2)[..., 0], [[100, 0], [0, 40]])
-    assert tfds.crop_and_resize(np.full((5, 7, 3), 9, np.uint8), 3).shape == (3, 3, 3)
+    np.testing.assert_array_equal(arrays.crop_and_resize(image, 2)[..., 0], [[100, 0], [0, 40]])
+    assert arrays.crop_and_resize(np.full((5, 7, 3), 9, np.uint8), 3).shape == (3, 3, 3)
     with pytest.raises(DataError, match="use one of cifar10"):
         tfds.TfdsExamples("mnist", "train", directory="", transform=np.asarray)

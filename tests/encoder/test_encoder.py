@@ -1,7 +1,6 @@
 """The encoder as a whole: packing, padding, chunks, meshes, sizes, what it refuses."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -10,13 +9,12 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 
-from megalodon_jax.config import EncoderConfig, MeshConfig
+from megalodon_jax.config import EncoderConfig
 from megalodon_jax.encoder import Encoder
 from megalodon_jax.errors import ConfigError
 from megalodon_jax.modules import BidirectionalEMA, SequenceNorm, document_lengths
-from megalodon_jax.parallel.mesh import make_mesh
-from megalodon_jax.parallel.sharding import batch_sharding
 from pallas_kernels.common.target import interpreted
+from tests.encoder.small_models import check_mesh, draw_inputs, model_of, rows_of, run, runner
 from tests.golden_files import relative_error
 
 SMALL = EncoderConfig(
@@ -24,50 +22,6 @@ SMALL = EncoderConfig(
     vocab_size=11, num_classes=3, chunk_size=4, norm_num_groups=4,
 )  # fmt: skip
 DOCUMENTS = [[5, 9, 2], [16], [1, 3, 8]]
-
-
-@functools.cache
-def model_of(config: EncoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """A model whose parameters are all moved: no zero or small start hides a mistake."""
-    graphdef, params = nnx.split(Encoder(config, rngs=nnx.Rngs(1)), nnx.Param)
-    rng = np.random.default_rng(3)
-
-    def move(leaf):
-        return leaf + rng.normal(0, 0.3, leaf.shape).astype(np.float32)
-
-    return graphdef, jax.tree.map(move, params)
-
-
-@functools.cache
-def runner(config: EncoderConfig, method: str, max_documents: int | None, aligned: bool):
-    graphdef, _ = model_of(config)
-
-    def run(params, inputs, ids):
-        function = getattr(nnx.merge(graphdef, params), method)
-        return function(inputs, segment_ids=ids, max_documents=max_documents, aligned=aligned)
-
-    return jax.jit(run)
-
-
-def run(config, inputs, ids=None, *, method="__call__", max_documents=None, aligned=False):
-    return runner(config, method, max_documents, aligned)(model_of(config)[1], inputs, ids)
-
-
-def rows_of(documents, length, align=1):
-    ids = np.zeros((len(documents), length), np.int32)
-    for row, lengths in enumerate(documents):
-        at = 0
-        for number, count in enumerate(lengths, start=1):
-            ids[row, at : at + count] = number
-            at += -(-count // align) * align
-    return ids
-
-
-def draw_inputs(config: EncoderConfig, shape: tuple[int, int], seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    if config.input == "tokens":
-        return rng.integers(0, config.vocab_size, shape).astype(np.int32)
-    return rng.normal(size=(*shape, config.input_size)).astype(np.float32)
 
 
 VARIANTS = {
@@ -137,30 +91,7 @@ def test_meshes_equal_one_device(name: str, sizes: dict[str, int]):
         if name != "chunks":
             pytest.skip("one variant for tensor parallelism")
         config = dataclasses.replace(config, vocab_size=12, num_heads=2)
-    documents = [[5, 20, 7], [32], [16, 9], [7, 25]]
-    ids = rows_of(documents, 32)
-    inputs = draw_inputs(config, ids.shape)
-    graphdef, params = model_of(config)
-    weights = np.random.default_rng(2).normal(size=(4, 3, 3)).astype(np.float32)
-    weights[~np.array([[n < len(d) for n in range(3)] for d in documents])] = 0
-
-    def loss(params, inputs, ids):
-        scores = nnx.merge(graphdef, params)(inputs, segment_ids=ids, max_documents=3)
-        return jnp.sum(scores * weights), scores
-
-    step = jax.value_and_grad(loss, has_aux=True)
-    expected = jax.jit(step)(params, inputs, ids)
-    mesh = make_mesh(MeshConfig(**sizes), jax.devices()[:4])
-
-    def on_mesh(*arguments):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return step(*arguments)
-
-    tokens = batch_sharding(mesh)
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    found = jax.jit(on_mesh, in_shardings=(replicated, tokens, tokens))(params, inputs, ids)
-    for actual, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert relative_error(actual, wanted) <= 2e-5
+    check_mesh(config, sizes)
 
 
 @pytest.mark.slow

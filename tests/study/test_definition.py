@@ -133,6 +133,8 @@ def test_toml_of_unusual_values():
         ("seeds = [0, 7]", 'seeds = ["0"]', "use a list of whole numbers"),
         ('best_of = "rates"', 'best_of = "final"', "best_of is 'final'; use an earlier stage"),
         ('name = "ema"', 'name = "base"', "a variant has the name of another, 'base'"),
+        ('"heldout_loss"', '"heldout_accuracy"', "higher values are better; set mode = 'max'"),
+        ('name = "tiny"', 'name = "tiny"\nmode = "best"', "mode is 'best'; use 'min' or 'max'"),
         ('variants = ["ema"]', 'variants = ["em"]', "no variant 'em'; did you mean 'ema'"),
         ("[1e-3, 2e-3, 4e-3]", "1e-3", "'optim.lr' is 0.001; use a list of values"),
         ("[1e-3, 2e-3, 4e-3]", "[-1.0]", r"rates/base/lr=-1.0,.*optim.lr is -1.0"),

@@ -10,10 +10,22 @@ import pytest
 
 from megalodon_jax.cli.main import main
 from megalodon_jax.errors import ConfigError
-from megalodon_jax.study import RunResult, StudyResults, read_results, read_study, run_study
+from megalodon_jax.study import (
+    RunResult,
+    Stage,
+    Study,
+    StudyResults,
+    Variant,
+    read_results,
+    read_study,
+    run_study,
+    stage_runs,
+)
 from megalodon_jax.study.plots import draw_results
 from megalodon_jax.study.report import results_markdown, summarize_runs
-from megalodon_jax.study.results import CurvePoint, write_result
+from megalodon_jax.study.results import CurvePoint, read_run, write_result, write_results
+from megalodon_jax.study.schedule import best_points
+from megalodon_jax.study.toml_text import to_toml
 from tests.fixtures_runs import TINY_TABLES
 
 METRIC = "heldout_bits_per_byte/books"
@@ -82,6 +94,39 @@ def test_pictures_have_every_variant_and_the_same_bytes(results, tmp_path):
     nothing = results._replace(runs=results.runs[-1:])
     with pytest.raises(ConfigError, match="no run of tiny is done"):
         draw_results(nothing, tmp_path)
+
+
+def test_the_best_point_of_an_accuracy_is_the_highest():
+    stages = (Stage(name="rates"), Stage(name="final", best_of="rates"))
+    runs = [
+        _run("a", 0, accuracy)._replace(stage="rates", point={"optim.lr": rate})
+        for rate, accuracy in ((1e-3, 0.4), (1e-2, 0.7), (1e-1, 0.5))
+    ]
+    for mode, rate in (("max", 1e-2), ("min", 1e-3)):
+        study = Study(
+            name="tiny", title="Tiny", metric=METRIC, mode=mode, run={}, stages=stages,
+            variants=(Variant(name="a"),),
+        )  # fmt: skip
+        assert best_points(study, stages[1], runs) == {"a": {"optim.lr": rate}}
+
+
+def test_the_table_of_accuracies(results, tmp_path):
+    test = {"test": {"task": "examples", "results": [{"accuracy": 0.625}]}}
+    runs = (results.runs[0]._replace(evaluations=test), *results.runs[1:])
+    found = results._replace(runs=runs, mode="max")
+    text = results_markdown(found)
+    assert f"`{METRIC}`, higher is better." in text
+    assert f"| run | status | {METRIC} | test accuracy | training loss |" in text
+    assert "| final a seed 0 | done | 2.0000 | 0.6250 |" in text
+    # The mode is part of the file; a file of an older version has a loss.
+    study = Study(
+        name="tiny", title="Tiny", metric=METRIC, mode="max", run={}, variants=(), stages=()
+    )
+    write_results(tmp_path, study, runs)
+    path = tmp_path / "results.json"
+    assert read_results(path).mode == "max"
+    path.write_text(path.read_text().replace('"mode": "max",', ""))
+    assert read_results(path).mode == "min"
 
 
 STUDY = """
@@ -283,3 +328,66 @@ def test_a_study_with_a_stop_and_a_variant_that_fails(study_file, tmp_path, caps
     study_file.write_text(changed)
     with pytest.raises(ConfigError, match="has the result of another configuration"):
         run_study(read_study(study_file), out)
+
+
+IMAGES = """
+name = "images"
+metric = "heldout_accuracy"
+mode = "max"
+[run]
+task = "pixels"
+steps = 2
+log_every = 1
+eval_every = 1
+checkpoint_every = 1
+compilation_cache = ""
+[run.model]
+num_classes = 2
+num_layers = 1
+model_dim = 8
+ffn_hidden_dim = 8
+[run.examples]
+path = "{images}"
+[run.data]
+seq_len = 16
+batch_size = 2
+[run.optim]
+warmup_steps = 1
+[[variants]]
+name = "transformer"
+settings.model = {{ kind = "transformer_encoder", input = "values", num_heads = 2 }}
+[[stages]]
+name = "final"
+evaluate = true
+[[evaluations]]
+name = "test"
+arguments = ["--best", "--split", "test", "--compilation_cache", ""]
+"""
+
+
+@pytest.mark.slow
+def test_a_study_of_images_has_accuracies(tmp_path, shared_compilation, short_prefetch):
+    """The commands of a study, in this process."""
+    images = np.random.default_rng(0).integers(0, 256, (8, 4, 4)).astype(np.uint8)
+    labels = np.arange(8) % 2
+    np.savez(tmp_path / "images.npz", images=images, labels=labels, heldout_images=images,
+             heldout_labels=labels)  # fmt: skip
+    path = tmp_path / "study.toml"
+    path.write_text(IMAGES.format(images=tmp_path / "images.npz"))
+    study, out = read_study(path), tmp_path / "out"
+    (planned,) = stage_runs(study, study.stages[0])
+    (out / "evaluations").mkdir(parents=True)
+    (out / "config.toml").write_text(to_toml(planned.table))
+    assert main(["train", str(out / "config.toml"), "--run_dir", str(out / "run")]) == 0
+    for entry in planned.evaluations:
+        target = str(out / f"evaluations/{entry.name}.json")
+        command = ["evaluate", "--checkpoint", str(out / "run"), "--json", target]
+        assert main([*command, *entry.arguments]) == 0
+    run = read_run(planned, out, failed_evaluations={})
+    results = StudyResults(study.name, study.title, study.metric, (run,), study.mode)
+    assert "heldout_accuracy" in run.describe()
+    accuracies = [point.values["heldout_accuracy"] for point in run.heldout]
+    assert run.evaluations["test"]["results"][0]["accuracy"] == max(accuracies)
+    assert run.evaluations["test"]["results"][0]["count"] == 8
+    assert "test accuracy" in results_markdown(results)
+    assert draw_results(results, tmp_path)

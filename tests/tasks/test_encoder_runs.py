@@ -10,18 +10,23 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 
+from megalodon_jax.baselines.transformer_encoder import TransformerEncoder
+from megalodon_jax.checkpoints.compatibility import check_same_model
 from megalodon_jax.cli.main import main
 from megalodon_jax.config import (
+    AnyEncoderConfig,
     DataConfig,
     EncoderConfig,
     ExamplesConfig,
+    MeshConfig,
     OptimConfig,
     TrainConfig,
+    TransformerEncoderConfig,
     load_config,
 )
 from megalodon_jax.data import ByteTokenizer
 from megalodon_jax.encoder import Encoder
-from megalodon_jax.errors import ConfigError
+from megalodon_jax.errors import ConfigError, MismatchError
 from megalodon_jax.evaluation.pictures import confusion_matrix, learning_curve
 from megalodon_jax.evaluation.summary import Evaluation
 from megalodon_jax.interop.initial_weights import read_initial_weights
@@ -40,9 +45,16 @@ from megalodon_jax.typing import Batch
 
 pytestmark = pytest.mark.usefixtures("shared_compilation", "short_prefetch")
 
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs/tasks").glob("*.toml"))
 TINY = EncoderConfig(
     num_layers=1, model_dim=8, z_dim=4, value_dim=8, ffn_hidden_dim=8, cema_ndim=2, num_classes=2,
     chunk_size=8, norm_num_groups=2, cema_implementation="reference", vocab_size=257,
+)  # fmt: skip
+
+
+TINY_TRANSFORMER = TransformerEncoderConfig(
+    num_layers=1, model_dim=8, num_heads=2, ffn_hidden_dim=8, num_classes=2, chunk_size=None,
+    vocab_size=258,
 )  # fmt: skip
 
 
@@ -217,10 +229,7 @@ def test_retrieval_text_and_masked_language_train(tmp_path, capsys):
         )
     )  # fmt: skip
     assert heldout_of(result).accuracy is not None
-    for folder in ("ham", "spam"):
-        (tmp_path / "mail" / folder).mkdir(parents=True)
-        for number in range(10):
-            (tmp_path / "mail" / folder / f"{number}.txt").write_text(f"{folder} {number} " * 5)
+    write_mail(tmp_path)
     result = train(
         TrainConfig(
             model=TINY, task="text", data=data, run_dir=str(tmp_path / "text"), optim=optim,
@@ -228,18 +237,90 @@ def test_retrieval_text_and_masked_language_train(tmp_path, capsys):
         )
     )  # fmt: skip
     assert np.shape(heldout_of(result).confusion) == (2, 2)
+    check_masked_language(tmp_path, dataclasses.replace(TINY, vocab_size=258), common, capsys)
+
+
+@pytest.mark.slow
+def test_a_transformer_encoder_trains_embeds_and_starts_a_classifier(tmp_path, capsys):
+    common = {
+        "steps": 2, "log_every": 1, "eval_every": 0, "checkpoint_every": 0, "compilation_cache": "",
+    }  # fmt: skip
+    write_mail(tmp_path)
+    check_masked_language(tmp_path, TINY_TRANSFORMER, common, capsys)
+    run = load_encoder(tmp_path / "tuned")
+    assert isinstance(run.model, TransformerEncoder)
+    result = evaluate_run(run)
+    json_file = tmp_path / "result.json"
+    arguments = ["evaluate", "--checkpoint", str(tmp_path / "tuned"), "--json", str(json_file)]
+    assert main([*arguments, "--compilation_cache", ""]) == 0
+    (found,) = json.loads(json_file.read_text())["results"]
+    assert found["accuracy"] == result.accuracy
+    assert found["count"] == result.num_tokens
+    with pytest.raises(MismatchError, match="is of a transformer_encoder, the run asks for a"):
+        check_same_model(TINY_TRANSFORMER, TINY, "there")
+
+
+@pytest.mark.slow
+def test_a_run_with_all_augmentations_resumes_and_shards(tmp_path):
+    """The recipe of ImageNet: a run resumed on eight devices equals one on one device."""
+    images = np.random.default_rng(0).integers(0, 256, (12, 20, 20, 3)).astype(np.uint8)
+    labels = np.arange(12) % 2
+    path = tmp_path / "colors.npz"
+    np.savez(path, images=images, labels=labels, heldout_images=images, heldout_labels=labels)
+    recipe = load_config(SHIPPED[0].with_name("imagenet.toml"))
+    examples = dataclasses.replace(
+        recipe.examples, tfds_name="", path=str(path), image_size=16, patch_size=4
+    )
+    model = dataclasses.replace(
+        TINY_TRANSFORMER, input="patches", input_size=48, max_positions=16, num_layers=2,
+        drop_path=0.5,
+    )  # fmt: skip
+    config = TrainConfig(
+        model=model, task="patches", examples=examples, steps=4, log_every=1, eval_every=0,
+        checkpoint_every=2, compilation_cache="", run_dir=str(tmp_path / "whole"),
+        data=DataConfig(seq_len=16, batch_size=8, packing="pad", num_shards=2),
+        optim=OptimConfig(warmup_steps=1, lr=1e-2),
+    )  # fmt: skip
+    whole = train(config)
+    assert heldout_of(whole).num_tokens == 12
+    resumed = dataclasses.replace(config, run_dir=str(tmp_path / "resumed"))
+    train(dataclasses.replace(resumed, steps=2))
+    train(dataclasses.replace(resumed, resume=True, mesh=MeshConfig(data=8)))
+    losses = []
+    for each in (config, resumed):
+        lines = (Path(each.run_dir) / "metrics.jsonl").read_text().splitlines()
+        losses.append([entry["loss"] for entry in map(json.loads, lines) if "loss" in entry])
+    assert len(losses[0]) == 4
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    longer = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=25))
+    with pytest.raises(ConfigError, match=r"an image has 16 tokens and data.seq_len is 25"):
+        find_task("patches").open_loaders(longer, ByteTokenizer(), rows=range(8), num_shards=1)
+
+
+def write_mail(folder: Path) -> None:
+    for name in ("ham", "spam"):
+        (folder / "mail" / name).mkdir(parents=True)
+        for number in range(10):
+            (folder / "mail" / name / f"{number}.txt").write_text(f"{name} {number} " * 5)
+
+
+def check_masked_language(tmp_path: Path, model: AnyEncoderConfig, common, capsys) -> None:
+    """Masked language modeling, vectors, and a classifier from its weights."""
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 200)
-    data = dataclasses.replace(data, files=(str(tmp_path / "text.txt"),), packing="pad")
+    data = DataConfig(
+        seq_len=64, batch_size=2, heldout_fraction=0.2, num_shards=1, packing="pad",
+        files=(str(tmp_path / "text.txt"),),
+    )  # fmt: skip
     result = train(
         TrainConfig(
-            model=dataclasses.replace(TINY, head="tokens", vocab_size=258), task="masked_language",
-            data=data, run_dir=str(tmp_path / "masked"), optim=optim, **common,
+            model=dataclasses.replace(model, head="tokens"), task="masked_language", data=data,
+            run_dir=str(tmp_path / "masked"), optim=OptimConfig(warmup_steps=1), **common,
         )
     )  # fmt: skip
     assert heldout_of(result).accuracy is not None
     assert heldout_of(result).num_tokens > 10
     check_embed(tmp_path, capsys)
-    check_fresh_head(tmp_path, data, common)
+    check_fresh_head(tmp_path, data, model, common)
 
 
 def check_embed(tmp_path, capsys):
@@ -260,11 +341,11 @@ def check_embed(tmp_path, capsys):
     np.testing.assert_allclose(np.load(output)[1], vectors[1].values, rtol=1e-5)
 
 
-def check_fresh_head(tmp_path, data, common):
+def check_fresh_head(tmp_path, data, model, common):
     """A classifier starts from the masked language model, with a pool and head of its own."""
     data = dataclasses.replace(data, files=(), packing="pack")
     config = TrainConfig(
-        model=dataclasses.replace(TINY, vocab_size=258), task="text", data=data,
+        model=model, task="text", data=data,
         run_dir=str(tmp_path / "tuned"), init_from=str(tmp_path / "masked"),
         examples=ExamplesConfig(path=str(tmp_path / "mail")), optim=OptimConfig(warmup_steps=1),
         **common,
@@ -305,9 +386,6 @@ def test_settings_that_do_not_fit(tmp_path):
     one = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=1))
     with pytest.raises(ConfigError, match="have 2 classes"):
         task.open_loaders(one, ByteTokenizer(), rows=range(4), num_shards=1)
-
-
-SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs/tasks").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

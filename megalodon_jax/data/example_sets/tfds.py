@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from megalodon_jax.data.labelled import ExampleSet, LabelledExample
+from megalodon_jax.data.example_sets.arrays import TransformedExamples
 from megalodon_jax.data.sources import digest_of
 from megalodon_jax.errors import DataError
 
@@ -21,9 +21,10 @@ HELDOUT_SPLITS = {
 }
 # The ten words of the raw speech task of the paper (its reference is Kidger et al. 2020).
 SPEECH_WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
+_SPEECH_COMMANDS_VERSION = "0.0.3"
 
 
-class TfdsExamples(ExampleSet):
+class TfdsExamples(TransformedExamples):
     """A split of a set.
 
     Args:
@@ -44,15 +45,14 @@ class TfdsExamples(ExampleSet):
         directory: str,
         transform: Callable[[Any], np.ndarray],
     ):
-        import tensorflow_datasets as tfds
-
+        super().__init__(transform)
         base = name.partition("/")[0].partition(":")[0]
         if base not in INPUTS:
             raise DataError(
                 f"examples.tfds_name is {name!r}; use one of {', '.join(INPUTS)}, or local files"
             )
         try:
-            builder: Any = tfds.builder(name, data_dir=directory or None)
+            builder = _open_builder(name, directory or None)
             self._data: Any = builder.as_data_source(split)
         except (ValueError, KeyError, OSError, RuntimeError, AssertionError) as error:
             reason = str(error).strip().partition("\n")[0]
@@ -61,7 +61,6 @@ class TfdsExamples(ExampleSet):
                 f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
             ) from error
         self._name, self._split, self._feature = name, split, INPUTS[base]
-        self._transform = transform
         names = tuple(builder.info.features["label"].names)
         self.classes, self._numbers = names, None
         if base == "speech_commands":
@@ -77,28 +76,53 @@ class TfdsExamples(ExampleSet):
     def name(self, index: int) -> str:
         return f"{self._name}/{self._split}#{index}"
 
-    def example(self, index: int) -> LabelledExample:
-        record = self._data[index if self._numbers is None else self._numbers[index]]
+    def array(self, index: int) -> tuple[np.ndarray, int]:
+        try:
+            record = self._data[index if self._numbers is None else self._numbers[index]]
+        except ImportError as error:
+            raise DataError(
+                f"{self.name(index)}: images need Pillow or OpenCV, and neither is installed: pip "
+                "install 'megalodon-flax[images]'"
+            ) from error
         label = int(record["label"])
         if self._numbers is not None:
             label = self._wanted[label]
-        return LabelledExample((self._transform(record[self._feature]),), label)
+        return record[self._feature], label
 
     def fingerprint(self) -> str:
         return digest_of(self._name, self._split, len(self))
 
 
-def crop_and_resize(image: np.ndarray, size: int) -> np.ndarray:
-    """The largest square in the middle of an image (h, w, c), resized to `size` by averages.
+def _open_builder(name: str, directory: str | None) -> Any:
+    """The reader of prepared files; the code that generates a set may need TensorFlow."""
+    from tensorflow_datasets.core.read_only_builder import builder_from_files
 
-    Every pixel of the result is the mean of the pixels under it, by the nearest borders.
+    base, _, version = name.partition(":")
+    if base != "speech_commands":
+        return builder_from_files(name, data_dir=directory)
+    return _speech_commands(version or _SPEECH_COMMANDS_VERSION, directory)
+
+
+def _speech_commands(version: str, directory: str | None) -> Any:
+    """The reader of speech_commands, whose samples are tensors of whole numbers.
+
+    The library's own feature for sound needs TensorFlow.
     """
-    side = min(image.shape[:2])
-    top, left = ((length - side) // 2 for length in image.shape[:2])
-    square = image[top : top + side, left : left + side].astype(np.float32)
-    borders = np.arange(size + 1) * side // size
-    counts = np.maximum(np.diff(borders), 1)
-    # An empty range of `reduceat` gives the pixel at its start.
-    rows = np.add.reduceat(square, borders[:-1], axis=0) / counts[:, None, None]
-    pixels = np.add.reduceat(rows, borders[:-1], axis=1) / counts[None, :, None]
-    return np.round(pixels).astype(np.uint8)
+    import tensorflow_datasets as tfds
+
+    class SpeechCommands(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version(version)
+
+        def _info(self) -> Any:
+            audio = tfds.features.Tensor(shape=(None,), dtype=np.int64)
+            features = {"audio": audio, "label": tfds.features.ClassLabel()}
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager: Any) -> Any:
+            raise DataError("this reader of speech_commands does not prepare it")
+
+        _generate_examples = _split_generators
+
+    return SpeechCommands(data_dir=directory, file_format="array_record")

@@ -138,6 +138,23 @@ def test_result_is_independent_of_tiles_and_groups(case: str, monkeypatch):
             assert relative(found, wanted) <= 5e-6
 
 
+def test_groups_in_rematerialized_code(monkeypatch):
+    """Constants among the residuals are numbers there; whole rows in groups of one."""
+    monkeypatch.setattr(noncausal, "_MAX_SCORES", 1)
+    monkeypatch.setattr(noncausal, "_TILE_MULTIPLE", LENGTH)
+    q, k, v, cotangent = draw(1)
+
+    def loss(qkv):
+        return jnp.sum(chunk_attention(*qkv, chunk_size=None, causal=False).out * cotangent)
+
+    policy = jax.checkpoint_policies.save_only_these_names("chunk_attention")
+    saved = jax.checkpoint(loss, policy=policy)
+    found = jax.jit(jax.grad(saved))((q, k, v))
+    _, expected = exact((q, k, v), cotangent, chunk_size=None, causal=False)
+    for gradient, wanted in zip(found, expected, strict=True):
+        assert relative(gradient, wanted) <= 5e-6
+
+
 # The one chunk is longer than a shard, which is refused.
 @pytest.mark.parametrize("case", [case for case in CASES if case != "one chunk"])
 def test_sequence_shards_equal_one_device(case: str):
