@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.chunk_attention.types import KeyValueCache
+from pallas_kernels.chunk_attention.types import KeyValueCache, check_scales
 from pallas_kernels.chunk_decode import reference, xla
 from pallas_kernels.chunk_decode.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.chunk_decode.types import ChunkDecodeOutput
@@ -38,12 +38,17 @@ def chunk_decode(
     float64 operands). Under `jax.jit` with a donated cache, or in the carry of `jax.lax.scan`, the
     cache is updated in place.
 
+    A cache of `Int8Slots` gets the token's key and value rounded to 8-bit integers, and every score
+    and sum is that of the rounded keys and values: keys' scales multiply the scores, values' the
+    weights of the softmax.
+
     Args:
       q: queries after RoPE.
       k: keys after RoPE.
       v: values.
-      cache: key (S, H, C, Dk) and value (S, H, C, Dv), S >= B. Row i belongs to query i; rows from
-        B on are neither read nor changed. Slots after the token's may hold anything.
+      cache: key (S, H, C, Dk) and value (S, H, C, Dv), S >= B, both in the dtype of k and v or both
+        `Int8Slots`. Row i belongs to query i; rows from B on are neither read nor changed. Slots
+        after the token's may hold anything.
       positions: each token's position in its document, at least 0.
       gate: the outputs are multiplied by silu(gate) before they are rounded; None: by 1.
       implementation: "reference" (by definition), "xla" (any platform and dtype), "mosaic_gpu"
@@ -98,8 +103,10 @@ def _check_cache(cache: KeyValueCache, k: Array, v: Array) -> None:
         )
     for name, slots, new in (("key", cache.key, k), ("value", cache.value, v)):
         expected = (cache.key.shape[0], heads, cache.key.shape[2], new.shape[2])
-        if slots.shape != expected or slots.dtype != new.dtype:
+        dtype = jnp.dtype(jnp.int8) if cache.is_quantized else new.dtype
+        if slots.shape != expected or slots.dtype != dtype:
             raise ValueError(
-                f"cache.{name} is {slots.dtype}{slots.shape}; expected {new.dtype}{expected}: the "
+                f"cache.{name} is {slots.dtype}{slots.shape}; expected {dtype}{expected}: the "
                 "heads, width and dtype of the new tokens, the rows and slots of cache.key"
             )
+        check_scales(f"cache.{name}", slots, cache.is_quantized)
