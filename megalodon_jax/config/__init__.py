@@ -19,12 +19,14 @@ from megalodon_jax.config.mesh import MeshConfig, ProcessesConfig
 from megalodon_jax.config.model import (
     DType,
     InitMode,
+    KvFormat,
     ModelConfig,
     ModelOperation,
     MovingAverage,
     Remat,
     ResidualConnection,
     TimeNorm,
+    WeightFormat,
 )
 from megalodon_jax.config.optimizer import OptimConfig
 from megalodon_jax.config.parsing import config_from_dict, load_config
@@ -41,6 +43,7 @@ __all__ = [
     "ExamplesConfig",
     "HeldoutSet",
     "InitMode",
+    "KvFormat",
     "LanguageModelConfig",
     "LoraConfig",
     "MeshConfig",
@@ -57,6 +60,7 @@ __all__ = [
     "TimeNorm",
     "TrainConfig",
     "TransformerConfig",
+    "WeightFormat",
     "config_from_dict",
     "load_config",
     "model_config_class",

@@ -4,7 +4,7 @@ B batch, L length, C chunk size, H heads, Dk width of a query/key head, Dv width
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +46,13 @@ class KeyValueCache(NamedTuple):
     Slots at or after the row's position modulo C are empty: their contents are ignored.
 
     Attributes:
-      key: keys after RoPE, (B, H, C, Dk).
-      value: values, (B, H, C, Dv).
+      key: keys after RoPE, (B, H, C, Dk): an array or `Int8Slots`.
+      value: values, (B, H, C, Dv), of the same kind.
     """
 
-    key: Slots
-    value: Slots
+    # Not `Slots`: most functions take arrays alone, and would have to check it.
+    key: Any
+    value: Any
 
     @property
     def is_quantized(self) -> bool:

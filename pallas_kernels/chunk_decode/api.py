@@ -96,7 +96,7 @@ def _check_operands(q: Array, k: Array, v: Array, positions: Array) -> None:
 
 def _check_cache(cache: KeyValueCache, k: Array, v: Array) -> None:
     rows, heads = k.shape[:2]
-    if cache.key.ndim != 4 or cache.key.shape[0] < rows or cache.key.shape[2] < 1:
+    if len(cache.key.shape) != 4 or cache.key.shape[0] < rows or cache.key.shape[2] < 1:
         raise ValueError(
             f"cache.key has shape {cache.key.shape}; expected (S, {heads}, C, {k.shape[2]}) with "
             f"S >= {rows} rows and C >= 1 slots"
