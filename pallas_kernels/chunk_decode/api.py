@@ -7,8 +7,11 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.chunk_attention.types import KeyValueCache, check_scales
 from pallas_kernels.chunk_decode import reference, xla
+from pallas_kernels.chunk_decode.block_sizes import TPUS_FASTER_THAN_XLA
 from pallas_kernels.chunk_decode.mosaic_gpu import op as mosaic_gpu
+from pallas_kernels.chunk_decode.pallas_tpu import op as pallas_tpu
 from pallas_kernels.chunk_decode.types import ChunkDecodeOutput
+from pallas_kernels.common.devices import canonical_tpu_kind
 from pallas_kernels.common.dispatch import Implementation, check_implementation
 from pallas_kernels.common.symbolic import has_symbolic_shape
 from pallas_kernels.common.target import find_target
@@ -18,6 +21,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., ChunkDecodeOutput]] = {
     "reference": reference.chunk_decode,
     "xla": xla.chunk_decode,
     "mosaic_gpu": mosaic_gpu.chunk_decode,
+    "pallas_tpu": pallas_tpu.chunk_decode,
 }
 
 
@@ -53,7 +57,8 @@ def chunk_decode(
       gate: the outputs are multiplied by silu(gate) before they are rounded; None: by 1.
       implementation: "reference" (by definition), "xla" (any platform and dtype), "mosaic_gpu"
         (kernels for NVIDIA Hopper; bfloat16, Dk a multiple of 64 up to 512, Dv of 128, at least
-        64 slots), or None for the fastest known here.
+        64 slots), "pallas_tpu" (a kernel for TPU; bfloat16 or float32), or None for the fastest
+        known here.
 
     Returns:
       The outputs and the next cache.
@@ -72,11 +77,14 @@ def chunk_decode(
 
 
 def _choose_implementation(q: Array, v: Array, cache: KeyValueCache) -> Implementation:
-    """The kernels where they run: they read the filled slots, XLA on a GPU reads all of them."""
+    """The kernels where they run: they read the filled slots, XLA but on a CPU all of them."""
     if has_symbolic_shape(q):
         return "xla"
-    can_run = find_target().is_hopper and mosaic_gpu.find_obstacle(q, v, cache) is None
-    return "mosaic_gpu" if can_run else "xla"
+    target = find_target()
+    if target.is_hopper and mosaic_gpu.find_obstacle(q, v, cache) is None:
+        return "mosaic_gpu"
+    is_tpu = target.platform == "tpu" and canonical_tpu_kind(target.kind) in TPUS_FASTER_THAN_XLA
+    return "pallas_tpu" if is_tpu and pallas_tpu.find_obstacle(q, v, cache) is None else "xla"
 
 
 def _check_operands(q: Array, k: Array, v: Array, positions: Array) -> None:

@@ -1,6 +1,6 @@
 """How chunk decoding is divided into blocks."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.experimental import pallas as pl
 
@@ -31,6 +31,29 @@ MAX_SPLITS = 32
 FEW_BLOCKS, MANY_BLOCKS = 384, 8 * HOPPER.multiprocessors
 FEWEST_BYTES = 512
 MAX_SLOTS_PER_BLOCK = 256
+
+
+# Slots of a block of the TPU kernel, the most first. With fewer bytes a step would be shorter than
+# what a step costs by itself; with more, blocks of empty slots are read.
+TPU_SLOTS, TPU_BLOCK_BYTES = (512, 256, 128), 3 * 2**19
+# Slots that it writes for a token: a tile of 8-bit integers.
+SLOTS_PER_WRITE = 32
+# Where the compiler's estimate is below that of `xla`.
+TPUS_FASTER_THAN_XLA = ("TPU v5 lite", "TPU v5", "TPU v6 lite")
+
+
+def choose_tpu_block(key: Any, value: Any) -> int | None:
+    """Slots of a block of the TPU kernel; None if the smallest block is too large.
+
+    Args:
+      key: keys of the cache, or their shape: (S, H, C, Dk) and a dtype.
+      value: values of the cache, or their shape.
+    """
+    num_slots = key.shape[2]
+    slot_bytes = sum(slots.shape[3] * slots.dtype.itemsize for slots in (key, value))
+    size = next((size for size in TPU_SLOTS if size * slot_bytes <= TPU_BLOCK_BYTES), None)
+    # A block of the whole chunk may have any number of slots.
+    return size if size is None else min(size, num_slots)
 
 
 class DecodeTiling(NamedTuple):

@@ -30,7 +30,7 @@ def chunk_decode(
 ) -> ChunkDecodeOutput:
     """One softmax over all slots, or over blocks of them. Arguments as in `api.chunk_decode`."""
     slot = positions.astype(jnp.int32) % cache.key.shape[2]
-    cache = jax.tree.map(partial(_write, slot=slot), cache, cache.encode(k, v))
+    cache = jax.tree.map(partial(write_slots, slot=slot), cache, cache.encode(k, v))
     # A loop of unknown length is cheap on a CPU alone, where masks of whole values are copies.
     attend = _attend_blocks if find_target().platform == "cpu" else _attend_all
     out = attend(q, cache, slot, v.dtype)
@@ -39,9 +39,10 @@ def chunk_decode(
     return ChunkDecodeOutput(out.astype(v.dtype), cache)
 
 
-def _write(
+def write_slots(
     slots: Shaped[Array, "S H C *D"], new: Shaped[Array, "B H *D"], slot: Int32[Array, " B"]
 ) -> Shaped[Array, "S H C *D"]:
+    """The cache with the tokens' arrays in slots of rows 0..B-1, in place where it is donated."""
     options: Any = {"mode": "promise_in_bounds", "unique_indices": True}
     if slots.shape[0] == new.shape[0]:
         # With row numbers as indices, XLA would gather the caches of all devices.
