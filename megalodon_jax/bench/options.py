@@ -180,8 +180,8 @@ class BenchTpuEstimatesOptions:
 
     chips: tuple[EstimatedChip, ...] = ("v5e", "v6e")
     """Kinds of TPU."""
-    op: Literal["cema", "timestep_norm"] = "cema"
-    """The operation."""
+    op: Literal["cema", "timestep_norm", "chunk_decode"] = "cema"
+    """The operation; chunk_decode has its own sizes, those of two models in decoding."""
     rows: int = 1
     """Rows of x."""
     length: int = 16_384

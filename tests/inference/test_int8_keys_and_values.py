@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +104,7 @@ def engine() -> Engine:
     return Engine(model_of_one_layer(), slots=4, kv="int8", prefix_cache_bytes=1 << 20)
 
 
-def run(engine: Engine, prompt, params=GREEDY, **options):
+def run(engine: Engine, prompt, params=GREEDY, **options) -> Any:
     stream = engine.submit(Request(prompt=prompt, params=params, **options))
     engine.run()
     return stream
