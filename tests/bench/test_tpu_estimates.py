@@ -43,7 +43,7 @@ def test_decoding_is_estimated_beside_its_bytes():
     assert sheet.clock_hz is not None
     config = ModelConfig.from_preset("mega200M", dtype="bfloat16")
     slot = 8 * 4608 / sheet.memory_bytes_per_second * 1e6
-    # The bytes of five blocks take longer than a cycle each; a million cycles take longer than they.
+    # Five blocks of a row: their bytes take longer than a cycle each, a million cycles than them.
     for cycles, expected in ((1, 1280 * slot), (10**6, 8 * 5 * 1e12 / sheet.clock_hz)):
         found = estimate_decode(
             device, sheet, config, rows=8, kv="model", count_step_cycles=lambda _, n=cycles: n
