@@ -9,10 +9,10 @@ import numpy as np
 from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from megalodon_jax.config import ModelConfig
+from megalodon_jax.config import KvFormat, ModelConfig
 from megalodon_jax.parallel.sharding import partition_spec
 from megalodon_jax.typing import Array, Bool, Float32, Int32
-from pallas_kernels.chunk_attention import KeyValueCache
+from pallas_kernels.chunk_attention import Int8Slots, KeyValueCache
 from pallas_kernels.timestep_norm import TimestepNormState
 
 MAX_POSITION = int(np.iinfo(np.int32).max)
@@ -22,7 +22,8 @@ class LayerCache(NamedTuple):
     """The streaming state of one block; None where the model's configuration has no such state.
 
     Attributes:
-      keys_and_values: keys (after RoPE) and values of the current chunk, (B, H, C, head width).
+      keys_and_values: keys (after RoPE) and values of the current chunk, (B, H, C, head width); of
+        a cache for decoding with `kv="int8"`, 8-bit integers and scales (B, H, C).
       norm: TimestepNorm's running moments.
       cema: CEMA's or EMA's state: N real parts, then N imaginary parts of every channel, see
         `pallas_kernels.state_step.unpack_state`.
@@ -160,6 +161,42 @@ def _replace_rows[C: Cache | CarriedState](
         layers=layers,
         final_norm=jax.tree.map(select, initial.final_norm, cache.final_norm),
     )
+
+
+def empty_keys_and_values(rows: int, config: ModelConfig, kv: KvFormat = "model") -> KeyValueCache:
+    """Keys and values of one layer before the first token.
+
+    Args:
+      rows: number of rows.
+      config: of the model.
+      kv: their format, see `Megalodon.init_cache`.
+
+    Raises:
+      ValueError: there is no such format.
+    """
+    if kv not in ("model", "int8"):
+        raise ValueError(f"kv is {kv!r}; use 'model' or 'int8'")
+    shape = (rows, config.num_heads, config.chunk_size)
+
+    def make(width: int) -> Any:
+        if kv == "int8":
+            return Int8Slots(jnp.zeros((*shape, width), jnp.int8), jnp.zeros(shape, jnp.float32))
+        return jnp.zeros((*shape, width), jnp.dtype(config.dtype))
+
+    return KeyValueCache(make(config.head_dim), make(config.value_head_dim))
+
+
+def slot_specs(cache: KeyValueCache) -> KeyValueCache:
+    """Partition specs of keys and values: rows over `replica` and `data`, heads over `model`."""
+    return jax.tree.map(
+        lambda leaf: partition_spec("batch", "heads", *[None] * (leaf.ndim - 2)), cache
+    )
+
+
+def kv_format(cache: Any) -> KvFormat:
+    """The format of the keys and values of a cache of any model."""
+    leaves = jax.tree.leaves(cache, is_leaf=lambda node: isinstance(node, Int8Slots))
+    return "int8" if any(isinstance(leaf, Int8Slots) for leaf in leaves) else "model"
 
 
 def cache_shardings(mesh: Mesh, config: ModelConfig) -> Cache:

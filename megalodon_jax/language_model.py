@@ -8,7 +8,7 @@ import jax.export
 from flax import nnx
 from jax import numpy as jnp
 
-from megalodon_jax.config import LanguageModelConfig
+from megalodon_jax.config import KvFormat, LanguageModelConfig
 from megalodon_jax.modules.embedding import Embedding, check_embeddings, check_tokens
 from megalodon_jax.modules.matmul import interceptable_matmul, is_quantized, is_wrapped_by_qwix
 from megalodon_jax.modules.parameters import axis_names, embedding_initializer
@@ -232,12 +232,18 @@ class LanguageModel(nnx.Module):
         return kernel.astype(self.config.dtype)
 
     @abc.abstractmethod
-    def init_cache(self, batch_size: int, *, max_length: int | None = None) -> Any:
+    def init_cache(
+        self, batch_size: int, *, max_length: int | None = None, kv: KvFormat = "model"
+    ) -> Any:
         """The cache of `batch_size` rows before their first token.
 
         Args:
           batch_size: number of rows.
           max_length: most tokens of a document, for caches that grow with the context.
+          kv: format of keys and values; "int8" only for MEGALODON.
+
+        Raises:
+          ValueError: the model does not have this format.
         """
 
     def reset_rows[C: StreamingCache](self, cache: C, rows: Bool[Array, " B"]) -> C:

@@ -6,8 +6,8 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from megalodon_jax.cache import Cache, CarriedState, LayerCache
-from megalodon_jax.config import ModelConfig
+from megalodon_jax.cache import Cache, CarriedState, LayerCache, empty_keys_and_values
+from megalodon_jax.config import KvFormat, ModelConfig
 from megalodon_jax.language_model import LanguageModel, ModelInputs, make_output_layer
 from megalodon_jax.layer_stack import run_blocks, stack_blocks, unstack_layers
 from megalodon_jax.layer_variables import merge_layer, split_blocks
@@ -17,7 +17,6 @@ from megalodon_jax.modules.embedding import Embedding
 from megalodon_jax.modules.positions import after_last_token, position_info
 from megalodon_jax.modules.time_norm import init_norm_state, normalize, time_norm_from_config
 from megalodon_jax.typing import Array, Float, Float32
-from pallas_kernels.chunk_attention import KeyValueCache
 
 
 class Megalodon(LanguageModel):
@@ -93,26 +92,32 @@ class Megalodon(LanguageModel):
         kind = type(cache)
         return hidden, states, kind(position, segment, layer_caches, final_norm)
 
-    def init_cache(self, batch_size: int, *, max_length: int | None = None) -> Cache:
-        """The cache of `batch_size` rows before their first token; `max_length` changes nothing.
+    def init_cache(
+        self, batch_size: int, *, max_length: int | None = None, kv: KvFormat = "model"
+    ) -> Cache:
+        """The cache of `batch_size` rows before their first token.
 
         Its size does not depend on how many tokens will follow: per row and block, C key and value
-        vectors in `config.dtype`, and float32 norm moments and CEMA states, where the configuration
-        has them.
+        vectors, and float32 norm moments and CEMA states, where the configuration has them.
+
+        Args:
+          batch_size: number of rows.
+          max_length: changes nothing.
+          kv: "model": keys and values in `config.dtype`; "int8": 8-bit integers with a float32
+            scale for every token and head, rounded when a call of the model ends or a decoding step
+            writes them. The tokens of one call see each other's exact keys and values.
+
+        Raises:
+          ValueError: there is no such format.
         """
         del max_length
         config = self.config
-        dtype = jnp.dtype(config.dtype)
-        slots = (batch_size, config.num_heads, config.chunk_size)
         states = (batch_size, 2 * config.cema_ndim, config.model_dim)
         blocks = split_blocks(self.layers)
 
         def init_layer(layer: nnx.State) -> LayerCache:
             return LayerCache(
-                KeyValueCache(
-                    jnp.zeros((*slots, config.head_dim), dtype),
-                    jnp.zeros((*slots, config.value_head_dim), dtype),
-                ),
+                empty_keys_and_values(batch_size, config, kv),
                 init_norm_state(merge_layer(blocks, layer, None).mega.timenorm, batch_size),
                 None if config.moving_average == "none" else jnp.zeros(states, jnp.float32),
             )

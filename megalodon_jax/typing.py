@@ -7,7 +7,7 @@ G norm groups, F feed-forward hidden, V vocabulary.
 from typing import Literal, NamedTuple
 
 import jax
-from jaxtyping import Array, Bool, Complex64, Float, Float32, Int, Int8, Int32
+from jaxtyping import Array, Bool, Complex64, Float, Float32, Int, Int8, Int32, Shaped
 
 PRNGKey = jax.Array
 
@@ -45,5 +45,5 @@ class CountedBatch(NamedTuple):
 
 __all__ = [
     "Array", "Batch", "Bool", "Complex64", "CountedBatch", "Float", "Float32", "Int", "Int8",
-    "Int32", "Literal", "PRNGKey",
+    "Int32", "Literal", "PRNGKey", "Shaped",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from jax import numpy as jnp
 from megalodon_jax.baselines.attention import causal_attention
 from megalodon_jax.baselines.cache import TransformerCache
 from megalodon_jax.baselines.cached import cached_attention
-from megalodon_jax.config import TransformerConfig, TransformerEncoderConfig
+from megalodon_jax.config import KvFormat, TransformerConfig, TransformerEncoderConfig
 from megalodon_jax.language_model import LanguageModel, ModelInputs, make_output_layer
 from megalodon_jax.layer_stack import run_blocks, stack_blocks
 from megalodon_jax.modules.activations import silu_gate
@@ -242,17 +242,22 @@ class Transformer(LanguageModel):
         position, segment = after_last_token(info, cache.position, cache.segment)
         return hidden, states, TransformerCache(position, segment, layers, cache.is_ring)
 
-    def init_cache(self, batch_size: int, *, max_length: int | None = None) -> TransformerCache:
+    def init_cache(
+        self, batch_size: int, *, max_length: int | None = None, kv: KvFormat = "model"
+    ) -> TransformerCache:
         """The cache of `batch_size` rows before their first token.
 
         Args:
           batch_size: number of rows.
           max_length: most tokens of a document, prompt and answer together. None: only with a
             sliding window, whose cache has one slot for each of its tokens.
+          kv: "model": in `config.dtype`; a Transformer has no other format.
 
         Raises:
-          ValueError: full attention without `max_length`.
+          ValueError: full attention without `max_length`, or another format.
         """
+        if kv != "model":
+            raise ValueError(f"kv is {kv!r}, but a Transformer decodes with 'model' alone")
         window = self.config.attention_window
         if max_length is None and window is None:
             raise ValueError(

@@ -1,7 +1,7 @@
 r"""Speed of decoding: ms a step over the floor, first token, prefill, steps after long contexts.
 
     megalodon bench decode                                      # mega200M, 1 to 256 rows
-    megalodon bench decode --batch 1 64 --weights model int8 --profile
+    megalodon bench decode --batch 1 64 --weights model int8 --kv model int8 --profile
     megalodon bench decode --part context --against transformer \
         --json docs/results/decode_context.json                 # and Transformers beside it
 
@@ -13,6 +13,7 @@ XLA_PYTHON_CLIENT_MEM_FRACTION is set.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,8 +118,8 @@ def run(options: BenchDecodeOptions) -> int:
 def _measure(options: BenchDecodeOptions, report: DecodeReport) -> Iterator[str]:
     """Fills the report; yields the lines of its tables."""
     config = bench_config(options.preset, options.dtype, is_small=options.small)
-    for number, weights in enumerate(options.weights):
-        model = BenchModel.make(config, weights)
+    for number, (weights, kv) in enumerate(itertools.product(options.weights, options.kv)):
+        model = BenchModel.make(config, weights, kv)
         if batches := _batches(options):
             yield _STEP_HEADER
             for row in measure_batches(options, model, weights, batches, report.bytes_per_second):
@@ -179,7 +180,7 @@ def measure_batches(
             if context not in after:
                 ids = random_ids(rng, context + options.prompt, vocab_size)
                 after[context] = model.prefill(ids)
-        row = DecodeRow(options.preset, weights, batch, max(2, batch), options.prompt)
+        row = DecodeRow(options.preset, weights, batch, max(2, batch), options.prompt, kv=model.kv)
         try:
             yield from _measure_batch(
                 options, model, row, states, contexts, after, bytes_per_second
@@ -314,13 +315,13 @@ def _check(options: BenchDecodeOptions) -> None:
 
 
 _STEP_HEADER = (
-    f"{'weights':8} {'rows':>5} {'after':>10} {'ms a step':>10} {'floor':>8} {'times':>6} "
+    f"{'weights':8} {'kv':6} {'rows':>5} {'after':>10} {'ms a step':>10} {'floor':>8} {'times':>6} "
     f"{'kernels':>8} {'temporaries':>20} {'tokens/s a row, all':>20}"
 )
 
 
 def _format_step(row: DecodeRow) -> Iterator[str]:
-    start = f"{row.weights:8} {row.batch:5} {row.position:10,} "
+    start = f"{row.weights:8} {row.kv:6} {row.batch:5} {row.position:10,} "
     if row.seconds is None or row.tokens_per_second is None or row.times_floor is None:
         yield f"{start}{row.reason}"
         return

@@ -80,13 +80,13 @@ def measure_context(
       limit: the device's memory, from `memory_limit`.
     """
     config = model.model.config
-    shapes: Any = jax.eval_shape(lambda: model.model.init_cache(1, max_length=context))
+    shapes: Any = jax.eval_shape(lambda: model.model.init_cache(1, max_length=context, kv=model.kv))
     size = row_bytes(shapes)
     weights = num_bytes(model.weights)
     fitting = None if limit is None else max(0, (limit - weights) // size)
     slots = 2 if batch == 1 and (fitting is None or fitting >= 2) else batch
     position = context - chain.length * chain.long
-    step = DecodeRow(name, "model", batch, slots, position)
+    step = DecodeRow(name, "model", batch, slots, position, kv=model.kv)
     if fitting is not None and slots > fitting:
         reason = f"{slots} rows need {(weights + slots * size) / 1e9:.1f} GB"
         return ContextRow(context, size, fitting, dataclasses.replace(step, reason=reason))

@@ -21,7 +21,7 @@ from megalodon_jax.bench.kernel_times import KernelTimes, kernel_times
 from megalodon_jax.compiled.hlo import parse_program
 from megalodon_jax.compiled.launches import count_launches
 from megalodon_jax.compiled.memory import read_memory
-from megalodon_jax.config import LanguageModelConfig
+from megalodon_jax.config import KvFormat, LanguageModelConfig, WeightFormat
 from megalodon_jax.inference.blocks import (
     Emitted,
     RowRequest,
@@ -40,7 +40,6 @@ from megalodon_jax.inference.prefill import (
     prefill_piece,
 )
 from megalodon_jax.inference.sampling import Features, SamplingParams, empty_state, sampling_row
-from megalodon_jax.inference.weights import WeightFormat
 from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.models import build_model
 from megalodon_jax.typing import Array, Int32
@@ -82,14 +81,21 @@ class BenchModel:
       graphdef: of the model.
       params: with cast matrices, for prefill.
       weights: for decoding.
+      kv: format of keys and values.
     """
 
     graphdef: nnx.GraphDef
     params: nnx.State
     weights: AnyDecodeWeights
+    kv: KvFormat = "model"
 
     @classmethod
-    def make(cls, config: LanguageModelConfig, weights: WeightFormat = "model") -> "BenchModel":
+    def make(
+        cls,
+        config: LanguageModelConfig,
+        weights: WeightFormat = "model",
+        kv: KvFormat = "model",
+    ) -> "BenchModel":
         """Fresh weights.
 
         Raises:
@@ -104,7 +110,7 @@ class BenchModel:
 
         structure, params = nnx.split(model)
         graphdef = HashedGraphDef(structure)
-        return cls(graphdef, *prepared(graphdef, params))
+        return cls(graphdef, *prepared(graphdef, params), kv=kv)
 
     @property
     def model(self) -> LanguageModel:
@@ -118,7 +124,7 @@ class BenchModel:
           prompt: token ids (n,).
           max_length: most tokens of a cache that grows with the context.
         """
-        state = empty_prefill_state(self.graphdef, self.params, 1, max_length)
+        state = empty_prefill_state(self.graphdef, self.params, 1, max_length, self.kv)
         return self.prefill_from(state, prompt)
 
     def prefill_from(self, state: PrefillState, prompt: np.ndarray) -> PrefillState:
@@ -135,7 +141,8 @@ class BenchModel:
         def make(params: nnx.State) -> SlotState:
             model: LanguageModel = nnx.merge(self.graphdef, params)
             sampling = empty_state(slots, vocab_size=model.config.num_outputs)
-            return empty_slots(model.init_cache(slots, max_length=max_length), sampling)
+            cache = model.init_cache(slots, max_length=max_length, kv=self.kv)
+            return empty_slots(cache, sampling)
 
         return make(self.params)
 
@@ -276,6 +283,7 @@ class DecodeRow:
       compile_seconds: of the block.
       kinds: with a profile, GPU time of a step by kind of kernel.
       reason: why there are no numbers.
+      kv: format of keys and values.
     """
 
     model: str
@@ -293,6 +301,7 @@ class DecodeRow:
     compile_seconds: float = 0.0
     kinds: tuple[KernelTimes, ...] = ()
     reason: str | None = None
+    kv: str = "model"
 
     @property
     def tokens_per_second(self) -> float | None:

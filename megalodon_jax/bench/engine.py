@@ -144,7 +144,7 @@ def run(options: BenchEngineOptions) -> int:
     config = bench_config(options.preset, options.dtype, is_small=options.small)
     if not isinstance(config, ModelConfig):
         raise ConfigError(f"{options.preset!r} is a Transformer; use a size of MEGALODON")
-    model = BenchModel.make(config, options.weights)
+    model = BenchModel.make(config, options.weights, options.kv)
     lengths = Lengths(options.prompt, options.answer)
     capacity = measure_capacity(model, lengths, options=options)
     # Else the engine's warm-up could leave out programs that this has compiled, unnoticed.
@@ -165,6 +165,7 @@ def run(options: BenchEngineOptions) -> int:
         model.model,
         slots=options.slots,
         weights=options.weights,
+        kv=options.kv,
         fixed_bucket=options.fixed_bucket,
         max_waiting=max(map(len, arrivals), default=0) + 1,
     )

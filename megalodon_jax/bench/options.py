@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
 from megalodon_jax.config.mesh import MeshConfig
-from megalodon_jax.config.model import DType, Remat
+from megalodon_jax.config.model import DType, KvFormat, Remat, WeightFormat
 from megalodon_jax.presets import preset_names
 from pallas_kernels.common.dispatch import Implementation
 
@@ -23,8 +23,6 @@ DecayRange = Literal["initial", "long"]
 MeshName = Literal["data", "fsdp", "chunk", "model", "fsdp+chunk", "fsdp+model"]
 ScalingKind = Literal["weak", "strong"]
 EstimatedChip = Literal["v4", "v5e", "v5p", "v6e"]
-# The same as `megalodon_jax.inference.weights.WeightFormat`, whose module imports JAX.
-WeightFormat = Literal["model", "int8"]
 DecodePart = Literal["step", "context", "first_token", "prefill"]
 
 
@@ -184,8 +182,8 @@ class BenchTpuEstimatesOptions:
 
     chips: tuple[EstimatedChip, ...] = ("v5e", "v6e")
     """Kinds of TPU."""
-    op: Literal["cema", "timestep_norm"] = "cema"
-    """The operation."""
+    op: Literal["cema", "timestep_norm", "chunk_decode"] = "cema"
+    """The operation; chunk_decode has its own sizes, those of two models in decoding."""
     rows: int = 1
     """Rows of x."""
     length: int = 16_384
@@ -240,7 +238,7 @@ class BenchCemaMemoryOptions:
 class BenchDecodeOptions:
     """Measures decoding: ms a step over the floor, first token, prefill, long contexts.
 
-    Example: megalodon bench decode --preset mega200M --batch 1 64 --weights model int8 --profile
+    Example: megalodon bench decode --batch 1 64 --weights model int8 --kv model int8 --profile
     """
 
     preset: ModelPreset = "mega200M"
@@ -251,6 +249,8 @@ class BenchDecodeOptions:
     """Tokens of the prompt; ids are random."""
     weights: tuple[WeightFormat, ...] = ("model",)
     """Formats of the weights: in `dtype` (model), or 8-bit integers (int8)."""
+    kv: tuple[KvFormat, ...] = ("model",)
+    """Formats of keys and values; every one is measured with every format of the weights."""
     dtype: DType = "bfloat16"
     """Dtype of products, keys and values (`model.dtype`)."""
     part: tuple[DecodePart, ...] = ("step", "context", "first_token", "prefill")
@@ -298,6 +298,8 @@ class BenchEngineOptions:
     """Shortest and longest answer, in tokens; lengths are log-uniform."""
     weights: WeightFormat = "model"
     """Format of the weights: in `dtype` (model), or 8-bit integers (int8)."""
+    kv: KvFormat = "model"
+    """Format of keys and values: in `dtype` (model), or 8-bit integers (int8)."""
     dtype: DType = "bfloat16"
     """Dtype of products, keys and values (`model.dtype`)."""
     fixed_bucket: bool = False

@@ -1,7 +1,7 @@
 """The TPU compiler's estimates of kernels: their cycles beside those of plain JAX.
 
     megalodon bench tpu_estimates --chips v5e          # or v4, v5p, v6e; no TPU is needed
-    megalodon bench tpu_estimates --chips v5e --op timestep_norm
+    megalodon bench tpu_estimates --chips v5e --op timestep_norm      # or chunk_decode
 
 Nothing runs. For kernels, this counts the instruction bundles (one a cycle) of the compiler's final
 schedule, times the trips of every loop, with every branch taken; waiting for memory is not
@@ -11,7 +11,7 @@ included. For plain JAX, it sums the compiler's own "estimated_cycles" of all op
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -22,6 +22,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from megalodon_jax.bench.options import BenchTpuEstimatesOptions, EstimatedChip
+from megalodon_jax.bench.tpu_decode_estimates import decode_table
 from megalodon_jax.chips import require_chip
 from megalodon_jax.compiled.hlo import parse_program
 from megalodon_jax.compiled.kernels import count_estimated_cycles
@@ -216,7 +217,7 @@ def estimate(
       operation: the operation to compile.
       dumps: the empty directory that LIBTPU_INIT_ARGS names for dumps.
     """
-    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
+    device = _device_of(chip)
     pallas, xla = (
         [
             count_estimated_cycles(parse_program(text))
@@ -281,26 +282,50 @@ def _compile_passes(
 def run(options: BenchTpuEstimatesOptions) -> int:
     """Prints a table for every chip; returns 0."""
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    shape = (options.rows, options.length, options.channels)
-    if options.op == "cema":
-        operation = cema_operation(*shape)
-    else:
-        operation = timestep_norm_operation(*shape, options.groups)
-    print(f"{options.op} {shape} bfloat16, ns a token")
     with tempfile.TemporaryDirectory() as directory:
         # libtpu reads it once, at the first topology.
         os.environ["LIBTPU_INIT_ARGS"] = (
             f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true "
             "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
         )
-        for chip in options.chips:
-            estimates = estimate(chip, operation, Path(directory))
-            print(f"| {chip} | memory floor | kernels | around them | plain JAX |")
-            for kind, each in estimates.items():
-                print(
-                    f"| {kind} | {each.floor:.3g} | {each.kernel:.3g} | {each.around:.3g} "
-                    f"| {each.xla:.3g} |"
-                )
-            for path in Path(directory).iterdir():
-                path.unlink()
+        tables = _decode_tables if options.op == "chunk_decode" else _sequence_tables
+        for line in tables(options, Path(directory)):
+            print(line, flush=True)
     return 0
+
+
+def _decode_tables(options: BenchTpuEstimatesOptions, dumps: Path) -> Iterator[str]:
+    yield "chunk_decode, bfloat16, us of a layer in a step"
+    for chip in options.chips:
+        device = _device_of(chip)
+        sheet = require_chip(device.device_kind)
+        yield from decode_table(
+            chip,
+            device,
+            sheet,
+            dumps,
+            lambda text: sum(read_schedule(text).cycles(first=0, last=0)),
+        )
+
+
+def _sequence_tables(options: BenchTpuEstimatesOptions, dumps: Path) -> Iterator[str]:
+    shape = (options.rows, options.length, options.channels)
+    if options.op == "cema":
+        operation = cema_operation(*shape)
+    else:
+        operation = timestep_norm_operation(*shape, options.groups)
+    yield f"{options.op} {shape} bfloat16, ns a token"
+    for chip in options.chips:
+        estimates = estimate(chip, operation, dumps)
+        yield f"| {chip} | memory floor | kernels | around them | plain JAX |"
+        for kind, each in estimates.items():
+            yield (
+                f"| {kind} | {each.floor:.3g} | {each.kernel:.3g} | {each.around:.3g} "
+                f"| {each.xla:.3g} |"
+            )
+        for path in dumps.iterdir():
+            path.unlink()
+
+
+def _device_of(chip: EstimatedChip) -> Any:
+    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 import tyro
 
 from megalodon_jax.cli.command import WithCompilationCache
-from megalodon_jax.cli.options import ModelOptions, SamplingOptions
+from megalodon_jax.cli.options import DecodingOptions, ModelOptions, SamplingOptions
 from megalodon_jax.cli.progress import Progress
 from megalodon_jax.errors import CheckpointError, ConfigError, MegalodonError, did_you_mean
 
@@ -29,7 +29,7 @@ Ctrl-C stops an answer; what there is of it stays."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chat(SamplingOptions, ModelOptions, WithCompilationCache):
+class Chat(SamplingOptions, DecodingOptions, ModelOptions, WithCompilationCache):
     """A conversation with a trained model; its state is kept between turns and in files.
 
     Lines that begin with / are commands; /help lists them.
@@ -73,7 +73,14 @@ class Chat(SamplingOptions, ModelOptions, WithCompilationCache):
         else:
             template = ChatTemplate.of_tokenizer(tokenizer)
         room = max_length(model, self.max_length)
-        engine = Engine(model, slots=2, tokenizer=tokenizer, max_length=room, short_blocks=True)
+        engine = Engine(
+            model,
+            slots=2,
+            tokenizer=tokenizer,
+            max_length=room,
+            short_blocks=True,
+            **self.formats(model),
+        )
         return Conversation(engine, params, template)
 
 

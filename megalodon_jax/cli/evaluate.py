@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megalodon_jax.cli.command import WithCompilationCache
+from megalodon_jax.cli.options import check_formats
+from megalodon_jax.config import KvFormat, WeightFormat
 from megalodon_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ _FILES = ("files", "text_field", "document_separator")
 _ANSWERS = ("count", "seed", "method", "window", "tokens_per_call")
 # The options of every task, besides those of the model and `json`.
 _OPTIONS: dict[str, tuple[str, ...]] = {
-    "text": (*_FILES, "batch_size", "piece_length"),
+    "text": (*_FILES, "batch_size", "piece_length", "weights", "kv"),
     "examples": ("best", "examples_path", "split", "picture"),
     "perplexity_by_context": (
         *_FILES, "contexts", "tail", "join", "max_tokens", "window", "tokens_per_call",
@@ -84,6 +86,11 @@ class Evaluate(WithCompilationCache):
     """text: most documents that are read side by side."""
     piece_length: int = 1024
     """text: tokens of a document that go through the model at a time."""
+    weights: WeightFormat = "model"
+    """text: format of the weights, in the model's dtype (model) or 8-bit integers (int8). With int8
+    here or in --kv, every token goes through a decoding step, which is slow with few documents."""
+    kv: KvFormat = "model"
+    """text: format of keys and values, in the model's dtype (model) or 8-bit integers (int8)."""
     tokens_per_call: int = 16_384
     """Other tasks: tokens that go through the model at a time."""
     contexts: tuple[int, ...] = (4096, 16_384, 65_536, 262_144, 0)
@@ -227,6 +234,7 @@ class Evaluate(WithCompilationCache):
             allow_unverified=self.allow_unverified,
             tokenizer=self.tokenizer,
         )
+        check_formats(trained.model, self.weights, self.kv)
         if self.window is not None:
             trained = trained._replace(model=with_window(trained.model, self.window))
         return trained, self._results(trained)

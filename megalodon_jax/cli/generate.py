@@ -12,7 +12,7 @@ import tyro
 from megalodon_jax.cli.command import WithCompilationCache
 from megalodon_jax.cli.completions import Completions
 from megalodon_jax.cli.interrupt import Interrupt
-from megalodon_jax.cli.options import ModelOptions, SamplingOptions
+from megalodon_jax.cli.options import DecodingOptions, ModelOptions, SamplingOptions
 from megalodon_jax.cli.progress import Progress
 from megalodon_jax.cli.prompts import Prompt, command_line_prompts, read_prompts
 from megalodon_jax.errors import CheckpointError, ConfigError, RequestError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(SamplingOptions, ModelOptions, WithCompilationCache):
+class Generate(SamplingOptions, DecodingOptions, ModelOptions, WithCompilationCache):
     """Continues prompts with a trained model.
 
     The text of one prompt is printed as it comes; several prompts, samples or log-probabilities
@@ -103,7 +103,14 @@ def _print_text(command: Generate, prompt: Prompt, progress: Progress) -> int:
     session = Path(command.session) if command.session else None
     # A session grows: a cache with a fixed room could not be continued.
     room = None if session else max_length(model, len(request.prompt) + prompt.params.max_tokens)
-    engine = Engine(model, slots=2, tokenizer=tokenizer, max_length=room, short_blocks=True)
+    engine = Engine(
+        model,
+        slots=2,
+        tokenizer=tokenizer,
+        max_length=room,
+        short_blocks=True,
+        **command.formats(model),
+    )
     if session is not None:
         request = dataclasses.replace(request, keep_session=True)
     if session is not None and session.exists():
@@ -164,6 +171,7 @@ def _write_lines(command: Generate, completions: Completions, progress: Progress
         max_length=max_length(model, longest),
         fixed_bucket=True,
         fill_slots_first=True,
+        **command.formats(model),
     )
     jobs = iter(zip(prompts, requests, strict=True))
     with Interrupt() as interrupt:

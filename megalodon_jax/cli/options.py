@@ -2,16 +2,18 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from megalodon_jax.cli.progress import Progress
+from megalodon_jax.config import KvFormat, ModelConfig, WeightFormat
 from megalodon_jax.errors import ConfigError
 from megalodon_jax.inference.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from megalodon_jax.checkpoints import TrainedModel
+    from megalodon_jax.language_model import LanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,34 @@ class ModelOptions:
             allow_unverified=self.allow_unverified,
             tokenizer=self.tokenizer,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingOptions:
+    """Formats of a model's arrays in decoding."""
+
+    weights: WeightFormat = "model"
+    """Format of the weights in decoding: in the model's dtype (model), or 8-bit integers (int8)."""
+    kv: KvFormat = "model"
+    """Format of keys and values in decoding: in the model's dtype, or 8-bit integers (int8)."""
+
+    def formats(self, model: "LanguageModel") -> dict[str, Any]:
+        """The arguments `weights` and `kv` of `Engine`.
+
+        Raises:
+          ConfigError: the model does not have these formats.
+        """
+        check_formats(model, self.weights, self.kv)
+        return {"weights": self.weights, "kv": self.kv}
+
+
+def check_formats(model: "LanguageModel", weights: WeightFormat, kv: KvFormat) -> None:
+    """Raises ConfigError if a model decodes with one format alone, and others are asked for."""
+    for name, value in (("weights", weights), ("kv", kv)):
+        if value != "model" and not isinstance(model.config, ModelConfig):
+            raise ConfigError(
+                f"--{name} is {value}, but a {type(model).__name__} decodes with model alone"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from megalodon_jax.cli.command import WithCompilationCache
-from megalodon_jax.cli.options import ModelOptions
+from megalodon_jax.cli.options import DecodingOptions, ModelOptions
 from megalodon_jax.cli.progress import Progress
 from megalodon_jax.errors import ConfigError
 from megalodon_jax.serve.settings import ServerSettings
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serve(ModelOptions, WithCompilationCache, ServerSettings):
+class Serve(DecodingOptions, ModelOptions, WithCompilationCache, ServerSettings):
     """Serves a trained model over HTTP, with the endpoints of OpenAI's API and a page to try it.
 
     Example: megalodon serve runs/first --port 8000
@@ -62,7 +62,7 @@ class Serve(ModelOptions, WithCompilationCache, ServerSettings):
         from megalodon_jax.serve.server import make_engine
 
         model, tokenizer = self.load(progress)
-        engine = make_engine(model, tokenizer, self)
+        engine = make_engine(model, tokenizer, self, **self.formats(model))
         if not self.skip_warm_up:
             progress.show("compiling")
             engine.warm_up()

@@ -20,12 +20,14 @@ from megalodon_jax.config.mesh import MeshConfig, ProcessesConfig
 from megalodon_jax.config.model import (
     DType,
     InitMode,
+    KvFormat,
     ModelConfig,
     ModelOperation,
     MovingAverage,
     Remat,
     ResidualConnection,
     TimeNorm,
+    WeightFormat,
 )
 from megalodon_jax.config.optimizer import OptimConfig
 from megalodon_jax.config.parsing import config_from_dict, load_config
@@ -44,6 +46,7 @@ __all__ = [
     "ExamplesConfig",
     "HeldoutSet",
     "InitMode",
+    "KvFormat",
     "LanguageModelConfig",
     "LoraConfig",
     "MeshConfig",
@@ -61,6 +64,7 @@ __all__ = [
     "TrainConfig",
     "TransformerConfig",
     "TransformerEncoderConfig",
+    "WeightFormat",
     "config_from_dict",
     "load_config",
     "model_config_class",

@@ -15,6 +15,9 @@ MovingAverage = Literal["cema", "ema", "none"]
 TimeNorm = Literal["timestep", "layer", "rms"]
 ResidualConnection = Literal["two_hop", "pre_norm"]
 ModelOperation = Literal["cema", "timestep_norm", "attention", "rowwise"]
+# Of weights, and of keys and values, in decoding: in the model's dtype, or 8-bit integers.
+WeightFormat = Literal["model", "int8"]
+KvFormat = Literal["model", "int8"]
 
 # Operations that have no kernels of an implementation.
 _WITHOUT_KERNELS = {("pallas_tpu", "rowwise")}

@@ -9,11 +9,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from megalodon_jax.config import DataConfig
+from megalodon_jax.config import DataConfig, KvFormat, WeightFormat
 from megalodon_jax.data.open_source import open_source
 from megalodon_jax.data.sources import Source
 from megalodon_jax.data.tokenizer import Tokenizer
+from megalodon_jax.evaluation.decoded import decode_batch
 from megalodon_jax.evaluation.summary import Evaluation, summarize
+from megalodon_jax.inference.decoders import AnyDecodeWeights, prepare_decoding
 from megalodon_jax.inference.prefill import empty_prefill_state, score_hidden
 from megalodon_jax.language_model import LanguageModel, StreamingCache
 from megalodon_jax.loss import LossOutput, cross_entropy
@@ -29,6 +31,8 @@ def evaluate_files(
     document_separator: str = "",
     batch_size: int = 8,
     piece_length: int = 1024,
+    weights: WeightFormat = "model",
+    kv: KvFormat = "model",
 ) -> Evaluation:
     """Evaluates a model on text files; every token sees all previous text of its document.
 
@@ -42,9 +46,13 @@ def evaluate_files(
       document_separator: separator of documents in a plain file; empty: a file is one document.
       batch_size: maximum number of documents in parallel.
       piece_length: tokens per document and model call.
+      weights: format of the weights, see `inference.weights.prepare`.
+      kv: format of keys and values, see `Megalodon.init_cache`. If one of the two is not "model",
+        every token goes through a decoding step, as generated tokens do.
 
     Raises:
       DataError: a file cannot be read, or there is no text.
+      ValueError: the model does not have this format of weights, or of keys and values.
     """
     source = open_text_files(files, text_field, document_separator)
     return evaluate_documents(
@@ -54,6 +62,8 @@ def evaluate_files(
         # More rows than documents would be padding.
         batch_size=min(batch_size, len(source)),
         piece_length=piece_length,
+        weights=weights,
+        kv=kv,
     )
 
 
@@ -82,6 +92,8 @@ def evaluate_documents(
     *,
     batch_size: int = 8,
     piece_length: int = 1024,
+    weights: WeightFormat = "model",
+    kv: KvFormat = "model",
 ) -> Evaluation:
     """Evaluates a model on texts by streaming each document through the cache in pieces.
 
@@ -95,11 +107,14 @@ def evaluate_documents(
     counter = _ByteCounter(texts)
     streams = (_stream(tokenizer, text) for text in counter)
     graphdef, params = nnx.split(model)
-    cache = empty_prefill_state(graphdef, params, batch_size, piece_length).cache
+    cache = empty_prefill_state(graphdef, params, batch_size, piece_length, kv).cache
+    step = partial(_streaming_step, graphdef, params)
+    if (weights, kv) != ("model", "model"):
+        step = partial(decode_batch, graphdef, params, _prepared(graphdef, params, weights))
     sums: list[LossOutput] = []
     for batch in streaming_batches(streams, batch_size=batch_size, length=piece_length):
         cache = model.with_room(cache, piece_length)
-        piece_sums, cache = _streaming_step(graphdef, params, cache, batch)
+        piece_sums, cache = step(cache, batch)
         sums.append(jax.device_get(piece_sums))
     return summarize(sums, counter.num_bytes)
 
@@ -262,6 +277,11 @@ class _ByteCounter:
 def _stream(tokenizer: Tokenizer, text: str) -> np.ndarray:
     stream = np.concatenate([[tokenizer.bos_id], tokenizer.encode(text), [tokenizer.eos_id]])
     return stream.astype(np.int32)
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def _prepared(graphdef: nnx.GraphDef, params: nnx.State, weights: WeightFormat) -> AnyDecodeWeights:
+    return prepare_decoding(nnx.merge(graphdef, params), weights)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)

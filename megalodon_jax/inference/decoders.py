@@ -7,8 +7,9 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
+from megalodon_jax.config import WeightFormat
 from megalodon_jax.inference import step
-from megalodon_jax.inference.weights import DecodeWeights, WeightFormat, prepare
+from megalodon_jax.inference.weights import DecodeWeights, prepare
 from megalodon_jax.language_model import LanguageModel, StreamingCache
 from megalodon_jax.layer_stack import unstack_layers
 from megalodon_jax.lora import has_lora

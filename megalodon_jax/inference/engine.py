@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from megalodon_jax.config import ModelConfig
-from megalodon_jax.errors import EngineBusyError, RequestError, SessionError
+from megalodon_jax.config import KvFormat, ModelConfig, WeightFormat
+from megalodon_jax.errors import EngineBusyError, RequestError
 from megalodon_jax.inference.blocks import (
     Emitted,
     RowRequest,
@@ -54,7 +54,6 @@ from megalodon_jax.inference.scheduling import (
 )
 from megalodon_jax.inference.sessions import Session, fingerprint
 from megalodon_jax.inference.speculation import SpeculationSettings, Speculator
-from megalodon_jax.inference.weights import WeightFormat
 from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.parallel.sharding import shardings_of
 
@@ -87,6 +86,9 @@ class Engine:
       slots: most requests that run at the same time, at least 2.
       tokenizer: for `Stream.text`, stop strings, and the ids that may be drawn.
       weights: "model" or "int8", see `inference.weights.prepare`.
+      kv: keys and values in the model's dtype ("model"), or as 8-bit integers, half of bfloat16's
+        bytes ("int8"): drawn tokens are then those of the rounded keys and values. A prompt's
+        tokens see each other's exact ones, unless they continue a session inside a chunk.
       max_length: most tokens of a request, prompt and answer together; a model whose cache grows
         with the context needs it, and MEGALODON has no limit.
       max_waiting: most requests in the queue.
@@ -105,7 +107,7 @@ class Engine:
 
     Raises:
       ValueError: a size is out of range or does not divide over the mesh, or the model does not
-        have this format of weights.
+        have this format of weights, or of keys and values.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class Engine:
         slots: int = 64,
         tokenizer: "Tokenizer | None" = None,
         weights: WeightFormat = "model",
+        kv: KvFormat = "model",
         max_length: int | None = None,
         max_waiting: int = 1024,
         prefill_rows: int = 1,
@@ -152,14 +155,14 @@ class Engine:
             params = jax.device_put(params, shardings_of(params, mesh))
         with self._devices():
             params, self._weights = prepare_weights(graphdef, params, weights)
-            self._state = make_slots(graphdef, params, slots, max_length)
+            self._state = make_slots(graphdef, params, slots, max_length, kv)
         prefixes = None
         if prefix_cache_bytes:
             if not isinstance(config, ModelConfig):
                 raise ValueError("prefix_cache_bytes: only MEGALODON has states at chunk borders")
             prefixes = PrefixCache(prefix_cache_bytes, config.chunk_size)
         sizes = PieceSizes.for_model(model)
-        self._prefiller = Prefiller(graphdef, params, sizes, max_length, prefixes)
+        self._prefiller = Prefiller(graphdef, params, sizes, max_length, prefixes, kv)
         # Prompts alone run in a batch of one, unless the batch is sharded.
         self._prefill_rows, self._fewest_rows = prefill_rows, 1 if row_shards == 1 else prefill_rows
         # A model's own call runs all rows of its cache, and so does a sharded batch.
@@ -200,8 +203,8 @@ class Engine:
         if len(self._waiting) >= self.max_waiting:
             raise EngineBusyError(f"{self.max_waiting} requests are waiting; try again later")
         self._limits.check(request)
-        if request.session is not None and request.session.fingerprint != self._fingerprint:
-            raise SessionError("the session belongs to another model or to other weights")
+        if request.session is not None:
+            request.session.check(self._fingerprint, self._prefiller.kv)
         seed = request.params.seed
         seeds = [next(self._seeds) for _ in range(n)] if seed is None else range(seed, seed + n)
         streams = [Stream(request, each, self.step, self.tokenizer) for each in seeds]
@@ -488,7 +491,8 @@ class Engine:
         """Reads a session that `Session.save` wrote.
 
         Raises:
-          SessionError: the file is damaged, or the session belongs to another model.
+          SessionError: the file is damaged, or the session belongs to another model or another
+            format of keys and values.
         """
         with self._devices():
             empty = extract_row(self._prefiller.empty_state(self._fewest_rows).cache, 0)

@@ -7,11 +7,10 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from megalodon_jax.config import AnyModelConfig
+from megalodon_jax.config import AnyModelConfig, KvFormat, WeightFormat
 from megalodon_jax.inference.blocks import SlotState, constrain_slots, empty_slots
 from megalodon_jax.inference.decoders import cast_matrices, prepare_decoding
 from megalodon_jax.inference.sampling import empty_state
-from megalodon_jax.inference.weights import WeightFormat
 from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.parallel.mesh import feature_sizes
 
@@ -46,11 +45,12 @@ def prepare_weights(
     return nnx.state(cast_matrices(model)), prepare_decoding(model, weights)
 
 
-@partial(jax.jit, static_argnums=(0, 2, 3))
+@partial(jax.jit, static_argnums=(0, 2, 3, 4))
 def make_slots(
-    graphdef: nnx.GraphDef, params: nnx.State, slots: int, max_length: int | None
+    graphdef: nnx.GraphDef, params: nnx.State, slots: int, max_length: int | None, kv: KvFormat
 ) -> SlotState:
     """Slots without requests."""
     model: LanguageModel = nnx.merge(graphdef, params)
     sampling = empty_state(slots, vocab_size=model.config.num_outputs)
-    return constrain_slots(empty_slots(model.init_cache(slots, max_length=max_length), sampling))
+    cache = model.init_cache(slots, max_length=max_length, kv=kv)
+    return constrain_slots(empty_slots(cache, sampling))

@@ -4,18 +4,19 @@ The states change only after it is known how many of the tokens are accepted.
 """
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
 
-from megalodon_jax.cache import Cache, LayerCache
+from megalodon_jax.cache import Cache, LayerCache, slot_specs
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.inference.step import RotaryFactors, forward, rotation_of, set_rows
 from megalodon_jax.inference.weights import DecodeWeights, NormVectors
 from megalodon_jax.parallel.sharding import partition_spec, shard_map_logical
-from megalodon_jax.typing import Array, Bool, Float, Float32, Int32
-from pallas_kernels.chunk_attention import KeyValueCache
+from megalodon_jax.typing import Array, Bool, Float, Float32, Int32, Shaped
+from pallas_kernels.chunk_attention import Int8Slots, KeyValueCache
 from pallas_kernels.chunk_attention.types import accumulation_dtype, matmul_precision
 from pallas_kernels.common.target import find_target
 from pallas_kernels.norm_state_step import NormStateStepOutput
@@ -73,8 +74,8 @@ def decode_positions(
 
     Args:
       weights: from `prepare`.
-      cache: S >= B rows. The values of slots that no token of the chunk fills must be finite, as
-        those of `Megalodon.init_cache` and of former chunks are.
+      cache: S >= B rows. The values (or their scales) of slots that no token of the chunk fills
+        must be finite, as those of `Megalodon.init_cache` and of former chunks are.
       tokens: token ids. Tokens at or after a row's next chunk border have scores without meaning,
         and none of their keys and values is written.
     """
@@ -187,8 +188,7 @@ class _SeveralTokens(NamedTuple):
         cache: KeyValueCache,
     ) -> tuple[Float[Array, "R H Dv"], KeyValueCache]:
         heads = partition_spec("batch", None, "heads", None)
-        slots = partition_spec("batch", "heads", None, None)
-        specs = KeyValueCache(slots, slots)
+        specs = slot_specs(cache)
         out, cache = shard_map_logical(
             _attend,
             in_specs=(heads, heads, heads, heads, specs, partition_spec("batch", None)),
@@ -246,23 +246,27 @@ def _attend(
     num_slots = cache.key.shape[2]
     # Slots beyond the border are out of bounds: they are not written.
     slots = position[:, :1] % num_slots + jnp.arange(T, dtype=jnp.int32)
-    cache = KeyValueCache(_write(cache.key, slots, key), _write(cache.value, slots, value))
+    cache = jax.tree.map(partial(_write, index=slots), cache, cache.encode(key, value))
+    keys, values = jax.tree.map(lambda leaf: leaf[:B], cache)
     is_seen = jnp.arange(num_slots) <= slots[..., None]
     wide, precision = accumulation_dtype(query.dtype), matmul_precision(query.dtype)
+    key_scale = value_scale = None
+    if isinstance(keys, Int8Slots) and isinstance(values, Int8Slots):
+        # Scales of keys multiply the scores, those of values the weights: no slot is multiplied.
+        key_scale, value_scale = keys.scale[:, :, None], values.scale[:, :, None]
+        keys, values = keys.values.astype(query.dtype), values.values.astype(value.dtype)
     scores = jnp.einsum(
-        "bthd,bhcd->bhtc",
-        query,
-        cache.key[:B],
-        precision=precision,
-        preferred_element_type=wide,
+        "bthd,bhcd->bhtc", query, keys, precision=precision, preferred_element_type=wide
     )
+    scores = scores if key_scale is None else scores * key_scale
     weights = jax.nn.softmax(jnp.where(is_seen[:, None], scores, -jnp.inf), axis=-1)
+    weights = weights if value_scale is None else weights * value_scale
     # A mask of the values, for slots that hold NaN, would be a copy of them: 0.8 GB a step of
     # mega200M with 8 rows (compiled for an H100), twice the weights.
     out = jnp.einsum(
         "bhtc,bhcd->bthd",
         weights.astype(value.dtype),
-        cache.value[:B],
+        values,
         precision=precision,
         preferred_element_type=wide,
     )
@@ -271,8 +275,8 @@ def _attend(
 
 
 def _write(
-    slots: Float[Array, "S H C D"], index: Int32[Array, "B T"], new: Float[Array, "B T H D"]
-) -> Float[Array, "S H C D"]:
+    slots: Shaped[Array, "S H C *D"], new: Shaped[Array, "B T H *D"], index: Int32[Array, "B T"]
+) -> Shaped[Array, "S H C *D"]:
     rows = jnp.arange(len(new), dtype=jnp.int32)[:, None]
     return slots.at[rows, :, index].set(
         new, mode="drop", unique_indices=True, indices_are_sorted=True

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 
+from megalodon_jax.config import KvFormat
 from megalodon_jax.inference.rows import constrain_cache
 from megalodon_jax.inference.sampling import MAX_LOGPROBS, Logprobs, token_logprobs
 from megalodon_jax.language_model import LanguageModel
@@ -80,14 +81,19 @@ class PrefillState(NamedTuple):
     logits: Float32[Array, "B V"]
 
 
-@partial(jax.jit, static_argnums=(0, 2, 3))
+@partial(jax.jit, static_argnums=(0, 2, 3, 4))
 def empty_prefill_state(
-    graphdef: nnx.GraphDef, params: nnx.State, batch_size: int, max_length: int | None = None
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    batch_size: int,
+    max_length: int | None = None,
+    kv: KvFormat = "model",
 ) -> PrefillState:
     """The state before the first token. No two arrays share a buffer: it can be donated."""
     model: LanguageModel = nnx.merge(graphdef, params)
     logits = jnp.zeros((batch_size, model.config.num_outputs), jnp.float32)
-    return _constrained(PrefillState(model.init_cache(batch_size, max_length=max_length), logits))
+    cache = model.init_cache(batch_size, max_length=max_length, kv=kv)
+    return _constrained(PrefillState(cache, logits))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from megalodon_jax.config import KvFormat
 from megalodon_jax.inference.prefill import (
     Piece,
     PieceSizes,
@@ -58,6 +59,7 @@ class Prefiller:
       sizes: of the pieces.
       max_length: for caches that grow.
       prefixes: states of prompts' beginnings; None: not kept.
+      kv: format of keys and values.
     """
 
     graphdef: nnx.GraphDef
@@ -65,10 +67,11 @@ class Prefiller:
     sizes: PieceSizes
     max_length: int | None
     prefixes: PrefixCache | None
+    kv: KvFormat = "model"
 
     def empty_state(self, rows: int) -> PrefillState:
         """The state of rows before their first token."""
-        return empty_prefill_state(self.graphdef, self.params, rows, self.max_length)
+        return empty_prefill_state(self.graphdef, self.params, rows, self.max_length, self.kv)
 
     def begin(self, rows: Sequence[PromptRow], batch_size: int) -> "PrefillJob":
         """A job of up to `batch_size` prompts, whose pieces have the same sizes."""

@@ -8,6 +8,7 @@ from jax import numpy as jnp
 
 from megalodon_jax.parallel.sharding import constrain, has_multiple_devices
 from megalodon_jax.typing import Array, Int32
+from pallas_kernels.chunk_attention import Int8Slots
 
 # Logical axes of a cache's leaves by their number of axes: positions and counts, moments of norm
 # groups, CEMA's states, keys and values.
@@ -50,7 +51,15 @@ def constrain_cache[T](cache: T) -> T:
     Every program of the engine constrains its results: caches then have one sharding, and none is
     compiled again for another.
     """
-    return jax.tree.map(lambda leaf: constrain(leaf, *_CACHE_AXES[leaf.ndim]), cache)
+
+    def constrain_node(node: Any) -> Any:
+        if not isinstance(node, Int8Slots):
+            return constrain(node, *_CACHE_AXES[node.ndim])
+        # A scale of every slot has three axes, as CEMA's state.
+        values = constrain(node.values, *_CACHE_AXES[4])
+        return Int8Slots(values, constrain(node.scale, *_CACHE_AXES[4][:3]))
+
+    return jax.tree.map(constrain_node, cache, is_leaf=lambda node: isinstance(node, Int8Slots))
 
 
 def replicate[T](tree: T) -> T:

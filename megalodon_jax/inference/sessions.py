@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 
-from megalodon_jax.cache import Cache
-from megalodon_jax.config import AnyModelConfig
+from megalodon_jax.cache import Cache, kv_format
+from megalodon_jax.config import AnyModelConfig, KvFormat
 from megalodon_jax.errors import SessionError
 from pallas_kernels.chunk_attention import KeyValueCache
 
@@ -62,6 +62,12 @@ class Session:
     def with_pending(self, tokens: Sequence[int]) -> "Session":
         """The session with more tokens that have not been through the model."""
         return dataclasses.replace(self, pending=(*self.pending, *tokens))
+
+    def check(self, fingerprint: str, kv: KvFormat) -> None:
+        """Raises SessionError unless the session fits a model and its format of keys and values."""
+        if self.fingerprint != fingerprint:
+            raise SessionError("the session belongs to another model or to other weights")
+        _check_format("the session", kv_format(self.cache), kv)
 
     def restore(self, empty: Any) -> Any:
         """The row's cache on the device.
@@ -114,7 +120,8 @@ class Session:
           fingerprint: of the model.
 
         Raises:
-          SessionError: the file is damaged, or the session belongs to another model.
+          SessionError: the file is damaged, or the session belongs to another model or another
+            format of keys and values.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -149,6 +156,14 @@ def _bit_sums(params: nnx.State) -> list[jax.Array]:
     return [bit_sum(leaf) for leaf in jax.tree.leaves(params)]
 
 
+def _check_format(name: str, kv: KvFormat, expected: KvFormat) -> None:
+    if kv != expected:
+        raise SessionError(
+            f"{name} has keys and values in the format {kv!r}, the engine in {expected!r}; use an "
+            f"engine with kv={kv!r}"
+        )
+
+
 def filled_slots(cache: Any) -> int:
     """Slots of a row's keys and values that hold a token that can still be seen."""
     position = int(cache.position[0])
@@ -162,7 +177,7 @@ def _map_slots(function: Any, cache: Any) -> Any:
         return isinstance(node, KeyValueCache)
 
     def apply(node: Any) -> Any:
-        return KeyValueCache(*map(function, node)) if is_slots(node) else node
+        return jax.tree.map(function, node) if is_slots(node) else node
 
     return jax.tree.map(apply, cache, is_leaf=is_slots)
 
@@ -205,6 +220,8 @@ def _from_file(
     paths, structure = jax.tree_util.tree_flatten_with_path(empty)
     names = [jax.tree_util.keystr(path) for path, _ in paths]
     if set(names) != arrays.keys():
+        is_int8 = any(array.dtype == np.int8 for array in arrays.values())
+        _check_format(path, "int8" if is_int8 else "model", kv_format(empty))
         raise damaged
     cache = jax.tree.unflatten(structure, [arrays[name] for name in names])
     return Session(cache, pending, model)

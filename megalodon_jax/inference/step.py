@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 from jax import numpy as jnp
 
-from megalodon_jax.cache import Cache, LayerCache
+from megalodon_jax.cache import Cache, LayerCache, slot_specs
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.inference.weights import (
     DecodeLayer,
@@ -439,11 +439,7 @@ def _attend(
     def attend(query, key, value, gate, cache, position) -> ChunkDecodeOutput:
         return chunk_decode(query, key, value, cache, position, gate=gate)
 
-    heads, slots = (
-        partition_spec("batch", "heads", None),
-        partition_spec("batch", "heads", None, None),
-    )
-    cache_spec = KeyValueCache(slots, slots)
+    heads, cache_spec = partition_spec("batch", "heads", None), slot_specs(cache)
     return shard_map_logical(
         attend,
         in_specs=(heads, heads, heads, heads, cache_spec, partition_spec("batch")),

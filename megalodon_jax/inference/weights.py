@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from megalodon_jax.config import ModelConfig
+from megalodon_jax.config import ModelConfig, WeightFormat
 from megalodon_jax.layer_stack import unstack_layers
 from megalodon_jax.model import Megalodon
 from megalodon_jax.modules.block import Block
@@ -18,11 +18,10 @@ from megalodon_jax.modules.matmul import LogicalAxes
 from megalodon_jax.modules.time_norm import TimeNormModule
 from megalodon_jax.parallel.sharding import axis_size, constrain
 from megalodon_jax.typing import Array, Float, Float32
+from pallas_kernels.common.int8 import quantize
 from pallas_kernels.skinny_matmul import Int8Matrix
 from pallas_kernels.skinny_matmul.types import Matrix
 from pallas_kernels.state_step import CemaStepTables, cema_step_tables
-
-WeightFormat = Literal["model", "int8"]
 
 
 class Projection(NamedTuple):
@@ -130,15 +129,6 @@ def prepare(model: Megalodon, weights: WeightFormat = "model") -> DecodeWeights:
         output=make.projection(model.output_matrix(), None, (None, "vocab")),
         config=config,
     )
-
-
-def quantize(matrix: Float[Array, "out in"]) -> Int8Matrix:
-    """Rounds each row to 255 levels, symmetric about 0, up to its largest magnitude."""
-    wide = matrix.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=1) / 127
-    # A row of zeros has scale 0.
-    values = jnp.round(wide / jnp.where(scale > 0, scale, 1)[:, None]).astype(jnp.int8)
-    return Int8Matrix(values, scale)
 
 
 class _Preparation(NamedTuple):

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from megalodon_jax.cache import LayerCache
+from megalodon_jax.cache import LayerCache, slot_specs
 from megalodon_jax.config import InitMode, ModelConfig, MovingAverage, TimeNorm
 from megalodon_jax.modules.activations import silu, silu_gate
 from megalodon_jax.modules.bidirectional import (
@@ -386,9 +386,8 @@ class MegaAttention(nnx.Module):
             )
 
         tokens = partition_spec("batch", "length")
-        slots = partition_spec("batch", "heads", None, None)
         features = partition_spec("batch", "length", "heads", None)
-        cache_spec = None if cache is None else KeyValueCache(slots, slots)
+        cache_spec = None if cache is None else slot_specs(cache)
         return shard_map_logical(
             attend,
             in_specs=(

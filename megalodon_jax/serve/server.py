@@ -13,6 +13,7 @@ from types import FrameType
 import uvicorn
 from sse_starlette.sse import AppStatus
 
+from megalodon_jax.config import KvFormat, WeightFormat
 from megalodon_jax.data.chat_template import ChatTemplate
 from megalodon_jax.data.tokenizer import Tokenizer
 from megalodon_jax.errors import ConfigError
@@ -33,8 +34,15 @@ _LAST_SECONDS = 5.0
 _BACKLOG = 2048
 
 
-def make_engine(model: LanguageModel, tokenizer: Tokenizer, settings: ServerSettings) -> Engine:
-    """The engine of a server."""
+def make_engine(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    settings: ServerSettings,
+    *,
+    weights: WeightFormat = "model",
+    kv: KvFormat = "model",
+) -> Engine:
+    """The engine of a server; formats of weights, keys and values as in `Engine`."""
     return Engine(
         model,
         slots=settings.slots,
@@ -42,6 +50,8 @@ def make_engine(model: LanguageModel, tokenizer: Tokenizer, settings: ServerSett
         max_length=max_length(model, settings.max_prompt_tokens + settings.max_answer_tokens),
         max_waiting=settings.max_waiting,
         short_blocks=True,
+        weights=weights,
+        kv=kv,
     )
 
 

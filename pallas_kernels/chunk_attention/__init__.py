@@ -4,7 +4,14 @@ from pallas_kernels.chunk_attention.api import chunk_attention
 from pallas_kernels.chunk_attention.types import (
     AttentionDropout,
     ChunkAttentionOutput,
+    Int8Slots,
     KeyValueCache,
 )
 
-__all__ = ["AttentionDropout", "ChunkAttentionOutput", "KeyValueCache", "chunk_attention"]
+__all__ = [
+    "AttentionDropout",
+    "ChunkAttentionOutput",
+    "Int8Slots",
+    "KeyValueCache",
+    "chunk_attention",
+]

@@ -13,12 +13,14 @@ from pallas_kernels.chunk_attention.pallas_tpu.block_sizes import (
     SHORTEST_LENGTH,
     TPUS_FASTER_THAN_XLA,
 )
+from pallas_kernels.chunk_attention.quantized_cache import next_quantized_cache
 from pallas_kernels.chunk_attention.triton import op as triton
 from pallas_kernels.chunk_attention.types import (
     AttentionDropout,
     ChunkAttentionOutput,
     DropoutMode,
     KeyValueCache,
+    check_scales,
 )
 from pallas_kernels.common.dispatch import Implementation, check_implementation
 from pallas_kernels.common.measured_choice import find_measured
@@ -79,7 +81,9 @@ def chunk_attention(
         padding: its output is 0, and its k and v are ignored. None: one document, no padding. With
         a cache, padding comes only after a row's tokens.
       cache: tokens of the current chunk before the row's first token, whose position is
-        positions[:, 0]. Only the row's first document sees them.
+        positions[:, 0]. Only the row's first document sees them. With `Int8Slots` the row's tokens
+        see each other's exact keys and values, and the rounded ones of the tokens before them; the
+        next cache has theirs rounded. Implementations get a copy in the dtype of k and v.
       dropout: attention dropout; None: no dropout.
       implementation: "reference" (dense, L x (C + L) scores), "xla" (blocks, any platform),
         "mosaic_gpu" (kernels for NVIDIA Hopper; bfloat16, no dropout, the default there from 512
@@ -118,7 +122,15 @@ def chunk_attention(
     if dropout is not None:
         _check_dropout(dropout)
     name = implementation or _choose_implementation(q, v, chunk_size, dropout)
-    out = IMPLEMENTATIONS[name](q, k, v, chunk_size, positions, segment_ids, cache, dropout)
+    decoded = None if cache is None else cache.decode(k.dtype, v.dtype)
+    out = IMPLEMENTATIONS[name](q, k, v, chunk_size, positions, segment_ids, decoded, dropout)
+    if cache is not None and cache.is_quantized:
+        assert positions is not None
+        assert out.cache is not None
+        rounded = next_quantized_cache(
+            out.cache, cache, positions=positions, segment_ids=segment_ids
+        )
+        out = out._replace(cache=rounded)
     # A sequence shard's cache is not the row's.
     return out if sequence_axis is None else out._replace(cache=None)
 
@@ -245,11 +257,13 @@ def _check_row_shapes(q: Array, positions: Array | None, segment_ids: Array | No
 def _check_cache(cache: KeyValueCache, k: Array, v: Array, chunk_size: int) -> None:
     for name, slots, new in (("key", cache.key, k), ("value", cache.value, v)):
         expected = (new.shape[0], new.shape[2], chunk_size, new.shape[3])
-        if slots.shape != expected or slots.dtype != new.dtype:
+        dtype = jnp.dtype(jnp.int8) if cache.is_quantized else new.dtype
+        if slots.shape != expected or slots.dtype != dtype:
             raise ValueError(
-                f"cache.{name} is {slots.dtype}{slots.shape}; expected {new.dtype}{expected}: "
+                f"cache.{name} is {slots.dtype}{slots.shape}; expected {dtype}{expected}: "
                 "the rows, heads and dtype of the new tokens, chunk_size slots"
             )
+        check_scales(f"cache.{name}", slots, cache.is_quantized)
 
 
 def _check_dropout(dropout: AttentionDropout) -> None:

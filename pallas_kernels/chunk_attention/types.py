@@ -4,13 +4,40 @@ B batch, L length, C chunk size, H heads, Dk width of a query/key head, Dv width
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
+
+from pallas_kernels.common.int8 import quantize
 
 DropoutMode = Literal["softmax", "dropkey"]
+
+
+class Int8Slots(NamedTuple):
+    """Keys or values as 8-bit integers with a scale for every token and head: x ≈ values * scale.
+
+    Attributes:
+      values: D numbers of a token's head.
+      scale: their common factor.
+    """
+
+    values: Int8[Array, "B H C D"]
+    scale: Float32[Array, "B H C"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the values."""
+        return self.values.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the values."""
+        return self.values.dtype
+
+
+Slots = Float[Array, "B H C D"] | Int8Slots
 
 
 class KeyValueCache(NamedTuple):
@@ -19,16 +46,60 @@ class KeyValueCache(NamedTuple):
     Slots at or after the row's position modulo C are empty: their contents are ignored.
 
     Attributes:
-      key: keys after RoPE.
-      value: values.
+      key: keys after RoPE, (B, H, C, Dk): an array or `Int8Slots`.
+      value: values, (B, H, C, Dv), of the same kind.
     """
 
-    key: Float[Array, "B H C Dk"]
-    value: Float[Array, "B H C Dv"]
+    # Not `Slots`: most functions take arrays alone, and would have to check it.
+    key: Any
+    value: Any
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether keys and values are 8-bit integers."""
+        return isinstance(self.key, Int8Slots)
+
+    def encode(
+        self, k: Float[Array, "*tokens Dk"], v: Float[Array, "*tokens Dv"]
+    ) -> "KeyValueCache":
+        """Keys and values of tokens in this cache's format."""
+        if not self.is_quantized:
+            return KeyValueCache(k, v)
+        return KeyValueCache(Int8Slots(*quantize(k)), Int8Slots(*quantize(v)))
+
+    def decode(self, key_dtype: jnp.dtype, value_dtype: jnp.dtype) -> "KeyValueCache":
+        """The cache with numbers of these dtypes where it has 8-bit integers."""
+        return KeyValueCache(_decode(self.key, key_dtype), _decode(self.value, value_dtype))
 
     def swap_heads_and_slots(self) -> "KeyValueCache":
         """(B, H, C, d) to (B, C, H, d), the order of tokens in a row, and back."""
-        return KeyValueCache(self.key.swapaxes(1, 2), self.value.swapaxes(1, 2))
+        return jax.tree.map(lambda slots: slots.swapaxes(1, 2), self)
+
+
+def _decode(slots: Slots, dtype: jnp.dtype) -> Array:
+    if not isinstance(slots, Int8Slots):
+        return slots
+    return (slots.values * slots.scale[..., None]).astype(dtype)
+
+
+def check_scales(name: str, slots: Slots, is_quantized: bool) -> None:
+    """Raises ValueError if slots are not `Int8Slots` where they should be, or their scales wrong.
+
+    Args:
+      name: of the slots, for the message.
+      slots: keys or values.
+      is_quantized: whether the cache's keys are `Int8Slots`.
+    """
+    if isinstance(slots, Int8Slots) != is_quantized:
+        raise ValueError(f"{name} differs from the keys: both are Int8Slots, or neither is")
+    if not isinstance(slots, Int8Slots):
+        return
+    scale, expected = slots.scale, slots.shape[:3]
+    if scale.shape != expected or scale.dtype != jnp.float32:
+        raise ValueError(
+            f"{name}.scale is {scale.dtype}{scale.shape}; expected float32{expected}: one for "
+            "every token and head"
+        )
 
 
 @jax.tree_util.register_dataclass

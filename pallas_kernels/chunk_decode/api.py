@@ -5,10 +5,13 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.chunk_attention.types import KeyValueCache
+from pallas_kernels.chunk_attention.types import KeyValueCache, check_scales
 from pallas_kernels.chunk_decode import reference, xla
+from pallas_kernels.chunk_decode.block_sizes import TPUS_FASTER_THAN_XLA
 from pallas_kernels.chunk_decode.mosaic_gpu import op as mosaic_gpu
+from pallas_kernels.chunk_decode.pallas_tpu import op as pallas_tpu
 from pallas_kernels.chunk_decode.types import ChunkDecodeOutput
+from pallas_kernels.common.devices import canonical_tpu_kind
 from pallas_kernels.common.dispatch import Implementation, check_implementation
 from pallas_kernels.common.symbolic import has_symbolic_shape
 from pallas_kernels.common.target import find_target
@@ -18,6 +21,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., ChunkDecodeOutput]] = {
     "reference": reference.chunk_decode,
     "xla": xla.chunk_decode,
     "mosaic_gpu": mosaic_gpu.chunk_decode,
+    "pallas_tpu": pallas_tpu.chunk_decode,
 }
 
 
@@ -38,17 +42,23 @@ def chunk_decode(
     float64 operands). Under `jax.jit` with a donated cache, or in the carry of `jax.lax.scan`, the
     cache is updated in place.
 
+    A cache of `Int8Slots` gets the token's key and value rounded to 8-bit integers, and every score
+    and sum is that of the rounded keys and values: keys' scales multiply the scores, values' the
+    weights of the softmax.
+
     Args:
       q: queries after RoPE.
       k: keys after RoPE.
       v: values.
-      cache: key (S, H, C, Dk) and value (S, H, C, Dv), S >= B. Row i belongs to query i; rows from
-        B on are neither read nor changed. Slots after the token's may hold anything.
+      cache: key (S, H, C, Dk) and value (S, H, C, Dv), S >= B, both in the dtype of k and v or both
+        `Int8Slots`. Row i belongs to query i; rows from B on are neither read nor changed. Slots
+        after the token's may hold anything.
       positions: each token's position in its document, at least 0.
       gate: the outputs are multiplied by silu(gate) before they are rounded; None: by 1.
       implementation: "reference" (by definition), "xla" (any platform and dtype), "mosaic_gpu"
         (kernels for NVIDIA Hopper; bfloat16, Dk a multiple of 64 up to 512, Dv of 128, at least
-        64 slots), or None for the fastest known here.
+        64 slots), "pallas_tpu" (a kernel for TPU; bfloat16 or float32), or None for the fastest
+        known here.
 
     Returns:
       The outputs and the next cache.
@@ -67,11 +77,14 @@ def chunk_decode(
 
 
 def _choose_implementation(q: Array, v: Array, cache: KeyValueCache) -> Implementation:
-    """The kernels where they run: they read the filled slots, XLA on a GPU reads all of them."""
+    """The kernels where they run: they read the filled slots, XLA but on a CPU all of them."""
     if has_symbolic_shape(q):
         return "xla"
-    can_run = find_target().is_hopper and mosaic_gpu.find_obstacle(q, v, cache) is None
-    return "mosaic_gpu" if can_run else "xla"
+    target = find_target()
+    if target.is_hopper and mosaic_gpu.find_obstacle(q, v, cache) is None:
+        return "mosaic_gpu"
+    is_tpu = target.platform == "tpu" and canonical_tpu_kind(target.kind) in TPUS_FASTER_THAN_XLA
+    return "pallas_tpu" if is_tpu and pallas_tpu.find_obstacle(q, v, cache) is None else "xla"
 
 
 def _check_operands(q: Array, k: Array, v: Array, positions: Array) -> None:
@@ -91,15 +104,17 @@ def _check_operands(q: Array, k: Array, v: Array, positions: Array) -> None:
 
 def _check_cache(cache: KeyValueCache, k: Array, v: Array) -> None:
     rows, heads = k.shape[:2]
-    if cache.key.ndim != 4 or cache.key.shape[0] < rows or cache.key.shape[2] < 1:
+    if len(cache.key.shape) != 4 or cache.key.shape[0] < rows or cache.key.shape[2] < 1:
         raise ValueError(
             f"cache.key has shape {cache.key.shape}; expected (S, {heads}, C, {k.shape[2]}) with "
             f"S >= {rows} rows and C >= 1 slots"
         )
     for name, slots, new in (("key", cache.key, k), ("value", cache.value, v)):
         expected = (cache.key.shape[0], heads, cache.key.shape[2], new.shape[2])
-        if slots.shape != expected or slots.dtype != new.dtype:
+        dtype = jnp.dtype(jnp.int8) if cache.is_quantized else new.dtype
+        if slots.shape != expected or slots.dtype != dtype:
             raise ValueError(
-                f"cache.{name} is {slots.dtype}{slots.shape}; expected {new.dtype}{expected}: the "
+                f"cache.{name} is {slots.dtype}{slots.shape}; expected {dtype}{expected}: the "
                 "heads, width and dtype of the new tokens, the rows and slots of cache.key"
             )
+        check_scales(f"cache.{name}", slots, cache.is_quantized)

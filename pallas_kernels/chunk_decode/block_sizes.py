@@ -1,6 +1,6 @@
 """How chunk decoding is divided into blocks."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.experimental import pallas as pl
 
@@ -14,8 +14,8 @@ CPU_SLOTS = 128
 
 # Threads of a warpgroup, the threads of a block; a block's value columns are a multiple of it.
 THREADS = 128
-# Slots whose scores a warpgroup computes at once, and key columns of one such step.
-SCORE_SLOTS, KEY_COLUMNS = 64, 32
+# Slots whose scores a warpgroup computes at once, and bytes of their keys of one such step.
+SCORE_SLOTS, KEY_BYTES = 64, 64
 # Widths of keys are a multiple of this, 128 bytes, and at most what registers can hold.
 KEY_MULTIPLE, MAX_KEY_WIDTH = 64, 512
 # Bytes of values that a block loads in one step, 128 for every thread.
@@ -26,11 +26,34 @@ COMBINE_TILES = (256, 128)
 # The combining kernel loads all splits of a row at once.
 MAX_SPLITS = 32
 # Blocks below which value columns are divided further, at the price of computing scores again, down
-# to FEWEST_COLUMNS, and from which on splits become longer. 8 rows of mega200M on an H200: 22.8 us
-# with 256 blocks, 20.0 with 512.
+# to columns of FEWEST_BYTES, and from which on splits become longer. 8 rows of mega200M on an H200:
+# 22.8 us with 256 blocks, 20.0 with 512.
 FEW_BLOCKS, MANY_BLOCKS = 384, 8 * HOPPER.multiprocessors
-FEWEST_COLUMNS = 256
+FEWEST_BYTES = 512
 MAX_SLOTS_PER_BLOCK = 256
+
+
+# Slots of a block of the TPU kernel, the most first. With fewer bytes a step would be shorter than
+# what a step costs by itself; with more, blocks of empty slots are read.
+TPU_SLOTS, TPU_BLOCK_BYTES = (512, 256, 128), 3 * 2**19
+# Slots that it writes for a token: a tile of 8-bit integers.
+SLOTS_PER_WRITE = 32
+# Where the compiler's estimate is below that of `xla`.
+TPUS_FASTER_THAN_XLA = ("TPU v5 lite", "TPU v5", "TPU v6 lite")
+
+
+def choose_tpu_block(key: Any, value: Any) -> int | None:
+    """Slots of a block of the TPU kernel; None if the smallest block is too large.
+
+    Args:
+      key: keys of the cache, or their shape: (S, H, C, Dk) and a dtype.
+      value: values of the cache, or their shape.
+    """
+    num_slots = key.shape[2]
+    slot_bytes = sum(slots.shape[3] * slots.dtype.itemsize for slots in (key, value))
+    size = next((size for size in TPU_SLOTS if size * slot_bytes <= TPU_BLOCK_BYTES), None)
+    # A block of the whole chunk may have any number of slots.
+    return size if size is None else min(size, num_slots)
 
 
 class DecodeTiling(NamedTuple):
@@ -55,11 +78,21 @@ class DecodeTiling(NamedTuple):
         return pl.cdiv(num_slots, self.slots_per_block)
 
 
-def choose_tiling(num_heads: int, num_slots: int, value_width: int) -> DecodeTiling:
-    """The tiling for `num_heads` heads of all rows together, each with `num_slots` slots."""
+def choose_tiling(
+    num_heads: int, num_slots: int, value_width: int, itemsize: int = 2
+) -> DecodeTiling:
+    """The tiling for `num_heads` heads of all rows together, each with `num_slots` slots.
+
+    Args:
+      num_heads: heads of all rows.
+      num_slots: slots C of a chunk.
+      value_width: Dv.
+      itemsize: bytes of a number in the cache.
+    """
     slots = pl.cdiv(pl.cdiv(num_slots, MAX_SPLITS), SCORE_SLOTS) * SCORE_SLOTS
     tiles = [tile for tile in VALUE_TILES if value_width % tile == 0]
-    tiles = [tile for tile in tiles if tile >= FEWEST_COLUMNS] or tiles
+    # The widest tile where no tile is wide enough.
+    tiles = [tile for tile in tiles if tile * itemsize >= FEWEST_BYTES] or tiles[:1]
 
     def count_blocks(tile: int) -> int:
         return num_heads * pl.cdiv(num_slots, slots) * (value_width // tile)
@@ -72,7 +105,7 @@ def choose_tiling(num_heads: int, num_slots: int, value_width: int) -> DecodeTil
     return DecodeTiling(
         slots_per_block=slots,
         value_tile=value_tile,
-        slots_per_step=min(SCORE_SLOTS, BYTES_PER_STEP // (2 * value_tile)),
+        slots_per_step=min(SCORE_SLOTS, BYTES_PER_STEP // (itemsize * value_tile)),
         prefetch=True,
         combine_tile=next(tile for tile in COMBINE_TILES if value_width % tile == 0),
     )

@@ -22,11 +22,12 @@ def chunk_decode(
 ) -> ChunkDecodeOutput:
     """A softmax over the filled slots of each row. Arguments as in `api.chunk_decode`."""
     num_slots = cache.key.shape[2]
+    wide, precision = accumulation_dtype(q.dtype), matmul_precision(q.dtype)
 
-    def attend(q, k, v, key, value, slot):
-        key, value = key.at[:, slot].set(k), value.at[:, slot].set(v)
+    def attend(q, token, cache, slot):
+        cache = jax.tree.map(lambda slots, new: slots.at[:, slot].set(new), cache, token)
+        key, value = cache.decode(wide, wide)
         is_filled = jnp.arange(num_slots) <= slot
-        wide, precision = accumulation_dtype(q.dtype), matmul_precision(q.dtype)
         scores = jnp.einsum("hd,hcd->hc", q, key, precision=precision, preferred_element_type=wide)
         weights = jax.nn.softmax(jnp.where(is_filled, scores, -jnp.inf), axis=-1)
         out = jnp.einsum(
@@ -37,16 +38,16 @@ def chunk_decode(
             precision=precision,
             preferred_element_type=wide,
         )
-        return out, key, value
+        return out, cache
 
-    slots = positions % num_slots
-    key, value = cache
+    slots, tokens = positions % num_slots, cache.encode(k, v)
     outs = []
     for row in range(q.shape[0]):
-        out, new_key, new_value = attend(q[row], k[row], v[row], key[row], value[row], slots[row])
-        key, value = key.at[row].set(new_key), value.at[row].set(new_value)
+        token, old = jax.tree.map(lambda leaf, row=row: leaf[row], (tokens, cache))
+        out, new = attend(q[row], token, old, slots[row])
+        cache = jax.tree.map(lambda leaf, new, row=row: leaf.at[row].set(new), cache, new)
         outs.append(out)
     out = jnp.stack(outs)
     if gate is not None:
         out = out * jax.nn.silu(gate.astype(out.dtype))
-    return ChunkDecodeOutput(out.astype(v.dtype), KeyValueCache(key, value))
+    return ChunkDecodeOutput(out.astype(v.dtype), cache)

@@ -1,14 +1,17 @@
 """Chunk decoding in plain JAX for any platform: writes one slot of the cache, copies none."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from pallas_kernels.chunk_attention.types import (
+    Int8Slots,
     KeyValueCache,
+    Slots,
     accumulation_dtype,
     matmul_precision,
 )
@@ -27,18 +30,19 @@ def chunk_decode(
 ) -> ChunkDecodeOutput:
     """One softmax over all slots, or over blocks of them. Arguments as in `api.chunk_decode`."""
     slot = positions.astype(jnp.int32) % cache.key.shape[2]
-    cache = KeyValueCache(_write(cache.key, slot, k), _write(cache.value, slot, v))
+    cache = jax.tree.map(partial(write_slots, slot=slot), cache, cache.encode(k, v))
     # A loop of unknown length is cheap on a CPU alone, where masks of whole values are copies.
     attend = _attend_blocks if find_target().platform == "cpu" else _attend_all
-    out = attend(q, cache, slot)
+    out = attend(q, cache, slot, v.dtype)
     if gate is not None:
         out = out * jax.nn.silu(gate.astype(out.dtype))
     return ChunkDecodeOutput(out.astype(v.dtype), cache)
 
 
-def _write(
-    slots: Float[Array, "S H C D"], slot: Int32[Array, " B"], new: Float[Array, "B H D"]
-) -> Float[Array, "S H C D"]:
+def write_slots(
+    slots: Shaped[Array, "S H C *D"], new: Shaped[Array, "B H *D"], slot: Int32[Array, " B"]
+) -> Shaped[Array, "S H C *D"]:
+    """The cache with the tokens' arrays in slots of rows 0..B-1, in place where it is donated."""
     options: Any = {"mode": "promise_in_bounds", "unique_indices": True}
     if slots.shape[0] == new.shape[0]:
         # With row numbers as indices, XLA would gather the caches of all devices.
@@ -50,24 +54,26 @@ def _write(
 
 
 def _attend_all(
-    q: Float[Array, "B H Dk"], cache: KeyValueCache, slot: Int32[Array, " B"]
+    q: Float[Array, "B H Dk"], cache: KeyValueCache, slot: Int32[Array, " B"], dtype: Any
 ) -> Float[Array, "B H Dv"]:
     num_rows, num_slots = q.shape[0], cache.key.shape[2]
     # A slice of all rows is no operation; of fewer, the keys are copied.
-    key, value = (slots[:num_rows] for slots in cache)
+    key, value = jax.tree.map(lambda slots: slots[:num_rows], cache)
     is_filled = (jnp.arange(num_slots) <= slot[:, None])[:, None]
     on_gpu = find_target().platform == "gpu"
     scores = _scores(q, key, PADDED_QUERIES if on_gpu else 1)
     weights = jax.nn.softmax(jnp.where(is_filled, scores, -jnp.inf), axis=-1)
     if not on_gpu:
-        return _weighted_values(weights, value, is_filled, PADDED_QUERIES)
+        return _weighted_values(weights, value, is_filled, PADDED_QUERIES, dtype)
     # A sum and no product, whose operand a GPU would mask by a copy.
+    if isinstance(value, Int8Slots):
+        weights, value = weights * value.scale, value.values
     terms = weights[..., None] * value.astype(weights.dtype)
     return jnp.sum(jnp.where(is_filled[..., None], terms, 0), axis=2)
 
 
 def _attend_blocks(
-    q: Float[Array, "B H Dk"], cache: KeyValueCache, slot: Int32[Array, " B"]
+    q: Float[Array, "B H Dk"], cache: KeyValueCache, slot: Int32[Array, " B"], dtype: Any
 ) -> Float[Array, "B H Dv"]:
     """Blocks of slots up to the last one that any row has filled, with a running maximum."""
     num_slots = cache.key.shape[2]
@@ -78,8 +84,8 @@ def _attend_blocks(
         m_i, l_i, acc = carry
         # The last block ends with the chunk, and begins with slots of the block before.
         start = jnp.minimum(block * size, num_slots - size)
-        key, value = (
-            lax.dynamic_slice_in_dim(slots[: q.shape[0]], start, size, axis=2) for slots in cache
+        key, value = jax.tree.map(
+            lambda slots: lax.dynamic_slice_in_dim(slots[: q.shape[0]], start, size, axis=2), cache
         )
         index = start + jnp.arange(size)
         is_used = ((index >= block * size) & (index <= slot[:, None]))[:, None]
@@ -88,7 +94,7 @@ def _attend_blocks(
         new_m_i = jnp.maximum(m_i, scores.max(axis=-1))
         weights = jnp.exp(scores - new_m_i[..., None])
         decay = jnp.exp(m_i - new_m_i)
-        terms = _weighted_values(weights, value, is_used, 1)
+        terms = _weighted_values(weights, value, is_used, 1, dtype)
         return new_m_i, l_i * decay + weights.sum(axis=-1), acc * decay[..., None] + terms
 
     carry = (
@@ -101,21 +107,27 @@ def _attend_blocks(
     return acc / l_i[..., None]
 
 
-def _scores(
-    q: Float[Array, "B H Dk"], key: Float[Array, "B H C Dk"], num_queries: int
-) -> Float[Array, "B H C"]:
+def _scores(q: Float[Array, "B H Dk"], key: Slots, num_queries: int) -> Float[Array, "B H C"]:
+    if isinstance(key, Int8Slots):
+        # Every integer is exact in bfloat16 too; the scale of a token multiplies its score.
+        return _scores(q, key.values.astype(q.dtype), num_queries) * key.scale
     return _multiply_padded("bhqd,bhcd->bhqc", q, key, num_queries)
 
 
 def _weighted_values(
     weights: Float[Array, "B H C"],
-    value: Float[Array, "B H C Dv"],
+    value: Slots,
     is_used: Bool[Array, "B 1 C"],
     num_queries: int,
+    dtype: Any,
 ) -> Float[Array, "B H Dv"]:
     # Unused slots may hold NaN, and 0 times NaN is NaN.
-    value = jnp.where(is_used[..., None], value, 0)
-    return _multiply_padded("bhqc,bhcd->bhqd", weights.astype(value.dtype), value, num_queries)
+    if isinstance(value, Int8Slots):
+        weights = weights * jnp.where(is_used, value.scale, 0)
+        value = value.values.astype(dtype)
+    else:
+        value = jnp.where(is_used[..., None], value, 0)
+    return _multiply_padded("bhqc,bhcd->bhqd", weights.astype(dtype), value, num_queries)
 
 
 def _multiply_padded(subscripts: str, x: Array, matrix: Array, num_queries: int) -> Array:

@@ -22,6 +22,7 @@ def launch(
     outputs: Mapping[str, Operand],
     scratch: Mapping[str, Any] | None = None,
     prefetched: Mapping[str, Array] | None = None,
+    aliases: Mapping[str, str] | None = None,
     vmem_limit: int,
     flops: int,
     bytes_accessed: int | None = None,
@@ -38,6 +39,8 @@ def launch(
       outputs: shapes of results with their blocks.
       scratch: VMEM or SMEM that stays over the grid's steps.
       prefetched: integers that index maps see as well, in SMEM.
+      aliases: names of inputs, and of the outputs that take their memory: blocks that no step
+        writes keep their content.
       vmem_limit: bytes of VMEM that the kernel may use.
       flops: estimate for XLA's scheduler.
       bytes_accessed: another estimate for it; None: the bytes of all operands and results.
@@ -68,6 +71,10 @@ def launch(
         cost_estimate=pl.CostEstimate(
             flops=flops, bytes_accessed=bytes_accessed, transcendentals=0
         ),
+        input_output_aliases={
+            names.index(source): list(outputs).index(target)
+            for source, target in (aliases or {}).items()
+        },
         interpret=interpret,
         name=name,
     )(*arrays)

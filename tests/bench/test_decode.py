@@ -19,12 +19,10 @@ from megalodon_jax.bench.decode_bytes import (
 from megalodon_jax.bench.decode_memory import grouped_queries, measure_context
 from megalodon_jax.bench.decode_steps import BenchModel, Chain, seconds_per_step
 from megalodon_jax.bench.kernel_times import kind_of
-from megalodon_jax.bench.options import WeightFormat
 from megalodon_jax.cli.main import main
 from megalodon_jax.compiled.hlo import parse_program
 from megalodon_jax.compiled.launches import count_launches
 from megalodon_jax.config import TransformerConfig, model_preset
-from megalodon_jax.inference import weights as inference_weights
 from megalodon_jax.inference.decoders import prepare_decoding
 from megalodon_jax.models import abstract_model
 
@@ -37,13 +35,13 @@ COST_MODEL = {
 CHAIN = Chain(length=4)
 
 
-def shapes(config, weights="model", *, max_length=None):
+def shapes(config, weights="model", *, max_length=None, **options):
     """Prepared weights and a cache of two rows, as shapes."""
     graphdef, params = abstract_model(config)
     return jax.eval_shape(
         lambda params: (
             prepare_decoding(nnx.merge(graphdef, params), weights),
-            nnx.merge(graphdef, params).init_cache(2, max_length=max_length),
+            nnx.merge(graphdef, params).init_cache(2, max_length=max_length, **options),
         ),
         params,
     )
@@ -69,6 +67,19 @@ def test_int8_halves_the_matrices_and_nothing_else():
     matrices = 2 * (before.weights - after.weights)
     assert matrices == pytest.approx(0.374e9, rel=1e-2)
     assert before[1:] == after[1:]
+
+
+def test_int8_keys_and_values_have_half_the_bytes_and_two_scales():
+    """mega200M, 12 layers of one head: 256 + 2,048 numbers of a token."""
+    config = model_preset("mega200M", dtype="bfloat16")
+    weights, wide = shapes(config)
+    _, narrow = shapes(config, kv="int8")
+    assert token_bytes(wide) == 12 * 2 * 2304
+    assert token_bytes(narrow) == 12 * (2304 + 2 * 4)
+    assert row_bytes(wide) - row_bytes(narrow) == 2048 * (token_bytes(wide) - token_bytes(narrow))
+    before, after = (step_bytes(weights, cache, rows=8, fill=1152) for cache in (wide, narrow))
+    assert after.keys_and_values == 8 * 1152 * token_bytes(narrow)
+    assert before._replace(keys_and_values=0) == after._replace(keys_and_values=0)
 
 
 def test_a_transformer_reads_the_slots_of_its_context():
@@ -114,10 +125,6 @@ def test_the_time_of_a_step_is_a_median_of_differences():
     long = [8.0, 8.0, 16.0, 80.0, 8.0]
     assert seconds_per_step(short, long, 7) == pytest.approx(1.0)
     assert (Chain().first, Chain().steps, Chain().length * Chain().long) == (32, 224, 256)
-
-
-def test_formats_of_weights_are_those_of_inference():
-    assert WeightFormat.__args__ == inference_weights.WeightFormat.__args__
 
 
 PROGRAM = """HloModule block

@@ -1,6 +1,12 @@
 """Cycles of kernels, from the schedules that the TPU compiler dumps."""
 
+import pytest
+
+from megalodon_jax.bench.tpu_decode_estimates import estimate_decode
 from megalodon_jax.bench.tpu_estimates import Loop, read_schedule
+from megalodon_jax.chips import require_chip
+from megalodon_jax.config import ModelConfig
+from tests.topologies import tpu_device
 
 # Two bundles of the grid's loop, a loop of 5 + 4 bundles that runs 32 / 4 times, the grid's end.
 SCHEDULE = """
@@ -27,3 +33,22 @@ def test_loops_count_with_their_trips():
     assert schedule.loops == (Loop(bundles=9, trips=8),)
     assert schedule.cycles(first=0, last=0) == (schedule.straight + 72, 0)
     assert schedule.cycles(first=1, last=0) == (schedule.straight, 72)
+
+
+@pytest.mark.slow
+def test_decoding_is_estimated_beside_its_bytes():
+    """mega200M on a v5e: a slot has 4,608 bytes, a block 256 slots, 1,152 slots are filled."""
+    device = tpu_device("v5e:1x1")
+    sheet = require_chip(device.device_kind)
+    assert sheet.clock_hz is not None
+    config = ModelConfig.from_preset("mega200M", dtype="bfloat16")
+    slot = 8 * 4608 / sheet.memory_bytes_per_second * 1e6
+    # Five blocks of a row: their bytes take longer than a cycle each, a million cycles than them.
+    for cycles, expected in ((1, 1280 * slot), (10**6, 8 * 5 * 1e12 / sheet.clock_hz)):
+        found = estimate_decode(
+            device, sheet, config, rows=8, kv="model", count_step_cycles=lambda _, n=cycles: n
+        )
+        assert found.filled == pytest.approx(1152 * slot)
+        assert found.all_slots == pytest.approx(2048 * slot)
+        assert found.kernel == pytest.approx(expected)
+        assert 0 < found.around < found.all_slots < found.xla

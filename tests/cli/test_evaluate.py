@@ -70,6 +70,10 @@ def test_the_default_task_prints_a_line(trained_run, text_file, tmp_path, capsys
     (result,) = content["results"]
     assert out == run(["evaluate", "--checkpoint", trained_run.run_dir, *text], capsys)
     assert out.startswith(f"bits per byte {result['bits_per_byte']:.4f}  perplexity per token ")
+    _, content = evaluate("text", *text, "--weights", "int8", "--kv", "int8", **options)
+    (rounded,) = content["results"]
+    assert rounded["num_tokens"] == result["num_tokens"]
+    assert 0 < abs(rounded["loss"] / result["loss"] - 1) <= 5e-3
 
 
 @pytest.mark.slow
@@ -95,6 +99,7 @@ def test_costs(trained_run, text_file, tmp_path, capsys):
         (["--task", "copy", "--json", "nowhere/a.json"], "in a folder that does not exist"),
         (["--task", "copy", "--count", "0"], "--count is 0; use 1 or more"),
         (["--files", "a", "--tail", "3"], "--tail is not an option of --task text"),
+        (["--task", "copy", "--kv", "int8"], "--kv is not an option of --task copy"),
         (
             ["--task", "perplexity_by_context", "--files", "a", "--contexts", "-1"],
             "--contexts is -1",

@@ -175,7 +175,8 @@ def test_api_pages_have_every_public_name(package: str):
 _DATA = tuple(
     f"megalodon_jax.config.{name}"
     for name in (
-        "DType", "InitMode", "Remat", "ModelOp", "AnyModelConfig", "Attention",
+        "DType", "InitMode", "Remat", "ModelOp", "AnyModelConfig", "Attention", "WeightFormat",
+        "KvFormat",
     )
 )  # fmt: skip
 

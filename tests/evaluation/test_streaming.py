@@ -9,12 +9,14 @@ from flax import nnx
 
 from megalodon_jax.data import ByteTokenizer
 from megalodon_jax.errors import DataError
+from megalodon_jax.evaluation.decoded import decode_batch
 from megalodon_jax.evaluation.streaming import (
     evaluate_documents,
     evaluate_files,
     score_sequences,
     streaming_batches,
 )
+from megalodon_jax.inference.decoders import prepare_decoding
 from megalodon_jax.model import Megalodon
 from megalodon_jax.train_state import init_state
 
@@ -61,6 +63,27 @@ def test_streaming_equals_one_call(model, nats, batch_size):
     assert result.loss == pytest.approx(nats / result.num_tokens, rel=1e-6)
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(nats / result.num_tokens), rel=1e-5)
+
+
+def test_decoding_steps_equal_one_call(model, nats):
+    """Rows of several documents, one of which ends inside a piece."""
+    graphdef, params = nnx.split(model)
+    weights = jax.jit(lambda params: prepare_decoding(nnx.merge(graphdef, params)))(params)
+    streams = (np.array([256, *text.encode(), 256], np.int32) for text in TEXTS)
+    cache, total = model.init_cache(2), 0.0
+    for batch in streaming_batches(streams, batch_size=2, length=16):
+        sums, cache = decode_batch(graphdef, params, weights, cache, batch)
+        total += float(sums.loss_sum)
+    assert total == pytest.approx(nats, rel=1e-6)
+
+
+def test_the_loss_with_rounded_numbers_is_near_and_another(model, nats):
+    result = evaluate_documents(
+        model, ByteTokenizer(), TEXTS, batch_size=2, piece_length=16, weights="int8", kv="int8"
+    )
+    exact = nats / result.num_tokens
+    assert result.num_tokens == sum(len(text.encode()) + 1 for text in TEXTS)
+    assert 1e-6 <= abs(result.loss / exact - 1) <= 5e-3
 
 
 def test_files_are_split_into_documents(model, nats, tmp_path):

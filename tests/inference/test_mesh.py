@@ -1,5 +1,7 @@
 """Generation over several devices: the same tokens as on one."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -25,11 +27,11 @@ def mesh_of(**sizes: int):
 def test_tokens_equal_those_of_one_device(sizes: dict[str, int], weights):
     if weights == "int8" and len(sizes) == 1:
         pytest.skip("the mesh of both axes covers it")
-    alone = Engine(small_model(), slots=4, weights=weights)
+    # Weights, keys and values together.
+    formats: Any = {"weights": weights, "kv": weights}
+    alone = Engine(small_model(), slots=4, **formats)
     rows = sizes.get("data", 1)
-    together = Engine(
-        small_model(), slots=4, weights=weights, mesh=mesh_of(**sizes), prefill_rows=rows
-    )
+    together = Engine(small_model(), slots=4, mesh=mesh_of(**sizes), prefill_rows=rows, **formats)
     prompts = [random_prompt(length, length) for length in (3, CHUNK, 2 * CHUNK + 5, 20, 21, 1)]
     streams = []
     for engine in (alone, together):
@@ -44,8 +46,9 @@ def test_tokens_equal_those_of_one_device(sizes: dict[str, int], weights):
         assert one.tokens == several.tokens
     if weights == "model":
         assert streams[1][1].tokens == greedy(prompts[1], GREEDY.max_tokens)
-    slots = together._state.cache.layers[0].keys_and_values.key
-    assert slots.addressable_shards[0].data.size == slots.size // int(np.prod(list(sizes.values())))
+    for slots in jax.tree.leaves(together._state.cache.layers[0].keys_and_values):
+        shards = int(np.prod(list(sizes.values())))
+        assert slots.addressable_shards[0].data.size == slots.size // shards
 
 
 @pytest.mark.slow

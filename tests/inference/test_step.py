@@ -14,7 +14,7 @@ from megalodon_jax.inference.blocks import decode_block, empty_slots
 from megalodon_jax.inference.decoders import prepare_decoding
 from megalodon_jax.inference.sampling import Features, empty_state
 from megalodon_jax.inference.step import decode
-from megalodon_jax.inference.weights import prepare, quantize
+from megalodon_jax.inference.weights import prepare
 from tests.ablations import VARIANTS
 from tests.golden_files import relative_error
 from tests.inference.models import CHUNK, CONFIG, VOCAB, random_prompt, small_model
@@ -117,25 +117,15 @@ def test_int8_weights_are_near():
         prepare(model, "int4")  # type: ignore[arg-type]
 
 
-def test_quantization_rounds_each_output_feature_to_its_own_levels():
-    matrix = np.random.default_rng(0).normal(size=(7, 33)).astype(np.float32)
-    matrix[3] = 0
-    matrix[4] *= 1e-6
-    values, scale = map(np.asarray, quantize(jnp.asarray(matrix)))
-    assert values.dtype == np.int8
-    scale = scale[:, None]
-    assert (np.abs(values * scale - matrix) <= scale / 1.99).all()
-    np.testing.assert_array_equal(np.abs(values).max(axis=1), [127, 127, 127, 0, 127, 127, 127])
-
-
-def test_a_block_of_steps_updates_the_cache_in_place():
+@pytest.mark.parametrize("kv", ["model", "int8"])
+def test_a_block_of_steps_updates_the_cache_in_place(kv):
     """No operation of the compiled steps makes another array of a cache's shape."""
     config = dataclasses.replace(CONFIG, chunk_size=256, model_dim=64, value_dim=128, z_dim=32)
     rows = 4
 
     def make():
         model = perturbed(config)
-        state = empty_slots(model.init_cache(rows), empty_state(rows, vocab_size=VOCAB))
+        state = empty_slots(model.init_cache(rows, kv=kv), empty_state(rows, vocab_size=VOCAB))
         return prepare_decoding(model), state
 
     weights, slots = jax.eval_shape(make)

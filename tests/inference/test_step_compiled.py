@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from megalodon_jax.config import ModelConfig
+from megalodon_jax.config import KvFormat, ModelConfig
 from megalodon_jax.inference.blocks import decode_block, empty_slots
 from megalodon_jax.inference.decoders import prepare_decoding
 from megalodon_jax.inference.sampling import Features, empty_state
@@ -19,14 +19,16 @@ from tests.topologies import compile_lowered, h100_device
 LAYERS, STEPS = 2, 4
 
 
-def lower_block(slots: int, rows: int, layers: int) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
+def lower_block(
+    slots: int, rows: int, layers: int, kv: KvFormat = "model"
+) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
     """The lowered block of mega200M with fewer layers, and the leaves of its layers' caches."""
     config = ModelConfig.from_preset("mega200M", dtype="bfloat16", num_layers=layers)
 
     def make():
         model = Megalodon(config, rngs=nnx.Rngs(0))
         sampling = empty_state(slots, vocab_size=config.num_outputs)
-        return prepare_decoding(model), empty_slots(model.init_cache(slots), sampling)
+        return prepare_decoding(model), empty_slots(model.init_cache(slots, kv=kv), sampling)
 
     mesh = Mesh(np.array([h100_device()]), ("device",))
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -49,9 +51,11 @@ def test_layers_share_the_kernels(rows: int):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("slots", "rows"), [(2, 2), (16, 8)])
-def test_a_block_copies_no_cache(slots: int, rows: int):
-    lowered, leaves = lower_block(slots, rows, LAYERS)
+@pytest.mark.parametrize(
+    ("slots", "rows", "kv"), [(2, 2, "model"), (16, 8, "model"), (16, 8, "int8")]
+)
+def test_a_block_copies_no_cache(slots: int, rows: int, kv: KvFormat):
+    lowered, leaves = lower_block(slots, rows, LAYERS, kv)
     compiled = compile_lowered(lowered)
     text = compiled.as_text()
     shapes = {f"[{','.join(map(str, leaf.shape))}]" for leaf in leaves if leaf.ndim > 2}

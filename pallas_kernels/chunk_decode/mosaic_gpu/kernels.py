@@ -7,6 +7,9 @@ split's filled slots
 
 and the combination is Σ_i exp(m_i - M) a_i / Σ_i exp(m_i - M) l_i with M = max_i m_i over splits i.
 Splits without a filled slot return at once: their results are undefined and never read.
+
+A cache of 8-bit integers is converted in registers: the scale of a key multiplies its score, that
+of a value its weight in a.
 """
 
 from collections.abc import Callable
@@ -17,34 +20,47 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.chunk_attention.types import Int8Slots, KeyValueCache
 from pallas_kernels.chunk_decode.block_sizes import (
-    KEY_COLUMNS,
+    KEY_BYTES,
     SCORE_SLOTS,
     THREADS,
     DecodeTiling,
 )
 
-# Keys of SCORE_SLOTS slots and KEY_COLUMNS columns: a warp has 16 slots, four threads share a slot
-# with 8 adjacent columns each, a load of 16 bytes.
-KEY_LAYOUT = plgpu.Layout.TILED(
-    plgpu.Tiling(((SCORE_SLOTS, KEY_COLUMNS), (16, KEY_COLUMNS), (8, KEY_COLUMNS), (8,))),
-    warp_dims=(-7,),
-    lane_dims=(-3, -2),
-    vector_dim=-1,
-)
-SCORE_LAYOUT, COLUMN_LAYOUT = KEY_LAYOUT.reduce(1), KEY_LAYOUT.reduce(0)
-_KEYS_SHAPE = (SCORE_SLOTS, KEY_COLUMNS)
+
+def key_layout(columns: int) -> Any:
+    """Keys of SCORE_SLOTS slots and some columns in registers.
+
+    A warp has 16 slots. Four threads share a slot, with a quarter of the columns each: a load of 16
+    bytes if the columns have KEY_BYTES.
+    """
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((SCORE_SLOTS, columns), (16, columns), (8, columns), (columns // 4,))),
+        warp_dims=(-7,),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+    )
+
+
+# The same for any number of columns.
+SCORE_LAYOUT = key_layout(32).reduce(1)
 
 
 class DecodeOperands(NamedTuple):
-    """Operands of `decode_kernel`: references, of which the caches are written as well."""
+    """Operands of `decode_kernel`: references, of which the cache is written as well.
+
+    Attributes:
+      q: queries.
+      token: the new tokens' keys (B, H, Dk) and values (B, H, Dv) in the cache's format.
+      positions: of the tokens.
+      cache: keys and values.
+    """
 
     q: Any
-    k: Any
-    v: Any
+    token: KeyValueCache
     positions: Any
-    key: Any
-    value: Any
+    cache: KeyValueCache
 
 
 class SplitResults(NamedTuple):
@@ -61,9 +77,10 @@ class SplitResults(NamedTuple):
     l: Any  # noqa: E741
 
 
-def value_layout(columns: int) -> Any:
-    """One row of values in registers: up to 8 adjacent columns a thread, 16 bytes of bfloat16."""
-    vec_size = next(size for size in (8, 4, 2, 1) if columns % (size * THREADS) == 0)
+def value_layout(columns: int, itemsize: int = 2) -> Any:
+    """One row of values in registers: adjacent columns of a thread have up to 16 bytes."""
+    sizes = (16 // itemsize, 8, 4, 2, 1)
+    vec_size = next(size for size in sizes if columns % (size * THREADS) == 0)
     return plgpu.Layout.WG_STRIDED((columns,), vec_size=vec_size)
 
 
@@ -79,13 +96,28 @@ class _DecodeKernelCall(NamedTuple):
     slot: Any
 
     @property
+    def key(self) -> Any:
+        """The cache's keys, without their scales."""
+        return _values(self.operands.cache.key)
+
+    @property
+    def value(self) -> Any:
+        """The cache's values, without their scales."""
+        return _values(self.operands.cache.value)
+
+    @property
+    def key_columns(self) -> int:
+        """Columns of keys that are loaded together."""
+        return KEY_BYTES // self.key.dtype.itemsize
+
+    @property
     def first_slot(self) -> Any:
         return self.split * self.tiling.slots_per_block
 
     @property
     def base(self) -> Any:
         """The slot at the start of shared memory: the last split may begin in the previous one."""
-        num_slots = self.operands.key.shape[2]
+        num_slots = self.key.shape[2]
         return jnp.minimum(self.first_slot, num_slots - self.tiling.slots_per_block)
 
     @property
@@ -100,7 +132,7 @@ class _DecodeKernelCall(NamedTuple):
         """Computes the split, and writes the token's key and value if their slot is in it."""
         values = self.load_values(0) if self.tiling.prefetch else None
         self.store_weights()
-        v = self.load_row(self.operands.v.at[self.row, self.head, self.columns])
+        v = self.load_row(_values(self.operands.token.value).at[self.row, self.head, self.columns])
         self.results.acc[self.row, self.head, self.split, self.columns] = self.sum_values(values, v)
         pl.when(self.has_own_slot)(lambda: self.write_slot(v))
 
@@ -124,7 +156,7 @@ class _DecodeKernelCall(NamedTuple):
             # A thread reads the scores that it wrote.
             smem = self.weights_smem.at[pl.ds(tile * SCORE_SLOTS, SCORE_SLOTS)]
             weights = jnp.exp(plgpu.load(smem, layout=SCORE_LAYOUT, optimized=False) - m_i)
-            smem[...] = weights
+            smem[...] = self.scale_of_values(weights, self.base + tile * SCORE_SLOTS)
             return sums + weights
 
         zeros = plgpu.layout_cast(jnp.zeros((SCORE_SLOTS,), jnp.float32), SCORE_LAYOUT)
@@ -141,26 +173,46 @@ class _DecodeKernelCall(NamedTuple):
         slots = pl.ds(first, SCORE_SLOTS)
 
         def load_keys(columns):
-            gmem = self.operands.key.at[self.row, self.head, slots, columns]
-            return plgpu.load(gmem, layout=KEY_LAYOUT, optimized=False).astype(jnp.float32)
+            gmem = self.key.at[self.row, self.head, slots, columns]
+            layout = key_layout(self.key_columns)
+            return plgpu.load(gmem, layout=layout, optimized=False).astype(jnp.float32)
 
         scores = self.multiply_query(load_keys)
-        index = plgpu.broadcasted_iota(jnp.int32, (SCORE_SLOTS,), 0, layout=SCORE_LAYOUT) + first
+        if isinstance(self.operands.cache.key, Int8Slots):
+            scores = scores * self.load_scales(self.operands.cache.key, first)
+        index = _slot_indices(first)
         scores = jnp.where(index == self.slot, own_scores, scores)
         return jnp.where((index >= self.first_slot) & (index <= self.slot), scores, -jnp.inf)
 
     def compute_own_score(self) -> Any:
         """The score of the token's key, which is not in the cache yet, for every slot."""
-        return self.multiply_query(
-            lambda columns: _over_slots(self.load_key_columns(self.operands.k, columns))
+        key = self.operands.token.key
+        scores = self.multiply_query(
+            lambda columns: self.over_slots(self.load_key_columns(_values(key), columns))
         )
+        return scores * key.scale[self.row, self.head] if isinstance(key, Int8Slots) else scores
+
+    def scale_of_values(self, weights: Any, first: Any) -> Any:
+        """Weights of SCORE_SLOTS slots, times the scales of their values if those are integers."""
+        value, own = self.operands.cache.value, self.operands.token.value
+        if not isinstance(value, Int8Slots) or not isinstance(own, Int8Slots):
+            return weights
+        own_scale = own.scale[self.row, self.head]
+        is_own = _slot_indices(first) == self.slot
+        return weights * jnp.where(is_own, own_scale, self.load_scales(value, first))
+
+    def load_scales(self, slots: Int8Slots, first: Any) -> Any:
+        """Scales of SCORE_SLOTS slots."""
+        gmem: Any = slots.scale
+        gmem = gmem.at[self.row, self.head, pl.ds(first, SCORE_SLOTS)]
+        return plgpu.load(gmem, layout=SCORE_LAYOUT, optimized=False)
 
     def multiply_query(self, load_keys: Callable[[Any], Any]) -> Any:
         """Products of the query with keys that `load_keys` loads for some of their columns."""
         products = None
-        for column in range(0, self.operands.q.shape[2], KEY_COLUMNS):
-            columns = pl.ds(column, KEY_COLUMNS)
-            q = _over_slots(self.load_key_columns(self.operands.q, columns))
+        for column in range(0, self.operands.q.shape[2], self.key_columns):
+            columns = pl.ds(column, self.key_columns)
+            q = self.over_slots(self.load_key_columns(self.operands.q, columns))
             product = load_keys(columns) * q
             products = product if products is None else products + product
         assert products is not None
@@ -168,8 +220,15 @@ class _DecodeKernelCall(NamedTuple):
 
     def load_key_columns(self, ref: Any, columns: Any) -> Any:
         """Some columns of the token's query or key, as float32."""
-        gmem = ref.at[self.row, self.head, columns]
-        return plgpu.load(gmem, layout=COLUMN_LAYOUT, optimized=False).astype(jnp.float32)
+        gmem, layout = ref.at[self.row, self.head, columns], key_layout(self.key_columns).reduce(0)
+        return plgpu.load(gmem, layout=layout, optimized=False).astype(jnp.float32)
+
+    def over_slots(self, columns: Any) -> Any:
+        """Columns of a query or key, the same for SCORE_SLOTS slots."""
+        shape = (SCORE_SLOTS, self.key_columns)
+        return plgpu.layout_cast(
+            lax.broadcast_in_dim(columns, shape, [1]), key_layout(self.key_columns)
+        )
 
     def sum_values(self, values: Any, v: Any) -> Any:
         """Weighted sum of the split's values.
@@ -212,27 +271,36 @@ class _DecodeKernelCall(NamedTuple):
         loaded = []
         for i in range(self.tiling.slots_per_step):
             slot = jnp.maximum(jnp.minimum(first + i, end - 1), 0)
-            gmem = self.operands.value.at[self.row, self.head, slot, self.columns]
+            gmem = self.value.at[self.row, self.head, slot, self.columns]
             loaded.append(self.load_row(gmem))
         return loaded
 
     def load_row(self, gmem: Any) -> Any:
-        return plgpu.load(gmem, layout=value_layout(self.tiling.value_tile))
+        layout = value_layout(self.tiling.value_tile, self.value.dtype.itemsize)
+        return plgpu.load(gmem, layout=layout)
 
     def write_slot(self, v: Any) -> None:
         """Writes the token's value, and its key in the first of the blocks that share the split."""
-        operands, slot = self.operands, self.slot
-        operands.value[self.row, self.head, slot, self.columns] = v
+        token, slot = self.operands.token, self.slot
+        self.value[self.row, self.head, slot, self.columns] = v
 
         @pl.when(self.value_block == 0)
         def _():
-            gmem = operands.k.at[self.row, self.head]
-            k = plgpu.load(gmem, layout=COLUMN_LAYOUT, optimized=False)
-            operands.key[self.row, self.head, slot] = k
+            gmem, layout = _values(token.key), key_layout(self.key_columns).reduce(0)
+            k = plgpu.load(gmem.at[self.row, self.head], layout=layout, optimized=False)
+            self.key[self.row, self.head, slot] = k
+            for slots, own in zip(self.operands.cache, token, strict=True):
+                if isinstance(slots, Int8Slots) and isinstance(own, Int8Slots):
+                    scale: Any = slots.scale
+                    scale[self.row, self.head, slot] = own.scale[self.row, self.head]
 
 
-def _over_slots(columns: Any) -> Any:
-    return plgpu.layout_cast(lax.broadcast_in_dim(columns, _KEYS_SHAPE, [1]), KEY_LAYOUT)
+def _values(slots: Any) -> Any:
+    return slots.values if isinstance(slots, Int8Slots) else slots
+
+
+def _slot_indices(first: Any) -> Any:
+    return plgpu.broadcasted_iota(jnp.int32, (SCORE_SLOTS,), 0, layout=SCORE_LAYOUT) + first
 
 
 def decode_kernel(
@@ -240,7 +308,7 @@ def decode_kernel(
 ) -> None:
     """One split of the slots of a row's head, for some of the value columns."""
     row, head, split = (lax.axis_index(name) for name in ("b", "h", "s"))
-    slot = lax.rem(operands.positions[row], operands.key.shape[2])
+    slot = lax.rem(operands.positions[row], operands.cache.key.shape[2])
     call = _DecodeKernelCall(
         operands, results, weights_smem, tiling, row, head, split, lax.axis_index("d"), slot
     )

@@ -24,18 +24,18 @@ from pallas_kernels.common.mosaic_gpu import launch
 def launch_splits(
     operands: DecodeOperands, tiling: DecodeTiling, *, interpret: Any
 ) -> SplitResults:
-    """Attends over every split, and writes the tokens' keys and values into the caches.
+    """Attends over every split, and writes the tokens' keys and values into the cache.
 
     Args:
-      operands: arrays; the caches are references from `jax.new_ref`.
+      operands: arrays; the cache has references from `jax.new_ref`.
       tiling: how slots and value columns are divided into blocks.
       interpret: from `interpret_params`.
 
     Returns:
       Results of the splits; undefined for splits without a filled slot.
     """
-    rows, heads, width = operands.v.shape
-    splits = tiling.count_splits(operands.key.shape[2])
+    rows, heads, width = operands.token.value.shape
+    splits = tiling.count_splits(operands.cache.key.shape[2])
     numbers = jax.ShapeDtypeStruct((rows, heads, splits), jnp.float32)
     return launch(
         partial(decode_kernel, tiling=tiling),

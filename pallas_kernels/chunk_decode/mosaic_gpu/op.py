@@ -51,7 +51,7 @@ def chunk_decode(
     """Two kernels, the first of which updates the cache in place. Arguments as in `api`.
 
     Args:
-      q: bfloat16, as all operands but positions.
+      q: bfloat16, as all operands but positions and a cache of `Int8Slots`.
       k: keys.
       v: values.
       cache: key and value.
@@ -68,11 +68,13 @@ def chunk_decode(
         raise ValueError(f"chunk decoding: mosaic_gpu {obstacle}; use implementation 'xla' or None")
     rows, heads, width = v.shape
     num_slots = cache.key.shape[2]
-    tiling = tiling or choose_tiling(rows * heads, num_slots, width)
+    tiling = tiling or choose_tiling(
+        rows * heads, num_slots, width, itemsize=cache.value.dtype.itemsize
+    )
     positions, interpret = positions.astype(jnp.int32), interpret_params()
-    key_ref, value_ref = jax.new_ref(cache.key), jax.new_ref(cache.value)
-    operands = DecodeOperands(q, k, v, positions, key_ref, value_ref)
+    references = jax.tree.map(jax.new_ref, cache)
+    operands = DecodeOperands(q, cache.encode(k, v), positions, references)
     splits = launch_splits(operands, tiling, interpret=interpret)
     combined = CombineOperands(splits, positions, gate)
     out = launch_combination(combined, num_slots, v.dtype, tiling, interpret=interpret)
-    return ChunkDecodeOutput(out, KeyValueCache(jax.freeze(key_ref), jax.freeze(value_ref)))
+    return ChunkDecodeOutput(out, jax.tree.map(jax.freeze, references))

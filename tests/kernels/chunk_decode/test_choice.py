@@ -59,7 +59,11 @@ BF16 = jnp.bfloat16
         (A100, 256, 2048, 2048, BF16, "xla"),
         (Target("gpu", "several devices"), 256, 2048, 2048, BF16, "xla"),
         (Target("cpu", "cpu"), 256, 2048, 2048, BF16, "xla"),
-        (Target("tpu", "TPU v5p"), 256, 2048, 2048, BF16, "xla"),
+        (Target("tpu", "TPU v5"), 256, 2048, 2048, BF16, "pallas_tpu"),
+        (Target("tpu", "TPU v5 lite"), 96, 192, 63, jnp.float32, "pallas_tpu"),
+        (Target("tpu", "TPU v5"), 256, 2**14, 2048, BF16, "xla"),
+        # No estimate.
+        (Target("tpu", "TPU v3"), 256, 2048, 2048, BF16, "xla"),
     ],
 )
 def test_choice_by_device_widths_and_dtype(target, dk, dv, slots, dtype, choice, monkeypatch):
@@ -88,11 +92,24 @@ def test_what_kernels_cannot_take_is_refused_by_name(arguments, message):
         chunk_decode(q, q, v, cache, jnp.zeros(1, jnp.int32), implementation="mosaic_gpu")
 
 
+def test_what_the_tpu_kernel_cannot_take_is_refused_by_name():
+    for width, dtype, message in (
+        (2**14, BF16, "pallas_tpu keeps blocks of 128 slots in VMEM, which 8 \\+ 16384 numbers"),
+        (8, jnp.float16, "pallas_tpu takes bfloat16 or float32, q and v are float16"),
+    ):
+        q, v = jnp.zeros((1, 1, 8), dtype), jnp.zeros((1, 1, width), dtype)
+        cache = KeyValueCache(jnp.zeros((1, 1, 5, 8), dtype), jnp.zeros((1, 1, 5, width), dtype))
+        with interpreted(), pytest.raises(ValueError, match=message):
+            chunk_decode(q, q, v, cache, jnp.zeros(1, jnp.int32), implementation="pallas_tpu")
+
+
 def test_kernels_are_refused_elsewhere():
     if find_target().is_hopper:
         pytest.skip("is about other devices")
     with pytest.raises(ValueError, match="needs an NVIDIA Hopper GPU, this is"):
         decode(implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="pallas_tpu needs a TPU, this is"):
+        decode(implementation="pallas_tpu")
 
 
 def test_implementations_have_the_common_names():

@@ -15,8 +15,11 @@ pytestmark = pytest.mark.usefixtures("runnable")
 
 
 # The Hopper kernels take bfloat16, keys of a multiple of 64 numbers, values of 128, and 64 slots.
-WIDE = [name for name in IMPLEMENTATIONS if name != "mosaic_gpu"]
-SLOW_KERNELS = [*WIDE, pytest.param("mosaic_gpu", marks=pytest.mark.slow)]
+# Those for TPU take float32 too, with the error of their running sum.
+WIDE = [name for name in IMPLEMENTATIONS if name not in ("mosaic_gpu", "pallas_tpu")]
+SLOW_KERNELS = [
+    *WIDE, "pallas_tpu", pytest.param("mosaic_gpu", marks=pytest.mark.slow)
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
@@ -71,7 +74,7 @@ def test_gate(implementation):
 @pytest.mark.parametrize(
     ("scale", "implementation"),
     [
-        *((scale, name) for scale in (0.0, 1e4) for name in WIDE),
+        *((scale, name) for scale in (0.0, 1e4) for name in (*WIDE, "pallas_tpu")),
         (1e4, "mosaic_gpu"),
         pytest.param(0.0, "mosaic_gpu", marks=pytest.mark.slow),
     ],

@@ -13,8 +13,11 @@ from tests.topologies import compile_for, h200_device
 SLOTS, DK, DV = 2048, 256, 2048
 
 
-def compile_decoding(device, dtype, implementation, *, rows, cache_rows, layers):
-    """A scan of 8 tokens over the caches of several layers, which are donated."""
+def compile_decoding(device, dtype, implementation, *, rows, cache_rows, layers, slots=None):
+    """A scan of 8 tokens over the caches of several layers, which are donated.
+
+    `slots` gives the shapes of keys or values of some rows, heads, slots and a width.
+    """
 
     def decode(q, k, v, caches, positions):
         def step(carry, _):
@@ -33,18 +36,20 @@ def compile_decoding(device, dtype, implementation, *, rows, cache_rows, layers)
         return jax.ShapeDtypeStruct(dims, dtype)
 
     q, v = shape(rows, 1, DK), shape(rows, 1, DV)
-    cache = KeyValueCache(shape(cache_rows, 1, SLOTS, DK), shape(cache_rows, 1, SLOTS, DV))
+    slots = slots or shape
+    cache = KeyValueCache(slots(cache_rows, 1, SLOTS, DK), slots(cache_rows, 1, SLOTS, DV))
     positions = jax.ShapeDtypeStruct((rows,), jnp.int32)
     caches = [cache] * layers
     compiled = compile_for(device, decode, q, q, v, caches, positions, donate_argnums=3)
     return compiled, caches
 
 
-def check_in_place(compiled, caches):
-    assert not copies_of(compiled, {a.shape for a in jax.tree.leaves(caches)})
-    share = temporary_share(compiled, caches)
-    print(f"temporaries and outputs: {share:.2%} of the caches")
-    assert share <= 0.02
+def check_in_place(compiled, caches, share=0.02):
+    # Scales have three axes, and other small arrays have their size.
+    assert not copies_of(compiled, {a.shape for a in jax.tree.leaves(caches) if len(a.shape) == 4})
+    measured = temporary_share(compiled, caches)
+    print(f"temporaries and outputs: {measured:.2%} of the caches")
+    assert measured <= share
 
 
 @pytest.mark.parametrize("cache_rows", [2, 3])

@@ -1,0 +1,1 @@
+"""Chunk decoding kernel for TPU (Pallas Mosaic TPU)."""
