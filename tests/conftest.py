@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,21 @@ os.environ["XDG_CACHE_HOME"] = _USER_CACHE.name
 
 # Imported after the environment is set, because it imports JAX.
 pytest_plugins = ["tests.fixtures_runs"]
+
+# Every compiled program has about seven memory maps, of which Linux allows a process 65,530: beyond
+# them XLA ends with a segmentation fault. Fewer programs also make garbage collection faster.
+_MAX_MEMORY_MAPS = 8_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _drop_compiled_programs():
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MAX_MEMORY_MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.hookimpl(optionalhook=True)
