@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 
-from megalodon_jax.config import ModelConfig
+from megalodon_jax.config import KvFormat, ModelConfig
 from megalodon_jax.language_model import LanguageModel, ModelInputs
 
 VOCAB_SIZE = 257
@@ -48,7 +48,9 @@ class _KnownModel(LanguageModel):
         self.embed = None  # type: ignore[assignment]
         self.output = None
 
-    def init_cache(self, batch_size: int, *, max_length: int | None = None) -> TokenCache:
+    def init_cache(
+        self, batch_size: int, *, max_length: int | None = None, kv: KvFormat = "model"
+    ) -> TokenCache:
         # Two arrays: donated buffers are not shared.
         position, segment = (jnp.zeros(batch_size, jnp.int32) for _ in range(2))
         return TokenCache(position, segment, jnp.full((batch_size, self.memory), -1, jnp.int32))
