@@ -54,3 +54,22 @@ def pytest_xdist_make_scheduler(config, log):
     from tests.file_scheduling import FileScheduling
 
     return FileScheduling(config, log) if len(config.option.tx) <= 4 else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks the variants that CI leaves out, before tests are chosen by their marks."""
+    from tests.variants import CI_VARIANTS
+
+    found: dict[str, list[bool]] = {}
+    for item in items:
+        name, _, variant = item.nodeid.removeprefix("tests/").partition("[")
+        if name in CI_VARIANTS and variant:
+            runs = variant.removesuffix("]") in CI_VARIANTS[name]
+            found.setdefault(name, []).append(runs)
+            if not runs:
+                item.add_marker("slow")
+                item.add_marker("exhaustive")
+    for name, runs in found.items():
+        if len(runs) > 1 and sum(runs) != len(CI_VARIANTS[name]):
+            raise pytest.UsageError(f"tests/variants.py: {name} lacks one of {CI_VARIANTS[name]}")

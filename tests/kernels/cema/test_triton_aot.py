@@ -43,7 +43,7 @@ def kernels():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.exhaustive), True])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_fit_every_generation(kernels, capability, packed, tmp_path):
     limits = GPU_LIMITS[capability]

@@ -21,10 +21,7 @@ INTEGERS = ("start", "stop", "first_query", "end_query")
 # Key and value width of a head: all sizes of MEGALODON; Image of Long Range Arena; ListOps.
 MEGA, IMAGE, LISTOPS = (256, 2048), (96, 320), (64, 160)
 # sm_89 has the instructions and limits of sm_86.
-CASES = [
-    pytest.param(MEGA, c, marks=[] if c in (86, 120) else pytest.mark.exhaustive)
-    for c in (80, 86, 90, 100, 120)
-]
+CASES = [(MEGA, capability) for capability in (80, 86, 90, 100, 120)]
 CASES += [(IMAGE, 120), (LISTOPS, 86)]
 
 

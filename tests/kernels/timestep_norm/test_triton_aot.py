@@ -27,15 +27,8 @@ def kernels():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.exhaustive), True])
-@pytest.mark.parametrize(
-    ("features", "groups"),
-    [
-        (64, 64),
-        pytest.param(32, 32, marks=pytest.mark.exhaustive),
-        pytest.param(48, 16, marks=pytest.mark.exhaustive),
-    ],
-)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("features", "groups"), [(64, 64), (32, 32), (48, 16)])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_fit_every_generation(kernels, capability, features, groups, packed, tmp_path):
     geometry = choose_geometry(1, 16_384, groups, features)
