@@ -34,7 +34,7 @@ ENCODER_RULES = (
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSettings:
-    """What encoders of every kind have."""
+    """Settings that all kinds of encoders share."""
 
     input: EncoderInputKind = "tokens"
     """Input: token ids, real values (pixels, samples of sound), or patches of images."""

@@ -15,7 +15,7 @@ MovingAverage = Literal["cema", "ema", "none"]
 TimeNorm = Literal["timestep", "layer", "rms"]
 ResidualConnection = Literal["two_hop", "pre_norm"]
 ModelOperation = Literal["cema", "timestep_norm", "attention", "rowwise"]
-# Of weights, and of keys and values, in decoding: in the model's dtype, or 8-bit integers.
+# Formats of decoding: the dtype of the model, or 8-bit integers.
 WeightFormat = Literal["model", "int8"]
 KvFormat = Literal["model", "int8"]
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from megalodon_jax.study.results import RunResult, StudyResults
 
-# What distinguishes the lines of an evaluation, the value that is compared, and the axis's words.
+# The keys of an evaluation's lines, the value that is compared, and the words of the axis.
 _MEASURES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "perplexity_by_context": (("context",), "perplexity", "tokens of context"),
     "loss_by_position": (("last",), "loss", "tokens seen, at most"),
@@ -22,7 +22,7 @@ class EvaluationValue(NamedTuple):
     """The value of one line of an evaluation.
 
     Attributes:
-      key: what distinguishes the line, such as (4096, "start") of a passkey.
+      key: of the line, such as (4096, "start") of a passkey.
       mean: mean over the seeds; NaN without a value.
       low: lowest of the seeds.
       high: highest.

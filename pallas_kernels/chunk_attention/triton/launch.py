@@ -44,7 +44,7 @@ class Operands(NamedTuple):
 
 
 class OutputGradient(NamedTuple):
-    """What the backward kernels get from the forward pass and from above.
+    """Inputs of the backward kernels, from the forward pass and from above.
 
     Attributes:
       do: gradient of the output.
