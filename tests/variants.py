@@ -79,7 +79,6 @@ CI_VARIANTS: dict[str, tuple[str, ...]] = {
     f"{_NORM}/test_gpu_kernels.py::test_documents_and_padding_do_not_affect_other_documents": (
         "mosaic_gpu",
     ),
-    f"{_NORM}/test_gpu_kernels.py::test_packed_rows_equal_float64": ("mosaic_gpu",),
     f"{_NORM}/test_gpu_kernels.py::test_equals_float64": (
         "1000.0-mosaic_gpu", "1000.0-triton",
     ),
