@@ -9,6 +9,7 @@ _COLLECTIVES = "parallel/test_collectives.py"
 _ARCHITECTURES = ("all, ema", "all, no average")
 
 CI_VARIANTS: dict[str, tuple[str, ...]] = {
+    "baselines/test_attention_compiled.py::test_cudnn_is_the_default_on_hopper": ("packed",),
     "baselines/test_attention_compiled.py::test_splash_attention_is_the_default_on_tpus": (
         "rows-v6e:1x1", "packed-v5p:1x1x1",
     ),
@@ -22,9 +23,12 @@ CI_VARIANTS: dict[str, tuple[str, ...]] = {
     ),
     "baselines/test_transformer.py::test_streaming_equals_one_call": ("grouped, window, tied",),
     "bench/test_train.py::test_several_lengths_in_one_call": ("tokens",),
+    "data/test_pieces.py::test_batches_do_not_depend_on_the_pieces": (
+        "pack-byte_level", "pack-prepend", "pad-sentencepiece",
+    ),
     "data/test_pieces.py::test_memory_does_not_depend_on_the_size_of_the_text": ("byte_level",),
     "encoder/test_encoder.py::test_meshes_equal_one_device": (
-        "chunks-sizes2", "full-sizes1",
+        "chunks-sizes2",
     ),
     "encoder/test_encoder.py::test_packed_documents_are_computed_alone": (
         "chunks", "full", "patches", "causal",
@@ -35,6 +39,7 @@ CI_VARIANTS: dict[str, tuple[str, ...]] = {
     "evaluation/test_examples.py::test_a_round_of_self_improvement_reads_what_it_wrote": (
         "megalodon",
     ),
+    "evaluation/test_streaming.py::test_streaming_equals_one_call": ("2",),
     "faults/test_signals.py::test_a_second_signal_during_compilation_leaves_at_once": ("2",),
     "faults/test_signals.py::test_a_signal_between_steps_and_the_end_of_the_resumed_run": ("15",),
     "faults/test_signals.py::test_a_signal_in_an_evaluation_during_training": ("2",),
@@ -51,10 +56,15 @@ CI_VARIANTS: dict[str, tuple[str, ...]] = {
     "inference/test_step.py::test_steps_equal_the_full_forward_pass": (
         "default", "tied, prior, no affine", *_ARCHITECTURES,
     ),
+    "inference/test_step_compiled.py::test_a_block_copies_no_cache": ("2-2-model", "16-8-int8"),
+    "interop/test_lm_eval.py::test_generation_is_the_greedy_one": ("megalodon-3", "transformer-3"),
     "interop_flax/test_qwix.py::test_kernels_may_hold_quantized_arrays": ("int8",),
     "interop_flax/test_qwix.py::test_lora_starts_at_the_base_and_learns_alone": ("True",),
     "interop_flax/test_qwix.py::test_quantized_activations": ("True",),
     "interop_flax/test_qwix.py::test_quantized_weights": ("True-int4", "False-int8"),
+    "kernels/cema/test_bidirectional.py::test_equals_the_double_sum_with_gradients": (
+        "False-xla", "True-reference", "True-xla",
+    ),
     "kernels/cema/test_bidirectional.py::test_sequence_shards_equal_one_device": ("True",),
     "kernels/cema/test_gpu_context_parallel.py::test_shards_equal_the_recurrence": (
         "128-32-True-False-mosaic_gpu", "192-64-False-True-triton",
@@ -142,8 +152,9 @@ CI_VARIANTS: dict[str, tuple[str, ...]] = {
         "sizes1",
     ),
     "parallel/test_context_parallel.py::test_cema": ("True",),
+    "parallel/test_tensor_parallel.py::test_a_gated_model_equals_one_device": ("chunk2-model2",),
     "parallel/test_training.py::test_equals_one_device": (
-        "all", "chunk", "fsdp_model", "multi_slice", "released",
+        "all", "fsdp_model", "multi_slice", "released",
     ),
     "storage/test_checkpoints.py::test_a_damaged_one_is_set_aside_and_an_unfinished_one_removed": (
         "gs",
@@ -154,7 +165,7 @@ CI_VARIANTS: dict[str, tuple[str, ...]] = {
     "storage/test_processes.py::test_a_killed_run_resumes_bit_for_bit": ("gs",),
     "storage/test_processes.py::test_a_lost_server_ends_the_run": ("s3",),
     "storage/test_processes.py::test_a_run_without_permission_ends_soon": ("gs",),
-    "storage/test_processes.py::test_a_second_run_is_refused": ("gs", "s3"),
+    "storage/test_processes.py::test_a_second_run_is_refused": ("s3",),
     "storage/test_runs.py::test_a_run_in_a_store_equals_one_on_a_disk": ("s3",),
     "storage/test_runs.py::test_a_run_in_a_store_is_converted_and_started_from": ("gs",),
     "storage/test_runs.py::test_a_run_moves_between_a_disk_and_a_store": ("s3",),
@@ -163,6 +174,7 @@ CI_VARIANTS: dict[str, tuple[str, ...]] = {
         "scanned", "transformer",
     ),
     "training/test_ablations.py::test_the_loss_falls": ("rms norm", *_ARCHITECTURES),
+    "training/test_own_loop.py::test_a_resumed_run_equals_an_uninterrupted_one": ("Stateful",),
     "training/test_resilience.py::test_a_spike_warns_or_stops": ("stop",),
 }  # fmt: skip
 
