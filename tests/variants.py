@@ -178,7 +178,7 @@ CI_VARIANTS: dict[str, tuple[str, ...]] = {
     "training/test_resilience.py::test_a_spike_warns_or_stops": ("stop",),
 }  # fmt: skip
 
-# Of tests with many variants: those that CI leaves out. A test without variants has an empty one.
+# Variants that CI leaves out of tests with many; a test without variants has the empty one.
 LEFT_OUT: dict[str, tuple[str, ...]] = {
     "bench/test_train.py::test_a_transformer_step_runs_on_this_device": ("",),
     "bench/test_train.py::test_the_transformer_of_the_same_size_is_measured_beside_it": ("",),
