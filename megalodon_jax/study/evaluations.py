@@ -83,8 +83,7 @@ def _series(stage: str, name: str, task: str, runs: Sequence[RunResult]) -> Eval
 
 
 def _label(run: RunResult) -> str:
-    point = ", ".join(f"{key} {value}" for key, value in run.point.items())
-    return f"{run.variant}, {point}" if point else run.variant
+    return f"{run.variant}, {run.point_text}" if run.point else run.variant
 
 
 def _value(key: tuple[Any, ...], values: Sequence[float]) -> EvaluationValue:

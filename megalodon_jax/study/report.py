@@ -34,8 +34,7 @@ def summarize_runs(results: StudyResults) -> list[Summary]:
     """The runs by stage, variant and point of the grid, in the order of the study."""
     groups: dict[tuple[str, str, str], list[RunResult]] = {}
     for run in results.runs:
-        point = ", ".join(f"{key} {value}" for key, value in run.point.items())
-        groups.setdefault((run.stage, run.variant, point), []).append(run)
+        groups.setdefault((run.stage, run.variant, run.point_text), []).append(run)
     return [_summary(key, runs, results.metric) for key, runs in groups.items()]
 
 

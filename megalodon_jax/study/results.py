@@ -91,6 +91,11 @@ class RunResult(NamedTuple):
         point = "".join(f" {key.rpartition('.')[2]} {value}" for key, value in self.point.items())
         return f"{self.stage} {self.variant}{point} seed {self.seed}"
 
+    @property
+    def point_text(self) -> str:
+        """Its values of the grid, "optim.lr 0.001, model.chunk_size 16"; empty without a grid."""
+        return ", ".join(f"{key} {value}" for key, value in self.point.items())
+
     def describe(self) -> str:
         """One line about the end of the run."""
         if self.status == "failed":
