@@ -158,7 +158,8 @@ class ModelConfig:
     the blocks, which compiles longer and avoids the scan's copies of activations."""
     implementation: Implementation | None = None
     """Implementation of all operations; overrides the four settings below. Norms and gates, which
-    have no `pallas_tpu` kernels, then use `xla`."""
+    have no `pallas_tpu` kernels, then use `xla`. So does, with `triton`, the attention of rows of
+    one document without a cache, where `xla` was the faster one (docs/gpus.md)."""
     cema_implementation: Implementation | None = None
     """Implementation of CEMA; None: the fastest known for the platform."""
     timestep_norm_implementation: Implementation | None = None
@@ -192,6 +193,11 @@ class ModelConfig:
         if (self.implementation, operation) in _WITHOUT_KERNELS:
             return "xla"
         return self.implementation or getattr(self, f"{operation}_implementation")
+
+    @property
+    def whole_row_attention_implementation(self) -> Implementation | None:
+        """The implementation of attention over rows of one document, without a cache."""
+        return "xla" if self.implementation == "triton" else self.implementation_of("attention")
 
     @property
     def num_outputs(self) -> int:

@@ -372,6 +372,10 @@ class MegaAttention(nnx.Module):
         cache: KeyValueCache | None,
         key: PRNGKey | None,
     ) -> ChunkAttentionOutput:
+        implementation = self.implementations.attention
+        if info.segment_ids is None and cache is None:
+            implementation = self.implementations.whole_row_attention or implementation
+
         def attend(qkv, positions, segment_ids, cache, key) -> ChunkAttentionOutput:
             return chunk_attention(
                 *qkv,
@@ -381,7 +385,7 @@ class MegaAttention(nnx.Module):
                 segment_ids=segment_ids,
                 cache=cache,
                 dropout=self._attention_dropout(key),
-                implementation=self.implementations.attention,
+                implementation=implementation,
                 sequence_axis=sequence_axis(),
             )
 

@@ -36,11 +36,18 @@ class DropoutRates:
 
 @dataclass(frozen=True, kw_only=True)
 class Implementations:
-    """The implementation of every operation; None: the fastest known for the platform."""
+    """The implementation of every operation; None: the fastest known for the platform.
+
+    Attributes:
+      attention: of chunk attention with documents or a cache.
+      whole_row_attention: of chunk attention over rows of one document, without a cache; None: as
+        `attention`.
+    """
 
     cema: Implementation | None = None
     timestep_norm: Implementation | None = None
     attention: Implementation | None = None
+    whole_row_attention: Implementation | None = None
     rowwise: Implementation | None = None
 
     @classmethod
@@ -50,5 +57,6 @@ class Implementations:
             cema=config.implementation_of("cema"),
             timestep_norm=config.implementation_of("timestep_norm"),
             attention=config.implementation_of("attention"),
+            whole_row_attention=config.whole_row_attention_implementation,
             rowwise=config.implementation_of("rowwise"),
         )

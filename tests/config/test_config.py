@@ -150,6 +150,9 @@ def test_triton_has_kernels_of_all_operations():
     assert chosen == {"triton"}
     single = ModelConfig(attention_implementation="triton")
     assert single.implementation_of("attention") == "triton"
+    assert single.whole_row_attention_implementation == "triton"
+    # Whole rows are faster in XLA.
+    assert config.whole_row_attention_implementation == "xla"
 
 
 def test_norms_and_gates_have_no_tpu_kernels():

@@ -11,6 +11,7 @@ from megalodon_jax.modules import (
     CEMA,
     Block,
     FeedForward,
+    Implementations,
     LayerNorm,
     Linear,
     MegaAttention,
@@ -149,3 +150,14 @@ def test_streamed_pieces_equal_one_call(block, call, x):
 def test_positions_and_segment_ids_exclude_each_other(block, x):
     with pytest.raises(ValueError, match="pass only one of the two"):
         block(x, positions=positions_of(L), segment_ids=SEGMENT_IDS)
+
+
+def test_whole_rows_may_have_an_attention_of_their_own(x):
+    implementations = Implementations(attention="triton", whole_row_attention="reference")
+    attention = MegaAttention(
+        D, z_dim=Z, value_dim=E, chunk_size=C, num_heads=H, cema_order=N, norm_num_groups=4,
+        implementations=implementations, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    assert np.isfinite(np.asarray(attention(x)[0])).all()
+    with pytest.raises(ValueError, match="triton needs an NVIDIA GPU"):
+        attention(x, segment_ids=jnp.ones(x.shape[:2], jnp.int32))

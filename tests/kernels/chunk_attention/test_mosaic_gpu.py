@@ -197,4 +197,5 @@ def test_packed_rows_after_a_cache_equal_float64():
         positions=positions,
     )  # fmt: skip
     assert np.abs(without["out"][0, :56] - want["out"][0, :56]).max() > 0.1
-    np.testing.assert_array_equal(without["out"][0, 70:], want["out"][0, 70:])
+    # A GPU sums the float64 products of rows with and without a cache in different orders.
+    np.testing.assert_allclose(without["out"][0, 70:], want["out"][0, 70:], rtol=0, atol=1e-14)
