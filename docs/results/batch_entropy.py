@@ -1,9 +1,9 @@
 """Is a jump of the loss in the text? `python docs/results/batch_entropy.py CONFIG --steps 800`.
 
 Reads the batches of a run in their order, and codes every byte with the counts of what followed the
-two bytes before it in earlier batches. A jump of this loss is a change of the text (another language,
-tables, data in text form), whatever the trained model does. CONFIG is a configuration of `megalodon
-train` with the tokenizer `bytes`, such as the `config.toml` of a run.
+two bytes before it in earlier batches. A jump of this loss is a change of the text (another
+language, tables), whatever the trained model does. CONFIG is a configuration of `megalodon train`
+with the tokenizer `bytes`, such as the `config.toml` of a run.
 """
 
 import argparse
@@ -25,7 +25,9 @@ def batch_losses(batches, *, steps: int) -> np.ndarray:
     losses = []
     for _, batch in zip(range(steps), batches, strict=False):
         tokens = np.asarray(batch.tokens)
-        is_text = np.all([tokens[:, i : tokens.shape[1] - 2 + i] < _BYTES for i in range(3)], axis=0)
+        is_text = np.all(
+            [tokens[:, i : tokens.shape[1] - 2 + i] < _BYTES for i in range(3)], axis=0
+        )
         first, second, third = (
             tokens[:, i : tokens.shape[1] - 2 + i][is_text].astype(np.int64) for i in range(3)
         )

@@ -118,6 +118,9 @@ class ModelConfig:
     qk_norm: bool = True
     """RMSNorm of every head of the shared projection of queries and keys; False: SiLU instead, and
     scores scaled by 1 / sqrt(z_dim / num_heads)."""
+    qk_gain: Annotated[float, Range(low=0.0, high=100.0, open_low=True)] = 1.0
+    """Initial scale of queries and of keys; with qk_norm a score is at most its square at first. 1
+    is the released one."""
     rope_base: Annotated[float | None, Range(low=0.0, open_low=True)] = 10_000.0
     """Base of the rotary position embedding; None ("none" in a file and on the command line): no
     position embedding."""

@@ -98,6 +98,8 @@ class MegaAttention(nnx.Module):
       qk_norm: RMSNorm of the heads of z, the shared projection of queries and keys. "l2": heads
         are z / max(|z|, 1e-5), the same but for where the epsilon is. False: z = silu(m Wz + bz),
         and softmax(q k^T / sqrt(Z / H)), as in MEGA (Ma et al. 2023).
+      qk_gain: initial value of the learned scales of queries and of keys, 1 + `gamma`; with
+        `qk_norm` a score is at most `qk_gain` squared at first.
       causal: False: the average runs in both directions, and attention sees the whole chunk; there
         is no cache.
       average_activation: m = RMSNorm or SiLU of the average.
@@ -127,6 +129,7 @@ class MegaAttention(nnx.Module):
         moving_average: MovingAverage = "cema",
         time_norm: TimeNorm | Literal["sequence"] = "timestep",
         qk_norm: bool | Literal["l2"] = True,
+        qk_gain: float = 1.0,
         causal: bool = True,
         average_activation: Literal["rms", "silu"] = "rms",
         rope_base: float | None = 10_000.0,
@@ -176,7 +179,7 @@ class MegaAttention(nnx.Module):
         self.wr = Linear(D, E, axes=("embed", "value"), **options)
         self.wh1 = Linear(D, D, axes=("embed", "embed_out"), **options)
         self.wh2 = Linear(E, D, axes=("value", "embed"), use_bias=False, **options)
-        self.gamma = parameter(jnp.zeros((2, Z), param_dtype), None, "query")
+        self.gamma = parameter(jnp.full((2, Z), qk_gain - 1.0, param_dtype), None, "query")
         self.beta = parameter(jnp.zeros((2, Z), param_dtype), None, "query")
 
     @classmethod
@@ -196,6 +199,7 @@ class MegaAttention(nnx.Module):
             moving_average=config.moving_average,
             time_norm=config.time_norm,
             qk_norm=config.qk_norm,
+            qk_gain=config.qk_gain,
             rope_base=config.rope_base,
             init_mode=config.init_mode,
             dropout=DropoutRates.from_config(config),

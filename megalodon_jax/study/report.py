@@ -64,14 +64,16 @@ def results_markdown(results: StudyResults) -> str:
 
 
 def _stage_table(summaries: Sequence[Summary]) -> list[str]:
-    first = summaries[0]
+    first = [summary for summary in summaries if summary.variant == summaries[0].variant]
     header = (
-        "variant", "grid", "seeds", "mean", "deviation", f"mean - {first.variant}'s",
+        "variant", "grid", "seeds", "mean", "deviation", f"mean - {first[0].variant}'s",
         "parameters", "without embeddings", "tokens", "seconds", "tokens/s",
     )  # fmt: skip
     rows = []
     for summary in summaries:
         any_run = summary.runs[0] if summary.runs else None
+        same = first if len(first) == 1 else [each for each in first if each.point == summary.point]
+        is_compared = bool(same) and summary not in first
         failed = f" ({summary.num_failed} failed)" if summary.num_failed else ""
         rows.append(
             (
@@ -80,7 +82,7 @@ def _stage_table(summaries: Sequence[Summary]) -> list[str]:
                 f"{len(summary.runs)}{failed}",
                 _number(summary.mean, ".4f"),
                 _number(summary.deviation, ".4f"),
-                "" if summary is first else _number(summary.mean - first.mean, "+.4f"),
+                _number(summary.mean - same[0].mean, "+.4f") if is_compared else "",
                 f"{any_run.parameters:,}" if any_run else "",
                 f"{any_run.parameters_without_embeddings:,}" if any_run else "",
                 f"{any_run.tokens:,.0f}" if any_run else "",

@@ -293,3 +293,12 @@ def test_errors(x):
         block(x, positions=rotated)
     with pytest.raises(ValueError, match="residual_connection is 'pre'; use 'two_hop'"):
         Block(block.mega, block.nffn, residual_connection="pre")  # type: ignore[arg-type]
+
+
+def test_queries_and_keys_start_with_their_gain():
+    config = ModelConfig(**CONFIG, qk_gain=3.0)
+    block = Block.from_config(config, rngs=nnx.Rngs(0))
+    scale, offset = block.mega.scale_and_offset()
+    # z has length sqrt(d) in every head: queries and keys have length 3.
+    np.testing.assert_allclose(scale, 3 / math.sqrt(config.head_dim), rtol=1e-6)
+    assert not np.asarray(offset).any()
