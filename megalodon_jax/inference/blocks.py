@@ -13,7 +13,7 @@ from megalodon_jax.inference.prefill import PrefillState
 from megalodon_jax.inference.rows import constrain_cache, put_row, replicate, take_row
 from megalodon_jax.inference.sampling import Drawn, Features, Logprobs, SamplingState, draw
 from megalodon_jax.inference.step import set_rows
-from megalodon_jax.typing import Array, Bool, Int32
+from megalodon_jax.typing import Array, Bool, Float32, Int32
 
 MAX_STOP_IDS = 16
 """Most stop ids of a request: they are compared on the device."""
@@ -118,6 +118,19 @@ def start_row(
       The slots, and the first token (n = B = 1).
     """
     cache, logits = replicate(take_row(prefilled, row))
+    return put_started_row(slots, slot, cache, logits, request, features, logits_mask)
+
+
+def put_started_row(
+    slots: SlotState,
+    slot: Int32[Array, ""] | int,
+    cache: Any,
+    logits: Float32[Array, "1 V"],
+    request: RowRequest,
+    features: Features,
+    logits_mask: Int32[Array, "1 W"] | None,
+) -> tuple[SlotState, Emitted]:
+    """`start_row` for a row's cache and scores; call it inside `jit`."""
     sampling = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], request.sampling)
     drawn = draw(logits, sampling, features, logits_mask=logits_mask)
     ended = _ends(drawn.tokens, request.stop_ids[None], jnp.asarray(request.remaining)[None])

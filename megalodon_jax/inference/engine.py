@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -28,22 +28,14 @@ from megalodon_jax.inference.blocks import (
 from megalodon_jax.inference.decoders import ModelWeights
 from megalodon_jax.inference.engine_state import check_mesh, make_slots, prepare_weights
 from megalodon_jax.inference.graph import HashedGraphDef
+from megalodon_jax.inference.known_prompt import KnownPrompts, start_known_row
 from megalodon_jax.inference.prefill import PieceSizes
-from megalodon_jax.inference.prefill_job import Prefiller, PrefillJob, PromptRow
+from megalodon_jax.inference.prefill_job import Prefiller, PrefillJob
 from megalodon_jax.inference.prefix_cache import PrefixCache
 from megalodon_jax.inference.request_limits import RequestLimits
-from megalodon_jax.inference.requests import (
-    Request,
-    Stream,
-    TokenLogprobs,
-    logits_masks,
-)
+from megalodon_jax.inference.requests import Request, Stream, TokenLogprobs, logits_masks
 from megalodon_jax.inference.rows import extract_row
-from megalodon_jax.inference.sampling import (
-    Features,
-    SamplingParams,
-    sampling_row,
-)
+from megalodon_jax.inference.sampling import Features, SamplingParams, sampling_row
 from megalodon_jax.inference.scheduling import (
     BLOCK_LENGTHS,
     FEATURE_SETS,
@@ -163,6 +155,9 @@ class Engine:
             prefixes = PrefixCache(prefix_cache_bytes, config.chunk_size)
         sizes = PieceSizes.for_model(model)
         self._prefiller = Prefiller(graphdef, params, sizes, max_length, prefixes, kv)
+        self._known_prompts = KnownPrompts.of(
+            prefixes, self._weights, (weights, kv), is_sharded=mesh is not None
+        )
         # Prompts alone run in a batch of one, unless the batch is sharded.
         self._prefill_rows, self._fewest_rows = prefill_rows, 1 if row_shards == 1 else prefill_rows
         # A model's own call runs all rows of its cache, and so does a sharded batch.
@@ -283,7 +278,11 @@ class Engine:
 
     def _advance_prefill(self) -> None:
         if self._job is None and len(self._waiting) and None in self._streams:
-            self._job = self._next_job()
+            if self._start_known():
+                return
+            most = min(self._prefill_rows, self._streams.count(None))
+            batch_sizes = self._fewest_rows, self._prefill_rows
+            self._job = self._prefiller.next_job(self._waiting, most, batch_sizes)
         job = self._job
         if job is None:
             return
@@ -299,53 +298,49 @@ class Engine:
         if not any(row.waiting for row in job.rows):
             self._job = None
 
-    def _next_job(self) -> PrefillJob:
-        rows = [PromptRow.of(self._waiting.get())]
-        plan = self._prefiller.plan(rows[0])
-        most = min(self._prefill_rows, self._streams.count(None))
-        while len(rows) < most and len(self._waiting):
-            row = PromptRow.of(self._waiting.peek())
-            if self._prefiller.plan(row) != plan:
-                break
-            self._waiting.get()
-            rows.append(row)
-        batch_size = self._fewest_rows if len(rows) == 1 else self._prefill_rows
-        return self._prefiller.begin(rows, batch_size)
+    def _start_known(self) -> bool:
+        """Starts the next request at once if the prefix cache knows all but its last tokens."""
+        prompt = self._known_prompts and self._known_prompts.find(self._waiting.peek())
+        if not prompt:
+            return False
+        (stream,) = self._waiting.get()
+        tokens = np.asarray(stream.request.prompt, np.int32)
+        self._occupy(stream, tokens, start_known_row, self._weights, prompt)
+        return True
 
     def _start(self, stream: Stream, job: PrefillJob, index: int) -> None:
-        slot = self._streams.index(None)
-        params = stream.request.params
-        sampling = sampling_row(
-            dataclasses.replace(params, seed=stream.seed),
-            vocab_size=self._num_outputs,
-            num_tokens=self._num_tokens,
-            prompt=job.rows[index].tokens,
-        )
-        request = RowRequest(
-            sampling, np.int32(params.max_tokens), padded_stop_ids(params.stop_ids)
-        )
-        self._state, emitted = start_row(
-            self._state,
-            slot,
-            job.state,
-            index,
-            request,
-            covering([stream.request.features]),
-            logits_masks([stream], self._num_outputs),
-        )
         if stream.request.prompt_logprobs is not None:
             scored = job.prompt_logprobs(index, stream.request.prompt_logprobs)
             # Tokens that waited in the session are not part of the prompt.
             stream.prompt_logprobs = scored[len(scored) - len(stream.request.prompt) :]
-        if stream.request.keep_session and params.stop:
+        if stream.request.keep_session and stream.request.params.stop:
             # A stop string is found on the host, after the slot has gone on: the session is then
             # the state after the prompt, and the answer's tokens wait in it.
             cache = extract_row(job.state.cache, index)
             stream.session = Session.take(cache, (), self._fingerprint)
+        self._occupy(stream, job.rows[index].tokens, start_row, job.state, index)
+
+    def _occupy(
+        self, stream: Stream, prompt: np.ndarray, start: Callable[..., Any], *source: Any
+    ) -> None:
+        """Puts a stream into a free slot, and draws its first token by `start`."""
+        slot = self._streams.index(None)
+        params = dataclasses.replace(stream.request.params, seed=stream.seed)
+        sampling = sampling_row(
+            params, vocab_size=self._num_outputs, num_tokens=self._num_tokens, prompt=prompt
+        )
+        self._state, emitted = start(
+            self._state,
+            slot,
+            *source,
+            RowRequest(sampling, np.int32(params.max_tokens), padded_stop_ids(params.stop_ids)),
+            covering([stream.request.features]),
+            logits_masks([stream], self._num_outputs),
+        )
         self._streams[slot] = stream
         self._pending.append(_Pending(emitted, [stream], 1))
         if self._speculator is not None:
-            self._speculator.start(slot, job.rows[index].tokens, emitted)
+            self._speculator.start(slot, prompt, emitted)
 
     def _dispatch(self) -> bool:
         """Hands a block to the device; whether a row in it is constrained."""
@@ -466,6 +461,11 @@ class Engine:
         for each in features:
             for state in states:
                 self._state, _ = start_row(self._state, 0, state, 0, request, each, None)
+            if self._known_prompts is not None:
+                known = self._known_prompts.example(states[0].cache)
+                self._state, _ = start_known_row(
+                    self._state, 0, self._weights, known, request, each, None
+                )
             for rows in self._buckets.sizes:
                 for length in BLOCK_LENGTHS:
                     self._state, _ = decode_block(

@@ -20,6 +20,7 @@ from megalodon_jax.inference.prefix_cache import PrefixCache
 from megalodon_jax.inference.requests import Stream, TokenLogprobs
 from megalodon_jax.inference.rows import extract_row, replace_row
 from megalodon_jax.inference.sampling import Logprobs
+from megalodon_jax.inference.scheduling import FairQueue
 
 
 @dataclasses.dataclass
@@ -72,6 +73,26 @@ class Prefiller:
     def empty_state(self, rows: int) -> PrefillState:
         """The state of rows before their first token."""
         return empty_prefill_state(self.graphdef, self.params, rows, self.max_length, self.kv)
+
+    def next_job(
+        self, waiting: FairQueue[list[Stream]], most: int, batch_sizes: tuple[int, int]
+    ) -> "PrefillJob":
+        """Takes prompts whose pieces have the same sizes out of the queue.
+
+        Args:
+          waiting: the queue, not empty.
+          most: prompts of the job, at least 1.
+          batch_sizes: rows of the batch of one prompt, and of several.
+        """
+        rows = [PromptRow.of(waiting.get())]
+        plan = self.plan(rows[0])
+        while len(rows) < most and len(waiting):
+            row = PromptRow.of(waiting.peek())
+            if self.plan(row) != plan:
+                break
+            waiting.get()
+            rows.append(row)
+        return self.begin(rows, batch_sizes[len(rows) > 1])
 
     def begin(self, rows: Sequence[PromptRow], batch_size: int) -> "PrefillJob":
         """A job of up to `batch_size` prompts, whose pieces have the same sizes."""

@@ -31,7 +31,7 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int, chunk_size: int):
         self.max_bytes, self.num_bytes = max_bytes, 0
-        self._chunk_size = chunk_size
+        self.chunk_size = chunk_size
         self._entries: collections.OrderedDict[bytes, _Entry] = collections.OrderedDict()
 
     def __len__(self) -> int:
@@ -45,9 +45,9 @@ class PrefixCache:
           cache: the cache; copied, without its keys and values.
           row: index of the row.
         """
-        if not len(tokens) or len(tokens) % self._chunk_size:
+        if not len(tokens) or len(tokens) % self.chunk_size:
             return
-        key = _digests(tokens, self._chunk_size)[-1]
+        key = _digests(tokens, self.chunk_size)[-1]
         if key in self._entries:
             self._entries.move_to_end(key)
             return
@@ -71,11 +71,16 @@ class PrefixCache:
         Returns:
           The number of tokens, a multiple of C, and the state after them (`empty` for 0).
         """
+        count, states = self.states(tokens)
+        return (0, empty) if states is None else (count, _with_slots_of(_take(states, 0), empty))
+
+    def states(self, tokens: np.ndarray) -> tuple[int, Cache | None]:
+        """As `get`, but the kept state itself, without keys and values; not to be donated."""
         key, count = self._find(tokens)
         if key is None:
-            return 0, empty
+            return 0, None
         self._entries.move_to_end(key)
-        return count, _with_slots_of(_take(self._entries[key].cache, 0), empty)
+        return count, self._entries[key].cache
 
     def longest(self, tokens: np.ndarray) -> int:
         """Tokens of the longest known beginning of a prompt."""
@@ -83,15 +88,15 @@ class PrefixCache:
 
     def _find(self, tokens: np.ndarray) -> tuple[bytes | None, int]:
         # The scores of the next token need the prompt's last token.
-        digests = _digests(tokens[:-1], self._chunk_size)
+        digests = _digests(tokens[:-1], self.chunk_size)
         for count in range(len(digests), 0, -1):
             if digests[count - 1] in self._entries:
-                return digests[count - 1], count * self._chunk_size
+                return digests[count - 1], count * self.chunk_size
         return None, 0
 
-    def warm_up(self, cache: Cache) -> None:
-        """Compiles what `put` and `get` run."""
-        _take(_without_slots(cache), 0)
+    def warm_up(self, cache: Cache) -> Cache:
+        """Compiles what `put` and `get` run; returns the row as it would be kept."""
+        return _take(_without_slots(cache), 0)
 
 
 def _digests(tokens: np.ndarray, chunk_size: int) -> list[bytes]:

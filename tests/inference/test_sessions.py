@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from jax import numpy as jnp
 from safetensors.numpy import load_file, save_file
 
 from megalodon_jax.errors import SessionError
 from megalodon_jax.inference.engine import Engine
+from megalodon_jax.inference.prefill import Piece
 from megalodon_jax.inference.requests import Request
 from megalodon_jax.inference.sampling import SamplingParams
 from megalodon_jax.inference.sessions import Session
@@ -80,6 +83,7 @@ PROCESS = """
 import sys
 import numpy as np
 from megalodon_jax.inference.engine import Engine
+from megalodon_jax.inference.prefill import Piece
 from megalodon_jax.inference.requests import Request
 from tests.inference.models import small_model
 from tests.inference.test_sessions import SAMPLED, SECOND
@@ -154,32 +158,76 @@ def test_damaged_and_foreign_sessions_are_refused(engine, tmp_path):
 # ---- The prefix cache.
 
 
-def test_a_prefix_hit_gives_the_same_tokens(monkeypatch):
+@pytest.fixture
+def pieces(monkeypatch) -> list[Piece]:
+    """Pieces of prefill that run."""
     from megalodon_jax.inference import prefill_job as module
 
-    pieces = []
+    found: list[Piece] = []
     prefill_piece = module.prefill_piece
     monkeypatch.setattr(
-        module, "prefill_piece", lambda *args: pieces.append(args[-1]) or prefill_piece(*args)
+        module, "prefill_piece", lambda *args: found.append(args[-1]) or prefill_piece(*args)
     )
-    engine: Any = Engine(small_model(), slots=2, prefix_cache_bytes=1 << 20)
+    return found
+
+
+@pytest.fixture(scope="module")
+def prefix_engine() -> Engine:
+    return Engine(small_model(), slots=2, prefix_cache_bytes=1 << 20)
+
+
+def test_a_prefix_hit_gives_the_same_tokens(pieces, prefix_engine):
     shared = random_prompt(2 * CHUNK, 9)
     prompts = [np.concatenate([shared, random_prompt(6, seed)]) for seed in (1, 2)]
-    cold = run(engine, prompts[0])
+    cold = run(prefix_engine, prompts[0])
     assert [piece.count for piece in pieces] == [CHUNK, CHUNK, 6]
     pieces.clear()
-    for prompt in (prompts[1], prompts[0]):
-        hit = run(engine, prompt)
+    # The last tokens, at most a chunk, go through the kernels of decoding.
+    for prompt in (prompts[1], prompts[0], np.append(shared, 7)):
+        hit = run(prefix_engine, prompt)
         assert hit.tokens == greedy(prompt, GREEDY.max_tokens)
-    assert [piece.count for piece in pieces] == [6, 6]
-    assert hit.tokens == cold.tokens
+        if prompt is prompts[0]:
+            assert hit.tokens == cold.tokens
+    assert not pieces
+    # The last token of a prompt always goes through the model, and a new prefix through prefill.
+    for prompt in (shared, np.concatenate([shared, random_prompt(CHUNK + 3, 3)])):
+        assert run(prefix_engine, prompt).tokens == greedy(prompt, GREEDY.max_tokens)
+    assert [piece.count for piece in pieces] == [CHUNK, CHUNK, 3]
     pieces.clear()
-    # The last token of a prompt always goes through the model.
-    assert run(engine, shared).tokens == greedy(shared, GREEDY.max_tokens)
-    assert [piece.count for piece in pieces] == [CHUNK]
-    pieces.clear()
-    run(engine, np.concatenate([shared[1:], shared[:3]]))
+    run(prefix_engine, np.concatenate([shared[1:], shared[:3]]))
     assert sum(piece.count for piece in pieces) == 2 * CHUNK + 2
+
+
+def test_a_known_prompt_has_its_own_random_numbers_and_session(pieces, prefix_engine):
+    prompt = np.concatenate([random_prompt(CHUNK, 4), random_prompt(5, 5)])
+    options: dict[str, Any] = {"params": SAMPLED, "keep_session": True}
+    cold = run(prefix_engine, prompt, **options)
+    pieces.clear()
+    hit = run(prefix_engine, prompt, **options)
+    assert not pieces
+    assert hit.tokens == cold.tokens
+    after = [run(prefix_engine, SECOND, session=stream.session).tokens for stream in (cold, hit)]
+    assert after[0] == after[1]
+    pieces.clear()
+    # Samples of one prompt share a prefill; scores of a prompt need all of its tokens.
+    samples = prefix_engine.submit_samples(Request(prompt=prompt, params=SAMPLED), 2)
+    prefix_engine.run()
+    assert samples[0].tokens == cold.tokens
+    assert [piece.count for piece in pieces] == [5]
+
+
+def test_a_known_prompt_starts_in_a_slot_that_held_nan(pieces, prefix_engine):
+    prompt = np.concatenate([random_prompt(CHUNK, 6), random_prompt(5, 7)])
+    clean = run(prefix_engine, prompt).tokens
+    state = prefix_engine._state
+    cache = jax.tree.map(
+        lambda leaf: leaf * jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
+        state.cache,
+    )
+    prefix_engine._state = state._replace(cache=cache)
+    pieces.clear()
+    assert run(prefix_engine, prompt).tokens == clean
+    assert not pieces
 
 
 def test_the_least_recently_used_states_leave():
