@@ -141,6 +141,7 @@ def test_streamed_text_is_the_decoded_tokens(model):
     assert text == expected
 
 
+@pytest.mark.slow
 def test_completions_of_texts(model):
     tokenizer = ByteTokenizer()
     greedy = SamplingParams(temperature=0.0, max_tokens=40, logprobs=2)

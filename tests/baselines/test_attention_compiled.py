@@ -73,6 +73,7 @@ def test_cudnn_is_the_default_on_hopper(is_packed):
     assert sum(BACKWARD in line for line in calls) == 1
 
 
+@pytest.mark.slow
 def test_cudnn_takes_a_window():
     compiled = compile_for(h100_device(), gradients(window=1024), *shapes(True))
     assert re.search(r'"sliding_window_length": ?1024', compiled.as_text())

@@ -146,6 +146,7 @@ def test_logprobs_of_the_prompt_are_the_models(engine):
         engine.submit(Request(prompt=prompt, prompt_logprobs=21))
 
 
+@pytest.mark.slow
 def test_samples_share_a_prefill_and_differ(engine, monkeypatch):
     from megalodon_jax.inference import prefill_job as module
 
@@ -212,6 +213,7 @@ def test_scores_of_nan_end_a_request(engine):
     assert good.tokens == greedy(random_prompt(5), GREEDY.max_tokens)
 
 
+@pytest.mark.slow
 def test_cancellation_anywhere(engine):
     """In the queue, in prefill, in mid-block; the others are not disturbed."""
     prompts = [random_prompt(30 + i, i) for i in range(2 * SLOTS)]

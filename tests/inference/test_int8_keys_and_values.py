@@ -57,6 +57,7 @@ def scores(kv: str, decode=step.decode):
     return logits, cache
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_keys_and_values_rounded_beforehand(monkeypatch):
     """A cache of float32 in which every key and value is rounded before it is written."""
 

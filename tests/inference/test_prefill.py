@@ -63,6 +63,7 @@ def test_pieces_equal_one_pass(length: int):
     np.testing.assert_array_equal(state.cache.position, [length])
 
 
+@pytest.mark.slow
 def test_ragged_rows_equal_rows_alone():
     lengths = (3, 5 * CHUNK + 7, CHUNK, 4 * CHUNK, 1)
     prompts = [random_prompt(length, seed) for seed, length in enumerate(lengths)]

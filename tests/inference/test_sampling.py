@@ -138,6 +138,7 @@ def test_successive_draws_of_a_row_are_independent():
     assert np.sum((pairs - rows / 9) ** 2 / (rows / 9)) <= 8 + 4 * 4
 
 
+@pytest.mark.slow
 def test_improbable_tokens_are_drawn_as_often_as_they_should_be():
     # All tokens but one have a probability of 2e-5: the upper tail of the noise decides.
     rows, vocab_size = 4_000, 257

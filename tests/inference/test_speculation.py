@@ -381,6 +381,7 @@ def test_drafts_are_accepted(engine):
     assert 0 < engine.acceptance <= 4
 
 
+@pytest.mark.slow
 def test_a_masked_row_runs_without_speculation(plain, engine):
     def mask(tokens):
         words = np.full(-(-VOCAB // 32), -1, np.int32)

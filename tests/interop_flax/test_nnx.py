@@ -147,6 +147,7 @@ def _direction(params, seed: int):
     return tree.unflatten([jax.random.normal(k, p.shape) for k, p in zip(keys, leaves)])
 
 
+@pytest.mark.slow
 def test_forward_over_reverse_through_a_block():
     """jvp of grad, against differences of the gradient."""
     block = Block.from_config(dataclasses.replace(TINY, **FASTEST), rngs=nnx.Rngs(0))

@@ -87,6 +87,7 @@ def test_prefill_and_decoding_skip_the_same(models, kind):
     np.testing.assert_allclose(stream(params), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_several_tokens_at_once_skip_the_same(models):
     model = without_last_attention(models["megalodon"], 1)
     expected = logits_of(model, TOKENS)

@@ -37,6 +37,7 @@ def test_pieces_equal_one_call(
     np.testing.assert_array_equal(cache.position, [75] * 3)
 
 
+@pytest.mark.slow
 def test_prior_is_the_initial_state_of_a_stream(
     jitted, small_model_with_prior: Megalodon, tokens: np.ndarray
 ):

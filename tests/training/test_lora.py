@@ -80,6 +80,7 @@ def test_checkpoints_hold_the_factors_and_the_record_of_the_base(adapted, traine
         load_model(adapted.run_dir)
 
 
+@pytest.mark.slow
 def test_every_way_to_load_gives_the_merged_model(adapted, trained_run, tmp_path):
     model, tokenizer = megalodon_jax.load(adapted.run_dir)
     assert tokenizer is not None

@@ -138,6 +138,7 @@ def test_a_spike_warns_or_stops(on_spike, watched, monkeypatch, capsys):
     assert "update applied" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_changed_settings_are_logged_and_accepted(finished, capsys):
     optim = dataclasses.replace(finished.optim, lr=3e-3, schedule="cosine")
     train(dataclasses.replace(finished, optim=optim, steps=7, resume=True))

@@ -97,6 +97,7 @@ PACKED = (
 )
 
 
+@pytest.mark.slow
 def test_packed_documents(attend_token_by_token):
     C, L = 200, 700
     arrays = draw(1, len(PACKED), L)

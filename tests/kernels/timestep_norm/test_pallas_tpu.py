@@ -124,6 +124,7 @@ PACKED = (
 )
 
 
+@pytest.mark.slow
 def test_packed_documents():
     L, D, G = 300, 128, 2
     ids = lay_out(PACKED, L)
@@ -167,6 +168,7 @@ def test_documents_do_not_affect_each_other():
         assert a[ids == 2].any(axis=-1).all()
 
 
+@pytest.mark.slow
 def test_pieces_with_state_equal_the_whole():
     L, D, G = 270, 128, 2
     inputs, cotangents = draw(3, 1, L, D, G, offset=1.0)
@@ -188,6 +190,7 @@ def test_pieces_with_state_equal_the_whole():
     assert relative(state.var, want[0][2]) <= 5e-7
 
 
+@pytest.mark.slow
 def test_rows_far_from_zero_are_accurate():
     L, D, G = 1000, 128, 2
     inputs, cotangents = draw(4, 1, L, D, G, offset=1000.0)
