@@ -24,6 +24,7 @@ def evaluate(task: str, *options: str, run_dir: str, path, capsys) -> tuple[str,
     return out, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_tasks_print_a_table_and_write_json(trained_run, text_file, tmp_path, capsys):
     run_dir, path = trained_run.run_dir, tmp_path / "results.json"
     options = {"run_dir": run_dir, "path": path, "capsys": capsys}

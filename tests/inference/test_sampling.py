@@ -309,6 +309,7 @@ def test_draws_in_a_scan_equal_single_draws():
         state = drawn.state
 
 
+@pytest.mark.slow
 def test_a_vmapped_draw_equals_single_draws():
     state = state_of(MIXED[2:6], 257, prompt=[9])
     logits = random_logits(12, 257).reshape(3, 4, 257)

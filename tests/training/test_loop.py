@@ -192,6 +192,7 @@ def test_unusable_data_is_rejected(config, tmp_path, content):
         train(dataclasses.replace(config, data=data))
 
 
+@pytest.mark.slow
 def test_without_heldout_text_there_is_no_evaluation(config):
     data = dataclasses.replace(config.data, heldout_fraction=0.0)
     result = train(dataclasses.replace(config, data=data, sample_tokens=0))
