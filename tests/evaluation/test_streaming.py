@@ -78,6 +78,7 @@ def test_decoding_steps_equal_one_call(model, nats):
     assert total == pytest.approx(nats, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_loss_with_rounded_numbers_is_near_and_another(model, nats):
     result = evaluate_documents(
         model, ByteTokenizer(), TEXTS, batch_size=2, piece_length=16, weights="int8", kv="int8"

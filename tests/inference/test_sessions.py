@@ -45,6 +45,7 @@ def test_a_session_goes_on_where_it_ended(engine):
     assert second.tokens == greedy(everything, GREEDY.max_tokens)
 
 
+@pytest.mark.slow
 def test_forks_do_not_disturb_each_other(engine):
     session = run(engine, FIRST, keep_session=True).session
     forks = [

@@ -119,6 +119,7 @@ def test_auto_resume_begins_and_continues(trained_run, config, finished, capsys)
     assert_same_weights(trained_run, finished)
 
 
+@pytest.mark.slow
 def test_auto_resume_after_a_kill_in_the_first_save(trained_run, finished, capsys):
     checkpoints = Path(finished.run_dir, "checkpoints")
     for step in (3, 6):
