@@ -398,32 +398,20 @@ SLOW_VARIANTS: dict[str, tuple[str, ...]] = {
     "baselines/test_attention_compiled.py::test_a_decode_step_writes_the_donated_cache_in_place": (
         "h100_device-1-4",
     ),
-    "baselines/test_attention_compiled.py::test_cudnn_is_the_default_on_hopper": ("packed",),
-    "baselines/test_attention_compiled.py::test_splash_attention_is_the_default_on_tpus": (
-        "rows-v6e:1x1",
-    ),
     "encoder/test_encoder.py::test_packed_documents_are_computed_alone": ("patches", "full"),
     "encoder/test_golden.py::test_classifier": (
         "classifier_tokens-full_two_hop-True", "classifier_pairs-full_two_hop-False",
     ),
     "encoder/test_golden.py::test_layer": ("chunk_16_of_50_two_hop-True",),
-    "evaluation/test_answers.py::test_teacher_forcing_agrees_with_generation": ("megalodon",),
     "evaluation/test_context.py::test_perplexity_equals_whole_rows": ("megalodon",),
     "evaluation/test_examples.py::test_a_round_of_self_improvement_reads_what_it_wrote": (
         "megalodon",
     ),
-    "inference/test_conversation.py::test_a_stopped_answer_stays": ("text",),
     "inference/test_prefill.py::test_pieces_equal_one_pass": ("1",),
-    f"{_SAMPLING}::test_a_rows_tokens_do_not_depend_on_slot_neighbours_and_batch_size": ("257",),
-    f"{_SAMPLING}::test_scores_have_the_same_bits_with_features_that_a_row_does_not_use": ("257",),
-    "inference/test_speculation.py::test_blocks_equal_plain_blocks_whatever_the_drafts": ("0.25",),
-    "inference/test_speculation.py::test_several_tokens_at_once_equal_as_many_steps": ("default",),
     "inference/test_step.py::test_steps_equal_the_full_forward_pass": ("all, ema",),
     "inference/test_step_compiled.py::test_layers_share_the_kernels": ("1",),
-    "interop_flax/test_qwix.py::test_lora_starts_at_the_base_and_learns_alone": ("True",),
     "interop_flax/test_qwix.py::test_quantized_weights": ("False-int4",),
     "kernels/cema/test_angle_zero.py::test_equals_float64_recurrence": ("xla-3-65-2",),
-    "kernels/cema/test_bidirectional.py::test_sequence_shards_equal_one_device": ("True",),
     "kernels/cema/test_contract.py::test_documents_are_isolated": ("mosaic_gpu", "triton"),
     "kernels/cema/test_contract.py::test_equals_float64_recurrence": (
         "mosaic_gpu-3-65-3-2-True-segment_ids13", "triton-3-65-3-2-True-segment_ids15",
@@ -435,37 +423,22 @@ SLOW_VARIANTS: dict[str, tuple[str, ...]] = {
     "kernels/chunk_attention/test_noncausal.py::test_result_is_independent_of_tiles_and_groups": (
         "packed chunks",
     ),
-    "kernels/chunk_attention/test_pallas_tpu.py::test_aligned_chunks": ("1-513-256",),
     "kernels/chunk_decode/test_contract.py::test_extreme_scores": ("10000.0-mosaic_gpu",),
     "kernels/chunk_decode/test_contract.py::test_gate": ("mosaic_gpu",),
-    "kernels/chunk_decode/test_int8.py::test_the_kernels_add_in_float32": (
-        "tiling0-150-positions0",
-    ),
     "kernels/chunk_decode/test_mosaic_gpu.py::test_tilings": ("tiling4-64-positions4",),
     "kernels/norm_state_step/test_contract.py::test_equals_the_definition": (
         "mosaic_gpu-True-66-66-4-32-2",
     ),
     "kernels/state_step/test_contract.py::test_token_by_token_equals_the_sequence": ("mosaic_gpu",),
-    f"{_NORM}/test_pallas_tpu.py::test_rows": ("129-36-3",),
     "model/test_ablations.py::test_packed_documents_and_streams_equal_documents_alone": (
         "all, ema",
-    ),
-    f"{_CARRIED}::test_gradients_are_those_of_long_rows_that_stop_at_the_borders": ("scan",),
-    f"{_CARRIED}::test_the_loss_of_rows_that_continue_each_other_is_that_of_long_rows": ("scan",),
-    "model/test_golden_models.py::test_bfloat16_error_is_at_most_that_of_the_released_code": (
-        "b_all_on",
     ),
     "model/test_golden_models.py::test_logits_loss_and_every_gradient": (
         "model_d_swiglu_L320-xla", "model_b_all_on-reference",
     ),
     "model/test_golden_models.py::test_stream": ("stream_a_plain_p20_decode",),
     "model/test_model.py::test_dropout": ("rates1", "rates2", "rates3"),
-    "model/test_skip_attention.py::test_prefill_and_decoding_skip_the_same": ("megalodon",),
-    "model/test_skip_attention.py::test_skipped_attention_is_attention_that_gives_zero": (
-        "1-megalodon", "2-megalodon",
-    ),
     "modules/test_ablations.py::test_a_block_equals_its_definition": ("ema",),
-    "parallel/test_context_parallel.py::test_cema": ("True",),
     "test_lora.py::test_outputs_and_gradients_are_those_of_the_dense_sum": ("scanned",),
     "test_pretrained.py::test_a_mesh_shards_the_parameters": ("run",),
 }  # fmt: skip

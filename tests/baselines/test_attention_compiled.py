@@ -62,6 +62,7 @@ def square_arrays(text):
     return re.findall(rf"\w+\[(?:\d+,)*{L},{L}\]", text)
 
 
+@pytest.mark.slow
 @each_layout
 def test_cudnn_is_the_default_on_hopper(is_packed):
     text = str(compile_for(h100_device(), gradients(), *shapes(is_packed)).as_text())
@@ -107,6 +108,7 @@ def test_the_version_that_stands_in_is_the_targets():
     assert 10000 * int(version[1]) + 100 * int(version[2]) == cudnn._AHEAD_OF_TIME_VERSION
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
 @each_layout
 def test_splash_attention_is_the_default_on_tpus(topology, is_packed):

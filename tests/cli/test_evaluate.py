@@ -64,6 +64,7 @@ def test_tasks_print_a_table_and_write_json(trained_run, text_file, tmp_path, ca
         assert "teacher_forcing" in out
 
 
+@pytest.mark.slow
 def test_the_default_task_prints_a_line(trained_run, text_file, tmp_path, capsys):
     text = ["--files", str(text_file), "--document_separator", "\0", "--piece_length", "64"]
     options = {"run_dir": trained_run.run_dir, "path": tmp_path / "a.json", "capsys": capsys}

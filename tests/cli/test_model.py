@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from megalodon_jax.cli.main import main
 from megalodon_jax.interop.convert import convert
 

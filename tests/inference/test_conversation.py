@@ -67,6 +67,7 @@ def test_a_stopped_answer_stays(engine, template):
     assert found == ByteTokenizer().decode(expected)
 
 
+@pytest.mark.slow
 def test_a_state_is_returned_to(engine):
     talk = Conversation(engine, PARAMS, None)
     "".join(talk.say("one"))
@@ -78,6 +79,7 @@ def test_a_state_is_returned_to(engine):
     assert "".join(talk.say(" two")) == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [False, True])
 def test_save_and_load(engine, tmp_path, stopped):
     talk = Conversation(engine, PARAMS, None)

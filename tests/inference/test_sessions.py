@@ -45,7 +45,6 @@ def test_a_session_goes_on_where_it_ended(engine):
     assert second.tokens == greedy(everything, GREEDY.max_tokens)
 
 
-@pytest.mark.slow
 def test_forks_do_not_disturb_each_other(engine):
     session = run(engine, FIRST, keep_session=True).session
     forks = [
@@ -85,6 +84,8 @@ from megalodon_jax.inference.requests import Request
 from tests.inference.models import small_model
 from tests.inference.test_sessions import SAMPLED, SECOND
 
+pytestmark = pytest.mark.slow
+
 engine = Engine(small_model(), slots=4)
 session = engine.load_session(sys.argv[1])
 stream = engine.submit(Request(prompt=SECOND, params=SAMPLED, session=session, keep_session=True))
@@ -94,7 +95,6 @@ print("TOKENS", stream.tokens)
 """
 
 
-@pytest.mark.slow
 def test_another_process_continues_bit_for_bit(engine, tmp_path):
     session = run(engine, FIRST, SAMPLED, keep_session=True).session
     session.save(tmp_path / "session")

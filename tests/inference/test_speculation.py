@@ -269,6 +269,7 @@ def test_blocks_equal_plain_blocks_whatever_the_drafts(wrong: float):
         np.testing.assert_array_equal(block.history[row, -len(answer) :], answer)
 
 
+@pytest.mark.slow
 def test_rows_end_inside_a_step():
     """At a stop id among accepted tokens, and at the last token: the rest is dropped."""
     _, _, free = plain_tokens()

@@ -125,6 +125,7 @@ def test_a_state_restores_with_blocks_written_out(carrying, step_and_state, tmp_
     chex.assert_trees_all_equal(restored.with_layout(stacked=True), state.carried)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_continue_each_other(step_and_state):
     step, state = step_and_state
     batches = [batch_of(0, first=2), batch_of(1, first=1, weight=0.5)]

@@ -57,6 +57,7 @@ def logits(model) -> np.ndarray:
     return np.asarray(nnx.jit(lambda model: model(TOKENS).logits)(model))
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_the_factors_and_the_record_of_the_base(adapted, trained_run):
     with RunCheckpoints(adapted.run_dir, read_only=True) as checkpoints:
         assert checkpoints.steps() == [3, 6]

@@ -80,6 +80,7 @@ def test_the_loss_is_the_mean_over_the_global_batch(sft):
     assert abs(np.mean([a / b for a, b in sums]) - total / count) > 1e-5 * total / count
 
 
+@pytest.mark.slow
 def test_a_run_and_its_heldout_loss(sft):
     result = train(sft)
     model, _ = load_model(sft.run_dir)

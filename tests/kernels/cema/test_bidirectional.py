@@ -119,6 +119,7 @@ def test_packed_documents_are_computed_alone_and_padding_changes_nothing():
         assert relative(packed[row, tokens], np.asarray(alone[0])) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_sequence_shards_equal_one_device(packed: bool):
     params, x, cotangent = draw(3)

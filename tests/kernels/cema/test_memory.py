@@ -1,5 +1,7 @@
 """CEMA's forward and backward pass fit in a few times the input."""
 
+import pytest
+
 from megalodon_jax.bench.cema_memory import Shape, compile_gradient, compiled_memory
 
 
