@@ -43,11 +43,12 @@ def test_turns_are_one_long_prompt(engine):
     assert talk.finish_reason == "length"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "template",
     [
         pytest.param(None, id="text"),
-        pytest.param(ChatTemplate.load("plain"), id="chat", marks=pytest.mark.slow),
+        pytest.param(ChatTemplate.load("plain"), id="chat"),
     ],
 )
 def test_a_stopped_answer_stays(engine, template):

@@ -217,7 +217,8 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("vocab_size", [257, pytest.param(32_001, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab_size", [257, 32_001])
 def test_scores_have_the_same_bits_with_features_that_a_row_does_not_use(vocab_size):
     # Tokens alone would hide a last bit that differs: it decides one draw of a million.
     requests = [dataclasses.replace(params, seed=i) for i, params in enumerate(MIXED)]
@@ -254,7 +255,8 @@ def test_rows_draw_the_same_tokens_with_features_that_they_do_not_use(vocab_size
     np.testing.assert_array_equal(greedy[1::8], tokens[1::8])
 
 
-@pytest.mark.parametrize("vocab_size", [257, pytest.param(32_001, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab_size", [257, 32_001])
 def test_a_rows_tokens_do_not_depend_on_slot_neighbours_and_batch_size(vocab_size):
     logits = random_logits(8, vocab_size)
     requests = [dataclasses.replace(params, seed=100 + i) for i, params in enumerate(MIXED)]

@@ -77,6 +77,7 @@ def poisoned_slots(cache):
     return dataclasses.replace(cache, layers=tuple(layers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
     [pytest.param(name, marks=[] if name == "default" else pytest.mark.slow) for name in WHOLE],
@@ -241,9 +242,10 @@ def assert_same_slots(found, expected):
         assert_near(states(found.cache, row), states(expected.cache, row), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong",
-    [pytest.param(0.0, marks=pytest.mark.slow), 0.25, pytest.param(1.0, marks=pytest.mark.slow)],
+    [0.0, 0.25, 1.0],
 )
 def test_blocks_equal_plain_blocks_whatever_the_drafts(wrong: float):
     """Greedy and sampled rows, penalties, bias; also log-probabilities and all progress."""
