@@ -55,6 +55,7 @@ def test_sizes_of_a_model_follow_its_chunk():
     assert list(sizes.split(1)) == [Piece(0, 1, CHUNK, is_whole=False)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK + 7])
 def test_pieces_equal_one_pass(length: int):
     prompt = random_prompt(length)

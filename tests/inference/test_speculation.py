@@ -296,6 +296,7 @@ def test_rows_end_inside_a_step():
     assert lengths & {1, 2, 3, 4}
 
 
+@pytest.mark.slow
 def test_a_block_updates_the_cache_in_place():
     """No operation of the compiled steps copies keys and values of all slots."""
     config = dataclasses.replace(CONFIG, chunk_size=256, model_dim=64, value_dim=128, z_dim=32)
