@@ -19,6 +19,8 @@ from megalodon_jax.inference.sessions import Session
 from tests.inference.models import CHUNK, CONFIG, greedy, random_prompt, small_model
 from tests.model.conftest import perturbed
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=CHUNK + 5)
 SAMPLED = SamplingParams(temperature=0.9, seed=3, max_tokens=CHUNK + 5)
@@ -83,8 +85,6 @@ from megalodon_jax.inference.engine import Engine
 from megalodon_jax.inference.requests import Request
 from tests.inference.models import small_model
 from tests.inference.test_sessions import SAMPLED, SECOND
-
-pytestmark = pytest.mark.slow
 
 engine = Engine(small_model(), slots=4)
 session = engine.load_session(sys.argv[1])
