@@ -58,21 +58,24 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks the variants that CI leaves out, before tests are chosen by their marks."""
-    from tests.variants import CI_VARIANTS, LEFT_OUT
+    """Marks slow variants and those that CI leaves out, before tests are chosen by their marks."""
+    from tests.variants import CI_VARIANTS, LEFT_OUT, SLOW_VARIANTS
 
     found: dict[str, list[str]] = {}
     for item in items:
         name, _, variant = item.nodeid.removeprefix("tests/").partition("[")
         variant = variant.removesuffix("]")
-        if name not in CI_VARIANTS | LEFT_OUT:
+        if name not in CI_VARIANTS | LEFT_OUT | SLOW_VARIANTS:
             continue
         found.setdefault(name, []).append(variant)
+        if variant in SLOW_VARIANTS.get(name, ()):
+            item.add_marker("slow")
         if variant not in CI_VARIANTS.get(name, (variant,)) or variant in LEFT_OUT.get(name, ()):
             item.add_marker("slow")
             item.add_marker("exhaustive")
     for name, variants in found.items():
         # One variant alone was named on the command line.
-        missing = {*CI_VARIANTS.get(name, ()), *LEFT_OUT.get(name, ())} - {*variants}
+        tables = (CI_VARIANTS, LEFT_OUT, SLOW_VARIANTS)
+        missing = {variant for table in tables for variant in table.get(name, ())} - {*variants}
         if missing and len(variants) > 1:
             raise pytest.UsageError(f"tests/variants.py: {name} has no variant {min(missing)!r}")

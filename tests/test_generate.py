@@ -19,7 +19,7 @@ LENGTHS = np.array([5, 3, 1], np.int32)
 def model() -> Megalodon:
     config = ModelConfig(
         num_layers=1, model_dim=8, z_dim=4, value_dim=8, num_heads=1, ffn_hidden_dim=8,
-        cema_ndim=2, chunk_size=8, vocab_size=257, norm_num_groups=2,
+        cema_ndim=2, chunk_size=8, vocab_size=257, norm_num_groups=2, implementation="reference",
     )  # fmt: skip
     return Megalodon(config, rngs=nnx.Rngs(1))
 
@@ -141,6 +141,7 @@ def test_streamed_text_is_the_decoded_tokens(model):
     assert text == expected
 
 
+@pytest.mark.slow
 def test_completions_of_texts(model):
     tokenizer = ByteTokenizer()
     greedy = SamplingParams(temperature=0.0, max_tokens=40, logprobs=2)

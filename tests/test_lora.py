@@ -158,6 +158,7 @@ def test_every_layer_of_a_model_drops_other_inputs(name):
     assert np.abs(first - run(merge_lora(model), jax.random.key(0))).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_cache_streams_through_the_factors():
     model = adapted("scanned")
     randomize(model)

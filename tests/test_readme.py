@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import megalodon_jax
 from megalodon_jax.cli.commands import COMMANDS
 
@@ -23,6 +25,7 @@ def test_load_example_runs(trained_run, tmp_path, monkeypatch, capsys):
     assert megalodon_jax.load("first_hf").model.config == scope["model"].config
 
 
+@pytest.mark.slow
 def test_library_example_runs():
     example = FRESH_EXAMPLE
     preset = 'ModelConfig.from_preset("mega200M", dtype="bfloat16")'

@@ -145,6 +145,7 @@ def test_splash_attention_in_the_interpreter(case):
         assert relative_error(actual, exact) < 1e-5
 
 
+@pytest.mark.slow
 def test_splash_attention_of_several_blocks(monkeypatch):
     monkeypatch.setattr(splash, "_BLOCK", 128)
     operands = draw(9, B=1, L=300, H=2, K=1, d=8)

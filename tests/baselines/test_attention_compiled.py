@@ -62,6 +62,7 @@ def square_arrays(text):
     return re.findall(rf"\w+\[(?:\d+,)*{L},{L}\]", text)
 
 
+@pytest.mark.slow
 @each_layout
 def test_cudnn_is_the_default_on_hopper(is_packed):
     text = str(compile_for(h100_device(), gradients(), *shapes(is_packed)).as_text())
@@ -73,6 +74,7 @@ def test_cudnn_is_the_default_on_hopper(is_packed):
     assert sum(BACKWARD in line for line in calls) == 1
 
 
+@pytest.mark.slow
 def test_cudnn_takes_a_window():
     compiled = compile_for(h100_device(), gradients(window=1024), *shapes(True))
     assert re.search(r'"sliding_window_length": ?1024', compiled.as_text())
@@ -106,6 +108,7 @@ def test_the_version_that_stands_in_is_the_targets():
     assert 10000 * int(version[1]) + 100 * int(version[2]) == cudnn._AHEAD_OF_TIME_VERSION
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
 @each_layout
 def test_splash_attention_is_the_default_on_tpus(topology, is_packed):

@@ -181,6 +181,7 @@ def test_cache_grows_or_refuses():
     np.testing.assert_allclose(logits, windowed(long).logits[:, 100:], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_new_document_restarts_a_row():
     model, (tokens, _) = make(SMALL), tokens_and_targets()
     cache = model.init_cache(B, max_length=2 * L)

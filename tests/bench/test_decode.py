@@ -208,6 +208,7 @@ def measure(model, **options):
     return measure_context("tiny", model, chain=CHAIN, repeats=2, bytes_per_second=1e9, **sizes)
 
 
+@pytest.mark.slow
 def test_a_context_by_declaration(tiny_transformer):
     row = measure(tiny_transformer)
     config = tiny_transformer.model.config

@@ -216,6 +216,7 @@ def test_a_refusal_is_shown_with_its_reason(error):
         assert f"{error.__name__}: needs L % 128 == 0" in ops.format_row(row)
 
 
+@pytest.mark.slow
 def test_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ops, "SMALL_CASES", tuple(TINY.values()))
     file = tmp_path / "ops.json"
@@ -271,6 +272,7 @@ def test_every_operation_is_measured():
         assert {"reference", "xla"} <= set(case.implementations)
 
 
+@pytest.mark.slow
 def test_runs_with_jax_and_numpy_alone():
     """On a GPU machine that has no more than that; `megalodon_jax` itself imports Flax."""
     program = """

@@ -80,6 +80,7 @@ def test_a_run_without_manifests_resumes_and_gets_them(finished, capsys):
         checkpoints.verify(9)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_manifest_was_not_written_is_passed_over(finished, capsys):
     """As after a kill between Orbax's commit and the manifest."""
     next(Path(finished.run_dir, "checkpoints", "6").glob("manifest_*")).unlink()

@@ -18,6 +18,7 @@ def names(config: TrainConfig) -> set[str]:
     return {path.name for path in Path(config.run_dir, "checkpoints").iterdir()} - {"heldout.json"}
 
 
+@pytest.mark.slow
 def test_resuming_from_an_earlier_step_keeps_the_later_ones(trained_run, finished, capsys):
     resumed = dataclasses.replace(finished, resume=True, resume_step=3)
     assert train(resumed).step == 6

@@ -59,6 +59,7 @@ def test_turns_continue_one_conversation(chat, answers):
     assert chat("doc", "ument 3", "/exit", "never read") == lines(first, second)
 
 
+@pytest.mark.slow
 def test_a_chat_template(chat, answers):
     found = answers("one", "two", template="plain")
     # The end of the input ends the line of the prompt.

@@ -56,6 +56,7 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_train_generate_and_evaluate(config_file, text_file, tmp_path, capsys):
     run_dir = str(tmp_path / "run")
     assert main(["train", str(config_file), "--run_dir", run_dir, "--optim.lr", "1e-2"]) == 0
@@ -200,6 +201,7 @@ def test_help_does_not_import_jax():
         assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_generation_keeps_compiled_programs(trained_run, tmp_path, capsys):
     cache = tmp_path / "compiled"
     generate = ["generate", trained_run.run_dir, "a", "--n", "5", "--max_tokens", "9"]

@@ -24,6 +24,7 @@ def evaluate(task: str, *options: str, run_dir: str, path, capsys) -> tuple[str,
     return out, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_tasks_print_a_table_and_write_json(trained_run, text_file, tmp_path, capsys):
     run_dir, path = trained_run.run_dir, tmp_path / "results.json"
     options = {"run_dir": run_dir, "path": path, "capsys": capsys}
@@ -63,6 +64,7 @@ def test_tasks_print_a_table_and_write_json(trained_run, text_file, tmp_path, ca
         assert "teacher_forcing" in out
 
 
+@pytest.mark.slow
 def test_the_default_task_prints_a_line(trained_run, text_file, tmp_path, capsys):
     text = ["--files", str(text_file), "--document_separator", "\0", "--piece_length", "64"]
     options = {"run_dir": trained_run.run_dir, "path": tmp_path / "a.json", "capsys": capsys}

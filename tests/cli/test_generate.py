@@ -77,6 +77,7 @@ def test_standard_input_is_a_prompt_and_not_repeated(arguments, complete, expect
     assert complete(*arguments) == (0, "".join(expected("document 7", seed=0)) + "\n", "")
 
 
+@pytest.mark.slow
 def test_several_prompts_and_samples_are_lines_of_json(complete, expected):
     code, out, _ = complete("a", "doc", "--n", "2", "--logprobs", "3")
     assert code == 0
@@ -183,6 +184,7 @@ def test_a_session_continues_the_conversation(complete, trained_run, tmp_path):
     assert str(path) in err
 
 
+@pytest.mark.slow
 def test_a_terminal_sees_what_is_done(complete, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)

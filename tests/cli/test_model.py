@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import pytest
+
 from megalodon_jax.cli.main import main
 from megalodon_jax.interop.convert import convert
 
 EVALUATE = ("--piece_length", "64", "--batch_size", "2")
 
 
+@pytest.mark.slow
 def test_evaluate_takes_every_form_of_a_model(trained_run, tmp_path, capsys):
     run = Path(trained_run.run_dir)
     convert(run, tmp_path / "a.safetensors")

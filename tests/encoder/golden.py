@@ -105,7 +105,7 @@ def encoder_arrays(arrays: dict[str, np.ndarray], kind: str) -> dict[str, np.nda
 
 
 def load(module: nnx.Module, values: dict[str, np.ndarray]) -> tuple[nnx.GraphDef, nnx.State]:
-    """The module split, with these parameters; their names must be those of the module."""
+    """An abstract module split, with these parameters; their names must be those of the module."""
     graphdef, params = nnx.split(module, nnx.Param)
     flat = dict(nnx.to_flat_state(params))
     assert {name_of(path) for path in flat} <= set(values), sorted(map(name_of, flat))

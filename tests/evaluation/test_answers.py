@@ -159,6 +159,7 @@ def test_a_model_without_memory_is_at_chance():
     assert (addition.digits, addition.distance, addition.length) == (3, None, 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["megalodon", "transformer"])
 def test_teacher_forcing_agrees_with_generation(kind):
     """Answers written by the model itself are exact by both methods, and others by neither."""

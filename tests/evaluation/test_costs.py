@@ -23,6 +23,7 @@ TRANSFORMER = TransformerConfig(
 )
 
 
+@pytest.mark.slow
 def test_the_cache_of_megalodon_is_of_one_size_and_that_of_a_transformer_grows():
     model = Megalodon(CONFIG, rngs=nnx.Rngs(0))
     costs = prefill_cost(model, lengths=[300, 33, 128], rows=2, repeats=1)
@@ -54,6 +55,7 @@ def test_bad_arguments_are_refused():
         prefill_cost(Megalodon(CONFIG, rngs=nnx.Rngs(0)), lengths=[0])
 
 
+@pytest.mark.slow
 def test_every_number_of_skipped_layers_has_its_loss_and_time():
     model, tokenizer = Megalodon(TWO_LAYERS, rngs=nnx.Rngs(0)), ByteTokenizer()
     texts = ["The quick brown fox jumps over the lazy dog."]

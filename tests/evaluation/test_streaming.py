@@ -65,6 +65,7 @@ def test_streaming_equals_one_call(model, nats, batch_size):
     assert result.perplexity == pytest.approx(math.exp(nats / result.num_tokens), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_decoding_steps_equal_one_call(model, nats):
     """Rows of several documents, one of which ends inside a piece."""
     graphdef, params = nnx.split(model)
@@ -77,6 +78,7 @@ def test_decoding_steps_equal_one_call(model, nats):
     assert total == pytest.approx(nats, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_loss_with_rounded_numbers_is_near_and_another(model, nats):
     result = evaluate_documents(
         model, ByteTokenizer(), TEXTS, batch_size=2, piece_length=16, weights="int8", kv="int8"
@@ -96,6 +98,7 @@ def test_files_are_split_into_documents(model, nats, tmp_path):
     assert result.loss == pytest.approx(nats / result.num_tokens, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_scores_of_tokens_equal_one_call(model):
     """Sequences end in another order than they begin; a row without one ends earlier."""
     streams = [np.array([256, *text.encode()], np.int32) for text in TEXTS]

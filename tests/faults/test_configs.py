@@ -182,6 +182,7 @@ def losses_of(run_dir: Path) -> list[float]:
     return [record["loss"] for record in records if "loss" in record]
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None, database=None, derandomize=True)
 @given(run_tables())
 def test_a_configuration_round_trips_or_is_refused(table: dict[str, Any]):

@@ -69,6 +69,7 @@ def test_errors_name_the_entry(verdicts: list[Verdict]):
     assert "90,000 layers" in messages["config of 90,000 layers"]
 
 
+@pytest.mark.slow
 def test_the_runner_detects_what_it_must(tmp_path):
     # A file that is accepted although it must not be.
     (accepted,) = Runner(tmp_path).run([Hostile("config", "valid", b"steps = 200", True)])

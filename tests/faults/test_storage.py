@@ -64,6 +64,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, name):
     log.close()
 
 
+@pytest.mark.slow
 def test_a_failing_log_ends_the_run_with_the_checkpoint(
     shared_compilation, short_prefetch, config, monkeypatch
 ):

@@ -43,11 +43,12 @@ def test_turns_are_one_long_prompt(engine):
     assert talk.finish_reason == "length"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "template",
     [
         pytest.param(None, id="text"),
-        pytest.param(ChatTemplate.load("plain"), id="chat", marks=pytest.mark.slow),
+        pytest.param(ChatTemplate.load("plain"), id="chat"),
     ],
 )
 def test_a_stopped_answer_stays(engine, template):
@@ -67,6 +68,7 @@ def test_a_stopped_answer_stays(engine, template):
     assert found == ByteTokenizer().decode(expected)
 
 
+@pytest.mark.slow
 def test_a_state_is_returned_to(engine):
     talk = Conversation(engine, PARAMS, None)
     "".join(talk.say("one"))
@@ -78,6 +80,7 @@ def test_a_state_is_returned_to(engine):
     assert "".join(talk.say(" two")) == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [False, True])
 def test_save_and_load(engine, tmp_path, stopped):
     talk = Conversation(engine, PARAMS, None)

@@ -76,6 +76,7 @@ def test_greedy_tokens_are_those_of_the_full_forward_pass(engine):
         assert stream.finish_reason == "length"
 
 
+@pytest.mark.slow
 def test_neighbours_and_slots_do_not_change_a_rows_tokens(fixed_engine):
     """Bit for bit in one bucket: log-probabilities are compared too."""
     prompt = random_prompt(21, 5)
@@ -94,6 +95,7 @@ def test_neighbours_and_slots_do_not_change_a_rows_tokens(fixed_engine):
         assert len({tuple(stream.tokens) for stream in neighbours}) > 1
 
 
+@pytest.mark.slow
 def test_buckets_draw_the_same_tokens(engine, fixed_engine):
     request = Request(prompt=random_prompt(12, 3), params=dataclasses.replace(SAMPLED, logprobs=0))
     streams = [each.submit(request) for each in (engine, fixed_engine)]
@@ -146,6 +148,7 @@ def test_logprobs_of_the_prompt_are_the_models(engine):
         engine.submit(Request(prompt=prompt, prompt_logprobs=21))
 
 
+@pytest.mark.slow
 def test_samples_share_a_prefill_and_differ(engine, monkeypatch):
     from megalodon_jax.inference import prefill_job as module
 
@@ -212,6 +215,7 @@ def test_scores_of_nan_end_a_request(engine):
     assert good.tokens == greedy(random_prompt(5), GREEDY.max_tokens)
 
 
+@pytest.mark.slow
 def test_cancellation_anywhere(engine):
     """In the queue, in prefill, in mid-block; the others are not disturbed."""
     prompts = [random_prompt(30 + i, i) for i in range(2 * SLOTS)]
@@ -233,6 +237,7 @@ def test_cancellation_anywhere(engine):
     assert engine.num_running == engine.num_waiting == 0
 
 
+@pytest.mark.slow
 def test_a_mask_limits_the_tokens(engine):
     allowed = (3, 17, 44)
 

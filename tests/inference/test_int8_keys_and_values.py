@@ -57,6 +57,7 @@ def scores(kv: str, decode=step.decode):
     return logits, cache
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_keys_and_values_rounded_beforehand(monkeypatch):
     """A cache of float32 in which every key and value is rounded before it is written."""
 
@@ -177,6 +178,7 @@ def test_speculation_draws_the_same_tokens(engine):
     assert fast.acceptance > 0
 
 
+@pytest.mark.slow
 def test_unknown_formats_are_refused():
     with pytest.raises(ValueError, match="kv is 'int4'; use 'model' or 'int8'"):
         Engine(model_of_one_layer(), slots=2, kv="int4")

@@ -55,6 +55,7 @@ def test_sizes_of_a_model_follow_its_chunk():
     assert list(sizes.split(1)) == [Piece(0, 1, CHUNK, is_whole=False)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK + 7])
 def test_pieces_equal_one_pass(length: int):
     prompt = random_prompt(length)
@@ -63,6 +64,7 @@ def test_pieces_equal_one_pass(length: int):
     np.testing.assert_array_equal(state.cache.position, [length])
 
 
+@pytest.mark.slow
 def test_ragged_rows_equal_rows_alone():
     lengths = (3, 5 * CHUNK + 7, CHUNK, 4 * CHUNK, 1)
     prompts = [random_prompt(length, seed) for seed, length in enumerate(lengths)]

@@ -107,6 +107,7 @@ def test_scores_that_are_not_numbers_end_a_stream(tokenizers):
     assert (stream.tokens, stream.finish_reason) == ([65], "invalid")
 
 
+@pytest.mark.slow
 def test_long_streams_take_linear_time(tokenizers):
     """A stop string and text, for a hundred thousand tokens."""
     ids = np.random.default_rng(0).integers(97, 123, 100_000).tolist()

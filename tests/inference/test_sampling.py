@@ -138,6 +138,7 @@ def test_successive_draws_of_a_row_are_independent():
     assert np.sum((pairs - rows / 9) ** 2 / (rows / 9)) <= 8 + 4 * 4
 
 
+@pytest.mark.slow
 def test_improbable_tokens_are_drawn_as_often_as_they_should_be():
     # All tokens but one have a probability of 2e-5: the upper tail of the noise decides.
     rows, vocab_size = 4_000, 257
@@ -216,7 +217,8 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("vocab_size", [257, pytest.param(32_001, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab_size", [257, 32_001])
 def test_scores_have_the_same_bits_with_features_that_a_row_does_not_use(vocab_size):
     # Tokens alone would hide a last bit that differs: it decides one draw of a million.
     requests = [dataclasses.replace(params, seed=i) for i, params in enumerate(MIXED)]
@@ -253,7 +255,8 @@ def test_rows_draw_the_same_tokens_with_features_that_they_do_not_use(vocab_size
     np.testing.assert_array_equal(greedy[1::8], tokens[1::8])
 
 
-@pytest.mark.parametrize("vocab_size", [257, pytest.param(32_001, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab_size", [257, 32_001])
 def test_a_rows_tokens_do_not_depend_on_slot_neighbours_and_batch_size(vocab_size):
     logits = random_logits(8, vocab_size)
     requests = [dataclasses.replace(params, seed=100 + i) for i, params in enumerate(MIXED)]
@@ -308,6 +311,7 @@ def test_draws_in_a_scan_equal_single_draws():
         state = drawn.state
 
 
+@pytest.mark.slow
 def test_a_vmapped_draw_equals_single_draws():
     state = state_of(MIXED[2:6], 257, prompt=[9])
     logits = random_logits(12, 257).reshape(3, 4, 257)

@@ -22,6 +22,8 @@ from megalodon_jax.inference.sessions import Session
 from tests.inference.models import CHUNK, CONFIG, greedy, random_prompt, small_model
 from tests.model.conftest import perturbed
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=CHUNK + 5)
 SAMPLED = SamplingParams(temperature=0.9, seed=3, max_tokens=CHUNK + 5)
@@ -97,7 +99,6 @@ print("TOKENS", stream.tokens)
 """
 
 
-@pytest.mark.slow
 def test_another_process_continues_bit_for_bit(engine, tmp_path):
     session = run(engine, FIRST, SAMPLED, keep_session=True).session
     session.save(tmp_path / "session")

@@ -77,6 +77,7 @@ def poisoned_slots(cache):
     return dataclasses.replace(cache, layers=tuple(layers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
     [pytest.param(name, marks=[] if name == "default" else pytest.mark.slow) for name in WHOLE],
@@ -241,9 +242,10 @@ def assert_same_slots(found, expected):
         assert_near(states(found.cache, row), states(expected.cache, row), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong",
-    [pytest.param(0.0, marks=pytest.mark.slow), 0.25, pytest.param(1.0, marks=pytest.mark.slow)],
+    [0.0, 0.25, 1.0],
 )
 def test_blocks_equal_plain_blocks_whatever_the_drafts(wrong: float):
     """Greedy and sampled rows, penalties, bias; also log-probabilities and all progress."""
@@ -269,6 +271,7 @@ def test_blocks_equal_plain_blocks_whatever_the_drafts(wrong: float):
         np.testing.assert_array_equal(block.history[row, -len(answer) :], answer)
 
 
+@pytest.mark.slow
 def test_rows_end_inside_a_step():
     """At a stop id among accepted tokens, and at the last token: the rest is dropped."""
     _, _, free = plain_tokens()
@@ -293,6 +296,7 @@ def test_rows_end_inside_a_step():
     assert lengths & {1, 2, 3, 4}
 
 
+@pytest.mark.slow
 def test_a_block_updates_the_cache_in_place():
     """No operation of the compiled steps copies keys and values of all slots."""
     config = dataclasses.replace(CONFIG, chunk_size=256, model_dim=64, value_dim=128, z_dim=32)
@@ -381,6 +385,7 @@ def test_drafts_are_accepted(engine):
     assert 0 < engine.acceptance <= 4
 
 
+@pytest.mark.slow
 def test_a_masked_row_runs_without_speculation(plain, engine):
     def mask(tokens):
         words = np.full(-(-VOCAB // 32), -1, np.int32)

@@ -105,6 +105,7 @@ def test_a_row_goes_on_after_steps_without_it():
         np.testing.assert_array_equal(logits[0], paused_logits[0])
 
 
+@pytest.mark.slow
 def test_int8_weights_are_near():
     model = small_model()
     tokens = random_prompt(B)

@@ -26,6 +26,7 @@ def model() -> Transformer:
     return Transformer(CONFIG, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_the_engine_gives_the_tokens_of_full_passes(model):
     engine = Engine(model, slots=3, max_length=64)
     prompts = [np.arange(1, 1 + length) * 7 % 62 for length in (3, 40, 17, 1)]

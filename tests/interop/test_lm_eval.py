@@ -130,6 +130,7 @@ def test_documents_of_any_length_are_scored_whole(models, kind, batch_size):
     np.testing.assert_allclose(found, expected, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_max_length_limits_what_a_token_sees(model, full):
     limit, stream = 20, [BOS, *tokens_of(DOCUMENT)]
     lm = MegalodonLM(model, ByteTokenizer(), batch_size=3, max_length=limit)

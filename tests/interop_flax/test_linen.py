@@ -23,6 +23,7 @@ class Classifier(linen.Module):
         return linen.Dense(1)(x[:, -1])[:, 0]
 
 
+@pytest.mark.slow
 def test_a_linen_model_trains_our_modules():
     x = jax.random.normal(jax.random.key(0), (4, 13, 3))
     labels = jnp.sign(x[:, :, 0].sum(axis=1))

@@ -17,6 +17,7 @@ from tests.interop_flax.conftest import TINY, TRANSFORMER, make_model, next_toke
 FASTEST: dict[str, Any] = {"implementation": None}
 
 
+@pytest.mark.slow
 def test_tabulate_counts_every_parameter(model, tokens):
     table = nnx.tabulate(model, tokens, console_kwargs={"width": 240, "force_terminal": False})
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
@@ -147,6 +148,7 @@ def _direction(params, seed: int):
     return tree.unflatten([jax.random.normal(k, p.shape) for k, p in zip(keys, leaves)])
 
 
+@pytest.mark.slow
 def test_forward_over_reverse_through_a_block():
     """jvp of grad, against differences of the gradient."""
     block = Block.from_config(dataclasses.replace(TINY, **FASTEST), rngs=nnx.Rngs(0))

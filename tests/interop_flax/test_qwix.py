@@ -41,7 +41,8 @@ def expected(bases, tokens):
     return np.asarray(nnx.jit(lambda model: model(tokens).logits)(bases[True]))
 
 
-@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [True, False])
 def test_lora_starts_at_the_base_and_learns_alone(bases, expected, tokens, scan):
     base = bases[scan]
     model = with_lora(base, tokens)

@@ -18,6 +18,8 @@ from megalodon_jax.training.carried_rows import RowsLoss, make_loss
 from megalodon_jax.typing import Batch
 from tests.model.conftest import SMALL, perturbed
 
+pytestmark = pytest.mark.slow
+
 # No multiple of the chunk size (16), nor of a kernel's tile.
 LENGTH, ROWS, PIECES = 29, 3, 3
 # Ends of the documents of every long row of 87 tokens: inside chunks, at the border of two rows
@@ -182,7 +184,6 @@ def test_gradients_are_those_of_long_rows_that_stop_at_the_borders(rows):
     )
 
 
-@pytest.mark.slow
 def test_rematerialization_changes_no_gradient(rows):
     model = with_settings(rows.model, remat="block")
     batch = short_rows(long_rows())[1]

@@ -131,12 +131,13 @@ def test_stream(stream: str):
     assert relative_error(cache.final_norm.var, arrays["cache:output.norm_var"]) <= 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("a_plain", marks=pytest.mark.slow),
+        "a_plain",
         "b_all_on",
-        pytest.param("d_swiglu_L320", marks=pytest.mark.slow),
+        "d_swiglu_L320",
     ],
 )
 def test_bfloat16_error_is_at_most_that_of_the_released_code(name: str):

@@ -138,6 +138,7 @@ def test_dropout(rates: dict):
     assert relative_error(second, first) > 1e-3
 
 
+@pytest.mark.slow
 def test_unrolled_blocks_equal_the_scan(small_model: Megalodon):
     state = nnx.state(small_model)
     tokens = np.random.default_rng(0).integers(0, 61, (2, 21)).astype(np.int32)

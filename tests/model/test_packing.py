@@ -63,6 +63,7 @@ def test_packed_loss_and_gradients_equal_separate_ones(small_model_with_prior: M
         assert relative_error(gradient, expected_gradient) <= 1e-5, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_packed_logits_equal_separate_ones(jitted, small_model: Megalodon):
     documents, tokens, _, segment_ids = packed(np.random.default_rng(2))
     call = jitted(small_model)

@@ -54,6 +54,7 @@ def logits_of(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(jax.jit(lambda params: nnx.merge(graphdef, params)(tokens).logits)(params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", VARIANTS)
 @pytest.mark.parametrize("count", [1, 2])
 def test_skipped_attention_is_attention_that_gives_zero(models, kind, count):
@@ -65,6 +66,7 @@ def test_skipped_attention_is_attention_that_gives_zero(models, kind, count):
     assert np.abs(found - logits_of(model, TOKENS)).max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_prefill_and_decoding_skip_the_same(models, kind):
     """A piece and single tokens through the cache give what one call gives."""
@@ -87,6 +89,7 @@ def test_prefill_and_decoding_skip_the_same(models, kind):
     np.testing.assert_allclose(stream(params), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_several_tokens_at_once_skip_the_same(models):
     model = without_last_attention(models["megalodon"], 1)
     expected = logits_of(model, TOKENS)

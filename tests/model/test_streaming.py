@@ -37,6 +37,7 @@ def test_pieces_equal_one_call(
     np.testing.assert_array_equal(cache.position, [75] * 3)
 
 
+@pytest.mark.slow
 def test_prior_is_the_initial_state_of_a_stream(
     jitted, small_model_with_prior: Megalodon, tokens: np.ndarray
 ):
@@ -68,6 +69,7 @@ def test_one_token_at_a_time_inside_scan(jitted, small_model: Megalodon, tokens:
     np.testing.assert_array_equal(cache.position, [75] * 3)
 
 
+@pytest.mark.slow
 def test_rows_at_different_positions(jitted, small_model: Megalodon, tokens: np.ndarray):
     """Right-padded prompts of different lengths, then single tokens, some rows padded."""
     lengths = np.array([33, 5, 34])

@@ -112,6 +112,7 @@ def test_norms_and_linear_equal_numpy(x):
     assert relative_error(linear(x), expected) <= 1e-6
 
 
+@pytest.mark.slow
 def test_block_without_positions_equals_explicit_positions(call, x):
     without, explicit = call(x).x, call(x, positions=positions_of(L)).x
     np.testing.assert_array_equal(without, explicit)

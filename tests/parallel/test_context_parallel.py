@@ -75,6 +75,7 @@ def normal(seed, *shape):
 PACKED = [pytest.param(False, marks=pytest.mark.slow), True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", PACKED)
 def test_cema(packed: bool):
     D, N = 3, 2

@@ -120,6 +120,7 @@ def test_a_checkpoint_restores_on_another_mesh(single_device, tmp_path):
         np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.slow
 def test_initial_values_do_not_depend_on_the_mesh():
     unsharded = init_state(CONFIG)[1]
     sharded = init_state(dataclasses.replace(CONFIG, mesh=MeshConfig(data=4, model=2)))[1]

@@ -102,6 +102,7 @@ def plan(cpu_is_a_chip):
     return make_plan(config, jax.devices()[:4])
 
 
+@pytest.mark.slow
 def test_memory(plan):
     assert plan.fits
     assert (plan.chip, plan.devices, plan.tokens_per_step) == ("small", 4, 256)

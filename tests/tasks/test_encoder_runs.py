@@ -149,6 +149,7 @@ def test_evaluate_and_classify(trained, capsys):
     assert len(lines) == 10
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path):
     config = dataclasses.replace(trained[1], run_dir=str(tmp_path / "run"))
     train(dataclasses.replace(config, steps=40))
@@ -161,6 +162,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_loss_of_packed_rows_is_that_of_padded_ones(tmp_path):
     """The same examples, two a row or one a row: sums, confusion and gradients agree."""
     config = pixels_run(tmp_path)

@@ -110,6 +110,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_inside_documents(carrying, tm
     np.testing.assert_array_equal(fresh.segment, [0])
 
 
+@pytest.mark.slow
 def test_a_state_restores_with_blocks_written_out(carrying, step_and_state, tmp_path):
     step, state = step_and_state
     state, _ = step(copy_of(state), batch_of(0, first=2))
@@ -124,6 +125,7 @@ def test_a_state_restores_with_blocks_written_out(carrying, step_and_state, tmp_
     chex.assert_trees_all_equal(restored.with_layout(stacked=True), state.carried)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_continue_each_other(step_and_state):
     step, state = step_and_state
     batches = [batch_of(0, first=2), batch_of(1, first=1, weight=0.5)]
@@ -161,6 +163,7 @@ def test_after_a_loss_that_is_not_finite_documents_begin_anew(step_and_state):
     chex.assert_trees_all_equal(after.carried, expected.carried)
 
 
+@pytest.mark.slow
 def test_a_skipped_spike_keeps_the_state_of_its_rows(step_and_state):
     step, state = step_and_state
     noise = jnp.linspace(0.9, 1.1, WINDOW)

@@ -58,6 +58,7 @@ def test_longer_chunks_and_another_rotation(trained_run, tmp_path, capsys):
     assert "chunk_size" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_every_form_gives_the_same_weights(trained_run, tmp_path):
     convert(trained_run.run_dir, tmp_path / "file.safetensors")
     convert(trained_run.run_dir, tmp_path / "hf")

@@ -119,6 +119,7 @@ def test_auto_resume_begins_and_continues(trained_run, config, finished, capsys)
     assert_same_weights(trained_run, finished)
 
 
+@pytest.mark.slow
 def test_auto_resume_after_a_kill_in_the_first_save(trained_run, finished, capsys):
     checkpoints = Path(finished.run_dir, "checkpoints")
     for step in (3, 6):
@@ -192,6 +193,7 @@ def test_unusable_data_is_rejected(config, tmp_path, content):
         train(dataclasses.replace(config, data=data))
 
 
+@pytest.mark.slow
 def test_without_heldout_text_there_is_no_evaluation(config):
     data = dataclasses.replace(config.data, heldout_fraction=0.0)
     result = train(dataclasses.replace(config, data=data, sample_tokens=0))

@@ -57,6 +57,7 @@ def logits(model) -> np.ndarray:
     return np.asarray(nnx.jit(lambda model: model(TOKENS).logits)(model))
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_the_factors_and_the_record_of_the_base(adapted, trained_run):
     with RunCheckpoints(adapted.run_dir, read_only=True) as checkpoints:
         assert checkpoints.steps() == [3, 6]
@@ -80,6 +81,7 @@ def test_checkpoints_hold_the_factors_and_the_record_of_the_base(adapted, traine
         load_model(adapted.run_dir)
 
 
+@pytest.mark.slow
 def test_every_way_to_load_gives_the_merged_model(adapted, trained_run, tmp_path):
     model, tokenizer = megalodon_jax.load(adapted.run_dir)
     assert tokenizer is not None

@@ -85,6 +85,7 @@ def test_a_mesh_changes_nothing(session_config):
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=3e-5)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_under_muon(session_config):
     config = dataclasses.replace(
         session_config, optim=OptimConfig(name="muon", lr=1e-2, warmup_steps=0, schedule="constant")

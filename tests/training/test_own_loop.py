@@ -197,6 +197,7 @@ def test_a_loss_of_your_own(config):
     chex.assert_trees_all_equal(step(state, batch), expected)
 
 
+@pytest.mark.slow
 def test_an_update_that_is_not_finite_is_skipped(config):
     def update(updates, state, params=None):
         factor = jax.numpy.where(state == 1, np.inf, -1e-3)

@@ -109,6 +109,7 @@ def test_skipped_updates_are_counted_and_resuming_changes_nothing(watched, monke
     assert (int(guard.skipped), int(guard.spiked), int(guard.count)) == (3, 1, 0)
 
 
+@pytest.mark.slow
 def test_too_many_skipped_updates_in_a_row_end_the_run(config, monkeypatch):
     limited = dataclasses.replace(config, max_skipped_updates=1)
     with (
@@ -138,6 +139,7 @@ def test_a_spike_warns_or_stops(on_spike, watched, monkeypatch, capsys):
     assert "update applied" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_changed_settings_are_logged_and_accepted(finished, capsys):
     optim = dataclasses.replace(finished.optim, lr=3e-3, schedule="cosine")
     train(dataclasses.replace(finished, optim=optim, steps=7, resume=True))

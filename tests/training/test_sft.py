@@ -59,6 +59,7 @@ def float64_loss(logits: np.ndarray, batch: Batch) -> tuple[float, float]:
     return float(((log_z - chosen) * weights).sum()), float(weights.sum())
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_mean_over_the_global_batch(sft):
     """Over all accumulated batches: not a mean of their means."""
     sft = dataclasses.replace(sft, optim=dataclasses.replace(sft.optim, accumulate_steps=3))
@@ -79,6 +80,7 @@ def test_the_loss_is_the_mean_over_the_global_batch(sft):
     assert abs(np.mean([a / b for a, b in sums]) - total / count) > 1e-5 * total / count
 
 
+@pytest.mark.slow
 def test_a_run_and_its_heldout_loss(sft):
     result = train(sft)
     model, _ = load_model(sft.run_dir)

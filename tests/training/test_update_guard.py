@@ -55,6 +55,7 @@ def with_window(state: TrainState, loss: float, grad_norm: float) -> TrainState:
     return copy_of(state._replace(guard=guard))
 
 
+@pytest.mark.slow
 def test_an_update_that_is_not_finite_changes_nothing_but_the_counts(step_and_state):
     step, state = step_and_state
     skipped, metrics = step(copy_of(state), random_batch(0, weight=np.inf))

@@ -104,6 +104,7 @@ def test_the_backward_average_is_the_mirrored_forward_one_of_the_next_token():
     np.testing.assert_allclose(backward[:, -1], 0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_packed_documents_are_computed_alone_and_padding_changes_nothing():
     params, x, _ = draw(2)
     params = CemaParams(*(np.float32(value) for value in params))  # type: ignore[arg-type]
@@ -118,6 +119,7 @@ def test_packed_documents_are_computed_alone_and_padding_changes_nothing():
         assert relative(packed[row, tokens], np.asarray(alone[0])) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_sequence_shards_equal_one_device(packed: bool):
     params, x, cotangent = draw(3)

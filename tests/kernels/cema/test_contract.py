@@ -93,6 +93,7 @@ def test_equals_float64_recurrence(
     assert max(errors["y"], errors["final_state"]) <= output_tolerance, errors
 
 
+@pytest.mark.slow
 def test_xla_in_float64_equals_recurrence_to_rounding(
     make_case, outputs_and_gradients, relative_error
 ):

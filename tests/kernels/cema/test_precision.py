@@ -47,6 +47,7 @@ def recurrence(x: np.ndarray, params: list[np.ndarray]) -> np.ndarray:
     return y + omega * x
 
 
+@pytest.mark.slow
 def test_error_against_float64_recurrence_of_131072_tokens():
     rng = np.random.default_rng(0)
     kinds = [parameters(distance, rng) for distance in LARGEST_ERROR]

@@ -61,6 +61,7 @@ def test_kernels_fit_every_generation(kernels, capability, packed, tmp_path):
         assert usage.shared_memory == 0 <= limits.shared_memory
 
 
+@pytest.mark.slow
 def test_a_program_with_the_kernels_compiles_for_hopper():
     for package in ("triton", "jax_triton"):
         pytest.importorskip(package, reason="needs the extra: pip install -e '.[triton]'")

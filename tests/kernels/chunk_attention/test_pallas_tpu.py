@@ -73,11 +73,12 @@ def assert_close(got, want, out=1e-6, gradients=5e-6):
         assert relative(a, b) <= gradients
 
 
+@pytest.mark.slow
 # In blocks of 256 queries and 128 keys: one block, odd rows over many, chunks of whole blocks.
 @pytest.mark.parametrize(
     ("B", "L", "C"),
     # Packed documents have odd rows over many blocks too.
-    [(2, 65, 32), pytest.param(2, 600, 130, marks=pytest.mark.slow), (1, 513, 256)],
+    [(2, 65, 32), (2, 600, 130), (1, 513, 256)],
 )
 def test_aligned_chunks(B, L, C, attend_token_by_token):
     arrays = draw(L, B, L)
@@ -97,6 +98,7 @@ PACKED = (
 )
 
 
+@pytest.mark.slow
 def test_packed_documents(attend_token_by_token):
     C, L = 200, 700
     arrays = draw(1, len(PACKED), L)

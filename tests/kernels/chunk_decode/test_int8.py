@@ -134,6 +134,7 @@ def test_forms_for_other_devices_equal_the_definition(target, monkeypatch):
     np.testing.assert_allclose(out, exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("runnable")
 @pytest.mark.parametrize(
     ("tiling", "slots", "positions"),

@@ -45,6 +45,7 @@ def test_tilings(tiling, slots, positions):
         np.testing.assert_array_equal(np.asarray(slots_of_cache).astype(np.float64), expected)
 
 
+@pytest.mark.slow
 def test_wide_keys():
     inputs = make_inputs(1, 1, 70, 512, 128, dtype=jnp.bfloat16)
     inputs[0][:] /= 16

@@ -44,6 +44,7 @@ def test_kernel_fits_into_registers(rows, groups, size):
     assert usage.spill_bytes == 0
 
 
+@pytest.mark.slow
 def test_states_in_the_carry_of_a_scan_are_updated_in_place():
     x, vector, moments, tables, state, active = operands(8, 32, 32)
 

@@ -60,6 +60,7 @@ def test_kernels_fit_into_registers(name, width):
     assert not usage
 
 
+@pytest.mark.slow
 def test_model_block_uses_the_kernels(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "check_hopper_or_blackwell", lambda name: None)
     config = ModelConfig(

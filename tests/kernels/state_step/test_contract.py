@@ -18,6 +18,8 @@ pytestmark = pytest.mark.usefixtures("runnable")
 # The Hopper kernel takes channels in multiples of 128.
 WIDE = [name for name in IMPLEMENTATIONS if name != "mosaic_gpu"]
 
+step_tables = jax.jit(cema_step_tables)
+
 
 def make_params(channels, order, dtype=np.float64, seed=0):
     rng = np.random.default_rng(seed)
@@ -65,10 +67,8 @@ def test_float64_equals_the_equations(implementation, rows, state_rows, channels
     state[rows:] = np.nan
     with jax.enable_x64(True):
         params = make_params(channels, order)
-        y, new = state_step(
-            jnp.asarray(x), cema_step_tables(params), jnp.asarray(state),
-            implementation=implementation,
-        )  # fmt: skip
+        step = jax.jit(partial(state_step, implementation=implementation))
+        y, new = step(jnp.asarray(x), step_tables(params), jnp.asarray(state))
         exact_y, exact_state = step_in_numpy(x, params, state[:rows])
     assert y.dtype == new.dtype == jnp.float64
     np.testing.assert_allclose(y, exact_y, rtol=1e-12, atol=1e-12)
@@ -91,7 +91,7 @@ def test_float32_state(implementation, rows, state_rows, channels, order, dtype)
     state[rows:] = np.nan
     params = make_params(channels, order, np.float32)
     step = jax.jit(partial(state_step, implementation=implementation), donate_argnums=2)
-    y, new = step(x, cema_step_tables(params), jnp.asarray(state))
+    y, new = step(x, step_tables(params), jnp.asarray(state))
     assert (y.dtype, new.dtype) == (dtype, jnp.float32)
     exact_y, exact_state = step_in_numpy(np.asarray(x, np.float64), params, state[:rows])
     error = np.linalg.norm(np.asarray(y, np.float64) - exact_y) / np.linalg.norm(exact_y)
@@ -117,7 +117,7 @@ def test_rows_that_are_not_active_keep_their_state(implementation, rows):
     state[1] = np.nan
     params = make_params(channels, order, np.float32)
     step = jax.jit(partial(state_step, implementation=implementation), donate_argnums=2)
-    y, new = step(x, cema_step_tables(params), jnp.asarray(state), active)
+    y, new = step(x, step_tables(params), jnp.asarray(state), active)
     exact_y, exact_state = step_in_numpy(np.asarray(x, np.float64), params, state[:rows])
     new = np.asarray(new)
     np.testing.assert_allclose(new[:rows][active], exact_state[active], rtol=1e-5, atol=1e-5)
@@ -138,7 +138,8 @@ def test_token_by_token_equals_the_sequence(implementation):
     rng = np.random.default_rng(3)
     x = jnp.asarray(rng.normal(size=(rows, length, channels)), jnp.bfloat16)
     initial = unpack_state(jnp.asarray(make_state(rows, channels, order, np.float32)))
-    expected = cema(x, params, initial_state=initial, implementation="reference")
+    whole = jax.jit(partial(cema, implementation="reference"))
+    expected = whole(x, params, initial_state=initial)
 
     @jax.jit
     def stream(x, params, state):
@@ -160,7 +161,7 @@ def test_token_by_token_equals_the_sequence(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_rows_are_independent(implementation):
-    tables = cema_step_tables(make_params(128, 4, np.float32))
+    tables = step_tables(make_params(128, 4, np.float32))
     x = jnp.ones((3, 128), jnp.bfloat16)
     state = jnp.asarray(make_state(3, 128, 4, np.float32))
     step = jax.jit(partial(state_step, implementation=implementation))

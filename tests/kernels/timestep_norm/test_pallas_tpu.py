@@ -94,10 +94,11 @@ def assert_close(got, want, *, gradients=3e-6):
             assert relative(a, b) <= gradients, name
 
 
+@pytest.mark.slow
 # Several groups in 128 channels, groups of several times 128 channels, padded groups.
 @pytest.mark.parametrize(
     ("L", "D", "G"),
-    [pytest.param(300, 128, 2, marks=pytest.mark.slow), (200, 256, 1), (129, 36, 3)],
+    [(300, 128, 2), (200, 256, 1), (129, 36, 3)],
 )
 def test_rows(L, D, G):
     inputs, cotangents = draw(L, 2, L, D, G, offset=2.0, moments=["initial_state"])
@@ -124,6 +125,7 @@ PACKED = (
 )
 
 
+@pytest.mark.slow
 def test_packed_documents():
     L, D, G = 300, 128, 2
     ids = lay_out(PACKED, L)
@@ -167,6 +169,7 @@ def test_documents_do_not_affect_each_other():
         assert a[ids == 2].any(axis=-1).all()
 
 
+@pytest.mark.slow
 def test_pieces_with_state_equal_the_whole():
     L, D, G = 270, 128, 2
     inputs, cotangents = draw(3, 1, L, D, G, offset=1.0)
@@ -188,6 +191,7 @@ def test_pieces_with_state_equal_the_whole():
     assert relative(state.var, want[0][2]) <= 5e-7
 
 
+@pytest.mark.slow
 def test_rows_far_from_zero_are_accurate():
     L, D, G = 1000, 128, 2
     inputs, cotangents = draw(4, 1, L, D, G, offset=1000.0)
