@@ -154,11 +154,14 @@ def test_positions_and_segment_ids_exclude_each_other(block, x):
 
 
 def test_whole_rows_may_have_an_attention_of_their_own(x):
-    implementations = Implementations(attention="triton", whole_row_attention="reference")
-    attention = MegaAttention(
-        D, z_dim=Z, value_dim=E, chunk_size=C, num_heads=H, cema_order=N, norm_num_groups=4,
-        implementations=implementations, rngs=nnx.Rngs(0),
-    )  # fmt: skip
-    assert np.isfinite(np.asarray(attention(x)[0])).all()
+    def attend(x, segment_ids=None):
+        attention = MegaAttention(
+            D, z_dim=Z, value_dim=E, chunk_size=C, num_heads=H, cema_order=N, norm_num_groups=4,
+            implementations=Implementations(attention="triton", whole_row_attention="reference"),
+            rngs=nnx.Rngs(0),
+        )  # fmt: skip
+        return attention(x, segment_ids=segment_ids).product
+
+    assert jax.eval_shape(attend, x).shape == x.shape
     with pytest.raises(ValueError, match="triton needs an NVIDIA GPU"):
-        attention(x, segment_ids=jnp.ones(x.shape[:2], jnp.int32))
+        jax.eval_shape(attend, x, jnp.ones(x.shape[:2], jnp.int32))
