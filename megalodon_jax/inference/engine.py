@@ -458,11 +458,11 @@ class Engine:
         states = [self._prefiller.warm_up(rows) for rows in batch_sizes]
         row = sampling_row(SamplingParams(), vocab_size=self._num_outputs, seed=0)
         request = RowRequest(row, np.int32(1), padded_stop_ids(()))
+        known = self._known_prompts and self._known_prompts.example(states[0].cache)
         for each in features:
             for state in states:
                 self._state, _ = start_row(self._state, 0, state, 0, request, each, None)
-            if self._known_prompts is not None:
-                known = self._known_prompts.example(states[0].cache)
+            if known is not None:
                 self._state, _ = start_known_row(
                     self._state, 0, self._weights, known, request, each, None
                 )

@@ -17,7 +17,7 @@ from megalodon_jax.config import KvFormat, WeightFormat
 from megalodon_jax.inference.blocks import Emitted, RowRequest, SlotState, put_started_row
 from megalodon_jax.inference.decoders import AnyDecodeWeights
 from megalodon_jax.inference.positions import commit, decode_positions
-from megalodon_jax.inference.prefix_cache import PrefixCache
+from megalodon_jax.inference.prefix_cache import PrefixCache, reads_prefixes
 from megalodon_jax.inference.requests import Stream
 from megalodon_jax.inference.sampling import Features
 from megalodon_jax.inference.weights import DecodeWeights
@@ -76,20 +76,19 @@ class KnownPrompts(NamedTuple):
         """The prompt of a request, if it has one sample and at most T unknown tokens."""
         request = streams[0].request
         keeps_prompt = request.keep_session and request.params.stop
-        if len(streams) > 1 or request.session is not None or keeps_prompt:
-            return None
-        if request.prompt_logprobs is not None:
+        if len(streams) > 1 or keeps_prompt or not reads_prefixes(request):
             return None
         tokens = np.asarray(request.prompt, np.int32)
-        known, states = self.prefixes.states(tokens)
-        rest = tokens[known:]
         # A prompt that fills a chunk is a new prefix, which prefill keeps.
-        is_prefix = len(tokens) % self.prefixes.chunk_size == 0
-        if states is None or is_prefix or len(rest) > self.size:
+        count = len(tokens) % self.prefixes.chunk_size
+        if not 0 < count <= self.size:
+            return None
+        known, states = self.prefixes.states(tokens)
+        if states is None or known + count < len(tokens):
             return None
         padded = np.zeros((1, self.size), np.int32)
-        padded[0, : len(rest)] = rest
-        return KnownPrompt(states, padded, np.int32(len(rest)))
+        padded[0, :count] = tokens[known:]
+        return KnownPrompt(states, padded, np.int32(count))
 
     def example(self, cache: Cache) -> KnownPrompt:
         """A prompt of the same shapes, to compile the program; `cache` has a row or more."""

@@ -16,7 +16,7 @@ from megalodon_jax.inference.prefill import (
     prefill_piece,
     score_piece,
 )
-from megalodon_jax.inference.prefix_cache import PrefixCache
+from megalodon_jax.inference.prefix_cache import PrefixCache, reads_prefixes
 from megalodon_jax.inference.requests import Stream, TokenLogprobs
 from megalodon_jax.inference.rows import extract_row, replace_row
 from megalodon_jax.inference.sampling import Logprobs
@@ -130,10 +130,7 @@ class Prefiller:
         return tuple(piece.size for piece in self.sizes.split(len(row.tokens) - start))
 
     def _uses_prefixes(self, row: PromptRow) -> bool:
-        request = row.streams[0].request
-        # Log-probabilities need all of the prompt's tokens.
-        is_scored = request.prompt_logprobs is not None
-        return self.prefixes is not None and request.session is None and not is_scored
+        return self.prefixes is not None and reads_prefixes(row.streams[0].request)
 
     def warm_up(self, batch_size: int) -> PrefillState:
         """Compiles the programs of a batch size; returns a state that they gave."""

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from megalodon_jax.cache import Cache
+from megalodon_jax.inference.requests import Request
 from megalodon_jax.inference.rows import take_row
 
 
@@ -97,6 +98,14 @@ class PrefixCache:
     def warm_up(self, cache: Cache) -> Cache:
         """Compiles what `put` and `get` run; returns the row as it would be kept."""
         return _take(_without_slots(cache), 0)
+
+
+def reads_prefixes(request: Request) -> bool:
+    """Whether a request may start from a known beginning of its prompt.
+
+    A session has a state of its own, and log-probabilities need all of the prompt's tokens.
+    """
+    return request.session is None and request.prompt_logprobs is None
 
 
 def _digests(tokens: np.ndarray, chunk_size: int) -> list[bytes]:

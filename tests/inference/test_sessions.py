@@ -85,7 +85,6 @@ PROCESS = """
 import sys
 import numpy as np
 from megalodon_jax.inference.engine import Engine
-from megalodon_jax.inference.prefill import Piece
 from megalodon_jax.inference.requests import Request
 from tests.inference.models import small_model
 from tests.inference.test_sessions import SAMPLED, SECOND
