@@ -34,7 +34,7 @@ myst_enable_extensions = ["colon_fence"]
 # A failed cell fails the build.
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 300
+nb_execution_timeout = 900
 
 # The docstring of a module's __call__ says what the module computes.
 autodoc_default_options = {"special-members": "__call__"}
