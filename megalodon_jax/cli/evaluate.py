@@ -1,6 +1,7 @@
 """`megalodon evaluate`: held-out text, long contexts, problems with known answers."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from megalodon_jax.errors import ConfigError
 if TYPE_CHECKING:
     from megalodon_jax.checkpoints import TrainedModel
     from megalodon_jax.evaluation import Evaluation
+    from megalodon_jax.evaluation.costs import PrefillCost
 
 EvaluationTask = Literal[
     "text",
@@ -251,7 +253,8 @@ class Evaluate(WithCompilationCache):
         if self.task == "text":
             return (evaluation.evaluate_files(*trained, **options),)
         if self.task == "prefill_cost":
-            return evaluation.prefill_cost(trained.model, **options)
+            # Long prompts take minutes on a CPU.
+            return evaluation.prefill_cost(trained.model, **options, on_result=_show_prefill)
         if "skip" in options:
             options["skips"] = options.pop("skip")
         if self.files:
@@ -263,6 +266,11 @@ class Evaluate(WithCompilationCache):
 
 def _text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _show_prefill(cost: "PrefillCost") -> None:
+    seconds = "does not fit" if cost.seconds is None else f"{cost.seconds:.3f} s"
+    print(f"prefill of {cost.rows} x {cost.length:,} tokens: {seconds}", file=sys.stderr)
 
 
 def _line(result: "Evaluation") -> str:

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -64,6 +64,7 @@ def prefill_cost(
     lengths: Sequence[int],
     rows: int = 1,
     repeats: int = 3,
+    on_result: Callable[[PrefillCost], None] | None = None,
 ) -> tuple[PrefillCost, ...]:
     """Time and memory of the prefill of random tokens, by length, on the default device.
 
@@ -76,6 +77,7 @@ def prefill_cost(
       lengths: tokens of the prompts.
       rows: prompts that are read side by side.
       repeats: timed prefills of every length.
+      on_result: receives the result of every length as soon as it is measured.
 
     Returns:
       A result for every length, in ascending order.
@@ -90,7 +92,12 @@ def prefill_cost(
     graphdef, params = nnx.split(with_cache_in_place(model))
     split = (HashedGraphDef(graphdef), params)
     peaks: dict[Any, int | None] = {}
-    return tuple(_prefill_cost(model, split, n, rows, repeats, peaks) for n in sorted(lengths))
+    results = []
+    for length in sorted(lengths):
+        results.append(_prefill_cost(model, split, length, rows, repeats, peaks))
+        if on_result is not None:
+            on_result(results[-1])
+    return tuple(results)
 
 
 def decode_seconds(model: LanguageModel, *, rows: int = 1, repeats: int = 3) -> float:

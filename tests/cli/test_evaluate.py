@@ -83,6 +83,10 @@ def test_costs(trained_run, text_file, tmp_path, capsys):
     options = {"run_dir": trained_run.run_dir, "path": tmp_path / "a.json", "capsys": capsys}
     _, content = evaluate("prefill_cost", "--lengths", "20", "40", "--repeats", "1", **options)
     assert [each["length"] for each in content["results"]] == [20, 40]
+    once = ["--lengths", "20", "--repeats", "1"]
+    arguments = ["evaluate", "--checkpoint", trained_run.run_dir, "--task", "prefill_cost", *once]
+    assert main(arguments) == 0
+    assert "prefill of 1 x 20 tokens: 0." in capsys.readouterr().err
     text = ["--files", str(text_file), "--document_separator", "\0"]
     text += ["--max_tokens", "100", "--tokens_per_call", "64"]
     _, content = evaluate("skip_attention", *text, "--skip", "0", "1", "--repeats", "1", **options)

@@ -26,7 +26,9 @@ TRANSFORMER = TransformerConfig(
 @pytest.mark.slow
 def test_the_cache_of_megalodon_is_of_one_size_and_that_of_a_transformer_grows():
     model = Megalodon(CONFIG, rngs=nnx.Rngs(0))
-    costs = prefill_cost(model, lengths=[300, 33, 128], rows=2, repeats=1)
+    shown = []
+    costs = prefill_cost(model, lengths=[300, 33, 128], rows=2, repeats=1, on_result=shown.append)
+    assert tuple(shown) == costs
     assert [cost.length for cost in costs] == [33, 128, 300]
     for cost in costs:
         assert cost.seconds is not None
