@@ -122,7 +122,8 @@ def make_optimizer(
     multiplied by 0.2 sqrt(max(rows, columns)), which gives it the root mean square of AdamW's (Liu
     et al. 2025, arXiv 2502.16982).
 
-    `frozen` parameters have no state and never change; `no_weight_decay` ones have no decay.
+    `frozen` parameters have no state and never change; `no_weight_decay` ones have no decay; lr of
+    the `scaled_lr` ones is multiplied by `lr_scale`, for the decay too.
     Moments and arithmetic are float32 for every parameter dtype; the returned updates are float32,
     for `apply_updates`.
 
@@ -139,7 +140,7 @@ def make_optimizer(
     inner = optax.chain(clip, _unclipped(config, schedule))
 
     def init(params: optax.Params) -> optax.OptState:
-        for setting in ("no_weight_decay", "frozen"):
+        for setting in ("no_weight_decay", "scaled_lr", "frozen"):
             check_patterns(params, getattr(config, setting), setting=f"optim.{setting}")
         return inner.init(_as_float32(params))
 
@@ -148,7 +149,8 @@ def make_optimizer(
     ) -> tuple[optax.Updates, optax.OptState]:
         if params is None:
             raise ValueError("weight decay needs the parameters; call update(grads, state, params)")
-        return inner.update(_as_float32(updates), state, _as_float32(params))
+        changes, new_state = inner.update(_as_float32(updates), state, _as_float32(params))
+        return _scale_selected(changes, config), new_state
 
     return optax.GradientTransformation(init, update)
 
@@ -185,6 +187,18 @@ def _unclipped(config: OptimConfig, schedule: Schedule) -> optax.GradientTransfo
             optax.scale_by_learning_rate(schedule),
         )
     return optax.partition(transforms, lambda params: map_names(group, params))
+
+
+def _scale_selected(updates: optax.Updates, config: OptimConfig) -> optax.Updates:
+    """Updates at the parameters' own rates; without a state, so that a resumed run may differ."""
+    if config.lr_scale == 1.0:
+        return updates
+    return jax.tree_util.tree_map_with_path(
+        lambda path, update: (
+            update * config.lr_scale if is_selected(name_of(path), config.scaled_lr) else update
+        ),
+        updates,
+    )
 
 
 def _scale_to_rms(update: Array) -> Array:

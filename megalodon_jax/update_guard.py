@@ -102,7 +102,7 @@ def judge(
 
     With m and p the largest absolute first moment and parameter, and AdamW's settings:
 
-        abs(new parameter) <= p + lr (m / ((1 - beta1) eps) + weight_decay p)
+        abs(new parameter) <= p + lr max(1, lr_scale) (m / ((1 - beta1) eps) + weight_decay p)
 
     bounds every intermediate result too; Muon's update has a constant bound. A finite gradient norm
     makes the second moment finite, so that a bound inside the range of the parameters' dtype proves
@@ -124,7 +124,7 @@ def judge(
     change = moment / ((1.0 - optim.beta1) * optim.eps) + optim.weight_decay * guard.max_param
     if optim.name == "muon":
         change = change + _LARGEST_MUON_UPDATE
-    bound = guard.max_param + learning_rate * change
+    bound = guard.max_param + learning_rate * max(1.0, optim.lr_scale) * change
     limit = _SAFE_FRACTION * float(jnp.finfo(config.model.param_dtype).max)
     # A comparison with NaN is false.
     is_safe = bound < limit if new_params is None else max_abs(new_params) < limit

@@ -64,6 +64,7 @@ def test_prompts_longer_than_a_piece(model, full_logits):
     assert new[:, 0].tolist() == logits[np.arange(3), lengths - 1].argmax(-1).tolist()
 
 
+@pytest.mark.slow
 def test_sampling_is_reproducible_and_limited_to_the_tokenizers_ids(model):
     def run(seed: int) -> np.ndarray:
         return generate(
@@ -98,6 +99,7 @@ def test_streaming_yields_the_same_tokens(model):
     assert generate(model, PROMPTS, LENGTHS, max_tokens=0, temperature=0.0).shape == (3, 0)
 
 
+@pytest.mark.slow
 def test_a_rows_draws_depend_on_the_key_and_its_index(model):
     key = jax.random.key(3)
     rows = generate(model, PROMPTS, LENGTHS, max_tokens=12, key=key)

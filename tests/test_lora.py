@@ -170,6 +170,7 @@ def test_a_cache_streams_through_the_factors():
     np.testing.assert_allclose(np.concatenate([first, second], 1), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_engine_takes_no_factors():
     """It reads kernels alone: factors would be lost without a word."""
     model = adapted("scanned")

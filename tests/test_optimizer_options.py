@@ -88,6 +88,33 @@ def test_selected_parameters_have_no_weight_decay():
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_selected_parameters_have_their_own_learning_rate(name):
+    config = OptimConfig(name=name, lr=0.1, warmup_steps=1, weight_decay=0.3)
+    scaled = dataclasses.replace(config, scaled_lr=("embed.*", "*.kernel"), lr_scale=0.25)
+    slow = dataclasses.replace(config, lr=0.025)
+    found, fast, slow = run(scaled), run(config), run(slow)
+    for mixed, at_lr, at_quarter in zip(found, fast, slow, strict=True):
+        chex.assert_trees_all_close(mixed["embed"], at_quarter["embed"], rtol=1e-5, atol=1e-7)
+        np.testing.assert_array_equal(
+            mixed["layers"]["fc1"]["weight"], at_lr["layers"]["fc1"]["weight"]
+        )
+        np.testing.assert_allclose(
+            mixed["layers"]["fc1"]["kernel"],
+            at_quarter["layers"]["fc1"]["kernel"],
+            rtol=1e-5,
+            atol=1e-7,
+        )
+    difference = found[-1]["embed"]["embedding"] - fast[-1]["embed"]["embedding"]
+    assert np.abs(difference).max() > 1e-2
+    # A resumed run may change them: they have no state.
+    start = float32(random_tree(0))
+    states = [make_optimizer(c, total_steps=TOTAL).init(start) for c in (config, scaled)]
+    chex.assert_trees_all_equal_structs(*states)
+    with pytest.raises(ConfigError, match=r"optim.lr_scale is 0.25 and optim.scaled_lr is empty"):
+        dataclasses.replace(scaled, scaled_lr=())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_frozen_parameters_stay_and_have_no_state(name):
     config = OptimConfig(name=name, lr=0.1, warmup_steps=0, frozen=("embed.*", "*.weight"))
     found = run(config)
@@ -102,7 +129,7 @@ def test_frozen_parameters_stay_and_have_no_state(name):
     assert shapes == {SHAPES["kernel"]}
 
 
-@pytest.mark.parametrize("setting", ["frozen", "no_weight_decay"])
+@pytest.mark.parametrize("setting", ["frozen", "no_weight_decay", "scaled_lr"])
 def test_a_pattern_without_parameter_is_refused(setting):
     optimizer = make_optimizer(OptimConfig(**{setting: ("*.kernels",)}), total_steps=TOTAL)  # type: ignore[arg-type]
     with pytest.raises(

@@ -71,6 +71,7 @@ def test_dtype_is_that_of_the_computation(trained_run):
 
 
 @pytest.mark.parametrize("form", ["run", "hf"])
+@pytest.mark.slow
 def test_a_mesh_shards_the_parameters(trained_run, tmp_path, form):
     source = Path(trained_run.run_dir)
     if form == "hf":

@@ -17,6 +17,10 @@ RULES = (
         "optim.schedule is {c.schedule!r} and optim.decay_steps is {c.decay_steps}; the schedule "
         "wsd needs decay_steps above 0, the others need 0",
     ),
+    Rule(
+        lambda c: c.lr_scale == 1.0 or bool(c.scaled_lr),
+        "optim.lr_scale is {c.lr_scale} and optim.scaled_lr is empty; name the parameters there",
+    ),
 )
 
 
@@ -50,6 +54,11 @@ class OptimConfig:
     """Decoupled weight decay, multiplied by the learning rate."""
     no_weight_decay: tuple[str, ...] = ()
     """Parameters without weight decay: patterns of dotted names, such as ``*.bias``."""
+    scaled_lr: tuple[str, ...] = ()
+    """Parameters with the learning rate lr * lr_scale: patterns of dotted names, such as
+    ``*.cema.*``."""
+    lr_scale: Annotated[float, Range(low=0.0, open_low=True, high=1000.0)] = 1.0
+    """Factor of the learning rate of the parameters that scaled_lr names."""
     frozen: tuple[str, ...] = ()
     """Parameters that are not trained: patterns of dotted names, such as ``embed.*``; they have no
     optimizer state."""

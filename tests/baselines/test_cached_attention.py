@@ -144,6 +144,7 @@ def plain_attention(q, k, v, *, num_keys, is_causal):
     return cudnn.PartialAttention(out, jax.nn.logsumexp(scores, axis=-1))
 
 
+@pytest.mark.slow
 def test_two_softmaxes_are_joined_into_one(monkeypatch):
     """The path of cuDNN with its kernels replaced, which need a GPU; the first piece is empty."""
     monkeypatch.setattr(cudnn, "why_unsupported", lambda q, segment_ids: None)

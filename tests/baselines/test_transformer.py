@@ -141,6 +141,7 @@ def test_logits_and_every_gradient_equal_the_definition(config):
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.slow
 def test_streaming_equals_one_call(config):
     model, (tokens, _) = make(config), tokens_and_targets()
     expected = model(tokens).logits
@@ -194,6 +195,7 @@ def test_a_new_document_restarts_a_row():
     assert list(cache.position) == [L, 2 * L]
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_the_full_pass():
     model, (tokens, _) = make(SMALL), tokens_and_targets()
     lengths = np.array([9, 5])

@@ -243,6 +243,7 @@ def test_missing_checkpoints_are_an_error(tmp_path, config, state):
         load_model(config.run_dir, step=7)
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_keep_their_dtype(config):
     model = dataclasses.replace(config.model, param_dtype="bfloat16")
     config = dataclasses.replace(config, model=model)

@@ -47,6 +47,7 @@ def test_a_step_that_cannot_be_resumed_changes_nothing(finished):
         dataclasses.replace(finished, resume_step=3)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_newest_the_best_and_every_nth(config, monkeypatch):
     # The held-out loss rises after step 3: its checkpoint is the best.
     from megalodon_jax.training import loop

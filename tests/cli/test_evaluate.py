@@ -123,6 +123,7 @@ def test_a_window_is_for_a_transformer(trained_run, text_file, capsys):
     assert "a Megalodon has no attention window" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_examples_of_every_problem(trained_run, tmp_path, capsys):
     for problem, option in (
         ("passkey", ["--lengths", "300", "400"]),

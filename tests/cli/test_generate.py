@@ -94,6 +94,7 @@ def test_several_prompts_and_samples_are_lines_of_json(complete, expected):
             assert entry["logprob"] <= entry["top"][0][1] <= 0
 
 
+@pytest.mark.slow
 def test_a_file_of_objects_has_parameters_of_its_own(complete, expected, tmp_path):
     path = tmp_path / "prompts.jsonl"
     lines = [

@@ -118,6 +118,7 @@ def test_links_exist(page: Path):
             assert target.exists(), f"{page.name}: {link}"
 
 
+@pytest.mark.slow
 def test_commands_parse(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")

@@ -34,6 +34,7 @@ def test_factors_have_rates_that_rise_and_the_mean_1():
 
 
 @pytest.mark.parametrize("config", [MEGALODON, TRANSFORMER], ids=["megalodon", "transformer"])
+@pytest.mark.slow
 def test_a_skipped_document_keeps_its_features(config):
     """Factors 0 skip both sub-layers of one document; 1 and 2 are those of the sub-layers."""
     config = dataclasses.replace(config, num_layers=1)

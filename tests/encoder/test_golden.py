@@ -160,6 +160,7 @@ def batch_of(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray | No
 
 
 @pytest.mark.parametrize(("file", "case", "wide"), all_classifiers())
+@pytest.mark.slow
 def test_classifier(file: str, case: str, wide: bool):
     arrays = golden.read_case(file, case, wide=wide)
     meta = golden.config_of(file)["cases"][case]

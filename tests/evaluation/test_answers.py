@@ -192,6 +192,7 @@ def test_teacher_forcing_agrees_with_generation(kind):
         np.testing.assert_array_equal(forced[:3], generated[:3])
 
 
+@pytest.mark.slow
 def test_generation_is_a_method_of_its_own():
     model = Megalodon(CONFIG, rngs=nnx.Rngs(0))
     kind = Addition(digits=3)

@@ -85,6 +85,7 @@ def test_perplexity_equals_whole_rows(models, kind):
         assert result.bits_per_byte == pytest.approx(nats.sum() / math.log(2) / num_bytes, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_joined_documents_are_one(models):
     whole = WholeRows(models["megalodon"])
     (result,) = perplexity_by_context(

@@ -94,6 +94,7 @@ def test_a_round_of_self_improvement_reads_what_it_wrote(kind, tmp_path):
         assert encode_example(line, TOKENIZER, None).is_response.any()
 
 
+@pytest.mark.slow
 def test_models_with_nan_scores_label_nothing(tmp_path):
     model = Megalodon(CONFIG, rngs=nnx.Rngs(0))
     model.embed.embedding[...] = np.nan * model.embed.embedding[...]

@@ -53,6 +53,7 @@ def nats(model) -> float:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
+@pytest.mark.slow
 def test_streaming_equals_one_call(model, nats, batch_size):
     result = evaluate_documents(
         model, ByteTokenizer(), TEXTS, batch_size=batch_size, piece_length=16

@@ -200,6 +200,7 @@ def test_a_configuration_round_trips_or_is_refused(table: dict[str, Any]):
     st.sampled_from([TrainConfig, ModelConfig, TransformerConfig, DataConfig, OptimConfig]),
     st.data(),
 )
+@pytest.mark.slow
 def test_any_value_of_any_setting_is_accepted_or_refused(config: type, data: st.DataObject):
     entry = data.draw(st.sampled_from(dataclasses.fields(config)))
     anything = st.one_of(

@@ -47,6 +47,7 @@ def test_every_point_is_drawn(tmp_path):
     assert drawn.count("random moment") == 2
 
 
+@pytest.mark.slow
 def test_every_point_is_installed():
     install = """
 from pathlib import Path

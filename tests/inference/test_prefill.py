@@ -49,6 +49,7 @@ def test_pieces_cover_the_prompt_and_padding_is_last():
             assert last.count > max(smaller, default=0) or last.size in SIZES.whole
 
 
+@pytest.mark.slow
 def test_sizes_of_a_model_follow_its_chunk():
     sizes = PieceSizes.for_model(small_model())
     assert sizes == PieceSizes((8 * CHUNK, CHUNK), (CHUNK,))

@@ -293,6 +293,7 @@ def test_nothing_compiles_when_values_change():
     assert counted._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_draws_in_a_scan_equal_single_draws():
     state = state_of(MIXED, 257, prompt=[9])
     logits = np.stack([random_logits(8, 257, seed=i) for i in range(5)])

@@ -41,6 +41,7 @@ QUICK = ("default", "all, ema")
         for name in (*OTHERS, *VARIANTS)
     ],
 )
+@pytest.mark.slow
 def test_steps_equal_the_full_forward_pass(variant: str):
     model = perturbed(dataclasses.replace(CONFIG, **(OTHERS | VARIANTS)[variant]))
     tokens = np.stack([random_prompt(LENGTH, seed) for seed in range(B)])
@@ -74,6 +75,7 @@ def poisoned(cache, row: int):
     return jax.tree.map(poison, cache)
 
 
+@pytest.mark.slow
 def test_rows_that_are_not_active_stay():
     model = small_model()
     weights, step = jax.jit(prepare)(model), jax.jit(decode)

@@ -42,6 +42,7 @@ def lower_block(
 
 
 @pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.slow
 def test_layers_share_the_kernels(rows: int):
     """A kernel is compiled once: a second or more each."""
     counts = [

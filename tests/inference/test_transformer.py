@@ -52,6 +52,7 @@ def test_what_the_transformer_lacks_is_refused(model):
         Engine(model, slots=2, max_length=64, prefix_cache_bytes=100)
 
 
+@pytest.mark.slow
 def test_weights_are_the_models_and_no_step_slices_a_stack(model):
     tokens = np.arange(12, dtype=np.int32)[None]
     weights = jax.jit(prepare_decoding)(model)

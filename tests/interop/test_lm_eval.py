@@ -167,6 +167,7 @@ def test_max_length_limits_what_a_token_sees(model, full):
         pytest.param("transformer", 3, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_generation_is_the_greedy_one(models, kind, batch_size):
     model, full = models[kind]
     arguments = [
@@ -333,6 +334,7 @@ def bits_per_byte(full) -> float:
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_by_name(model, full, session_config, task_dir):
     save_model(model, str(task_dir / "run"), session_config)
     model_args = f"path={task_dir / 'run'},batch_size=2,max_length=1000,seed=3"

@@ -188,6 +188,7 @@ def test_few_shot_tasks_are_scored_as_conversations(model, full, task_dir, is_mu
     assert len(samples) == 2
 
 
+@pytest.mark.slow
 def test_answers_of_a_saved_model(model, task_dir):
     """The folder is what `megalodon_jax.load` reads; the log names the template."""
     megalodon_jax.save(model, task_dir / "hf", tokenizer=ByteTokenizer())
@@ -231,6 +232,7 @@ def test_a_missing_template_is_refused_by_name(model, task_dir):
         lm.chat_template("tool_use")
 
 
+@pytest.mark.slow
 def test_every_form_of_a_model_is_found_by_its_path(model, session_config, tmp_path):
     save_model(model, str(tmp_path / "run"), session_config)
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()

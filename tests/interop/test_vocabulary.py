@@ -21,6 +21,7 @@ TOKENS = np.random.default_rng(0).integers(0, 257, (2, 13)).astype(np.int32)
 
 
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.slow
 def test_scores_of_old_tokens_stay(tied):
     model = Megalodon(dataclasses.replace(TINY_MODEL, share_emb=tied), rngs=nnx.Rngs(0))
     grown = grow_vocabulary(model, 260)
@@ -74,6 +75,7 @@ def test_a_tokenizer_file_with_special_tokens(tmp_path):
     assert ChatTemplate.of_tokenizer(grown) is not None
 
 
+@pytest.mark.slow
 def test_convert_writes_a_grown_run(trained_run, tmp_path):
     before = megalodon_jax.load(trained_run.run_dir).model
     for target, to in (("run", "run"), ("hf", "huggingface")):

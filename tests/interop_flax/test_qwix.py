@@ -145,6 +145,7 @@ def test_transformer(tokens):
     assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 0.02
 
 
+@pytest.mark.slow
 def test_methods_that_qwix_does_not_wrap_are_refused(bases, tokens):
     model = with_lora(bases[True], tokens)
     with pytest.raises(RuntimeError, match="outside the wrapped method"):
@@ -165,6 +166,7 @@ def test_dropout_of_lora_differs_in_every_call(tokens):
 
 
 @pytest.mark.parametrize("qtype", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_kernels_may_hold_quantized_arrays(bases, tokens, qtype):
     """Without Qwix's interception, so that every method of the model takes them."""
     held, rounded = nnx.clone(bases[True]), nnx.clone(bases[True])

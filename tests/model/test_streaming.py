@@ -22,6 +22,7 @@ def tokens() -> np.ndarray:
 @pytest.mark.parametrize(
     "pieces", [[34, 13, 1, 13, 13, 1], [1, 1, 1, 13, 13, 34, *[1] * 12], [1] * 7 + [34, 34]]
 )
+@pytest.mark.slow
 def test_pieces_equal_one_call(
     jitted, small_model: Megalodon, tokens: np.ndarray, pieces: list[int]
 ):
@@ -98,6 +99,7 @@ def test_padding_does_not_change_the_cache(jitted, small_model: Megalodon, token
     assert relative_error(logits_after, logits) <= 1e-6
 
 
+@pytest.mark.slow
 def test_documents_across_pieces(jitted, small_model: Megalodon, tokens: np.ndarray):
     """A packed row in pieces: a new segment id resets the row, the same id continues it."""
     segment_ids = np.repeat([[1, 2, 3]], 3, 0).repeat([20, 25, 30], axis=1).astype(np.int32)

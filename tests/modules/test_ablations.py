@@ -153,6 +153,7 @@ QUICK = ("default", "ema", "all, ema", "all, no average")
         for name in ("default", *VARIANTS)
     ],
 )
+@pytest.mark.slow
 def test_a_block_equals_its_definition(name: str, x: jax.Array):
     config = ModelConfig(**{**CONFIG, **VARIANTS.get(name, {})})
     graphdef, params = nnx.split(perturbed(Block.from_config(config, rngs=nnx.Rngs(0))))
@@ -238,6 +239,7 @@ def test_ema_equals_the_recurrence_and_cema_at_angle_zero(implementation, ema_in
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.slow
 def test_gradients_of_ema(implementation, ema_inputs):
     """Against float64 autodiff of the sum over all pairs of tokens of a document."""
     x, segment_ids, initial = ema_inputs

@@ -122,6 +122,7 @@ def test_block_without_positions_equals_explicit_positions(call, x):
     assert not np.allclose(packed, without)
 
 
+@pytest.mark.slow
 def test_packed_documents_equal_separate_ones(call, x):
     packed = call(x, segment_ids=SEGMENT_IDS).x
     for row, start, stop in ((0, 0, 11), (0, 11, 24), (1, 0, 12)):

@@ -137,6 +137,7 @@ def test_fsdp_gathers_weights_per_layer_and_no_activations(sizes):
 
 
 @pytest.mark.parametrize(("devices", "count"), [(8, LAYERS - 1), (1, 0)])
+@pytest.mark.slow
 def test_gradient_reduction_of_a_block_overlaps_the_next_backward(devices, count):
     text = lowered(scan_layers=False, data=devices)[0].as_text()
     barriers = re.findall(r"optimization_barrier (.*) : ", text)

@@ -95,6 +95,7 @@ def test_cema(packed: bool):
 
 @pytest.mark.parametrize("packed", PACKED)
 @pytest.mark.parametrize("count", [0, 5])
+@pytest.mark.slow
 def test_timestep_norm(packed: bool, count: int):
     D, G = 8, 2
     x, ids = normal(0, len(DOCUMENTS), LENGTH, D) + 3, segment_ids()

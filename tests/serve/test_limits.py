@@ -119,6 +119,7 @@ def test_fields_are_refused_by_name(server, path, fields, param, code):
     assert error["type"] == "invalid_request_error"
 
 
+@pytest.mark.slow
 def test_values_that_ask_for_nothing_are_accepted(client):
     answer = client.chat.completions.create(
         model=MODEL, messages=CHAT, max_tokens=1, store=False, tools=[], logit_bias={},
@@ -214,6 +215,7 @@ def test_a_large_body(server, has_length):
 
 
 @pytest.mark.parametrize("is_streaming", [True, False])
+@pytest.mark.slow
 def test_a_client_that_goes_frees_its_slot(server, client, is_streaming):
     before = metric(server, "megalodon_requests_total", outcome="cancelled")
     connection = http.client.HTTPConnection(urlsplit(server.address).netloc)

@@ -27,6 +27,7 @@ def continue_text(client, session: str, prompt: str, **fields):
 
 
 @pytest.mark.parametrize("is_streaming", [False, True])
+@pytest.mark.slow
 def test_a_continued_session_is_one_long_prompt(client, direct, is_streaming):
     def turn(session: str, prompt: str):
         if not is_streaming:
@@ -62,6 +63,7 @@ def test_a_continued_session_is_one_long_prompt(client, direct, is_streaming):
     assert num_prompt_tokens == len(" that?")
 
 
+@pytest.mark.slow
 def test_a_chat_session_feeds_only_the_new_message(client, direct):
     def turn(session: str, content: str):
         return client.chat.completions.create(

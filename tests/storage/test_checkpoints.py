@@ -36,6 +36,7 @@ def resume(config) -> int:
         return int(restored.state.step)
 
 
+@pytest.mark.slow
 def test_restore_is_bitwise_and_old_ones_go(stored, state):
     with RunCheckpoints(stored.run_dir, keep=2) as checkpoints:
         for step in (1, 2, 3):
@@ -136,6 +137,7 @@ def test_a_takeover_during_a_save_prevents_its_commit(stored, store, state, monk
     assert "run/checkpoints/2/commit_success.txt" not in store.names()
 
 
+@pytest.mark.slow
 def test_a_refused_save_is_an_error_soon(stored, store, state):
     checkpoints = RunCheckpoints(stored.run_dir)
     save_and_wait(checkpoints, at_step(state, 1), stored)

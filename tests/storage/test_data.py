@@ -208,6 +208,7 @@ def test_workers_read_a_store(folder, url):
 
 # The emulator's client sends large bodies in a way that one of its libraries warns of.
 @pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
+@pytest.mark.slow
 def test_a_row_group_is_read_without_the_others(store, tmp_path, monkeypatch):
     draw = random.Random(0)
     texts = [draw.randbytes(1 << 19).hex() for _ in range(24)]

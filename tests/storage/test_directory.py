@@ -215,6 +215,7 @@ def test_a_lost_owner_is_replaced_and_leaves_when_it_goes_on(store, capsys):
     assert open_directory(run_dir).child(FOLDER).names() == ["00000002"]
 
 
+@pytest.mark.slow
 def test_of_many_threads_one_takes_over_each_time(store):
     run_dir = f"{store.url}/run"
     for _ in range(2):

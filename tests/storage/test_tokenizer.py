@@ -54,6 +54,7 @@ def save(config: TrainConfig) -> None:
 
 
 @BOTH
+@pytest.mark.slow
 def test_a_moved_run_needs_no_original(with_tokenizer, original, tmp_path):
     expected = load_tokenizer(str(original)).fingerprint()
     save(with_tokenizer)
@@ -71,6 +72,7 @@ def test_a_moved_run_needs_no_original(with_tokenizer, original, tmp_path):
 
 
 @BOTH
+@pytest.mark.slow
 def test_a_changed_original_does_not_matter_but_a_changed_copy_does(with_tokenizer, original):
     content = original.read_bytes()
     save(with_tokenizer)
@@ -107,6 +109,7 @@ def test_an_option_overrides_the_copy(with_tokenizer, original, tmp_path, capsys
     assert main([*evaluate, "--tokenizer", str(tmp_path / "none.json")]) == 1
 
 
+@pytest.mark.slow
 def test_an_override_with_more_ids_than_the_model_is_refused(config, tmp_path):
     save(config)
     other = save_json_tokenizer(tmp_path / "other.json", ["<s>", "</s>"])
@@ -129,6 +132,7 @@ def test_a_resumed_run_has_its_own_copy(with_tokenizer, original, capsys):
         load_run_tokenizer(resumed)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_names_no_file_outside_its_run(with_tokenizer, monkeypatch, tmp_path):
     from megalodon_jax.checkpoints import manager
 

@@ -79,6 +79,7 @@ def test_the_table_has_every_run_failed_ones_too(results):
     assert text.count("| final a seed") == 2
 
 
+@pytest.mark.slow
 def test_pictures_have_every_variant_and_the_same_bytes(results, tmp_path):
     files = draw_results(results, tmp_path / "once")
     assert [path.name for path in files] == [

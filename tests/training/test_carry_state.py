@@ -147,6 +147,7 @@ def test_accumulated_batches_continue_each_other(step_and_state):
     chex.assert_trees_all_close(accumulated.carried, second.carried, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_after_a_loss_that_is_not_finite_documents_begin_anew(step_and_state):
     step, state = step_and_state
     before, _ = step(copy_of(state), batch_of(0, first=2))

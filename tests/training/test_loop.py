@@ -72,6 +72,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(trained_run, finished):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_a_signal_saves_after_the_step_and_resuming_changes_nothing(
     number, config, trained_run, monkeypatch
 ):
@@ -141,6 +142,7 @@ def test_auto_resume_does_not_begin_anew_if_checkpoints_are_damaged(finished):
     assert steps_of(finished) == [3, 6]
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_renamed_and_saved_again(trained_run, finished, capsys):
     shutil.rmtree(Path(finished.run_dir, "checkpoints", "6", "opt_state"))
     train(dataclasses.replace(finished, resume=True))

@@ -47,6 +47,7 @@ def step_and_state(no_warmup):
     return make_train_step(graphdef, no_warmup), state
 
 
+@pytest.mark.slow
 def test_runs_of_other_rates_steps_and_seeds_share_a_program(no_warmup):
     """Nothing compiles anew between the points of a grid, nor when a run is made longer."""
     other = dataclasses.replace(
@@ -88,6 +89,7 @@ def test_accumulation_equals_one_big_batch(step_and_state):
     assert max(map(float, jax.tree.leaves(moved))) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_batch_of_padding_only_decays_the_weights(no_warmup, step_and_state):
     step, state = step_and_state
     empty = jax.tree.map(lambda rows: np.zeros_like(rows)[None], random_batch(rows=4))

@@ -163,6 +163,19 @@ def test_updates_that_may_overflow_are_skipped(guarded, lr, values):
     assert not is_finite(lr, **values)
 
 
+def test_a_larger_rate_of_some_parameters_is_in_the_bound(guarded):
+    def is_finite(config: TrainConfig) -> bool:
+        verdict = judge(
+            guard_of(config), config, loss=jnp.float32(1), grad_norm=jnp.float32(1),
+            learning_rate=jnp.float32(1e27),
+        )  # fmt: skip
+        return bool(verdict.is_finite)
+
+    optim = dataclasses.replace(guarded.optim, scaled_lr=("*.cema.*",), lr_scale=1000.0)
+    assert is_finite(guarded)
+    assert not is_finite(dataclasses.replace(guarded, optim=optim))
+
+
 @pytest.mark.slow
 def test_a_huge_learning_rate_leaves_the_weights_alone(guarded, step_and_state):
     huge = dataclasses.replace(guarded, optim=OptimConfig(lr=1e37, warmup_steps=0))

@@ -140,6 +140,7 @@ def test_released_checkpoint_to_this_form(golden, model, tmp_path):
     assert read_huggingface(tmp_path / "hf2").tokenizer == "bytes"
 
 
+@pytest.mark.slow
 def test_bfloat16_is_exact(tmp_path):
     config = ModelConfig(
         num_layers=2, model_dim=16, z_dim=8, value_dim=16, ffn_hidden_dim=24, cema_ndim=4,

@@ -117,6 +117,7 @@ def test_packed_documents(attend_token_by_token):
         assert not a[ids == 0].any()
 
 
+@pytest.mark.slow
 def test_documents_are_independent():
     C, L = 200, 400
     ids, positions = lay_out([[(1, 70), (2, 250), (3, 80)]], L)
@@ -132,6 +133,7 @@ def test_documents_are_independent():
 
 
 @pytest.mark.parametrize("L", [3, 300])
+@pytest.mark.slow
 def test_cache_and_rows_at_different_positions(L):
     B, C = 3, 140
     arrays = draw(3, B, L)

@@ -62,6 +62,7 @@ def test_cpu(cache_rows):
 
 
 @pytest.mark.parametrize("cache_rows", [8, 9])
+@pytest.mark.slow
 def test_kernels_on_an_h200(cache_rows):
     check_in_place(
         *compile_decoding(

@@ -187,6 +187,7 @@ def int8_shapes(rows, heads, slots, width):
 @pytest.mark.parametrize(
     "implementation", ["mosaic_gpu", pytest.param("xla", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_in_place_on_an_h200(implementation):
     """No copy of the cache, and no array of its size in another dtype."""
     check_in_place(

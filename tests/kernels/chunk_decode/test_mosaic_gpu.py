@@ -28,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("runnable")
         (DecodeTiling(64, 384, 64, True, 128), 64, (63, 64, 32, 15)),
     ],
 )
+@pytest.mark.slow
 def test_tilings(tiling, slots, positions):
     inputs = make_inputs(4, 1, slots, 64, 384, cache_rows=5, dtype=jnp.bfloat16, seed=slots)
     poison(*inputs[3:], positions)

@@ -36,6 +36,7 @@ def step(x, vector, moments, tables, state, active):
 
 # mega200M, and groups of the paper's 7B.
 @pytest.mark.parametrize(("rows", "groups", "size"), [(2, 32, 32), (256, 32, 32), (64, 64, 64)])
+@pytest.mark.slow
 def test_kernel_fits_into_registers(rows, groups, size):
     compiled = compile_for(h200_device(), step, *operands(rows, groups, size))
     (usage,) = ptxas_usage(compiled)

@@ -24,6 +24,7 @@ Shape = jax.ShapeDtypeStruct
         (4, 1024, 2560, "layer", "silu", jnp.int8),
     ],
 )
+@pytest.mark.slow
 def test_kernel_fits_into_registers(rows, in_features, out_features, norm, activation, dtype):
     width = out_features // 2 if activation == "swiglu" else out_features
 
