@@ -60,6 +60,7 @@ def test_every_hostile_file_ends_in_a_clear_error(verdicts: list[Verdict]):
     assert [str(verdict) for verdict in verdicts if verdict.is_fault] == []
 
 
+@pytest.mark.slow
 def test_errors_name_the_entry(verdicts: list[Verdict]):
     messages = {verdict.file.name: verdict.message for verdict in verdicts}
     for name in SHORT_FORM["torch"][:4]:

@@ -118,6 +118,7 @@ def test_the_engine_skips_the_same(models):
         row = np.append(row, [[token]], axis=1).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_training_and_released_names_refuse_it(models):
     with pytest.raises(ConfigError, match="skip_attention is 3, but the model has 2 layers"):
         without_last_attention(models["megalodon"], 3)

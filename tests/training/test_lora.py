@@ -112,6 +112,7 @@ def test_every_way_to_load_gives_the_merged_model(adapted, trained_run, tmp_path
         convert(trained_run.run_dir, tmp_path / "other", merge=True)
 
 
+@pytest.mark.slow
 def test_the_adapter_in_peft_files(adapted, trained_run, tmp_path):
     convert(adapted.run_dir, tmp_path / "adapter")
     table = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
