@@ -11,7 +11,7 @@ import optax
 import optax.contrib
 
 from megalodon_jax.config import OptimConfig
-from megalodon_jax.parameter_names import check_patterns, is_selected, map_names, name_of
+from megalodon_jax.parameter_names import check_patterns, is_selected, map_names, map_selected
 from megalodon_jax.typing import Array, Float32, Int32
 
 # Patterns of the parameters that Muon updates.
@@ -193,12 +193,7 @@ def _scale_selected(updates: optax.Updates, config: OptimConfig) -> optax.Update
     """Updates at the parameters' own rates; without a state, so that a resumed run may differ."""
     if config.lr_scale == 1.0:
         return updates
-    return jax.tree_util.tree_map_with_path(
-        lambda path, update: (
-            update * config.lr_scale if is_selected(name_of(path), config.scaled_lr) else update
-        ),
-        updates,
-    )
+    return map_selected(lambda update: update * config.lr_scale, updates, config.scaled_lr)
 
 
 def _scale_to_rms(update: Array) -> Array:
@@ -216,12 +211,7 @@ def stop_frozen_gradients[T](params: T, config: OptimConfig) -> T:
     """The parameters; no gradient of frozen ones is computed."""
     if not config.frozen:
         return params
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: (
-            jax.lax.stop_gradient(leaf) if is_selected(name_of(path), config.frozen) else leaf
-        ),
-        params,
-    )
+    return map_selected(jax.lax.stop_gradient, params, config.frozen)
 
 
 def first_moments(opt_state: optax.OptState) -> Any:

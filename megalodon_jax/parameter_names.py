@@ -32,6 +32,13 @@ def is_selected(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def map_selected[T](function: Callable[[Any], Any], tree: T, patterns: Sequence[str]) -> T:
+    """A tree in which `function` has replaced the leaves whose names match one of the patterns."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(leaf) if is_selected(name_of(path), patterns) else leaf, tree
+    )
+
+
 def check_patterns(tree: Any, patterns: Sequence[str], *, setting: str) -> None:
     """Raises `ConfigError` if a pattern of a setting matches no parameter."""
     names = list(by_name(tree)) if patterns else []
