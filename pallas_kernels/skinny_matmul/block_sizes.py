@@ -2,20 +2,40 @@
 
 from typing import NamedTuple
 
-# A warp has whole rows of the matrix: 32 threads with 8 adjacent weights each, 16 bytes of
-# bfloat16.
+# Without tensor cores a warp has whole rows of the matrix: 32 threads with 8 adjacent weights each,
+# 16 bytes of bfloat16.
 WARPS, WIDTH = 4, 256
-# More rows cost more multiply-adds than the compiler's products on tensor cores take: of 8 rows,
-# 32,000 x 1,024 took 56 us on an H200, 1,024 x 2,048 5 us (2.6 for 2 rows).
-MAX_ROWS = 4
+# Of 8 rows, 32,000 x 1,024 took 56 us in multiply-adds on an H200, 1,024 x 2,048 5 us (2.6 for 2
+# rows).
+MAX_MULTIPLY_ADD_ROWS = 4
+# The first operand of the tensor cores' product has 16 rows.
+MAX_ROWS = 16
 # Weights that a block loads at once: 64 registers of every thread.
 BYTES_IN_FLIGHT = 128 * 256
 # Numbers of x that are loaded with the weights of a step: 64 registers.
 MAX_LOADED_AHEAD = 8 * WIDTH
 
 
+# Output features of a block with tensor cores, and columns of one of its tiles.
+TENSOR_CORE_FEATURES, TENSOR_CORE_WIDTH = 16, 128
+# 32-bit registers of a thread for the tiles that are loaded together: of all columns, or of two
+# steps, one of which is used while the other is on its way.
+REGISTERS_OF_ALL, REGISTERS_OF_A_STEP = 104, 72
+MAX_UNROLLED_STEPS = 4
+
+
+class TensorCoreTiling(NamedTuple):
+    """How the columns of a matrix are divided for tensor cores.
+
+    Attributes:
+      tiles: tiles of columns that are loaded together.
+    """
+
+    tiles: int
+
+
 class SkinnyTiling(NamedTuple):
-    """How a matrix is divided.
+    """How a matrix is divided without tensor cores.
 
     Attributes:
       rows_per_warp: rows of the matrix, output features, of a warp.
@@ -45,3 +65,27 @@ def choose_tiling(out_features: int, in_features: int, *, is_paired: bool) -> Sk
     most = max(1, BYTES_IN_FLIGHT // (2 * WIDTH * rows))
     steps = -(-widths // most)
     return SkinnyTiling(rows_per_warp, WIDTH * -(-widths // steps))
+
+
+def choose_tensor_core_tiling(
+    rows: int, in_features: int, *, row_bytes: int, weight_bytes: int, is_paired: bool
+) -> TensorCoreTiling:
+    """The tiling of a matrix for tensor cores.
+
+    Args:
+      rows: of x, 8 or 16.
+      in_features: columns of the matrix.
+      row_bytes: bytes of a number of x.
+      weight_bytes: bytes of a weight.
+      is_paired: whether a block has rows of both halves.
+    """
+    weights = TENSOR_CORE_FEATURES * (2 if is_paired else 1)
+    numbers = (rows * row_bytes + weights * weight_bytes) * TENSOR_CORE_WIDTH
+    registers = numbers // (4 * 32 * WARPS)
+    tiles = in_features // TENSOR_CORE_WIDTH
+    if tiles * registers <= REGISTERS_OF_ALL:
+        return TensorCoreTiling(tiles)
+    # The sums of two halves take more registers.
+    most = max(1, REGISTERS_OF_A_STEP // (2 if is_paired else 1) // registers)
+    steps = -(-tiles // most)
+    return TensorCoreTiling(-(-tiles // steps))

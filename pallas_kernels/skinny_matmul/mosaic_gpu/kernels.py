@@ -19,21 +19,8 @@ from pallas_kernels.skinny_matmul.block_sizes import (
     WIDTH,
     SkinnyTiling,
 )
-from pallas_kernels.skinny_matmul.types import Epilogue, Int8Matrix, Part, RowNorm, starts_of
-
-
-class SkinnyOperands(NamedTuple):
-    """Operands of the kernel: arrays, or references in the kernel.
-
-    Attributes:
-      x: (B, K).
-      matrix: (N, K).
-      epilogue: vectors (N,) and arrays (B, M).
-    """
-
-    x: Any
-    matrix: Any
-    epilogue: Epilogue
+from pallas_kernels.skinny_matmul.mosaic_gpu.operands import SkinnyOperands
+from pallas_kernels.skinny_matmul.types import Int8Matrix, Part, RowNorm, starts_of
 
 
 def matrix_layout(rows_per_warp: int) -> Any:

@@ -10,9 +10,25 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.common.mosaic_gpu import launch
-from pallas_kernels.skinny_matmul.block_sizes import SkinnyTiling
-from pallas_kernels.skinny_matmul.mosaic_gpu.kernels import SkinnyOperands, skinny_kernel
-from pallas_kernels.skinny_matmul.types import Activation, Part, RowNorm, starts_of
+from pallas_kernels.skinny_matmul.block_sizes import (
+    TENSOR_CORE_FEATURES,
+    SkinnyTiling,
+    TensorCoreTiling,
+)
+from pallas_kernels.skinny_matmul.mosaic_gpu.fragments import WARP_WIDTH
+from pallas_kernels.skinny_matmul.mosaic_gpu.kernels import skinny_kernel
+from pallas_kernels.skinny_matmul.mosaic_gpu.operands import SkinnyOperands
+from pallas_kernels.skinny_matmul.mosaic_gpu.tensor_cores import (
+    TensorCoreScratch,
+    tensor_core_kernel,
+)
+from pallas_kernels.skinny_matmul.types import (
+    Activation,
+    Int8Matrix,
+    Part,
+    RowNorm,
+    starts_of,
+)
 
 
 # Traced and lowered once for all layers: a kernel of 8 rows takes a second or more.
@@ -56,6 +72,51 @@ def launch_skinny_matmul(
             name="skinny_matmul",
             grid={"n": out_features // tiling.rows},
             scratch=plgpu.SMEM((x.shape[0], tiling.rows), jnp.float32),
+            interpret=interpret,
+        )
+    )
+
+
+# As above.
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def launch_on_tensor_cores(
+    operands: SkinnyOperands,
+    norm: RowNorm | None,
+    activation: Activation | None,
+    parts: tuple[Part, ...],
+    tiling: TensorCoreTiling,
+    interpret: Any,
+) -> tuple[Array, ...]:
+    """Runs the kernel on tensor cores. Arguments as in `launch_skinny_matmul`; 8 or 16 rows."""
+    x, matrix = operands.x, operands.matrix
+
+    def kernel(operands: SkinnyOperands, results: Sequence[Any], scratch: Any) -> None:
+        vectors = operands.epilogue._replace(activation=activation)
+        tensor_core_kernel(
+            operands._replace(epilogue=vectors),
+            results,
+            scratch,
+            tiling=tiling,
+            norm=norm,
+            parts=parts,
+            is_interpreted=interpret is not None,
+        )
+
+    def by_warp(a: Array) -> Array:
+        return a.reshape(a.shape[0], -1, WARP_WIDTH)
+
+    if isinstance(matrix, Int8Matrix):
+        matrix = matrix._replace(values=by_warp(matrix.values))
+    else:
+        matrix = by_warp(matrix)
+    return tuple(
+        launch(
+            kernel,
+            operands._replace(x=by_warp(x), matrix=matrix),
+            [jax.ShapeDtypeStruct((x.shape[0], part.width), part.dtype) for part in parts],
+            name="skinny_matmul_tensor_cores",
+            grid={"n": starts_of(parts)[-1] // TENSOR_CORE_FEATURES},
+            scratch=TensorCoreScratch.make(x.shape[0], 2 if activation == "swiglu" else 1, norm),
             interpret=interpret,
         )
     )

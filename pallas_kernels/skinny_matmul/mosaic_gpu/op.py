@@ -8,14 +8,21 @@ from jaxtyping import Array, Float
 from pallas_kernels.common.mosaic_gpu import interpret_params
 from pallas_kernels.common.target import check_hopper
 from pallas_kernels.skinny_matmul.block_sizes import (
+    MAX_MULTIPLY_ADD_ROWS,
     MAX_ROWS,
+    TENSOR_CORE_FEATURES,
     WARPS,
     WIDTH,
     SkinnyTiling,
+    TensorCoreTiling,
+    choose_tensor_core_tiling,
     choose_tiling,
 )
-from pallas_kernels.skinny_matmul.mosaic_gpu.kernels import SkinnyOperands
-from pallas_kernels.skinny_matmul.mosaic_gpu.launch import launch_skinny_matmul
+from pallas_kernels.skinny_matmul.mosaic_gpu.launch import (
+    launch_on_tensor_cores,
+    launch_skinny_matmul,
+)
+from pallas_kernels.skinny_matmul.mosaic_gpu.operands import SkinnyOperands
 from pallas_kernels.skinny_matmul.types import (
     Epilogue,
     Int8Matrix,
@@ -34,10 +41,12 @@ def find_obstacle(x: Array, matrix: Matrix, parts: Sequence[Part], dtype: jnp.dt
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"takes bfloat16 or float32 rows, x is {x.dtype}"
     if not 1 <= x.shape[0] <= MAX_ROWS:
-        return f"keeps the sums of 1 to {MAX_ROWS} rows in registers, x has {x.shape[0]}"
-    if x.shape[1] % WIDTH or any(part.width % (2 * WARPS) for part in parts):
+        return f"takes 1 to {MAX_ROWS} rows, x has {x.shape[0]}"
+    few = x.shape[0] <= MAX_MULTIPLY_ADD_ROWS
+    unit = 2 * WARPS if few else TENSOR_CORE_FEATURES
+    if x.shape[1] % WIDTH or any(part.width % unit for part in parts):
         return (
-            f"needs a multiple of {WIDTH} input features and parts of a multiple of {2 * WARPS}; "
+            f"needs a multiple of {WIDTH} input features and parts of a multiple of {unit}; "
             f"there are {x.shape[1]} and parts of {[part.width for part in parts]}"
         )
     return None
@@ -51,7 +60,7 @@ def skinny_matmul(
     parts: Sequence[Part],
     dtype: jnp.dtype,
     *,
-    tiling: SkinnyTiling | None = None,
+    tiling: SkinnyTiling | TensorCoreTiling | None = None,
 ) -> tuple[Array, ...]:
     """One kernel. Arguments as in `api.skinny_matmul`.
 
@@ -62,14 +71,40 @@ def skinny_matmul(
     obstacle = find_obstacle(x, matrix, parts, dtype)
     if obstacle is not None:
         raise ValueError(f"skinny_matmul: mosaic_gpu {obstacle}; use implementation 'xla' or None")
-    out_features = starts_of(parts)[-1]
+    operands = SkinnyOperands(x, matrix, epilogue._replace(activation=None))
+    static = norm, epilogue.activation, tuple(parts)
+    tiling = tiling or _choose_tiling(x, matrix, epilogue, parts)
+    if isinstance(tiling, SkinnyTiling):
+        return launch_skinny_matmul(operands, *static, tiling, interpret_params())
+    num_rows = x.shape[0]
+    results = launch_on_tensor_cores(
+        _pad_rows(operands, -num_rows % 8), *static, tiling, interpret_params()
+    )
+    return tuple(result[:num_rows] for result in results)
+
+
+def _choose_tiling(
+    x: Array, matrix: Matrix, epilogue: Epilogue, parts: Sequence[Part]
+) -> SkinnyTiling | TensorCoreTiling:
     is_paired = epilogue.activation == "swiglu"
-    tiling = tiling or choose_tiling(out_features, x.shape[1], is_paired=is_paired)
-    return launch_skinny_matmul(
-        SkinnyOperands(x, matrix, epilogue._replace(activation=None)),
-        norm,
-        epilogue.activation,
-        tuple(parts),
-        tiling,
-        interpret_params(),
+    if x.shape[0] <= MAX_MULTIPLY_ADD_ROWS:
+        return choose_tiling(starts_of(parts)[-1], x.shape[1], is_paired=is_paired)
+    values = matrix.values if isinstance(matrix, Int8Matrix) else matrix
+    return choose_tensor_core_tiling(
+        8 * -(-x.shape[0] // 8),
+        x.shape[1],
+        row_bytes=x.dtype.itemsize,
+        weight_bytes=values.dtype.itemsize,
+        is_paired=is_paired,
+    )
+
+
+def _pad_rows(operands: SkinnyOperands, count: int) -> SkinnyOperands:
+    """The operands with rows of zeros after x and what is added."""
+    if count == 0:
+        return operands
+    added = [jnp.pad(each, ((0, count), (0, 0))) for each in operands.epilogue.added]
+    return operands._replace(
+        x=jnp.pad(operands.x, ((0, count), (0, 0))),
+        epilogue=operands.epilogue._replace(added=added),
     )

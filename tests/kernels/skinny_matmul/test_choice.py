@@ -51,10 +51,11 @@ def test_errors_name_what_is_wrong(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"x": (5, 256)}, "keeps the sums of 1 to 4 rows in registers, x has 5"),
+        ({"x": (17, 256)}, "takes 1 to 16 rows, x has 17"),
         ({"dtype": F32}, "takes products in bfloat16, these are of float32"),
         ({"x": (2, 128), "matrix": (16, 128)}, "needs a multiple of 256 input features"),
         ({"matrix": (12, 256), "parts": ((12, F32),)}, "parts of a multiple of 8"),
+        ({"x": (5, 256), "matrix": (24, 256), "parts": ((24, F32),)}, "parts of a multiple of 16"),
     ],
 )
 def test_what_the_kernel_cannot_take_is_refused_by_name(arguments, message):
@@ -70,7 +71,8 @@ H200, A100 = Target("gpu", "NVIDIA H200"), Target("gpu", "NVIDIA A100-SXM4-80GB"
     [
         (H200, 2, BF16, "mosaic_gpu"),
         (H200, 4, BF16, "mosaic_gpu"),
-        (H200, 8, BF16, "xla"),
+        (H200, 16, BF16, "mosaic_gpu"),
+        (H200, 17, BF16, "xla"),
         (H200, 2, F32, "xla"),
         (A100, 2, BF16, "xla"),
         (Target("tpu", "TPU v5p"), 2, BF16, "xla"),

@@ -1,0 +1,114 @@
+"""Products of tiles in registers by the tensor cores' `mma.sync`, 16 x 8 x 16.
+
+Its operands hold two adjacent numbers of a row in every thread. A sum over columns may take them in
+any order: a thread loads 8 adjacent numbers, 16 bytes of bfloat16, and gives 4 of them to each of
+two instructions. Both operands have the same order.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# Columns of a tile: 4 warps of 4 threads with 8 adjacent numbers each.
+WARPS, WARP_WIDTH, VECTOR = 4, 32, 8
+# Rows of the first operand, and of the second one.
+M, N = 16, 8
+
+# (rows, WARPS, WARP_WIDTH), rows a multiple of 8: a warp has its own columns of all rows.
+TILE = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, WARPS, WARP_WIDTH), (8, 1, WARP_WIDTH), (VECTOR,))),
+    warp_dims=(-6,),
+    lane_dims=(-4, -2),
+    vector_dim=-1,
+)
+# (WARPS * M, columns): the sums of every warp, one warp after the other.
+SUMS = plgpu.Layout.MMA_ACC(jnp.bfloat16)
+# (rows, 16), rows a multiple of 8: a number in every thread.
+OUTPUTS = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 16), (2, 16), (1,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
+
+
+def multiply_add(sums: Any, x: Any, weights: Any, *, is_interpreted: bool) -> Any:
+    """sums + x weightsᵀ, each warp over its own columns, in float32.
+
+    Args:
+      sums: (WARPS * M, N), layout SUMS; the rows beyond those of x are not used.
+      x: (8 or 16, WARPS, WARP_WIDTH), bfloat16 or float32, layout TILE; float32 numbers are
+        products of their two halves in bfloat16.
+      weights: (N, WARPS, WARP_WIDTH), N a multiple of 8, bfloat16, layout TILE.
+      is_interpreted: whether the kernel's interpreter runs this, which knows arrays only.
+    """
+    if is_interpreted:
+        wide = x.astype(jnp.float32), weights.astype(jnp.float32)
+        product = jnp.einsum("bwk,nwk->wbn", *wide, precision=jax.lax.Precision.HIGHEST)
+        product = jnp.pad(product, ((0, 0), (0, M - len(x)), (0, 0)))
+        return sums + product.reshape(sums.shape)
+
+    @plgpu.inline_mgpu(
+        arg_types=(SUMS, TILE, TILE),
+        return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=SUMS),
+    )
+    def in_registers(_: Any, sums: Any, x: Any, weights: Any) -> Any:
+        bf16 = weights.mlir_dtype
+        operands = [x]
+        if x.mlir_dtype != bf16:
+            high = x.astype(bf16)
+            operands = [high, (x - high.astype(x.mlir_dtype)).astype(bf16)]
+        for operand in operands:
+            for first in range(0, VECTOR, 4):
+                sums = mgpu.mma(sums, _as_first(operand, first), _as_second(weights, first))
+        return sums
+
+    return in_registers(sums, x, weights)
+
+
+def _as_first(x: Any, first: int) -> Any:
+    """Numbers `first` to `first` + 3 of every thread as the first operand (WARPS * M, 16)."""
+    rows = list(x.registers.flatten())
+    pairs = [[mgpu_utils.vector_slice(row, slice(i, i + 2)) for row in rows]
+             for i in (first, first + 2)]  # fmt: skip
+    if len(rows) == 1:
+        zero = mgpu.FragmentedArray.splat(
+            mgpu.c(0, x.mlir_dtype), x.shape, x.layout, is_signed=x.is_signed
+        )
+        absent = mgpu_utils.vector_slice(zero.registers.flat[0], slice(0, 2))
+        pairs = [[row, absent] for [row] in pairs]
+    return _fragment(pairs, mgpu.MMALayouts(x.mlir_dtype).lhs, (WARPS * M, 16))
+
+
+def _as_second(weights: Any, first: int) -> Any:
+    """Numbers `first` to `first` + 3 of every thread as the second operand (16, N)."""
+    rows = weights.registers.flatten()
+    pairs = [[mgpu_utils.vector_slice(row, slice(i, i + 2)) for i in (first, first + 2)]
+             for row in rows]  # fmt: skip
+    return _fragment(pairs, mgpu.MMALayouts(weights.mlir_dtype).rhs, (16, weights.shape[0]))
+
+
+def _fragment(registers: list[list[Any]], layout: Any, shape: tuple[int, int]) -> Any:
+    flat = np.array([each for group in registers for each in group], dtype=object)
+    return mgpu.FragmentedArray(
+        _registers=flat.reshape(layout.registers_shape(shape)), _layout=layout, _is_signed=None
+    )
+
+
+def swap_pairs(y: Any, *, is_interpreted: bool) -> Any:
+    """y (rows, 16) with columns 2i and 2i + 1 exchanged, layout OUTPUTS."""
+    if is_interpreted:
+        return y.reshape(len(y), -1, 2)[..., ::-1].reshape(y.shape)
+
+    @plgpu.inline_mgpu(
+        arg_types=(OUTPUTS,),
+        return_type=plgpu.ShapeDtypeStruct(y.shape, y.dtype, layout=OUTPUTS),
+    )
+    def between_threads(_: Any, y: Any) -> Any:
+        exchanged = [mgpu_utils.shfl_bfly(each, 1) for each in y.registers.flat]
+        registers = np.array(exchanged, dtype=object).reshape(y.registers.shape)
+        return mgpu.FragmentedArray(_registers=registers, _layout=y.layout, _is_signed=y.is_signed)
+
+    return between_threads(y)

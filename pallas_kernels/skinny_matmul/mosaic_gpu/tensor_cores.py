@@ -1,0 +1,282 @@
+"""The kernel for up to 16 rows: a block has 16 output features, a warp a share of their columns.
+
+The rows are the first operand of the tensor cores' 16 x 8 x 16 products and the weights the second
+one: no block has to have 64 output features, as with `wgmma`, and the card's multiprocessors have
+one each. The warps' sums meet in shared memory.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.skinny_matmul.block_sizes import (
+    MAX_UNROLLED_STEPS,
+    TENSOR_CORE_FEATURES,
+    TensorCoreTiling,
+)
+from pallas_kernels.skinny_matmul.mosaic_gpu.fragments import (
+    OUTPUTS,
+    SUMS,
+    TILE,
+    WARP_WIDTH,
+    WARPS,
+    M,
+    multiply_add,
+    swap_pairs,
+)
+from pallas_kernels.skinny_matmul.mosaic_gpu.operands import SkinnyOperands
+from pallas_kernels.skinny_matmul.types import Int8Matrix, Part, RowNorm, starts_of
+
+
+class TensorCoreScratch(NamedTuple):
+    """Shared memory.
+
+    Attributes:
+      products: (halves, WARPS * M, features), each warp's sums of x and weights.
+      weights: the same with ones for x: sums of weights; None where the norm needs none.
+      x: (2, rows, WARPS), each warp's sums of a row of x and of its squares; None without a norm.
+    """
+
+    products: Any
+    weights: Any
+    x: Any
+
+    @classmethod
+    def make(cls, rows: int, halves: int, norm: RowNorm | None) -> "TensorCoreScratch":
+        """What the kernel needs for rows of x, a multiple of 8."""
+        sums = plgpu.SMEM((halves, WARPS * M, TENSOR_CORE_FEATURES), jnp.float32)
+        is_layer = norm is not None and norm.kind == "layer"
+        of_rows = plgpu.SMEM((2, rows, WARPS), jnp.float32)
+        return cls(sums, sums if is_layer else None, None if norm is None else of_rows)
+
+
+class _Tile(NamedTuple):
+    """Loaded columns: of x, and of the weights by half."""
+
+    x: Any
+    weights: list[Any]
+
+
+class _Sums(NamedTuple):
+    """Sums over the columns seen so far.
+
+    Attributes:
+      products: (WARPS * M, features) of every half.
+      weights: the same with ones for x, or empty.
+      x: (rows, WARPS, WARP_WIDTH) of x, or None.
+      squares: the same of its squares, or None.
+    """
+
+    products: list[Any]
+    weights: list[Any]
+    x: Any
+    squares: Any
+
+
+class _TensorCoreKernelCall(NamedTuple):
+    operands: SkinnyOperands
+    scratch: TensorCoreScratch
+    tiling: TensorCoreTiling
+    norm: RowNorm | None
+    is_interpreted: bool
+
+    @property
+    def rows(self) -> int:
+        return self.operands.x.shape[0]
+
+    @property
+    def values(self) -> Any:
+        matrix = self.operands.matrix
+        return matrix.values if isinstance(matrix, Int8Matrix) else matrix
+
+    @property
+    def halves(self) -> int:
+        return 2 if self.operands.epilogue.activation == "swiglu" else 1
+
+    @property
+    def subtracts_mean(self) -> bool:
+        return self.norm is not None and self.norm.kind == "layer"
+
+    @property
+    def first(self) -> Any:
+        """The block's first output feature."""
+        return lax.axis_index("n") * TENSOR_CORE_FEATURES
+
+    def run(self) -> Any:
+        """The output features of the block for every row of x, float32, layout OUTPUTS."""
+        num_tiles, step = self.values.shape[1] // WARPS, self.tiling.tiles
+        num_steps = num_tiles // step
+
+        def next_step(i: Any, carry: tuple[_Sums, list[_Tile]]) -> tuple[_Sums, list[_Tile]]:
+            # The next columns are on their way while these are used.
+            sums, loaded = carry
+            following = self.load((i + 1) * step, step)
+            return self.add(sums, loaded), following
+
+        carry = self.zeros(), self.load(0, step)
+        if num_steps <= MAX_UNROLLED_STEPS:
+            for i in range(num_steps - 1):
+                carry = next_step(i, carry)
+        else:
+            # A compiler that sees all steps loads too far ahead, and spills.
+            carry = lax.fori_loop(0, num_steps - 1, next_step, carry)
+        sums, loaded = carry
+        rest = self.load(num_steps * step, num_tiles % step)
+        self.store_sums(self.add(self.add(sums, loaded), rest))
+        return self.finish()
+
+    def zeros(self) -> _Sums:
+        products = plgpu.layout_cast(
+            jnp.zeros((WARPS * M, TENSOR_CORE_FEATURES), jnp.float32), SUMS
+        )
+        of_rows = plgpu.layout_cast(jnp.zeros((self.rows, WARPS, WARP_WIDTH), jnp.float32), TILE)
+        return _Sums(
+            [products] * self.halves,
+            [products] * self.halves if self.subtracts_mean else [],
+            of_rows if self.subtracts_mean else None,
+            None if self.norm is None else of_rows,
+        )
+
+    def load(self, start: Any, count: int) -> list[_Tile]:
+        return [_Tile(self.load_x(start + i), self.load_weights(start + i)) for i in range(count)]
+
+    def load_x(self, tile: Any) -> Any:
+        ref = self.operands.x.at[:, pl.ds(tile * WARPS, WARPS), :]
+        return plgpu.load(ref, layout=TILE, optimized=False)
+
+    def load_weights(self, tile: Any) -> list[Any]:
+        loaded = []
+        for half in range(self.halves):
+            first = self.first + half * (self.values.shape[0] // 2)
+            rows, columns = pl.ds(first, TENSOR_CORE_FEATURES), pl.ds(tile * WARPS, WARPS)
+            ref = self.values.at[rows, columns, :]
+            loaded.append(plgpu.load(ref, layout=TILE, optimized=False))
+        return loaded
+
+    def add(self, sums: _Sums, tiles: Sequence[_Tile]) -> _Sums:
+        for tile in tiles:
+            sums = self.add_tile(sums, tile)
+        return sums
+
+    def add_tile(self, sums: _Sums, tile: _Tile) -> _Sums:
+        weights = [each.astype(jnp.bfloat16) for each in tile.weights]
+        products = [
+            self.multiply_add(old, tile.x, each)
+            for old, each in zip(sums.products, weights, strict=True)
+        ]
+        if self.norm is None:
+            return _Sums(products, [], None, None)
+        x = tile.x.astype(jnp.float32)
+        squares = sums.squares + x * x
+        if not self.subtracts_mean:
+            return _Sums(products, [], None, squares)
+        ones = plgpu.layout_cast(jnp.ones((self.rows, WARPS, WARP_WIDTH), jnp.bfloat16), TILE)
+        totals = [
+            self.multiply_add(old, ones, each)
+            for old, each in zip(sums.weights, weights, strict=True)
+        ]
+        return _Sums(products, totals, sums.x + x, squares)
+
+    def multiply_add(self, sums: Any, x: Any, weights: Any) -> Any:
+        return multiply_add(sums, x, weights, is_interpreted=self.is_interpreted)
+
+    def store_sums(self, sums: _Sums) -> None:
+        for half, products in enumerate(sums.products):
+            plgpu.store(self.scratch.products.at[half], products, optimized=False)
+        for half, totals in enumerate(sums.weights):
+            plgpu.store(self.scratch.weights.at[half], totals, optimized=False)
+        for i, of_rows in enumerate([sums.x, sums.squares]):
+            if of_rows is not None:
+                plgpu.store(self.scratch.x.at[i], of_rows.sum(axis=2), optimized=False)
+        plgpu.commit_smem()
+
+    def finish(self) -> Any:
+        """The sums of all warps after norm and epilogue."""
+        epilogue, matrix = self.operands.epilogue, self.operands.matrix
+        by_half = [
+            self.total(self.scratch.products, half, self.rows) for half in range(self.halves)
+        ]
+        if self.norm is not None:
+            share = 1 / (self.values.shape[1] * WARP_WIDTH)
+            mean_square = self.total_of_rows(1) * share
+            if self.subtracts_mean:
+                mean = self.total_of_rows(0) * share
+                mean_square = jnp.maximum(mean_square - mean * mean, 0.0)
+                # All rows of these sums are equal.
+                by_half = [
+                    y - self.across(mean) * self.total(self.scratch.weights, half, self.rows)
+                    for half, y in enumerate(by_half)
+                ]
+            factor = self.across(lax.rsqrt(mean_square + self.norm.eps))
+            by_half = [y * factor for y in by_half]
+        for half in range(self.halves):
+            offset = half * (self.values.shape[0] // 2)
+            if isinstance(matrix, Int8Matrix):
+                by_half[half] = by_half[half] * self.vector(matrix.scale, offset)
+            if epilogue.bias is not None:
+                by_half[half] = by_half[half] + self.vector(epilogue.bias, offset)
+        y = by_half[0]
+        if epilogue.activation is not None:
+            y = y / (1 + jnp.exp(-y))
+        if epilogue.activation == "swiglu":
+            y = y * by_half[1]
+        if epilogue.scale is not None:
+            y = y * self.vector(epilogue.scale)
+        for added in epilogue.added:
+            ref = added.at[:, pl.ds(self.first, TENSOR_CORE_FEATURES)]
+            y = y + plgpu.load(ref, layout=OUTPUTS, optimized=False).astype(jnp.float32)
+        return y
+
+    def total(self, sums: Any, half: int, rows: int) -> Any:
+        """The warps' sums together, (rows, features)."""
+        of_warps = [
+            plgpu.load(sums.at[half, pl.ds(warp * M, rows), :], layout=OUTPUTS, optimized=False)
+            for warp in range(WARPS)
+        ]
+        return (of_warps[0] + of_warps[1]) + (of_warps[2] + of_warps[3])
+
+    def total_of_rows(self, index: int) -> Any:
+        """The warps' sums of the rows of x together, (rows,)."""
+        of_warps = [
+            plgpu.load(self.scratch.x.at[index, :, warp], layout=OUTPUTS.reduce(1), optimized=False)
+            for warp in range(WARPS)
+        ]
+        return (of_warps[0] + of_warps[1]) + (of_warps[2] + of_warps[3])
+
+    def across(self, of_rows: Any) -> Any:
+        shape = (self.rows, TENSOR_CORE_FEATURES)
+        return plgpu.layout_cast(lax.broadcast_in_dim(of_rows, shape, [0]), OUTPUTS)
+
+    def vector(self, ref: Any, offset: int = 0) -> Any:
+        """The block's output features of a vector, for all rows, as float32."""
+        ref = ref.at[pl.ds(self.first + offset, TENSOR_CORE_FEATURES)]
+        loaded = plgpu.load(ref, layout=OUTPUTS.reduce(0), optimized=False).astype(jnp.float32)
+        shape = (self.rows, TENSOR_CORE_FEATURES)
+        return plgpu.layout_cast(lax.broadcast_in_dim(loaded, shape, [1]), OUTPUTS)
+
+
+def tensor_core_kernel(
+    operands: SkinnyOperands,
+    results: Sequence[Any],
+    scratch: TensorCoreScratch,
+    *,
+    tiling: TensorCoreTiling,
+    norm: RowNorm | None,
+    parts: Sequence[Part],
+    is_interpreted: bool,
+) -> None:
+    """Some output features of every row of x; operands with columns as (K / 32, 32)."""
+    call = _TensorCoreKernelCall(operands, scratch, tiling, norm, is_interpreted)
+    y = call.run()
+    for result, part, start in zip(results, parts, starts_of(parts), strict=False):
+        first = call.first - start
+
+        @pl.when((first >= 0) & (first < part.width))
+        def _(result: Any = result, part: Part = part, first: Any = first):
+            out = swap_pairs(y, is_interpreted=is_interpreted) if part.is_swapped else y
+            ref = result.at[:, pl.ds(first, TENSOR_CORE_FEATURES)]
+            plgpu.store(ref, out.astype(result.dtype), optimized=False)
