@@ -1,5 +1,6 @@
 """How the Hopper kernel divides a matrix into blocks."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 # Without tensor cores a warp has whole rows of the matrix: 32 threads with 8 adjacent weights each,
@@ -16,7 +17,7 @@ BYTES_IN_FLIGHT = 128 * 256
 MAX_LOADED_AHEAD = 8 * WIDTH
 
 
-# Output features of a block with tensor cores, and columns of one of its tiles.
+# Most output features of a block with tensor cores, and columns of one of its tiles.
 TENSOR_CORE_FEATURES, TENSOR_CORE_WIDTH = 16, 128
 # 32-bit registers of a thread for the tiles that are loaded together: of all columns, or of two
 # steps, one of which is used while the other is on its way.
@@ -29,9 +30,11 @@ class TensorCoreTiling(NamedTuple):
 
     Attributes:
       tiles: tiles of columns that are loaded together.
+      features: output features of a block, 8 or 16.
     """
 
     tiles: int
+    features: int = TENSOR_CORE_FEATURES
 
 
 class SkinnyTiling(NamedTuple):
@@ -68,24 +71,32 @@ def choose_tiling(out_features: int, in_features: int, *, is_paired: bool) -> Sk
 
 
 def choose_tensor_core_tiling(
-    rows: int, in_features: int, *, row_bytes: int, weight_bytes: int, is_paired: bool
+    rows: int,
+    in_features: int,
+    widths: Sequence[int],
+    *,
+    row_bytes: int,
+    weight_bytes: int,
+    is_paired: bool,
 ) -> TensorCoreTiling:
     """The tiling of a matrix for tensor cores.
 
     Args:
-      rows: of x, 8 or 16.
+      rows: of x, 2, 4, 8 or 16.
       in_features: columns of the matrix.
+      widths: output features of every part.
       row_bytes: bytes of a number of x.
       weight_bytes: bytes of a weight.
       is_paired: whether a block has rows of both halves.
     """
-    weights = TENSOR_CORE_FEATURES * (2 if is_paired else 1)
-    numbers = (rows * row_bytes + weights * weight_bytes) * TENSOR_CORE_WIDTH
+    features = 8 if any(width % TENSOR_CORE_FEATURES for width in widths) else TENSOR_CORE_FEATURES
+    weights = features * (2 if is_paired else 1)
+    numbers = (max(8, rows) * row_bytes + weights * weight_bytes) * TENSOR_CORE_WIDTH
     registers = numbers // (4 * 32 * WARPS)
     tiles = in_features // TENSOR_CORE_WIDTH
     if tiles * registers <= REGISTERS_OF_ALL:
-        return TensorCoreTiling(tiles)
+        return TensorCoreTiling(tiles, features)
     # The sums of two halves take more registers.
     most = max(1, REGISTERS_OF_A_STEP // (2 if is_paired else 1) // registers)
     steps = -(-tiles // most)
-    return TensorCoreTiling(-(-tiles // steps))
+    return TensorCoreTiling(-(-tiles // steps), features)

@@ -18,30 +18,54 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 WARPS, WARP_WIDTH, VECTOR = 4, 32, 8
 # Rows of the first operand, and of the second one.
 M, N = 16, 8
-
-# (rows, WARPS, WARP_WIDTH), rows a multiple of 8: a warp has its own columns of all rows.
-TILE = plgpu.Layout.TILED(
-    plgpu.Tiling(((8, WARPS, WARP_WIDTH), (8, 1, WARP_WIDTH), (VECTOR,))),
-    warp_dims=(-6,),
-    lane_dims=(-4, -2),
-    vector_dim=-1,
-)
 # (WARPS * M, columns): the sums of every warp, one warp after the other.
 SUMS = plgpu.Layout.MMA_ACC(jnp.bfloat16)
-# (rows, 16), rows a multiple of 8: a number in every thread.
-OUTPUTS = plgpu.Layout.TILED(
-    plgpu.Tiling(((8, 16), (2, 16), (1,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
-)
+
+
+def tile_layout(rows: int) -> Any:
+    """The layout of (rows, WARPS, WARP_WIDTH); 2, 4, or a multiple of 8 rows.
+
+    A warp has its own columns of all rows. Fewer than 8 rows repeat in the operand's 8.
+    """
+    rows = min(rows, N)
+    repeats = () if rows == N else (plgpu.Replicated(N // rows),)
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((rows, WARPS, WARP_WIDTH), (rows, 1, WARP_WIDTH), (VECTOR,))),
+        warp_dims=(-6,),
+        lane_dims=(*repeats, -4, -2),
+        vector_dim=-1,
+    )
+
+
+def outputs_layout(rows: int, features: int) -> Any:
+    """The layout of (rows, features), a number in every thread; a power of two of rows."""
+    of_warp = min(rows, 32 // features)
+    warps = min(WARPS, rows // of_warp)
+    of_lanes = 32 // features // of_warp
+    repeats = () if of_lanes == 1 else (plgpu.Replicated(of_lanes),)
+    if warps == 1:
+        return plgpu.Layout.TILED(
+            plgpu.Tiling(((of_warp, features), (1,))),
+            warp_dims=(plgpu.Replicated(WARPS),),
+            lane_dims=(*repeats, -3, -2),
+            vector_dim=-1,
+        )
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((warps * of_warp, features), (of_warp, features), (1,))),
+        warp_dims=(-5,) if warps == WARPS else (-5, plgpu.Replicated(WARPS // warps)),
+        lane_dims=(*repeats, -3, -2),
+        vector_dim=-1,
+    )
 
 
 def multiply_add(sums: Any, x: Any, weights: Any, *, is_interpreted: bool) -> Any:
     """sums + x weightsᵀ, each warp over its own columns, in float32.
 
     Args:
-      sums: (WARPS * M, N), layout SUMS; the rows beyond those of x are not used.
-      x: (8 or 16, WARPS, WARP_WIDTH), bfloat16 or float32, layout TILE; float32 numbers are
-        products of their two halves in bfloat16.
-      weights: (N, WARPS, WARP_WIDTH), N a multiple of 8, bfloat16, layout TILE.
+      sums: (WARPS * M, N); the rows beyond those of x are not used.
+      x: (2, 4, 8 or 16, WARPS, WARP_WIDTH), bfloat16 or float32; float32 numbers are multiplied as
+        two of bfloat16.
+      weights: (N, WARPS, WARP_WIDTH), N a multiple of 8, bfloat16.
       is_interpreted: whether the kernel's interpreter runs this, which knows arrays only.
     """
     if is_interpreted:
@@ -51,8 +75,8 @@ def multiply_add(sums: Any, x: Any, weights: Any, *, is_interpreted: bool) -> An
         return sums + product.reshape(sums.shape)
 
     @plgpu.inline_mgpu(
-        arg_types=(SUMS, TILE, TILE),
-        return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=SUMS),
+        arg_types=(SUMS, tile_layout(len(x)), tile_layout(N)),
+        return_type=plgpu.ShapeDtypeStruct(sums.shape, sums.dtype, layout=SUMS),
     )
     def in_registers(_: Any, sums: Any, x: Any, weights: Any) -> Any:
         bf16 = weights.mlir_dtype
@@ -65,7 +89,7 @@ def multiply_add(sums: Any, x: Any, weights: Any, *, is_interpreted: bool) -> An
                 sums = mgpu.mma(sums, _as_first(operand, first), _as_second(weights, first))
         return sums
 
-    return in_registers(sums, x, weights)
+    return in_registers(sums, x, weights)  # pyright: ignore[reportCallIssue]
 
 
 def _as_first(x: Any, first: int) -> Any:
@@ -98,17 +122,18 @@ def _fragment(registers: list[list[Any]], layout: Any, shape: tuple[int, int]) -
 
 
 def swap_pairs(y: Any, *, is_interpreted: bool) -> Any:
-    """y (rows, 16) with columns 2i and 2i + 1 exchanged, layout OUTPUTS."""
+    """y (rows, features) with columns 2i and 2i + 1 exchanged, in `outputs_layout`."""
     if is_interpreted:
         return y.reshape(len(y), -1, 2)[..., ::-1].reshape(y.shape)
 
+    layout = outputs_layout(*y.shape)
+
     @plgpu.inline_mgpu(
-        arg_types=(OUTPUTS,),
-        return_type=plgpu.ShapeDtypeStruct(y.shape, y.dtype, layout=OUTPUTS),
+        arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(y.shape, y.dtype, layout=layout)
     )
     def between_threads(_: Any, y: Any) -> Any:
         exchanged = [mgpu_utils.shfl_bfly(each, 1) for each in y.registers.flat]
         registers = np.array(exchanged, dtype=object).reshape(y.registers.shape)
         return mgpu.FragmentedArray(_registers=registers, _layout=y.layout, _is_signed=y.is_signed)
 
-    return between_threads(y)
+    return between_threads(y)  # pyright: ignore[reportCallIssue]

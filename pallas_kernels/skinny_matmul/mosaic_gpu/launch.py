@@ -11,7 +11,6 @@ from jaxtyping import Array
 
 from pallas_kernels.common.mosaic_gpu import launch
 from pallas_kernels.skinny_matmul.block_sizes import (
-    TENSOR_CORE_FEATURES,
     SkinnyTiling,
     TensorCoreTiling,
 )
@@ -87,7 +86,7 @@ def launch_on_tensor_cores(
     tiling: TensorCoreTiling,
     interpret: Any,
 ) -> tuple[Array, ...]:
-    """Runs the kernel on tensor cores. Arguments as in `launch_skinny_matmul`; 8 or 16 rows."""
+    """The kernel on tensor cores, for 2, 4, 8 or 16 rows; see `launch_skinny_matmul`."""
     x, matrix = operands.x, operands.matrix
 
     def kernel(operands: SkinnyOperands, results: Sequence[Any], scratch: Any) -> None:
@@ -106,7 +105,7 @@ def launch_on_tensor_cores(
         return a.reshape(a.shape[0], -1, WARP_WIDTH)
 
     if isinstance(matrix, Int8Matrix):
-        matrix = matrix._replace(values=by_warp(matrix.values))
+        matrix = Int8Matrix(by_warp(matrix.values), matrix.scale)
     else:
         matrix = by_warp(matrix)
     return tuple(
@@ -115,8 +114,10 @@ def launch_on_tensor_cores(
             operands._replace(x=by_warp(x), matrix=matrix),
             [jax.ShapeDtypeStruct((x.shape[0], part.width), part.dtype) for part in parts],
             name="skinny_matmul_tensor_cores",
-            grid={"n": starts_of(parts)[-1] // TENSOR_CORE_FEATURES},
-            scratch=TensorCoreScratch.make(x.shape[0], 2 if activation == "swiglu" else 1, norm),
+            grid={"n": starts_of(parts)[-1] // tiling.features},
+            scratch=TensorCoreScratch.make(
+                x.shape[0], 2 if activation == "swiglu" else 1, tiling, norm
+            ),
             interpret=interpret,
         )
     )

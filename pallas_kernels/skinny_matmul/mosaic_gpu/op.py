@@ -10,7 +10,6 @@ from pallas_kernels.common.target import check_hopper
 from pallas_kernels.skinny_matmul.block_sizes import (
     MAX_MULTIPLY_ADD_ROWS,
     MAX_ROWS,
-    TENSOR_CORE_FEATURES,
     WARPS,
     WIDTH,
     SkinnyTiling,
@@ -42,11 +41,9 @@ def find_obstacle(x: Array, matrix: Matrix, parts: Sequence[Part], dtype: jnp.dt
         return f"takes bfloat16 or float32 rows, x is {x.dtype}"
     if not 1 <= x.shape[0] <= MAX_ROWS:
         return f"takes 1 to {MAX_ROWS} rows, x has {x.shape[0]}"
-    few = x.shape[0] <= MAX_MULTIPLY_ADD_ROWS
-    unit = 2 * WARPS if few else TENSOR_CORE_FEATURES
-    if x.shape[1] % WIDTH or any(part.width % unit for part in parts):
+    if x.shape[1] % WIDTH or any(part.width % (2 * WARPS) for part in parts):
         return (
-            f"needs a multiple of {WIDTH} input features and parts of a multiple of {unit}; "
+            f"needs a multiple of {WIDTH} input features and parts of a multiple of {2 * WARPS}; "
             f"there are {x.shape[1]} and parts of {[part.width for part in parts]}"
         )
     return None
@@ -78,7 +75,7 @@ def skinny_matmul(
         return launch_skinny_matmul(operands, *static, tiling, interpret_params())
     num_rows = x.shape[0]
     results = launch_on_tensor_cores(
-        _pad_rows(operands, -num_rows % 8), *static, tiling, interpret_params()
+        _pad_rows(operands, _padded_rows(num_rows) - num_rows), *static, tiling, interpret_params()
     )
     return tuple(result[:num_rows] for result in results)
 
@@ -91,12 +88,18 @@ def _choose_tiling(
         return choose_tiling(starts_of(parts)[-1], x.shape[1], is_paired=is_paired)
     values = matrix.values if isinstance(matrix, Int8Matrix) else matrix
     return choose_tensor_core_tiling(
-        8 * -(-x.shape[0] // 8),
+        _padded_rows(x.shape[0]),
         x.shape[1],
+        [part.width for part in parts],
         row_bytes=x.dtype.itemsize,
         weight_bytes=values.dtype.itemsize,
         is_paired=is_paired,
     )
+
+
+def _padded_rows(num_rows: int) -> int:
+    """The next power of two, at least 2."""
+    return max(2, 1 << (num_rows - 1).bit_length())
 
 
 def _pad_rows(operands: SkinnyOperands, count: int) -> SkinnyOperands:

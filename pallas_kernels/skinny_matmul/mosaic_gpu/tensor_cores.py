@@ -1,4 +1,4 @@
-"""The kernel for up to 16 rows: a block has 16 output features, a warp a share of their columns.
+"""The kernel on tensor cores: a block has 8 or 16 output features, a warp a share of their columns.
 
 The rows are the first operand of the tensor cores' 16 x 8 x 16 products and the weights the second
 one: no block has to have 64 output features, as with `wgmma`, and the card's multiprocessors have
@@ -15,18 +15,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.skinny_matmul.block_sizes import (
     MAX_UNROLLED_STEPS,
-    TENSOR_CORE_FEATURES,
     TensorCoreTiling,
 )
 from pallas_kernels.skinny_matmul.mosaic_gpu.fragments import (
-    OUTPUTS,
     SUMS,
-    TILE,
     WARP_WIDTH,
     WARPS,
     M,
+    N,
     multiply_add,
+    outputs_layout,
     swap_pairs,
+    tile_layout,
 )
 from pallas_kernels.skinny_matmul.mosaic_gpu.operands import SkinnyOperands
 from pallas_kernels.skinny_matmul.types import Int8Matrix, Part, RowNorm, starts_of
@@ -46,9 +46,11 @@ class TensorCoreScratch(NamedTuple):
     x: Any
 
     @classmethod
-    def make(cls, rows: int, halves: int, norm: RowNorm | None) -> "TensorCoreScratch":
-        """What the kernel needs for rows of x, a multiple of 8."""
-        sums = plgpu.SMEM((halves, WARPS * M, TENSOR_CORE_FEATURES), jnp.float32)
+    def make(
+        cls, rows: int, halves: int, tiling: TensorCoreTiling, norm: RowNorm | None
+    ) -> "TensorCoreScratch":
+        """What the kernel needs for rows of x."""
+        sums = plgpu.SMEM((halves, WARPS * M, tiling.features), jnp.float32)
         is_layer = norm is not None and norm.kind == "layer"
         of_rows = plgpu.SMEM((2, rows, WARPS), jnp.float32)
         return cls(sums, sums if is_layer else None, None if norm is None else of_rows)
@@ -89,6 +91,11 @@ class _TensorCoreKernelCall(NamedTuple):
         return self.operands.x.shape[0]
 
     @property
+    def layout(self) -> Any:
+        """Of the results, (rows, features)."""
+        return outputs_layout(self.rows, self.tiling.features)
+
+    @property
     def values(self) -> Any:
         matrix = self.operands.matrix
         return matrix.values if isinstance(matrix, Int8Matrix) else matrix
@@ -104,10 +111,10 @@ class _TensorCoreKernelCall(NamedTuple):
     @property
     def first(self) -> Any:
         """The block's first output feature."""
-        return lax.axis_index("n") * TENSOR_CORE_FEATURES
+        return lax.axis_index("n") * self.tiling.features
 
     def run(self) -> Any:
-        """The output features of the block for every row of x, float32, layout OUTPUTS."""
+        """The output features of the block for every row of x, float32, in `layout`."""
         num_tiles, step = self.values.shape[1] // WARPS, self.tiling.tiles
         num_steps = num_tiles // step
 
@@ -131,9 +138,9 @@ class _TensorCoreKernelCall(NamedTuple):
 
     def zeros(self) -> _Sums:
         products = plgpu.layout_cast(
-            jnp.zeros((WARPS * M, TENSOR_CORE_FEATURES), jnp.float32), SUMS
+            jnp.zeros((WARPS * M, self.tiling.features), jnp.float32), SUMS
         )
-        of_rows = plgpu.layout_cast(jnp.zeros((self.rows, WARPS, WARP_WIDTH), jnp.float32), TILE)
+        of_rows = self.tile_of(0.0, jnp.float32)
         return _Sums(
             [products] * self.halves,
             [products] * self.halves if self.subtracts_mean else [],
@@ -141,20 +148,25 @@ class _TensorCoreKernelCall(NamedTuple):
             None if self.norm is None else of_rows,
         )
 
+    def tile_of(self, value: float, dtype: Any) -> Any:
+        """A tile of equal numbers, of the shape of those of x."""
+        tile = jnp.full((self.rows, WARPS, WARP_WIDTH), value, dtype)
+        return plgpu.layout_cast(tile, tile_layout(self.rows))
+
     def load(self, start: Any, count: int) -> list[_Tile]:
         return [_Tile(self.load_x(start + i), self.load_weights(start + i)) for i in range(count)]
 
     def load_x(self, tile: Any) -> Any:
         ref = self.operands.x.at[:, pl.ds(tile * WARPS, WARPS), :]
-        return plgpu.load(ref, layout=TILE, optimized=False)
+        return plgpu.load(ref, layout=tile_layout(self.rows), optimized=False)
 
     def load_weights(self, tile: Any) -> list[Any]:
         loaded = []
         for half in range(self.halves):
             first = self.first + half * (self.values.shape[0] // 2)
-            rows, columns = pl.ds(first, TENSOR_CORE_FEATURES), pl.ds(tile * WARPS, WARPS)
+            rows, columns = pl.ds(first, self.tiling.features), pl.ds(tile * WARPS, WARPS)
             ref = self.values.at[rows, columns, :]
-            loaded.append(plgpu.load(ref, layout=TILE, optimized=False))
+            loaded.append(plgpu.load(ref, layout=tile_layout(N), optimized=False))
         return loaded
 
     def add(self, sums: _Sums, tiles: Sequence[_Tile]) -> _Sums:
@@ -174,7 +186,7 @@ class _TensorCoreKernelCall(NamedTuple):
         squares = sums.squares + x * x
         if not self.subtracts_mean:
             return _Sums(products, [], None, squares)
-        ones = plgpu.layout_cast(jnp.ones((self.rows, WARPS, WARP_WIDTH), jnp.bfloat16), TILE)
+        ones = self.tile_of(1.0, jnp.bfloat16)
         totals = [
             self.multiply_add(old, ones, each)
             for old, each in zip(sums.weights, weights, strict=True)
@@ -227,14 +239,14 @@ class _TensorCoreKernelCall(NamedTuple):
         if epilogue.scale is not None:
             y = y * self.vector(epilogue.scale)
         for added in epilogue.added:
-            ref = added.at[:, pl.ds(self.first, TENSOR_CORE_FEATURES)]
-            y = y + plgpu.load(ref, layout=OUTPUTS, optimized=False).astype(jnp.float32)
+            ref: Any = added.at[:, pl.ds(self.first, self.tiling.features)]
+            y = y + plgpu.load(ref, layout=self.layout, optimized=False).astype(jnp.float32)
         return y
 
     def total(self, sums: Any, half: int, rows: int) -> Any:
         """The warps' sums together, (rows, features)."""
         of_warps = [
-            plgpu.load(sums.at[half, pl.ds(warp * M, rows), :], layout=OUTPUTS, optimized=False)
+            plgpu.load(sums.at[half, pl.ds(warp * M, rows), :], layout=self.layout, optimized=False)
             for warp in range(WARPS)
         ]
         return (of_warps[0] + of_warps[1]) + (of_warps[2] + of_warps[3])
@@ -242,21 +254,23 @@ class _TensorCoreKernelCall(NamedTuple):
     def total_of_rows(self, index: int) -> Any:
         """The warps' sums of the rows of x together, (rows,)."""
         of_warps = [
-            plgpu.load(self.scratch.x.at[index, :, warp], layout=OUTPUTS.reduce(1), optimized=False)
+            plgpu.load(
+                self.scratch.x.at[index, :, warp], layout=self.layout.reduce(1), optimized=False
+            )
             for warp in range(WARPS)
         ]
         return (of_warps[0] + of_warps[1]) + (of_warps[2] + of_warps[3])
 
     def across(self, of_rows: Any) -> Any:
-        shape = (self.rows, TENSOR_CORE_FEATURES)
-        return plgpu.layout_cast(lax.broadcast_in_dim(of_rows, shape, [0]), OUTPUTS)
+        shape = (self.rows, self.tiling.features)
+        return plgpu.layout_cast(lax.broadcast_in_dim(of_rows, shape, [0]), self.layout)
 
     def vector(self, ref: Any, offset: int = 0) -> Any:
         """The block's output features of a vector, for all rows, as float32."""
-        ref = ref.at[pl.ds(self.first + offset, TENSOR_CORE_FEATURES)]
-        loaded = plgpu.load(ref, layout=OUTPUTS.reduce(0), optimized=False).astype(jnp.float32)
-        shape = (self.rows, TENSOR_CORE_FEATURES)
-        return plgpu.layout_cast(lax.broadcast_in_dim(loaded, shape, [1]), OUTPUTS)
+        ref = ref.at[pl.ds(self.first + offset, self.tiling.features)]
+        loaded = plgpu.load(ref, layout=self.layout.reduce(0), optimized=False).astype(jnp.float32)
+        shape = (self.rows, self.tiling.features)
+        return plgpu.layout_cast(lax.broadcast_in_dim(loaded, shape, [1]), self.layout)
 
 
 def tensor_core_kernel(
@@ -278,5 +292,5 @@ def tensor_core_kernel(
         @pl.when((first >= 0) & (first < part.width))
         def _(result: Any = result, part: Part = part, first: Any = first):
             out = swap_pairs(y, is_interpreted=is_interpreted) if part.is_swapped else y
-            ref = result.at[:, pl.ds(first, TENSOR_CORE_FEATURES)]
+            ref = result.at[:, pl.ds(first, tiling.features)]
             plgpu.store(ref, out.astype(result.dtype), optimized=False)

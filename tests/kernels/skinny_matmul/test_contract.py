@@ -9,6 +9,8 @@ import pytest
 
 from pallas_kernels.skinny_matmul import Epilogue, Int8Matrix, Part, RowNorm, skinny_matmul
 from pallas_kernels.skinny_matmul.api import IMPLEMENTATIONS
+from pallas_kernels.skinny_matmul.block_sizes import TensorCoreTiling
+from pallas_kernels.skinny_matmul.mosaic_gpu import op as mosaic_gpu
 
 EPS = 1e-3
 
@@ -58,7 +60,7 @@ def make(rows, in_features, out_features, activation, seed=0):
         (8, 1280, 32, "layer", "silu"),
         (5, 512, 16, "rms", None),
         (16, 1536, 32, "rms", "swiglu"),
-        (11, 256, 64, "layer", "swiglu"),
+        (11, 256, 48, "layer", "swiglu"),
     ],
 )
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -185,3 +187,27 @@ def test_rows_are_independent(implementation, rows):
     others = np.arange(rows) != 1
     np.testing.assert_array_equal(plain[others], disturbed[others])
     assert np.isnan(disturbed[1]).all()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("features", [8, 16])
+def test_few_rows_on_tensor_cores(features, rows):
+    x, weights, bias, scale, added = make(rows, 512, 32, None)
+    x, weights = jnp.asarray(x, jnp.bfloat16), jnp.asarray(weights, jnp.bfloat16)
+    vectors = (jnp.asarray(a, jnp.float32) for a in (bias, scale, added))
+    bias, scale, added = vectors
+    y, swapped = mosaic_gpu.skinny_matmul(
+        x,
+        weights,
+        RowNorm("layer", EPS),
+        Epilogue(bias, "silu", scale, list(added)),
+        [Part(32, jnp.float32), Part(32, jnp.float32, is_swapped=True)],
+        jnp.dtype(jnp.bfloat16),
+        tiling=TensorCoreTiling(tiles=3, features=features),
+    )
+    exact = in_numpy(
+        np.asarray(x, np.float64), np.asarray(weights, np.float64), "layer", bias, "silu", scale,
+        np.asarray(added, np.float64),
+    )  # fmt: skip
+    assert np.linalg.norm(np.asarray(y) - exact) <= 1e-5 * np.linalg.norm(exact)
+    np.testing.assert_array_equal(swapped, y[:, np.arange(32) ^ 1])
