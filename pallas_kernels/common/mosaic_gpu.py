@@ -73,3 +73,12 @@ def launch(
         **(threads if num_warpgroups > 1 else {}),
     )(*arrays)
     return jax.tree.unflatten(result_tree, out)
+
+
+def store(ref: Any, value: Any) -> None:
+    """Stores an array into shared or global memory as its layout has it, by whatever instructions."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        # JAX before 0.12.
+        ref[...] = value

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.common.mosaic_gpu import store
 from pallas_kernels.skinny_matmul.block_sizes import (
     MAX_UNROLLED_STEPS,
     TensorCoreTiling,
@@ -198,12 +199,12 @@ class _TensorCoreKernelCall(NamedTuple):
 
     def store_sums(self, sums: _Sums) -> None:
         for half, products in enumerate(sums.products):
-            plgpu.store(self.scratch.products.at[half], products, optimized=False)
+            store(self.scratch.products.at[half], products)
         for half, totals in enumerate(sums.weights):
-            plgpu.store(self.scratch.weights.at[half], totals, optimized=False)
+            store(self.scratch.weights.at[half], totals)
         for i, of_rows in enumerate([sums.x, sums.squares]):
             if of_rows is not None:
-                plgpu.store(self.scratch.x.at[i], of_rows.sum(axis=2), optimized=False)
+                store(self.scratch.x.at[i], of_rows.sum(axis=2))
         plgpu.commit_smem()
 
     def finish(self) -> Any:
@@ -293,4 +294,4 @@ def tensor_core_kernel(
         def _(result: Any = result, part: Part = part, first: Any = first):
             out = swap_pairs(y, is_interpreted=is_interpreted) if part.is_swapped else y
             ref = result.at[:, pl.ds(first, tiling.features)]
-            plgpu.store(ref, out.astype(result.dtype), optimized=False)
+            store(ref, out.astype(result.dtype))
