@@ -76,7 +76,7 @@ def launch(
 
 
 def store(ref: Any, value: Any) -> None:
-    """Stores an array into shared or global memory as its layout has it, by whatever instructions."""
+    """Stores an array into shared or global memory, by any instructions that its layout allows."""
     if hasattr(plgpu, "store"):
         plgpu.store(ref, value, optimized=False)
     else:

@@ -19,10 +19,12 @@ MAX_LOADED_AHEAD = 8 * WIDTH
 
 # Most output features of a block with tensor cores, and columns of one of its tiles.
 TENSOR_CORE_FEATURES, TENSOR_CORE_WIDTH = 16, 128
-# 32-bit registers of a thread for the tiles that are loaded together: of all columns, or of two
-# steps, one of which is used while the other is on its way.
-REGISTERS_OF_ALL, REGISTERS_OF_A_STEP = 104, 72
-MAX_UNROLLED_STEPS = 4
+# Registers of a thread for the tiles of x that are loaded together.
+ROW_REGISTERS = 64
+# Fewer blocks do not read with all multiprocessors of a card, 132.
+MIN_BLOCKS = 128
+# Shared memory of a block for its weights.
+MAX_WEIGHT_BYTES = 200 * 1024
 
 
 class TensorCoreTiling(NamedTuple):
@@ -78,8 +80,8 @@ def choose_tensor_core_tiling(
     row_bytes: int,
     weight_bytes: int,
     is_paired: bool,
-) -> TensorCoreTiling:
-    """The tiling of a matrix for tensor cores.
+) -> TensorCoreTiling | None:
+    """The tiling of a matrix for tensor cores; None if a block's weights do not fit.
 
     Args:
       rows: of x, 2, 4, 8 or 16.
@@ -89,14 +91,15 @@ def choose_tensor_core_tiling(
       weight_bytes: bytes of a weight.
       is_paired: whether a block has rows of both halves.
     """
-    features = 8 if any(width % TENSOR_CORE_FEATURES for width in widths) else TENSOR_CORE_FEATURES
-    weights = features * (2 if is_paired else 1)
-    numbers = (max(8, rows) * row_bytes + weights * weight_bytes) * TENSOR_CORE_WIDTH
-    registers = numbers // (4 * 32 * WARPS)
-    tiles = in_features // TENSOR_CORE_WIDTH
-    if tiles * registers <= REGISTERS_OF_ALL:
-        return TensorCoreTiling(tiles, features)
-    # The sums of two halves take more registers.
-    most = max(1, REGISTERS_OF_A_STEP // (2 if is_paired else 1) // registers)
-    steps = -(-tiles // most)
-    return TensorCoreTiling(-(-tiles // steps), features)
+    halves = 2 if is_paired else 1
+    registers = max(8, rows) * row_bytes * TENSOR_CORE_WIDTH // (4 * 32 * WARPS)
+    # The sums of both halves take registers too.
+    tiles = min(in_features // TENSOR_CORE_WIDTH, ROW_REGISTERS // halves // registers)
+    for features in (TENSOR_CORE_FEATURES, TENSOR_CORE_FEATURES // 2):
+        fits = features * halves * in_features * weight_bytes <= MAX_WEIGHT_BYTES
+        is_last = features < TENSOR_CORE_FEATURES
+        blocks = sum(widths) // features
+        is_divisor = all(width % features == 0 for width in widths)
+        if fits and is_divisor and (is_last or blocks >= MIN_BLOCKS):
+            return TensorCoreTiling(tiles, features)
+    return None

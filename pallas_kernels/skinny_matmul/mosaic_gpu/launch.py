@@ -108,16 +108,16 @@ def launch_on_tensor_cores(
         matrix = Int8Matrix(by_warp(matrix.values), matrix.scale)
     else:
         matrix = by_warp(matrix)
+    operands = operands._replace(x=by_warp(x), matrix=matrix)
+    halves = 2 if activation == "swiglu" else 1
     return tuple(
         launch(
             kernel,
-            operands._replace(x=by_warp(x), matrix=matrix),
+            operands,
             [jax.ShapeDtypeStruct((x.shape[0], part.width), part.dtype) for part in parts],
             name="skinny_matmul_tensor_cores",
             grid={"n": starts_of(parts)[-1] // tiling.features},
-            scratch=TensorCoreScratch.make(
-                x.shape[0], 2 if activation == "swiglu" else 1, tiling, norm
-            ),
+            scratch=TensorCoreScratch.make(operands, halves, tiling, norm),
             interpret=interpret,
         )
     )

@@ -10,6 +10,7 @@ from pallas_kernels.common.target import check_hopper
 from pallas_kernels.skinny_matmul.block_sizes import (
     MAX_MULTIPLY_ADD_ROWS,
     MAX_ROWS,
+    MAX_WEIGHT_BYTES,
     WARPS,
     WIDTH,
     SkinnyTiling,
@@ -46,6 +47,12 @@ def find_obstacle(x: Array, matrix: Matrix, parts: Sequence[Part], dtype: jnp.dt
             f"needs a multiple of {WIDTH} input features and parts of a multiple of {2 * WARPS}; "
             f"there are {x.shape[1]} and parts of {[part.width for part in parts]}"
         )
+    if _choose_tiling(x, matrix, parts) is None:
+        halves = values.shape[0] // starts_of(parts)[-1]
+        return (
+            f"keeps the weights of 8 output features in shared memory, {MAX_WEIGHT_BYTES} bytes at "
+            f"most; here they take {8 * halves * x.shape[1] * values.dtype.itemsize}"
+        )
     return None
 
 
@@ -70,7 +77,8 @@ def skinny_matmul(
         raise ValueError(f"skinny_matmul: mosaic_gpu {obstacle}; use implementation 'xla' or None")
     operands = SkinnyOperands(x, matrix, epilogue._replace(activation=None))
     static = norm, epilogue.activation, tuple(parts)
-    tiling = tiling or _choose_tiling(x, matrix, epilogue, parts)
+    tiling = tiling or _choose_tiling(x, matrix, parts)
+    assert tiling is not None  # An obstacle above.
     if isinstance(tiling, SkinnyTiling):
         return launch_skinny_matmul(operands, *static, tiling, interpret_params())
     num_rows = x.shape[0]
@@ -81,19 +89,20 @@ def skinny_matmul(
 
 
 def _choose_tiling(
-    x: Array, matrix: Matrix, epilogue: Epilogue, parts: Sequence[Part]
-) -> SkinnyTiling | TensorCoreTiling:
-    is_paired = epilogue.activation == "swiglu"
-    if x.shape[0] <= MAX_MULTIPLY_ADD_ROWS:
-        return choose_tiling(starts_of(parts)[-1], x.shape[1], is_paired=is_paired)
+    x: Array, matrix: Matrix, parts: Sequence[Part]
+) -> SkinnyTiling | TensorCoreTiling | None:
     values = matrix.values if isinstance(matrix, Int8Matrix) else matrix
+    out_features = starts_of(parts)[-1]
+    halves = values.shape[0] // out_features
+    if x.shape[0] <= MAX_MULTIPLY_ADD_ROWS:
+        return choose_tiling(out_features, x.shape[1], is_paired=halves == 2)
     return choose_tensor_core_tiling(
         _padded_rows(x.shape[0]),
         x.shape[1],
         [part.width for part in parts],
         row_bytes=x.dtype.itemsize,
         weight_bytes=values.dtype.itemsize,
-        is_paired=is_paired,
+        is_paired=halves == 2,
     )
 
 

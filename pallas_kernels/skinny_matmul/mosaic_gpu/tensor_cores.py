@@ -14,10 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.mosaic_gpu import store
-from pallas_kernels.skinny_matmul.block_sizes import (
-    MAX_UNROLLED_STEPS,
-    TensorCoreTiling,
-)
+from pallas_kernels.skinny_matmul.block_sizes import TensorCoreTiling
 from pallas_kernels.skinny_matmul.mosaic_gpu.fragments import (
     SUMS,
     WARP_WIDTH,
@@ -34,34 +31,53 @@ from pallas_kernels.skinny_matmul.types import Int8Matrix, Part, RowNorm, starts
 
 
 class TensorCoreScratch(NamedTuple):
-    """Shared memory.
+    """Shared memory and barriers.
 
     Attributes:
+      steps: for every step, the block's weights of its columns: (features, columns / 32, 32) of
+        every half.
+      barriers: for every step, completes when its weights have arrived.
       products: (halves, WARPS * M, features), each warp's sums of x and weights.
       weights: the same with ones for x: sums of weights; None where the norm needs none.
       x: (2, rows, WARPS), each warp's sums of a row of x and of its squares; None without a norm.
     """
 
+    steps: Any
+    barriers: Any
     products: Any
     weights: Any
     x: Any
 
     @classmethod
     def make(
-        cls, rows: int, halves: int, tiling: TensorCoreTiling, norm: RowNorm | None
+        cls, operands: SkinnyOperands, halves: int, tiling: TensorCoreTiling, norm: RowNorm | None
     ) -> "TensorCoreScratch":
-        """What the kernel needs for rows of x."""
+        """What the kernel needs for operands with columns as (K / 32, 32)."""
+        rows, num_tiles = operands.x.shape[0], operands.x.shape[1] // WARPS
+        values = _values(operands.matrix)
+        steps = [
+            [
+                plgpu.SMEM((tiling.features, len(step) * WARPS, WARP_WIDTH), values.dtype)
+                for _ in range(halves)
+            ]
+            for step in _steps(num_tiles, tiling)
+        ]
+        barriers = plgpu.Barrier(num_arrivals=halves, num_barriers=len(steps))
         sums = plgpu.SMEM((halves, WARPS * M, tiling.features), jnp.float32)
         is_layer = norm is not None and norm.kind == "layer"
         of_rows = plgpu.SMEM((2, rows, WARPS), jnp.float32)
-        return cls(sums, sums if is_layer else None, None if norm is None else of_rows)
+        weights = sums if is_layer else None
+        return cls(steps, barriers, sums, weights, None if norm is None else of_rows)
 
 
-class _Tile(NamedTuple):
-    """Loaded columns: of x, and of the weights by half."""
+def _values(matrix: Any) -> Any:
+    return matrix.values if isinstance(matrix, Int8Matrix) else matrix
 
-    x: Any
-    weights: list[Any]
+
+def _steps(num_tiles: int, tiling: TensorCoreTiling) -> list[range]:
+    """The tiles of columns of every step; the last one may have fewer."""
+    starts = range(0, num_tiles, tiling.tiles)
+    return [range(start, min(start + tiling.tiles, num_tiles)) for start in starts]
 
 
 class _Sums(NamedTuple):
@@ -98,8 +114,7 @@ class _TensorCoreKernelCall(NamedTuple):
 
     @property
     def values(self) -> Any:
-        matrix = self.operands.matrix
-        return matrix.values if isinstance(matrix, Int8Matrix) else matrix
+        return _values(self.operands.matrix)
 
     @property
     def halves(self) -> int:
@@ -116,25 +131,17 @@ class _TensorCoreKernelCall(NamedTuple):
 
     def run(self) -> Any:
         """The output features of the block for every row of x, float32, in `layout`."""
-        num_tiles, step = self.values.shape[1] // WARPS, self.tiling.tiles
-        num_steps = num_tiles // step
-
-        def next_step(i: Any, carry: tuple[_Sums, list[_Tile]]) -> tuple[_Sums, list[_Tile]]:
-            # The next columns are on their way while these are used.
-            sums, loaded = carry
-            following = self.load((i + 1) * step, step)
-            return self.add(sums, loaded), following
-
-        carry = self.zeros(), self.load(0, step)
-        if num_steps <= MAX_UNROLLED_STEPS:
-            for i in range(num_steps - 1):
-                carry = next_step(i, carry)
-        else:
-            # A compiler that sees all steps loads too far ahead, and spills.
-            carry = lax.fori_loop(0, num_steps - 1, next_step, carry)
-        sums, loaded = carry
-        rest = self.load(num_steps * step, num_tiles % step)
-        self.store_sums(self.add(self.add(sums, loaded), rest))
+        steps = _steps(self.values.shape[1] // WARPS, self.tiling)
+        # All weights of the block are on their way before the first product.
+        for i, step in enumerate(steps):
+            self.copy_weights(i, step)
+        sums, x = self.zeros(), self.load_x(steps[0])
+        for i, following in enumerate([*steps[1:], range(0)]):
+            here, x = x, self.load_x(following)
+            plgpu.barrier_wait(self.scratch.barriers.at[i])
+            for j, of_tile in enumerate(here):
+                sums = self.add(sums, of_tile, self.load_weights(i, j))
+        self.store_sums(sums)
         return self.finish()
 
     def zeros(self) -> _Sums:
@@ -154,36 +161,32 @@ class _TensorCoreKernelCall(NamedTuple):
         tile = jnp.full((self.rows, WARPS, WARP_WIDTH), value, dtype)
         return plgpu.layout_cast(tile, tile_layout(self.rows))
 
-    def load(self, start: Any, count: int) -> list[_Tile]:
-        return [_Tile(self.load_x(start + i), self.load_weights(start + i)) for i in range(count)]
-
-    def load_x(self, tile: Any) -> Any:
-        ref = self.operands.x.at[:, pl.ds(tile * WARPS, WARPS), :]
-        return plgpu.load(ref, layout=tile_layout(self.rows), optimized=False)
-
-    def load_weights(self, tile: Any) -> list[Any]:
-        loaded = []
-        for half in range(self.halves):
+    def copy_weights(self, index: int, step: range) -> None:
+        columns = pl.ds(step.start * WARPS, len(step) * WARPS)
+        for half, target in enumerate(self.scratch.steps[index]):
             first = self.first + half * (self.values.shape[0] // 2)
-            rows, columns = pl.ds(first, self.tiling.features), pl.ds(tile * WARPS, WARPS)
-            ref = self.values.at[rows, columns, :]
-            loaded.append(plgpu.load(ref, layout=tile_layout(N), optimized=False))
-        return loaded
+            source = self.values.at[pl.ds(first, self.tiling.features), columns, :]
+            plgpu.copy_gmem_to_smem(source, target, self.scratch.barriers.at[index])
 
-    def add(self, sums: _Sums, tiles: Sequence[_Tile]) -> _Sums:
-        for tile in tiles:
-            sums = self.add_tile(sums, tile)
-        return sums
+    def load_x(self, tiles: range) -> list[Any]:
+        refs = [self.operands.x.at[:, pl.ds(tile * WARPS, WARPS), :] for tile in tiles]
+        return [plgpu.load(ref, layout=tile_layout(self.rows), optimized=False) for ref in refs]
 
-    def add_tile(self, sums: _Sums, tile: _Tile) -> _Sums:
-        weights = [each.astype(jnp.bfloat16) for each in tile.weights]
+    def load_weights(self, index: int, tile: int) -> list[Any]:
+        """Weights of a tile of a step by half, bfloat16."""
+        columns = pl.ds(tile * WARPS, WARPS)
+        refs = [half.at[:, columns, :] for half in self.scratch.steps[index]]
+        loaded = [plgpu.load(ref, layout=tile_layout(N), optimized=False) for ref in refs]
+        return [each.astype(jnp.bfloat16) for each in loaded]
+
+    def add(self, sums: _Sums, x: Any, weights: Sequence[Any]) -> _Sums:
         products = [
-            self.multiply_add(old, tile.x, each)
+            self.multiply_add(old, x, each)
             for old, each in zip(sums.products, weights, strict=True)
         ]
         if self.norm is None:
             return _Sums(products, [], None, None)
-        x = tile.x.astype(jnp.float32)
+        x = x.astype(jnp.float32)
         squares = sums.squares + x * x
         if not self.subtracts_mean:
             return _Sums(products, [], None, squares)

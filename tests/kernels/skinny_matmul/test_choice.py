@@ -55,6 +55,10 @@ def test_errors_name_what_is_wrong(arguments, message):
         ({"dtype": F32}, "takes products in bfloat16, these are of float32"),
         ({"x": (2, 128), "matrix": (16, 128)}, "needs a multiple of 256 input features"),
         ({"matrix": (12, 256), "parts": ((12, F32),)}, "parts of a multiple of 8"),
+        (
+            {"x": (8, 14080), "matrix": (16, 14080)},
+            "8 output features in shared memory, 204800 bytes at most; here they take 225280",
+        ),
     ],
 )
 def test_what_the_kernel_cannot_take_is_refused_by_name(arguments, message):
