@@ -20,7 +20,7 @@ from pallas_kernels.skinny_matmul.block_sizes import (
     SkinnyTiling,
 )
 from pallas_kernels.skinny_matmul.mosaic_gpu.operands import SkinnyOperands
-from pallas_kernels.skinny_matmul.types import Int8Matrix, Part, RowNorm, starts_of
+from pallas_kernels.skinny_matmul.types import Part, RowNorm, starts_of
 
 
 def matrix_layout(rows_per_warp: int) -> Any:
@@ -61,10 +61,6 @@ class _SkinnyKernelCall(NamedTuple):
         return matrix_layout(self.tiling.rows_per_warp)
 
     @property
-    def halves(self) -> int:
-        return 2 if self.operands.epilogue.activation == "swiglu" else 1
-
-    @property
     def subtracts_mean(self) -> bool:
         return self.norm is not None and self.norm.kind == "layer"
 
@@ -83,8 +79,8 @@ class _SkinnyKernelCall(NamedTuple):
         so that no product waits for the norm.
         """
         num_rows, in_features = self.operands.x.shape
-        sums = [_Sums((None,) * self.halves, None, None)] * num_rows
-        weight_sums: tuple[Any, ...] = (None,) * self.halves
+        sums = [_Sums((None,) * self.operands.halves, None, None)] * num_rows
+        weight_sums: tuple[Any, ...] = (None,) * self.operands.halves
         loaded = self.load_step(0)
         for start in range(0, in_features, self.tiling.step):
             tiles, next_start = loaded, start + self.tiling.step
@@ -127,11 +123,10 @@ class _SkinnyKernelCall(NamedTuple):
 
     def load_weights(self, column: int) -> list[Any]:
         """Weights of a tile of columns, by half."""
-        matrix = self.operands.matrix
-        values: Any = matrix.values if isinstance(matrix, Int8Matrix) else matrix
+        values = self.operands.values
         loaded = []
-        for half in range(self.halves):
-            rows = pl.ds(self.first + half * (values.shape[0] // 2), self.tiling.rows)
+        for half in range(self.operands.halves):
+            rows = pl.ds(self.first + self.operands.half_start(half), self.tiling.rows)
             ref = values.at[rows, pl.ds(column, WIDTH)]
             loaded.append(plgpu.load(ref, layout=self.layout, optimized=False))
         return loaded
@@ -142,7 +137,6 @@ class _SkinnyKernelCall(NamedTuple):
 
     def finish(self, row: int, sums: _Sums, weight_sums: Sequence[Any]) -> Any:
         """The output features of a row of x after norm and epilogue."""
-        epilogue, matrix = self.operands.epilogue, self.operands.matrix
         by_half = [products.sum(axis=1) for products in sums.products]
         if self.norm is not None:
             share = 1 / self.operands.x.shape[1]
@@ -153,21 +147,9 @@ class _SkinnyKernelCall(NamedTuple):
                 by_half = [y - mean * w for y, w in zip(by_half, weight_sums, strict=True)]
             factor = lax.rsqrt(mean_square + self.norm.eps)
             by_half = [y * factor for y in by_half]
-        for half, offset in enumerate([0, _num_features(matrix) // 2][: self.halves]):
-            if isinstance(matrix, Int8Matrix):
-                by_half[half] = by_half[half] * self.vector(matrix.scale, offset)
-            if epilogue.bias is not None:
-                by_half[half] = by_half[half] + self.vector(epilogue.bias, offset)
-        y = by_half[0]
-        if epilogue.activation is not None:
-            y = y / (1 + jnp.exp(-y))
-        if epilogue.activation == "swiglu":
-            y = y * by_half[1]
-        if epilogue.scale is not None:
-            y = y * self.vector(epilogue.scale)
-        for added in epilogue.added:
-            y = y + self.vector(added.at[row])
-        return y
+        return self.operands.apply_epilogue(
+            by_half, self.vector, lambda added: self.vector(added.at[row])
+        )
 
     def vector(self, ref: Any, offset: int = 0) -> Any:
         """The block's output features of a vector, as float32."""
@@ -181,10 +163,6 @@ def _add(total: Any, term: Any) -> Any:
 
 def _already(loaded: Any) -> Callable[[], Any]:
     return lambda: loaded
-
-
-def _num_features(matrix: Any) -> int:
-    return (matrix.values if isinstance(matrix, Int8Matrix) else matrix).shape[0]
 
 
 def skinny_kernel(

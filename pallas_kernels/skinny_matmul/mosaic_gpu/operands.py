@@ -1,8 +1,11 @@
-"""Operands of the kernels of products of a few rows."""
+"""Operands of the kernels of products of a few rows, and the operations after a product."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from pallas_kernels.skinny_matmul.types import Epilogue
+import jax.numpy as jnp
+
+from pallas_kernels.skinny_matmul.types import Epilogue, Int8Matrix
 
 
 class SkinnyOperands(NamedTuple):
@@ -17,3 +20,46 @@ class SkinnyOperands(NamedTuple):
     x: Any
     matrix: Any
     epilogue: Epilogue
+
+    @property
+    def values(self) -> Any:
+        """The matrix, or its integers."""
+        return self.matrix.values if isinstance(self.matrix, Int8Matrix) else self.matrix
+
+    @property
+    def halves(self) -> int:
+        """2 for SwiGLU, whose output features have a row in each half of the matrix."""
+        return 2 if self.epilogue.activation == "swiglu" else 1
+
+    def half_start(self, half: int) -> int:
+        """The first row of a half of the matrix."""
+        return half * (self.values.shape[0] // 2)
+
+    def apply_epilogue(
+        self, by_half: Sequence[Any], vector: Callable[..., Any], added: Callable[[Any], Any]
+    ) -> Any:
+        """scale * f(y + b) + Σ added, in float32.
+
+        Args:
+          by_half: y of every half, after the norm.
+          vector: loads the block's part of a vector from a reference, after an offset.
+          added: loads the block's part of an array (B, M).
+        """
+        epilogue, matrix = self.epilogue, self.matrix
+        halves = []
+        for half, y in enumerate(by_half):
+            if isinstance(matrix, Int8Matrix):
+                y = y * vector(matrix.scale, self.half_start(half))
+            if epilogue.bias is not None:
+                y = y + vector(epilogue.bias, self.half_start(half))
+            halves.append(y)
+        y = halves[0]
+        if epilogue.activation is not None:
+            y = y / (1 + jnp.exp(-y))
+        if epilogue.activation == "swiglu":
+            y = y * halves[1]
+        if epilogue.scale is not None:
+            y = y * vector(epilogue.scale)
+        for each in epilogue.added:
+            y = y + added(each)
+        return y

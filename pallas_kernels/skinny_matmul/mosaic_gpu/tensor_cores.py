@@ -27,7 +27,7 @@ from pallas_kernels.skinny_matmul.mosaic_gpu.fragments import (
     tile_layout,
 )
 from pallas_kernels.skinny_matmul.mosaic_gpu.operands import SkinnyOperands
-from pallas_kernels.skinny_matmul.types import Int8Matrix, Part, RowNorm, starts_of
+from pallas_kernels.skinny_matmul.types import Part, RowNorm, starts_of
 
 
 class TensorCoreScratch(NamedTuple):
@@ -54,10 +54,9 @@ class TensorCoreScratch(NamedTuple):
     ) -> "TensorCoreScratch":
         """What the kernel needs for operands with columns as (K / 32, 32)."""
         rows, num_tiles = operands.x.shape[0], operands.x.shape[1] // WARPS
-        values = _values(operands.matrix)
         steps = [
             [
-                plgpu.SMEM((tiling.features, len(step) * WARPS, WARP_WIDTH), values.dtype)
+                plgpu.SMEM((tiling.features, len(step) * WARPS, WARP_WIDTH), operands.values.dtype)
                 for _ in range(halves)
             ]
             for step in _steps(num_tiles, tiling)
@@ -68,10 +67,6 @@ class TensorCoreScratch(NamedTuple):
         of_rows = plgpu.SMEM((2, rows, WARPS), jnp.float32)
         weights = sums if is_layer else None
         return cls(steps, barriers, sums, weights, None if norm is None else of_rows)
-
-
-def _values(matrix: Any) -> Any:
-    return matrix.values if isinstance(matrix, Int8Matrix) else matrix
 
 
 def _steps(num_tiles: int, tiling: TensorCoreTiling) -> list[range]:
@@ -113,14 +108,6 @@ class _TensorCoreKernelCall(NamedTuple):
         return outputs_layout(self.rows, self.tiling.features)
 
     @property
-    def values(self) -> Any:
-        return _values(self.operands.matrix)
-
-    @property
-    def halves(self) -> int:
-        return 2 if self.operands.epilogue.activation == "swiglu" else 1
-
-    @property
     def subtracts_mean(self) -> bool:
         return self.norm is not None and self.norm.kind == "layer"
 
@@ -131,7 +118,7 @@ class _TensorCoreKernelCall(NamedTuple):
 
     def run(self) -> Any:
         """The output features of the block for every row of x, float32, in `layout`."""
-        steps = _steps(self.values.shape[1] // WARPS, self.tiling)
+        steps = _steps(self.operands.values.shape[1] // WARPS, self.tiling)
         # All weights of the block are on their way before the first product.
         for i, step in enumerate(steps):
             self.copy_weights(i, step)
@@ -150,8 +137,8 @@ class _TensorCoreKernelCall(NamedTuple):
         )
         of_rows = self.tile_of(0.0, jnp.float32)
         return _Sums(
-            [products] * self.halves,
-            [products] * self.halves if self.subtracts_mean else [],
+            [products] * self.operands.halves,
+            [products] * self.operands.halves if self.subtracts_mean else [],
             of_rows if self.subtracts_mean else None,
             None if self.norm is None else of_rows,
         )
@@ -164,8 +151,8 @@ class _TensorCoreKernelCall(NamedTuple):
     def copy_weights(self, index: int, step: range) -> None:
         columns = pl.ds(step.start * WARPS, len(step) * WARPS)
         for half, target in enumerate(self.scratch.steps[index]):
-            first = self.first + half * (self.values.shape[0] // 2)
-            source = self.values.at[pl.ds(first, self.tiling.features), columns, :]
+            first = self.first + self.operands.half_start(half)
+            source = self.operands.values.at[pl.ds(first, self.tiling.features), columns, :]
             plgpu.copy_gmem_to_smem(source, target, self.scratch.barriers.at[index])
 
     def load_x(self, tiles: range) -> list[Any]:
@@ -212,12 +199,12 @@ class _TensorCoreKernelCall(NamedTuple):
 
     def finish(self) -> Any:
         """The sums of all warps after norm and epilogue."""
-        epilogue, matrix = self.operands.epilogue, self.operands.matrix
         by_half = [
-            self.total(self.scratch.products, half, self.rows) for half in range(self.halves)
+            self.total(self.scratch.products, half, self.rows)
+            for half in range(self.operands.halves)
         ]
         if self.norm is not None:
-            share = 1 / (self.values.shape[1] * WARP_WIDTH)
+            share = 1 / (self.operands.values.shape[1] * WARP_WIDTH)
             mean_square = self.total_of_rows(1) * share
             if self.subtracts_mean:
                 mean = self.total_of_rows(0) * share
@@ -229,23 +216,11 @@ class _TensorCoreKernelCall(NamedTuple):
                 ]
             factor = self.across(lax.rsqrt(mean_square + self.norm.eps))
             by_half = [y * factor for y in by_half]
-        for half in range(self.halves):
-            offset = half * (self.values.shape[0] // 2)
-            if isinstance(matrix, Int8Matrix):
-                by_half[half] = by_half[half] * self.vector(matrix.scale, offset)
-            if epilogue.bias is not None:
-                by_half[half] = by_half[half] + self.vector(epilogue.bias, offset)
-        y = by_half[0]
-        if epilogue.activation is not None:
-            y = y / (1 + jnp.exp(-y))
-        if epilogue.activation == "swiglu":
-            y = y * by_half[1]
-        if epilogue.scale is not None:
-            y = y * self.vector(epilogue.scale)
-        for added in epilogue.added:
-            ref: Any = added.at[:, pl.ds(self.first, self.tiling.features)]
-            y = y + plgpu.load(ref, layout=self.layout, optimized=False).astype(jnp.float32)
-        return y
+        return self.operands.apply_epilogue(by_half, self.vector, self.load_added)
+
+    def load_added(self, ref: Any) -> Any:
+        ref = ref.at[:, pl.ds(self.first, self.tiling.features)]
+        return plgpu.load(ref, layout=self.layout, optimized=False).astype(jnp.float32)
 
     def total(self, sums: Any, half: int, rows: int) -> Any:
         """The warps' sums together, (rows, features)."""
