@@ -50,8 +50,8 @@ def skinny_matmul(
         are float32, or float64 for float64. The kernel applies the norm to the sums, and rounds
         no float32 row.
       implementation: "reference" (by definition), "xla" (any platform and dtype), "mosaic_gpu" (one
-        kernel for NVIDIA Hopper; bfloat16, up to 4 rows, a multiple of 256 input features, parts of
-        a multiple of 8), or None for the fastest known here.
+        kernel for NVIDIA Hopper; bfloat16, up to 16 rows, a multiple of 256 input features, parts
+        of a multiple of 8), or None for the fastest known here.
 
     Returns:
       One array (B, width) for every part.
