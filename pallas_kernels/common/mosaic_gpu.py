@@ -4,7 +4,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.common.target import is_interpreted
 
@@ -82,3 +88,60 @@ def store(ref: Any, value: Any) -> None:
     else:
         # JAX before 0.12.
         ref[...] = value
+
+
+def widen_int8(values: Any, layout: Any, *, is_interpreted: bool) -> Any:
+    """8-bit integers as float32, in two instructions a number and one for four.
+
+    The compiler's own conversion takes four, one of them of a sixteenth of the rate. A byte b + 128
+    is put below the exponent of 2^23, which gives the float32 number 2^23 + b + 128, exactly.
+
+    Args:
+      values: int8; fast for a multiple of 4 adjacent ones in a thread.
+      layout: of the values.
+      is_interpreted: whether the kernel's interpreter runs this, which knows arrays only.
+    """
+    if is_interpreted:
+        return values.astype(jnp.float32)
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,),
+        return_type=plgpu.ShapeDtypeStruct(values.shape, np.dtype(np.float32), layout=layout),
+    )
+    def in_registers(_: Any, values: Any) -> Any:
+        [size] = ir.VectorType(values.registers.flat[0].type).shape
+        if size % 4:
+            return values.astype(ir.F32Type.get())
+        wide = np.array([_widen_vector(each) for each in values.registers.flat], dtype=object)
+        return mgpu.FragmentedArray(
+            _registers=wide.reshape(values.registers.shape),
+            _layout=values.layout,
+            _is_signed=None,
+        )
+
+    return in_registers(values)  # pyright: ignore[reportCallIssue]
+
+
+def _widen_vector(values: Any) -> Any:
+    """A vector of int8 as a vector of float32."""
+    size = ir.VectorType(values.type).shape[0]
+    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    words = mgpu_utils.bitcast(values, ir.VectorType.get((size // 4,), i32))
+    signs, exponent = (mgpu.c(constant, i32) for constant in (-0x7F7F7F80, 0x4B000000))
+    offset = mgpu.c(-(2.0**23 + 128), f32)
+    wide = llvm.mlir_undef(ir.VectorType.get((size,), f32))
+    for i in range(size):
+        word = vector.extract(
+            words, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i // 4])
+        )
+        # Bytes of the result: one of the word, two zeros, and the exponent's.
+        bits = llvm.inline_asm(
+            i32,
+            [arith.xori(word, signs), exponent],
+            f"prmt.b32 $0, $1, $2, {0x7440 | i % 4};",
+            "=r,r,r",
+            has_side_effects=False,
+        )
+        number = arith.addf(arith.bitcast(f32, bits), offset)
+        wide = llvm.insertelement(wide, number, position=mgpu.c(i, i32))
+    return wide

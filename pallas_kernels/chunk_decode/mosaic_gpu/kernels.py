@@ -27,6 +27,7 @@ from pallas_kernels.chunk_decode.block_sizes import (
     THREADS,
     DecodeTiling,
 )
+from pallas_kernels.common.mosaic_gpu import widen_int8
 
 
 def key_layout(columns: int) -> Any:
@@ -94,6 +95,7 @@ class _DecodeKernelCall(NamedTuple):
     split: Any
     value_block: Any
     slot: Any
+    is_interpreted: bool
 
     @property
     def key(self) -> Any:
@@ -104,6 +106,11 @@ class _DecodeKernelCall(NamedTuple):
     def value(self) -> Any:
         """The cache's values, without their scales."""
         return _values(self.operands.cache.value)
+
+    @property
+    def value_layout(self) -> Any:
+        """Of the block's columns of a value."""
+        return value_layout(self.tiling.value_tile, self.value.dtype.itemsize)
 
     @property
     def key_columns(self) -> int:
@@ -175,7 +182,7 @@ class _DecodeKernelCall(NamedTuple):
         def load_keys(columns):
             gmem = self.key.at[self.row, self.head, slots, columns]
             layout = key_layout(self.key_columns)
-            return plgpu.load(gmem, layout=layout, optimized=False).astype(jnp.float32)
+            return self.widen(plgpu.load(gmem, layout=layout, optimized=False), layout)
 
         scores = self.multiply_query(load_keys)
         if isinstance(self.operands.cache.key, Int8Slots):
@@ -248,7 +255,7 @@ class _DecodeKernelCall(NamedTuple):
         def add(step, loaded, acc):
             for i, value in enumerate(loaded):
                 index = step * per_step + i
-                acc = acc + value.astype(jnp.float32) * weight(index, index < num_cached)
+                acc = acc + self.widen(value, self.value_layout) * weight(index, index < num_cached)
             return acc
 
         def prefetching_step(step, carry):
@@ -257,7 +264,7 @@ class _DecodeKernelCall(NamedTuple):
             following = self.load_values(jnp.minimum(step + 1, num_steps - 1))
             return following, add(step, loaded, acc)
 
-        acc = v.astype(jnp.float32) * weight(num_cached, self.has_own_slot)
+        acc = self.widen(v, self.value_layout) * weight(num_cached, self.has_own_slot)
         if values is not None:
             return lax.fori_loop(0, num_steps, prefetching_step, (values, acc))[1]
         return lax.fori_loop(
@@ -276,8 +283,13 @@ class _DecodeKernelCall(NamedTuple):
         return loaded
 
     def load_row(self, gmem: Any) -> Any:
-        layout = value_layout(self.tiling.value_tile, self.value.dtype.itemsize)
-        return plgpu.load(gmem, layout=layout)
+        return plgpu.load(gmem, layout=self.value_layout)
+
+    def widen(self, values: Any, layout: Any) -> Any:
+        """Keys or values as float32."""
+        if values.dtype == jnp.int8:
+            return widen_int8(values, layout, is_interpreted=self.is_interpreted)
+        return values.astype(jnp.float32)
 
     def write_slot(self, v: Any) -> None:
         """Writes the token's value, and its key in the first of the blocks that share the split."""
@@ -304,13 +316,27 @@ def _slot_indices(first: Any) -> Any:
 
 
 def decode_kernel(
-    operands: DecodeOperands, results: SplitResults, weights_smem: Any, *, tiling: DecodeTiling
+    operands: DecodeOperands,
+    results: SplitResults,
+    weights_smem: Any,
+    *,
+    tiling: DecodeTiling,
+    is_interpreted: bool,
 ) -> None:
     """One split of the slots of a row's head, for some of the value columns."""
     row, head, split = (lax.axis_index(name) for name in ("b", "h", "s"))
     slot = lax.rem(operands.positions[row], operands.cache.key.shape[2])
     call = _DecodeKernelCall(
-        operands, results, weights_smem, tiling, row, head, split, lax.axis_index("d"), slot
+        operands,
+        results,
+        weights_smem,
+        tiling,
+        row,
+        head,
+        split,
+        lax.axis_index("d"),
+        slot,
+        is_interpreted,
     )
     pl.when(call.first_slot <= slot)(call.run)
 

@@ -38,7 +38,7 @@ def launch_splits(
     splits = tiling.count_splits(operands.cache.key.shape[2])
     numbers = jax.ShapeDtypeStruct((rows, heads, splits), jnp.float32)
     return launch(
-        partial(decode_kernel, tiling=tiling),
+        partial(decode_kernel, tiling=tiling, is_interpreted=interpret is not None),
         operands,
         SplitResults(jax.ShapeDtypeStruct((*numbers.shape, width), jnp.float32), numbers, numbers),
         name="chunk_decode_splits",
