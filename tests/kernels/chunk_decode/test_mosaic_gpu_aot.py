@@ -7,28 +7,40 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.chunk_attention import KeyValueCache
+from pallas_kernels.chunk_attention.types import Int8Slots
 from pallas_kernels.chunk_decode.block_sizes import choose_tiling
 from pallas_kernels.chunk_decode.mosaic_gpu import op as mosaic_gpu
 from tests.topologies import compile_for, h200_device, ptxas_usage
 
 
+def as_int8(slots):
+    scale = jax.ShapeDtypeStruct(slots.shape[:3], jnp.float32)
+    return Int8Slots(jax.ShapeDtypeStruct(slots.shape, jnp.int8), scale)
+
+
 @pytest.mark.parametrize(
-    ("rows", "heads", "slots", "dk", "dv"),
+    ("rows", "heads", "slots", "dk", "dv", "kv"),
     [
-        (1, 1, 2048, 256, 2048),
-        (8, 1, 2048, 256, 2048),
-        (64, 1, 2048, 256, 2048),
-        (8, 4, 4096, 256, 2048),
+        (1, 1, 2048, 256, 2048, "model"),
+        (8, 1, 2048, 256, 2048, "model"),
+        (64, 1, 2048, 256, 2048, "model"),
+        (8, 4, 4096, 256, 2048, "model"),
+        (1, 1, 2048, 256, 2048, "int8"),
+        (64, 1, 2048, 256, 2048, "int8"),
+        # Threads have two adjacent values: the compiler's conversion of 8-bit integers.
+        (8, 1, 2048, 256, 768, "int8"),
     ],
 )
-def test_kernels_fit_into_registers(rows, heads, slots, dk, dv):
+def test_kernels_fit_into_registers(rows, heads, slots, dk, dv, kv):
     def shape(*dims):
         return jax.ShapeDtypeStruct(dims, jnp.bfloat16)
 
     q, v = shape(rows, heads, dk), shape(rows, heads, dv)
     cache = KeyValueCache(shape(rows, heads, slots, dk), shape(rows, heads, slots, dv))
+    if kv == "int8":
+        cache = KeyValueCache(*map(as_int8, cache))
     positions = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    tiling = choose_tiling(rows * heads, slots, dv)
+    tiling = choose_tiling(rows * heads, slots, dv, itemsize=cache.value.dtype.itemsize)
     compiled = compile_for(
         h200_device(), partial(mosaic_gpu.chunk_decode, tiling=tiling), q, q, v, cache, positions, v
     )
