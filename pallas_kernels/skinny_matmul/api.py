@@ -18,6 +18,7 @@ from pallas_kernels.skinny_matmul.types import (
     RowNorm,
     check_parts,
     starts_of,
+    values_of,
 )
 
 # All called as f(x, matrix, norm, epilogue, parts, dtype).
@@ -60,7 +61,7 @@ def skinny_matmul(
       ValueError: shapes or dtypes do not fit together, the implementation does not exist or cannot
         run these operands on this device.
     """
-    values = matrix.values if isinstance(matrix, Int8Matrix) else matrix
+    values = values_of(matrix)
     dtype = jnp.dtype(dtype or (x.dtype if isinstance(matrix, Int8Matrix) else values.dtype))
     _check_operands(x, values, epilogue, parts)
     check_implementation("skinny_matmul", implementation, IMPLEMENTATIONS)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 # Without tensor cores a warp has whole rows of the matrix: 32 threads with 8 adjacent weights each,
 # 16 bytes of bfloat16.
 WARPS, WIDTH = 4, 256
-# Of 8 rows, 32,000 x 1,024 took 56 us in multiply-adds on an H200, 1,024 x 2,048 5 us (2.6 for 2
-# rows).
+# Multiply-adds of 8 rows took 56 us for 32,000 x 1,024 on an H200, and 5 us for 1,024 x 2,048 (2.6
+# for 2 rows).
 MAX_MULTIPLY_ADD_ROWS = 4
 # The first operand of the tensor cores' product has 16 rows.
 MAX_ROWS = 16
@@ -17,8 +17,9 @@ BYTES_IN_FLIGHT = 128 * 256
 MAX_LOADED_AHEAD = 8 * WIDTH
 
 
-# Most output features of a block with tensor cores, and columns of one of its tiles.
-TENSOR_CORE_FEATURES, TENSOR_CORE_WIDTH = 16, 128
+# Most output features of a block with tensor cores, columns of a warp, and of a tile.
+TENSOR_CORE_FEATURES, WARP_WIDTH = 16, 32
+TENSOR_CORE_WIDTH = WARPS * WARP_WIDTH
 # Registers of a thread for the tiles of x that are loaded together.
 ROW_REGISTERS = 64
 # Fewer blocks do not read with all multiprocessors of a card, 132.
@@ -36,7 +37,7 @@ class TensorCoreTiling(NamedTuple):
     """
 
     tiles: int
-    features: int = TENSOR_CORE_FEATURES
+    features: int
 
 
 class SkinnyTiling(NamedTuple):

@@ -23,6 +23,11 @@ class Int8Matrix(NamedTuple):
 Matrix = Float[Array, "N K"] | Int8Matrix
 
 
+def values_of(matrix: Any) -> Any:
+    """The matrix, or its integers."""
+    return matrix.values if isinstance(matrix, Int8Matrix) else matrix
+
+
 class RowNorm(NamedTuple):
     """A norm of every row before the product. Its scale and bias belong into the matrix and b.
 

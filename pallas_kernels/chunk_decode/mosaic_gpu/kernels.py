@@ -109,7 +109,7 @@ class _DecodeKernelCall(NamedTuple):
 
     @property
     def value_layout(self) -> Any:
-        """Of the block's columns of a value."""
+        """The layout of the block's columns of a value."""
         return value_layout(self.tiling.value_tile, self.value.dtype.itemsize)
 
     @property

@@ -14,8 +14,10 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# Columns of a tile: 4 warps of 4 threads with 8 adjacent numbers each.
-WARPS, WARP_WIDTH, VECTOR = 4, 32, 8
+from pallas_kernels.skinny_matmul.block_sizes import WARP_WIDTH, WARPS
+
+# Adjacent numbers of a thread: four threads have a warp's columns.
+VECTOR = WARP_WIDTH // 4
 # Rows of the first operand, and of the second one.
 M, N = 16, 8
 # (WARPS * M, columns): the sums of every warp, one warp after the other.

@@ -1,7 +1,6 @@
 """The kernel of products of a few rows: a warp has rows of the matrix, its threads their columns.
 
-Every weight is used by few rows of x, so the products are float32 multiply-adds outside the tensor
-cores, whose smallest tile has 64 output features: too few blocks to read with all multiprocessors.
+Every weight is used by few rows of x: the products are float32 multiply-adds, without tensor cores.
 """
 
 from collections.abc import Callable, Sequence
@@ -140,13 +139,13 @@ class _SkinnyKernelCall(NamedTuple):
         by_half = [products.sum(axis=1) for products in sums.products]
         if self.norm is not None:
             share = 1 / self.operands.x.shape[1]
-            mean_square = sums.squares.sum(axis=1) * share
-            if self.subtracts_mean:
-                mean = sums.x.sum(axis=1) * share
-                mean_square = jnp.maximum(mean_square - mean * mean, 0.0)
-                by_half = [y - mean * w for y, w in zip(by_half, weight_sums, strict=True)]
-            factor = lax.rsqrt(mean_square + self.norm.eps)
-            by_half = [y * factor for y in by_half]
+            by_half = self.operands.apply_norm(
+                self.norm,
+                by_half,
+                mean=sums.x.sum(axis=1) * share if self.subtracts_mean else None,
+                mean_square=sums.squares.sum(axis=1) * share,
+                weight_sums=weight_sums,
+            )
         return self.operands.apply_epilogue(
             by_half, self.vector, lambda added: self.vector(added.at[row])
         )

@@ -18,24 +18,21 @@ from pallas_kernels.skinny_matmul.block_sizes import (
     choose_tensor_core_tiling,
     choose_tiling,
 )
-from pallas_kernels.skinny_matmul.mosaic_gpu.launch import (
-    launch_on_tensor_cores,
-    launch_skinny_matmul,
-)
+from pallas_kernels.skinny_matmul.mosaic_gpu.launch import launch_skinny_matmul
 from pallas_kernels.skinny_matmul.mosaic_gpu.operands import SkinnyOperands
 from pallas_kernels.skinny_matmul.types import (
     Epilogue,
-    Int8Matrix,
     Matrix,
     Part,
     RowNorm,
     starts_of,
+    values_of,
 )
 
 
 def find_obstacle(x: Array, matrix: Matrix, parts: Sequence[Part], dtype: jnp.dtype) -> str | None:
     """The reason why the kernel cannot take these operands; None if it can."""
-    values = matrix.values if isinstance(matrix, Int8Matrix) else matrix
+    values = values_of(matrix)
     if dtype != jnp.bfloat16 or values.dtype not in (jnp.bfloat16, jnp.int8):
         return f"takes products in bfloat16, these are of {dtype} and {values.dtype}"
     if x.dtype not in (jnp.bfloat16, jnp.float32):
@@ -76,14 +73,13 @@ def skinny_matmul(
     if obstacle is not None:
         raise ValueError(f"skinny_matmul: mosaic_gpu {obstacle}; use implementation 'xla' or None")
     operands = SkinnyOperands(x, matrix, epilogue._replace(activation=None))
-    static = norm, epilogue.activation, tuple(parts)
     tiling = tiling or _choose_tiling(x, matrix, parts)
     assert tiling is not None  # An obstacle above.
-    if isinstance(tiling, SkinnyTiling):
-        return launch_skinny_matmul(operands, *static, tiling, interpret_params())
     num_rows = x.shape[0]
-    results = launch_on_tensor_cores(
-        _pad_rows(operands, _padded_rows(num_rows) - num_rows), *static, tiling, interpret_params()
+    if isinstance(tiling, TensorCoreTiling):
+        operands = _pad_rows(operands, _padded_rows(num_rows) - num_rows)
+    results = launch_skinny_matmul(
+        operands, norm, epilogue.activation, tuple(parts), tiling, interpret_params()
     )
     return tuple(result[:num_rows] for result in results)
 
@@ -91,7 +87,7 @@ def skinny_matmul(
 def _choose_tiling(
     x: Array, matrix: Matrix, parts: Sequence[Part]
 ) -> SkinnyTiling | TensorCoreTiling | None:
-    values = matrix.values if isinstance(matrix, Int8Matrix) else matrix
+    values = values_of(matrix)
     out_features = starts_of(parts)[-1]
     halves = values.shape[0] // out_features
     if x.shape[0] <= MAX_MULTIPLY_ADD_ROWS:

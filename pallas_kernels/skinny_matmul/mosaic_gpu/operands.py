@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
-from pallas_kernels.skinny_matmul.types import Epilogue, Int8Matrix
+from pallas_kernels.skinny_matmul.types import Epilogue, Int8Matrix, RowNorm, values_of
 
 
 class SkinnyOperands(NamedTuple):
@@ -24,7 +25,7 @@ class SkinnyOperands(NamedTuple):
     @property
     def values(self) -> Any:
         """The matrix, or its integers."""
-        return self.matrix.values if isinstance(self.matrix, Int8Matrix) else self.matrix
+        return values_of(self.matrix)
 
     @property
     def halves(self) -> int:
@@ -34,6 +35,34 @@ class SkinnyOperands(NamedTuple):
     def half_start(self, half: int) -> int:
         """The first row of a half of the matrix."""
         return half * (self.values.shape[0] // 2)
+
+    def apply_norm(
+        self,
+        norm: RowNorm,
+        by_half: Sequence[Any],
+        *,
+        mean: Any,
+        mean_square: Any,
+        weight_sums: Sequence[Any],
+        across: Callable[[Any], Any] = lambda of_rows: of_rows,
+    ) -> list[Any]:
+        """y of every half for the normalized rows: r (y - μ Σ_k W_k), r = rsqrt(variance + eps).
+
+        Args:
+          norm: of the rows.
+          by_half: y of every half, products with the rows as they are.
+          mean: μ, which only LayerNorm needs.
+          mean_square: of the rows.
+          weight_sums: Σ_k W_k of every half, for LayerNorm.
+          across: gives a number of every row the shape of y.
+        """
+        if norm.kind == "layer":
+            mean_square = jnp.maximum(mean_square - mean * mean, 0.0)
+            by_half = [
+                y - across(mean) * sums for y, sums in zip(by_half, weight_sums, strict=True)
+            ]
+        factor = across(lax.rsqrt(mean_square + norm.eps))
+        return [y * factor for y in by_half]
 
     def apply_epilogue(
         self, by_half: Sequence[Any], vector: Callable[..., Any], added: Callable[[Any], Any]

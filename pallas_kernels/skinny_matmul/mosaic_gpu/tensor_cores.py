@@ -1,8 +1,8 @@
 """The kernel on tensor cores: a block has 8 or 16 output features, a warp a share of their columns.
 
 The rows are the first operand of the tensor cores' 16 x 8 x 16 products and the weights the second
-one: no block has to have 64 output features, as with `wgmma`, and the card's multiprocessors have
-one each. The warps' sums meet in shared memory.
+one: a block does not need 64 output features, as with `wgmma`, and most matrices have a block for
+every multiprocessor. The warps' sums meet in shared memory.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.mosaic_gpu import store
-from pallas_kernels.skinny_matmul.block_sizes import TensorCoreTiling
+from pallas_kernels.skinny_matmul.block_sizes import WARP_WIDTH, WARPS, TensorCoreTiling
 from pallas_kernels.skinny_matmul.mosaic_gpu.fragments import (
     SUMS,
-    WARP_WIDTH,
-    WARPS,
     M,
     N,
     multiply_add,
@@ -50,9 +48,10 @@ class TensorCoreScratch(NamedTuple):
 
     @classmethod
     def make(
-        cls, operands: SkinnyOperands, halves: int, tiling: TensorCoreTiling, norm: RowNorm | None
+        cls, operands: SkinnyOperands, tiling: TensorCoreTiling, norm: RowNorm | None
     ) -> "TensorCoreScratch":
-        """What the kernel needs for operands with columns as (K / 32, 32)."""
+        """Shared memory for operands whose columns are (K / 32, 32)."""
+        halves = operands.halves
         rows, num_tiles = operands.x.shape[0], operands.x.shape[1] // WARPS
         steps = [
             [
@@ -104,7 +103,7 @@ class _TensorCoreKernelCall(NamedTuple):
 
     @property
     def layout(self) -> Any:
-        """Of the results, (rows, features)."""
+        """The layout of the results, (rows, features)."""
         return outputs_layout(self.rows, self.tiling.features)
 
     @property
@@ -199,46 +198,37 @@ class _TensorCoreKernelCall(NamedTuple):
 
     def finish(self) -> Any:
         """The sums of all warps after norm and epilogue."""
-        by_half = [
-            self.total(self.scratch.products, half, self.rows)
-            for half in range(self.operands.halves)
-        ]
+        by_half = self.totals(self.scratch.products)
         if self.norm is not None:
             share = 1 / (self.operands.values.shape[1] * WARP_WIDTH)
-            mean_square = self.total_of_rows(1) * share
-            if self.subtracts_mean:
-                mean = self.total_of_rows(0) * share
-                mean_square = jnp.maximum(mean_square - mean * mean, 0.0)
+            by_half = self.operands.apply_norm(
+                self.norm,
+                by_half,
+                mean=self.total_of_rows(0) * share if self.subtracts_mean else None,
+                mean_square=self.total_of_rows(1) * share,
                 # All rows of these sums are equal.
-                by_half = [
-                    y - self.across(mean) * self.total(self.scratch.weights, half, self.rows)
-                    for half, y in enumerate(by_half)
-                ]
-            factor = self.across(lax.rsqrt(mean_square + self.norm.eps))
-            by_half = [y * factor for y in by_half]
+                weight_sums=self.totals(self.scratch.weights) if self.subtracts_mean else [],
+                across=self.across,
+            )
         return self.operands.apply_epilogue(by_half, self.vector, self.load_added)
 
     def load_added(self, ref: Any) -> Any:
         ref = ref.at[:, pl.ds(self.first, self.tiling.features)]
         return plgpu.load(ref, layout=self.layout, optimized=False).astype(jnp.float32)
 
-    def total(self, sums: Any, half: int, rows: int) -> Any:
-        """The warps' sums together, (rows, features)."""
-        of_warps = [
-            plgpu.load(sums.at[half, pl.ds(warp * M, rows), :], layout=self.layout, optimized=False)
-            for warp in range(WARPS)
+    def totals(self, sums: Any) -> list[Any]:
+        """The warps' sums together, (rows, features) of every half."""
+        return [
+            _add_warps(
+                [sums.at[half, pl.ds(warp * M, self.rows), :] for warp in range(WARPS)], self.layout
+            )
+            for half in range(self.operands.halves)
         ]
-        return (of_warps[0] + of_warps[1]) + (of_warps[2] + of_warps[3])
 
     def total_of_rows(self, index: int) -> Any:
         """The warps' sums of the rows of x together, (rows,)."""
-        of_warps = [
-            plgpu.load(
-                self.scratch.x.at[index, :, warp], layout=self.layout.reduce(1), optimized=False
-            )
-            for warp in range(WARPS)
-        ]
-        return (of_warps[0] + of_warps[1]) + (of_warps[2] + of_warps[3])
+        refs = [self.scratch.x.at[index, :, warp] for warp in range(WARPS)]
+        return _add_warps(refs, self.layout.reduce(1))
 
     def across(self, of_rows: Any) -> Any:
         shape = (self.rows, self.tiling.features)
@@ -250,6 +240,11 @@ class _TensorCoreKernelCall(NamedTuple):
         loaded = plgpu.load(ref, layout=self.layout.reduce(0), optimized=False).astype(jnp.float32)
         shape = (self.rows, self.tiling.features)
         return plgpu.layout_cast(lax.broadcast_in_dim(loaded, shape, [1]), self.layout)
+
+
+def _add_warps(refs: Sequence[Any], layout: Any) -> Any:
+    first, second, third, fourth = (plgpu.load(ref, layout=layout, optimized=False) for ref in refs)
+    return (first + second) + (third + fourth)
 
 
 def tensor_core_kernel(
