@@ -7,7 +7,8 @@ Measures the forward pass, and forward and backward together (gradients of all i
 and states), at the shapes of `op_cases`. A rate counts the least work: for operations that memory
 bounds, inputs read and results written once in each direction; for attention, the FLOPs of the
 pairs that attend, and twice as many backward. The share is relative to the same device's ceiling,
-measured in the same run (`ceilings`); `timing` says how time is measured.
+measured in the same run (`ceilings`); `timing` says how time is measured. `--profile` adds the time
+of a call's kernels alone, which decides for calls that are shorter than their launch.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from megalodon_jax.bench.ceilings import Ceilings, measure_ceilings
+from megalodon_jax.bench.kernel_times import kernel_times
 from megalodon_jax.bench.op_cases import CASES, SMALL_CASES, Inputs, OpCase
 from megalodon_jax.bench.options import BenchMode, BenchOpsOptions, DecayRange
 from megalodon_jax.bench.timing import seconds_per_call
@@ -30,6 +33,8 @@ from megalodon_jax.compiled.memory import read_memory
 from megalodon_jax.errors import ConfigError
 
 Direction = Literal["forward", "forward+backward"]
+
+PROFILED_CALLS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Measurement:
       seconds: time of one call.
       rate: least work per second.
       share: rate over the device's ceiling.
+      kernel_seconds: with `profile`, time of the call's kernels alone; None on a CPU.
+      kernel_share: share with `kernel_seconds` in place of `seconds`.
       extra_bytes: results and temporaries, at their peak, without the inputs.
       compile_seconds: time to trace and compile.
       errors: with `check`, relative L2 distance from the float64 reference, of every result
@@ -62,6 +69,8 @@ class Measurement:
     seconds: float | None = None
     rate: float | None = None
     share: float | None = None
+    kernel_seconds: float | None = None
+    kernel_share: float | None = None
     extra_bytes: int | None = None
     compile_seconds: float | None = None
     errors: dict[str, float] | None = None
@@ -113,6 +122,7 @@ def measure(
     inputs: Inputs,
     cotangents: dict[str, Any],
     errors: dict[Direction, dict[str, float]] | None = None,
+    profile: bool = False,
 ) -> Iterator[Measurement]:
     """Times one implementation in both directions; the row of a refusal has its reason."""
     for direction in get_args(Direction):
@@ -123,6 +133,8 @@ def measure(
             compiled = function.lower(*inputs, cotangents).compile()
             compile_seconds = time.perf_counter() - start
             seconds = seconds_per_call(compiled, *inputs, cotangents)
+            call = partial(compiled, *inputs, cotangents)
+            kernels = kernel_times(call, calls=PROFILED_CALLS) if profile else []
         except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
             yield dataclasses.replace(row, reason=_first_line(error))
             continue
@@ -133,11 +145,14 @@ def measure(
             work = flops if direction == "forward" else 3 * flops
             ceiling = ceilings.flops_per_second
         memory = read_memory(compiled)
+        kernel_seconds = sum(kernel.seconds for kernel in kernels) or None
         yield dataclasses.replace(
             row,
             seconds=seconds,
             rate=work / seconds,
             share=work / seconds / ceiling,
+            kernel_seconds=kernel_seconds,
+            kernel_share=None if kernel_seconds is None else work / kernel_seconds / ceiling,
             extra_bytes=None if memory is None else memory.outputs + memory.temporaries,
             compile_seconds=compile_seconds,
             errors=None if errors is None else errors.get(direction),
@@ -272,7 +287,14 @@ def _measure_cases(
             for name in chosen:
                 errors = None if checked is None else measure_errors(checked, name)
                 yield from measure(
-                    case, mode, name, ceilings, inputs=inputs, cotangents=cotangents, errors=errors
+                    case,
+                    mode,
+                    name,
+                    ceilings,
+                    inputs=inputs,
+                    cotangents=cotangents,
+                    errors=errors,
+                    profile=options.profile,
                 )
 
 
@@ -285,7 +307,7 @@ def _implementations(case: OpCase, options: BenchOpsOptions) -> list[str]:
 
 _HEADER = (
     f"{'mode':8} {'implementation':14} {'direction':16} {'ms':>9} {'rate':>14} {'share':>7} "
-    f"{'extra MiB':>9}  relative errors"
+    f"{'kernels ms':>10} {'share':>7} {'extra MiB':>9}  relative errors"
 )
 
 
@@ -300,5 +322,10 @@ def format_row(row: Measurement) -> str:
         rate = f"{row.rate / 1e12:,.3f} TFLOP/s"
     extra = "-" if row.extra_bytes is None else f"{row.extra_bytes / 2**20:,.1f}"
     errors = ", ".join(f"{name} {error:.1e}" for name, error in (row.errors or {}).items())
-    line = f"{start}{row.seconds * 1e3:9.3f} {rate:>14} {row.share:>7.1%} {extra:>9}  {errors}"
+    kernels = "-" if row.kernel_seconds is None else f"{row.kernel_seconds * 1e3:.3f}"
+    kernel_share = "-" if row.kernel_share is None else f"{row.kernel_share:.1%}"
+    line = (
+        f"{start}{row.seconds * 1e3:9.3f} {rate:>14} {row.share:>7.1%} "
+        f"{kernels:>10} {kernel_share:>7} {extra:>9}  {errors}"
+    )
     return line.rstrip()

@@ -43,6 +43,8 @@ class BenchOpsOptions:
     """CEMA's decay: as at the start of training (initial), or |q| up to 1 - 1e-3 (long)."""
     check: bool = False
     """Compare a short sequence with the float64 reference."""
+    profile: bool = False
+    """Show the time of a call's kernels alone, without gaps and launches (GPU)."""
     small: bool = False
     """Shapes for a CPU; all implementations."""
     seed: int | None = None

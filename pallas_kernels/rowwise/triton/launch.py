@@ -72,6 +72,7 @@ def launch_norm_backward(
         programs,
         {
             "WIDTH": x.shape[1],
+            "PREFETCH": programs.prefetch,
             "CENTERED": centered,
             "ADDED": added is not None,
             "OFFSET": offset is not None,

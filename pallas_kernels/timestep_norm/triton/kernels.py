@@ -11,7 +11,9 @@ With n the count of a token, g = dy scale, and sums over its F features,
     dx = g r + (T + 2 (x - k) S) / F
 
 A token's features are along the threads; moments of a group are the same number in all threads that
-share it. Documents are selections, so that they are isolated bit by bit.
+share it. The next tokens are on their way while a warp works on the present ones. Sums of a split
+stay with the threads until its end; only what a token needs itself is summed over threads at once.
+Documents are selections, so that they are isolated bit by bit.
 """
 
 import triton
@@ -38,6 +40,14 @@ def load_tokens(pointer, at, in_group, D: tl.constexpr, UNROLL: tl.constexpr):
     for u in tl.static_range(UNROLL):
         tokens = tokens + (tl.load(pointer + at + u * D, mask=in_group, other=0.0),)  # noqa: RUF005
     return tokens
+
+
+@device_function
+def find_tokens(split, tiles, tiles_per_split, UNROLL: tl.constexpr):
+    """The split's first token, its end, and its last UNROLL tokens; none if it is after the row."""
+    first = split * tiles_per_split * TILE
+    last = tl.minimum(first + tiles_per_split * TILE, tiles * TILE)
+    return first, last, last - UNROLL
 
 
 @device_function
@@ -72,6 +82,28 @@ def find_block(GB: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, FEATURES:
     return groups, groups[:, None] * WIDTH + columns, in_group
 
 
+@device_function
+def feeds_next(token_info, row, token, tiles):
+    """Whether a token is of the document that its split ends in."""
+    flags = load_info(token_info, row, token, tiles, FLAGS)
+    return (flags & (VALID | FEEDS_NEXT_SPLIT)) == (VALID | FEEDS_NEXT_SPLIT)
+
+
+@device_function
+def first_counted(
+    xs, token_info, row, token, tiles, PACKED: tl.constexpr, UNROLL: tl.constexpr
+):  # fmt: skip
+    """The first token of successive ones that is counted; any if none is."""
+    found = xs[UNROLL - 1]
+    if not PACKED:
+        found = xs[0]
+    else:
+        for u in tl.static_range(UNROLL - 1):
+            is_counted = feeds_next(token_info, row, token + (UNROLL - 2 - u), tiles)
+            found = tl.where(is_counted, xs[UNROLL - 2 - u], found)
+    return found.to(tl.float32)
+
+
 @triton.jit
 def timestep_norm_moments(
     x, token_info, tiles, tiles_per_split, summaries,
@@ -87,30 +119,43 @@ def timestep_norm_moments(
     offset = tl.full([GB], 0.0, tl.float32)
     squares = tl.full([GB], 0.0, tl.float32)
     count = 0.0
-    first = split * tiles_per_split * TILE
-    last = tl.minimum(first + tiles_per_split * TILE, tiles * TILE)
+    first, last, final = find_tokens(split, tiles, tiles_per_split, UNROLL)
+    at_start = row.to(tl.int64) * tiles * TILE
+    ahead = (at_start + tl.minimum(first, final)) * D + columns
+    following = load_tokens(x, ahead, in_group, D, UNROLL)
     for token in range(first, last, UNROLL):
-        at = (row.to(tl.int64) * tiles * TILE + token) * D + columns
-        xs = load_tokens(x, at, in_group, D, UNROLL)
+        xs = following
+        ahead = (at_start + tl.minimum(token + UNROLL, final)) * D + columns
+        following = load_tokens(x, ahead, in_group, D, UNROLL)
+        new_pivot = pivot
+        if count == 0.0:
+            first_token = first_counted(xs, token_info, row, token, tiles, PACKED, UNROLL)
+            new_pivot = mean_of(first_token, EACH)
+        center = new_pivot + offset
+        # The mean before these tokens, minus its rounded value, which they are compared with.
+        lost = offset - (center - new_pivot)
+        num_tokens = 0.0
+        sums = tl.full([GB, F], 0.0, tl.float32)
+        products = tl.full([GB, F], 0.0, tl.float32)
         for u in tl.static_range(UNROLL):
-            mean, error, var = token_moments(xs[u].to(tl.float32), in_group, EACH)
-            new_pivot = tl.where(count > 0.0, pivot, mean)
-            delta = ((mean - new_pivot) + error) - offset
-            after = count + 1.0
-            new_squares = squares + var + delta * delta * (count / after)
-            new_offset = offset + delta / after
+            deviation = tl.where(in_group, xs[u].to(tl.float32) - center[:, None], 0.0)
             if PACKED:
-                flags = load_info(token_info, row, token + u, tiles, FLAGS)
-                is_counted = (flags & (VALID | FEEDS_NEXT_SPLIT)) == (VALID | FEEDS_NEXT_SPLIT)
-                pivot = tl.where(is_counted, new_pivot, pivot)
-                offset = tl.where(is_counted, new_offset, offset)
-                squares = tl.where(is_counted, new_squares, squares)
-                count = tl.where(is_counted, after, count)
+                is_counted = feeds_next(token_info, row, token + u, tiles)
+                deviation = tl.where(is_counted, deviation, 0.0)
+                num_tokens += tl.where(is_counted, 1.0, 0.0)
             else:
-                pivot = new_pivot
-                offset = new_offset
-                squares = new_squares
-                count = after
+                num_tokens += 1.0
+            sums += deviation
+            products += deviation * deviation
+        if num_tokens > 0.0:
+            mean = mean_of(sums, EACH) * (1.0 / num_tokens)
+            share = num_tokens / (count + num_tokens)
+            delta = mean - lost
+            squares += tl.maximum(mean_of(products, EACH) - num_tokens * mean * mean, 0.0)
+            squares += delta * delta * (count * share)
+            pivot = new_pivot
+            offset += delta * share
+            count += num_tokens
     out = summaries + ((row.to(tl.int64) * NUM_SPLITS + split) * GROUPS + groups) * 4
     tl.store(out, tl.full([GB], 0.0, tl.float32) + count)
     tl.store(out + 1, pivot)
@@ -134,15 +179,15 @@ def start_document(state, mean, flags, base, has_initial, row):
 
 
 @device_function
-def add_token(state, mean, error, var, count, valid, PACKED: tl.constexpr):
-    """The state after a token; `count` includes it."""
+def add_token(state, mean, error, var, count, share, valid, PACKED: tl.constexpr):
+    """The state after a token; `count` includes it, `share` is 1 / count."""
     pivot, total, squares = state
     difference = (mean - pivot) + error
     if PACKED:
         difference = tl.where(valid, difference, 0.0)
     before = count - 1.0
     deviation = difference - total * (1.0 / tl.maximum(before, 1.0))
-    summand = var + deviation * deviation * (before / count)
+    summand = var + deviation * deviation * (before * share)
     if PACKED:
         summand = tl.where(valid, summand, 0.0)
     return pivot, total + difference, squares + summand
@@ -171,11 +216,15 @@ def timestep_norm_outputs(
     count_before = 0
     if not PACKED:
         count_before = tl.load(initial_count + row)
-    first = split * tiles_per_split * TILE
-    last = tl.minimum(first + tiles_per_split * TILE, tiles * TILE)
+    first, last, final = find_tokens(split, tiles, tiles_per_split, UNROLL)
+    at_start = row.to(tl.int64) * tiles * TILE
+    ahead = (at_start + tl.minimum(first, final)) * D + columns
+    following = load_tokens(x, ahead, in_group, D, UNROLL)
     for token in range(first, last, UNROLL):
-        at_token = row.to(tl.int64) * tiles * TILE + token
-        xs = load_tokens(x, at_token * D + columns, in_group, D, UNROLL)
+        at_token = at_start + token
+        xs = following
+        ahead = (at_start + tl.minimum(token + UNROLL, final)) * D + columns
+        following = load_tokens(x, ahead, in_group, D, UNROLL)
         for u in tl.static_range(UNROLL):
             values = xs[u].to(tl.float32)
             mean, error, var = token_moments(values, in_group, EACH)
@@ -190,9 +239,10 @@ def timestep_norm_outputs(
                 count = (count_before + token + (u + 1)).to(tl.float32)
                 # A row that starts from nothing has its first token's mean as the pivot.
                 state = (tl.where(count == 1.0, mean, state[0]), state[1], state[2])
-            state = add_token(state, mean, error, var, count, valid, PACKED)
-            offset = state[1] / count
-            rstd = tl.rsqrt(state[2] / count + EPS)
+            share = 1.0 / count
+            state = add_token(state, mean, error, var, count, share, valid, PACKED)
+            offset = state[1] * share
+            rstd = tl.rsqrt(state[2] * share + EPS)
             out = ((values - state[0][:, None]) - offset[:, None]) * rstd[:, None] * scales + biases
             if PACKED:
                 out = tl.where(valid, out, 0.0)
@@ -231,6 +281,15 @@ def token_slopes(g, centered, offset, rstd, count, in_group):
     return s, -(each * tl.reduce(g, 1, add)) - 2.0 * (offset * s)
 
 
+@device_function
+def slope_terms(g, centered, offset, rstd, count, in_group):
+    """Terms of the sums s and t of a token, (GB, F)."""
+    each = rstd / count
+    products = tl.where(in_group, g * centered, 0.0)
+    s = products * (-0.5 * (rstd * rstd) * each)[:, None]
+    return s, -(each[:, None] * g) - s * (2.0 * offset)[:, None]
+
+
 @triton.jit
 def timestep_norm_slopes(
     x, dy, scale, statistics, pivots, initial_count, token_info, tiles, tiles_per_split, num_splits,
@@ -246,8 +305,8 @@ def timestep_norm_slopes(
     split = index + FIRST_SPLIT
     scales = tl.load(scale + columns, mask=in_group, other=0.0)
     split_pivot = tl.load(pivots + (row.to(tl.int64) * num_splits + split) * GROUPS + groups)
-    s_sum = tl.full([GB], 0.0, tl.float32)
-    t_sum = tl.full([GB], 0.0, tl.float32)
+    s_sum = tl.full([GB, F], 0.0, tl.float32)
+    t_sum = tl.full([GB, F], 0.0, tl.float32)
     count_before = 0
     if not PACKED:
         count_before = tl.load(initial_count + row)
@@ -269,17 +328,17 @@ def timestep_norm_slopes(
                 is_counted = (flags & wanted) == wanted
                 counted = load_info(token_info, row, token + u, tiles, COUNT)
                 count = tl.maximum(counted.to(tl.float32), 1.0)
-                s, t = token_slopes(g, centered, offset, rstd, count, in_group)
+                s, t = slope_terms(g, centered, offset, rstd, count, in_group)
                 s_sum += tl.where(is_counted, s, 0.0)
                 t_sum += tl.where(is_counted, t, 0.0)
             else:
                 count = (count_before + token + (u + 1)).to(tl.float32)
-                s, t = token_slopes(g, centered, offset, rstd, count, in_group)
+                s, t = slope_terms(g, centered, offset, rstd, count, in_group)
                 s_sum += s
                 t_sum += t
     out = slopes + ((row.to(tl.int64) * NUM_SLOPES + index) * GROUPS + groups) * 2
-    tl.store(out, s_sum)
-    tl.store(out + 1, t_sum)
+    tl.store(out, tl.reduce(s_sum, 1, add))
+    tl.store(out + 1, tl.reduce(t_sum, 1, add))
 
 
 @device_function

@@ -14,7 +14,11 @@ from pallas_kernels.timestep_norm.row_splits.types import (
     TimestepNormGpuOptions,
     TimestepNormKernels,
 )
-from pallas_kernels.timestep_norm.triton.block_sizes import BACKWARD_UNROLL, FORWARD_UNROLL
+from pallas_kernels.timestep_norm.triton.block_sizes import (
+    BACKWARD_UNROLL,
+    MOMENTS_UNROLL,
+    OUTPUTS_UNROLL,
+)
 
 MODULE = "pallas_kernels.timestep_norm.triton.kernels"
 
@@ -34,7 +38,7 @@ def run_moments(
             "EACH": 1 / geometry.features,
             "NUM_SPLITS": num_splits,
             "PACKED": inputs.documents is not None,
-            "UNROLL": FORWARD_UNROLL,
+            "UNROLL": MOMENTS_UNROLL,
         },
     )
     return summaries
@@ -80,7 +84,7 @@ def run_outputs(
             "PACKED": documents is not None,
             "SAVE": save_statistics,
             "STATISTICS": num_statistics,
-            "UNROLL": FORWARD_UNROLL,
+            "UNROLL": OUTPUTS_UNROLL,
         },
     )
     if not save_statistics:

@@ -35,7 +35,8 @@ def test_kernels_fit_every_generation(kernels, operation, width, capability, tmp
         types |= dict.fromkeys(ROWS, "bfloat16") | {"num_rows": "i32"}
         constants = {
             "WIDTH": width, "BLOCK": programs.block, "R": programs.rows_per_step,
-            "NUM_PROGRAMS": programs.num_programs, "EPS": 1e-5, **dict.fromkeys(FLAGS, True),
+            "NUM_PROGRAMS": programs.num_programs, "EPS": 1e-5,
+            "PREFETCH": programs.prefetch, **dict.fromkeys(FLAGS, True),
         }  # fmt: skip
         constants = {name: constants[name] for name in kernel.arg_names if name in constants}
         usage = compile_kernel(
