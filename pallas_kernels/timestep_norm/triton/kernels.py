@@ -51,10 +51,22 @@ def find_tokens(split, tiles, tiles_per_split, UNROLL: tl.constexpr):
 
 
 @device_function
-def load_info(token_info, row, token, tiles, WHICH: tl.constexpr):
-    """A number of `TimestepNormDocuments.token_info`."""
+def load_each(pointer, step, UNROLL: tl.constexpr):
+    """What UNROLL successive tokens have at `pointer`, loaded before a store that may wait."""
+    values = ()
+    for u in tl.static_range(UNROLL):
+        values = values + (tl.load(pointer + u * step),)  # noqa: RUF005
+    return values
+
+
+@device_function
+def load_info(
+    token_info, row, token, tiles, WHICH: tl.constexpr, UNROLL: tl.constexpr
+):  # fmt: skip
+    """A row of `TimestepNormDocuments.token_info` of UNROLL successive tokens of a tile."""
     tile = row.to(tl.int64) * tiles + token // TILE
-    return tl.load(token_info + (tile * 4 + WHICH) * TILE + (token - token // TILE * TILE))
+    at = (tile * 4 + WHICH) * TILE + (token - token // TILE * TILE)
+    return load_each(token_info + at, 1, UNROLL)
 
 
 @device_function
@@ -83,24 +95,19 @@ def find_block(GB: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, FEATURES:
 
 
 @device_function
-def feeds_next(token_info, row, token, tiles):
+def feeds_next(flags):
     """Whether a token is of the document that its split ends in."""
-    flags = load_info(token_info, row, token, tiles, FLAGS)
     return (flags & (VALID | FEEDS_NEXT_SPLIT)) == (VALID | FEEDS_NEXT_SPLIT)
 
 
 @device_function
-def first_counted(
-    xs, token_info, row, token, tiles, PACKED: tl.constexpr, UNROLL: tl.constexpr
-):  # fmt: skip
+def first_counted(xs, flags, PACKED: tl.constexpr, UNROLL: tl.constexpr):
     """The first token of successive ones that is counted; any if none is."""
-    found = xs[UNROLL - 1]
-    if not PACKED:
-        found = xs[0]
-    else:
+    found = xs[0]
+    if PACKED:
+        found = xs[UNROLL - 1]
         for u in tl.static_range(UNROLL - 1):
-            is_counted = feeds_next(token_info, row, token + (UNROLL - 2 - u), tiles)
-            found = tl.where(is_counted, xs[UNROLL - 2 - u], found)
+            found = tl.where(feeds_next(flags[UNROLL - 2 - u]), xs[UNROLL - 2 - u], found)
     return found.to(tl.float32)
 
 
@@ -127,10 +134,12 @@ def timestep_norm_moments(
         xs = following
         ahead = (at_start + tl.minimum(token + UNROLL, final)) * D + columns
         following = load_tokens(x, ahead, in_group, D, UNROLL)
+        flags = ()
+        if PACKED:
+            flags = load_info(token_info, row, token, tiles, FLAGS, UNROLL)
         new_pivot = pivot
         if count == 0.0:
-            first_token = first_counted(xs, token_info, row, token, tiles, PACKED, UNROLL)
-            new_pivot = mean_of(first_token, EACH)
+            new_pivot = mean_of(first_counted(xs, flags, PACKED, UNROLL), EACH)
         center = new_pivot + offset
         # The mean before these tokens, minus its rounded value, which they are compared with.
         lost = offset - (center - new_pivot)
@@ -140,7 +149,7 @@ def timestep_norm_moments(
         for u in tl.static_range(UNROLL):
             deviation = tl.where(in_group, xs[u].to(tl.float32) - center[:, None], 0.0)
             if PACKED:
-                is_counted = feeds_next(token_info, row, token + u, tiles)
+                is_counted = feeds_next(flags[u])
                 deviation = tl.where(is_counted, deviation, 0.0)
                 num_tokens += tl.where(is_counted, 1.0, 0.0)
             else:
@@ -164,17 +173,22 @@ def timestep_norm_moments(
 
 
 @device_function
-def start_document(state, mean, flags, base, has_initial, row):
+def load_initial(initial, has_initial, at_row, row, WHICH: tl.constexpr):
+    """What a row's first document (0), or later ones (1), start from: whether, mean, squares."""
+    at = initial + at_row * 4 + 2 * WHICH
+    return tl.load(has_initial + row * 2 + WHICH), tl.load(at), tl.load(at + 1)
+
+
+@device_function
+def start_document(state, mean, flags, of_first, of_later):
     """The state (pivot, total, squares) before a token that may start a document."""
     pivot, total, squares = state
     is_start = (flags & DOCUMENT_START) != 0
     is_later = (flags & LATER_DOCUMENT) != 0
-    which = tl.where(is_later, 1, 0)
-    has_moments = tl.load(has_initial + row * 2 + which) != 0
-    at = base + 2 * which
-    start_pivot = tl.where(has_moments, tl.load(at), mean)
+    has_moments = tl.where(is_later, of_later[0], of_first[0]) != 0
+    start_pivot = tl.where(has_moments, tl.where(is_later, of_later[1], of_first[1]), mean)
     pivot = tl.where(is_start, start_pivot, pivot)
-    squares = tl.where(is_start, tl.load(at + 1), squares)
+    squares = tl.where(is_start, tl.where(is_later, of_later[2], of_first[2]), squares)
     return pivot, tl.where(is_start, 0.0, total), squares
 
 
@@ -214,7 +228,12 @@ def timestep_norm_outputs(
     # Of the row's last token, for the final state.
     count = 1.0
     count_before = 0
-    if not PACKED:
+    of_first = ()
+    of_later = ()
+    if PACKED:
+        of_first = load_initial(initial, has_initial, at_row, row, 0)
+        of_later = load_initial(initial, has_initial, at_row, row, 1)
+    else:
         count_before = tl.load(initial_count + row)
     first, last, final = find_tokens(split, tiles, tiles_per_split, UNROLL)
     at_start = row.to(tl.int64) * tiles * TILE
@@ -225,16 +244,19 @@ def timestep_norm_outputs(
         xs = following
         ahead = (at_start + tl.minimum(token + UNROLL, final)) * D + columns
         following = load_tokens(x, ahead, in_group, D, UNROLL)
+        flags = ()
+        counts = ()
+        if PACKED:
+            flags = load_info(token_info, row, token, tiles, FLAGS, UNROLL)
+            counts = load_info(token_info, row, token, tiles, COUNT, UNROLL)
         for u in tl.static_range(UNROLL):
             values = xs[u].to(tl.float32)
             mean, error, var = token_moments(values, in_group, EACH)
             valid = True
             if PACKED:
-                flags = load_info(token_info, row, token + u, tiles, FLAGS)
-                valid = (flags & VALID) != 0
-                counted = load_info(token_info, row, token + u, tiles, COUNT)
-                count = tl.maximum(counted.to(tl.float32), 1.0)
-                state = start_document(state, mean, flags, initial + at_row * 4, has_initial, row)
+                valid = (flags[u] & VALID) != 0
+                count = tl.maximum(counts[u].to(tl.float32), 1.0)
+                state = start_document(state, mean, flags[u], of_first, of_later)
             else:
                 count = (count_before + token + (u + 1)).to(tl.float32)
                 # A row that starts from nothing has its first token's mean as the pivot.
@@ -263,13 +285,16 @@ def timestep_norm_outputs(
 
 @device_function
 def load_statistics(
-    statistics, at_token, groups, pivot, GROUPS: tl.constexpr, STATISTICS: tl.constexpr
-):
-    """Offset, r and pivot of a token; the pivot of the split if the row is not packed."""
+    statistics, at_token, groups, GROUPS: tl.constexpr, STATISTICS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Offsets and r of UNROLL successive tokens, and pivots if the row is packed."""
     saved = statistics + at_token * STATISTICS * GROUPS + groups
+    pivots = ()
     if STATISTICS == 3:
-        pivot = tl.load(saved + 2 * GROUPS)
-    return tl.load(saved), tl.load(saved + GROUPS), pivot
+        pivots = load_each(saved + 2 * GROUPS, STATISTICS * GROUPS, UNROLL)
+    offsets = load_each(saved, STATISTICS * GROUPS, UNROLL)
+    return offsets, load_each(saved + GROUPS, STATISTICS * GROUPS, UNROLL), pivots
 
 
 @device_function
@@ -279,15 +304,6 @@ def token_slopes(g, centered, offset, rstd, count, in_group):
     products = tl.where(in_group, g * centered, 0.0)
     s = -0.5 * (rstd * rstd) * (tl.reduce(products, 1, add) * each)
     return s, -(each * tl.reduce(g, 1, add)) - 2.0 * (offset * s)
-
-
-@device_function
-def slope_terms(g, centered, offset, rstd, count, in_group):
-    """Terms of the sums s and t of a token, (GB, F)."""
-    each = rstd / count
-    products = tl.where(in_group, g * centered, 0.0)
-    s = products * (-0.5 * (rstd * rstd) * each)[:, None]
-    return s, -(each[:, None] * g) - s * (2.0 * offset)[:, None]
 
 
 @triton.jit
@@ -305,8 +321,8 @@ def timestep_norm_slopes(
     split = index + FIRST_SPLIT
     scales = tl.load(scale + columns, mask=in_group, other=0.0)
     split_pivot = tl.load(pivots + (row.to(tl.int64) * num_splits + split) * GROUPS + groups)
-    s_sum = tl.full([GB, F], 0.0, tl.float32)
-    t_sum = tl.full([GB, F], 0.0, tl.float32)
+    s_sum = tl.full([GB], 0.0, tl.float32)
+    t_sum = tl.full([GB], 0.0, tl.float32)
     count_before = 0
     if not PACKED:
         count_before = tl.load(initial_count + row)
@@ -316,29 +332,37 @@ def timestep_norm_slopes(
         at_token = row.to(tl.int64) * tiles * TILE + token
         xs = load_tokens(x, at_token * D + columns, in_group, D, UNROLL)
         dys = load_tokens(dy, at_token * D + columns, in_group, D, UNROLL)
+        offsets, rstds, pivots_here = load_statistics(
+            statistics, at_token, groups, GROUPS, STATISTICS, UNROLL
+        )
+        flags = ()
+        counts = ()
+        if PACKED:
+            flags = load_info(token_info, row, token, tiles, FLAGS, UNROLL)
+            counts = load_info(token_info, row, token, tiles, COUNT, UNROLL)
         for u in tl.static_range(UNROLL):
-            offset, rstd, pivot = load_statistics(
-                statistics, at_token + u, groups, split_pivot, GROUPS, STATISTICS
-            )
+            offset = offsets[u]
+            rstd = rstds[u]
+            pivot = split_pivot
+            if STATISTICS == 3:
+                pivot = pivots_here[u]
             g = dys[u].to(tl.float32) * scales
             centered = (xs[u].to(tl.float32) - pivot[:, None]) - offset[:, None]
             if PACKED:
-                flags = load_info(token_info, row, token + u, tiles, FLAGS)
                 wanted = VALID | FEEDS_PREVIOUS_SPLIT
-                is_counted = (flags & wanted) == wanted
-                counted = load_info(token_info, row, token + u, tiles, COUNT)
-                count = tl.maximum(counted.to(tl.float32), 1.0)
-                s, t = slope_terms(g, centered, offset, rstd, count, in_group)
+                is_counted = (flags[u] & wanted) == wanted
+                count = tl.maximum(counts[u].to(tl.float32), 1.0)
+                s, t = token_slopes(g, centered, offset, rstd, count, in_group)
                 s_sum += tl.where(is_counted, s, 0.0)
                 t_sum += tl.where(is_counted, t, 0.0)
             else:
                 count = (count_before + token + (u + 1)).to(tl.float32)
-                s, t = slope_terms(g, centered, offset, rstd, count, in_group)
+                s, t = token_slopes(g, centered, offset, rstd, count, in_group)
                 s_sum += s
                 t_sum += t
     out = slopes + ((row.to(tl.int64) * NUM_SLOPES + index) * GROUPS + groups) * 2
-    tl.store(out, tl.reduce(s_sum, 1, add))
-    tl.store(out + 1, tl.reduce(t_sum, 1, add))
+    tl.store(out, s_sum)
+    tl.store(out + 1, t_sum)
 
 
 @device_function
@@ -401,19 +425,27 @@ def timestep_norm_gradients(
         at_token = row.to(tl.int64) * tiles * TILE + token
         xs = load_tokens(x, at_token * D + columns, in_group, D, UNROLL)
         dys = load_tokens(dy, at_token * D + columns, in_group, D, UNROLL)
+        offsets, rstds, pivots_here = load_statistics(
+            statistics, at_token, groups, GROUPS, STATISTICS, UNROLL
+        )
+        flags = ()
+        counts = ()
+        if PACKED:
+            flags = load_info(token_info, row, token, tiles, FLAGS, UNROLL)
+            counts = load_info(token_info, row, token, tiles, COUNT, UNROLL)
         for v in tl.static_range(UNROLL):
-            offset, rstd, pivot = load_statistics(
-                statistics, at_token + (UNROLL - 1 - v), groups, split_pivot, GROUPS, STATISTICS
-            )
+            offset = offsets[UNROLL - 1 - v]
+            rstd = rstds[UNROLL - 1 - v]
+            pivot = split_pivot
+            if STATISTICS == 3:
+                pivot = pivots_here[UNROLL - 1 - v]
             d_out = dys[UNROLL - 1 - v].to(tl.float32)
             from_pivot = xs[UNROLL - 1 - v].to(tl.float32) - pivot[:, None]
             centered = from_pivot - offset[:, None]
             count = 1.0
             if PACKED:
-                flags = load_info(token_info, row, token + (UNROLL - 1 - v), tiles, FLAGS)
-                counted = load_info(token_info, row, token + (UNROLL - 1 - v), tiles, COUNT)
-                count = tl.maximum(counted.to(tl.float32), 1.0)
-                valid = (flags & VALID) != 0
+                count = tl.maximum(counts[UNROLL - 1 - v].to(tl.float32), 1.0)
+                valid = (flags[UNROLL - 1 - v] & VALID) != 0
                 d_out = tl.where(valid, d_out, 0.0)
                 centered = tl.where(valid, centered, 0.0)
             else:
@@ -426,7 +458,7 @@ def timestep_norm_gradients(
             )
             if PACKED:
                 value = tl.where(valid, value, 0.0)
-                slopes, starts = end_documents(slopes, starts, flags)
+                slopes, starts = end_documents(slopes, starts, flags[UNROLL - 1 - v])
             at = dx + (at_token + (UNROLL - 1 - v)) * D + columns
             tl.store(at, value.to(dx.dtype.element_ty), mask=in_group)
             d_scale += d_out * (centered * rstd[:, None])
