@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.common.dispatch import Implementation, check_implementation
 from pallas_kernels.common.symbolic import has_symbolic_shape
@@ -21,7 +21,7 @@ from pallas_kernels.skinny_matmul.types import (
     values_of,
 )
 
-# All called as f(x, matrix, norm, epilogue, parts, dtype).
+# All called as f(x, matrix, norm, epilogue, parts, dtype, weight_sums).
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, ...]]] = {
     "reference": reference.skinny_matmul,
     "xla": xla.skinny_matmul,
@@ -37,6 +37,7 @@ def skinny_matmul(
     norm: RowNorm | None = None,
     epilogue: Epilogue = Epilogue(),  # noqa: B008
     dtype: jnp.dtype | None = None,
+    weight_sums: Float32[Array, " N"] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Array, ...]:
     """y = scale * f(norm(x) Wᵀ + b) + Σ added, for a few rows x: the products of a decoding step.
@@ -50,8 +51,10 @@ def skinny_matmul(
       dtype: operands of the product are rounded to it; None: W's, or x's if W has integers. Sums
         are float32, or float64 for float64. The kernel applies the norm to the sums, and rounds
         no float32 row.
+      weight_sums: `sum_weights(matrix)`, made once: LayerNorm in the kernels needs it. None: summed
+        in every call.
       implementation: "reference" (by definition), "xla" (any platform and dtype), "mosaic_gpu" (one
-        kernel for NVIDIA Hopper; bfloat16, up to 16 rows, a multiple of 256 input features, parts
+        kernel for NVIDIA Hopper; bfloat16, up to 64 rows, a multiple of 256 input features, parts
         of a multiple of 8), or None for the fastest known here.
 
     Returns:
@@ -63,10 +66,10 @@ def skinny_matmul(
     """
     values = values_of(matrix)
     dtype = jnp.dtype(dtype or (x.dtype if isinstance(matrix, Int8Matrix) else values.dtype))
-    _check_operands(x, values, epilogue, parts)
+    _check_operands(x, values, epilogue, parts, weight_sums)
     check_implementation("skinny_matmul", implementation, IMPLEMENTATIONS)
     name = implementation or _choose_implementation(x, matrix, parts, dtype)
-    return IMPLEMENTATIONS[name](x, matrix, norm, epilogue, parts, dtype)
+    return IMPLEMENTATIONS[name](x, matrix, norm, epilogue, parts, dtype, weight_sums)
 
 
 def _choose_implementation(
@@ -79,7 +82,13 @@ def _choose_implementation(
     return "mosaic_gpu" if find_target().is_hopper and obstacle is None else "xla"
 
 
-def _check_operands(x: Array, values: Array, epilogue: Epilogue, parts: Sequence[Part]) -> None:
+def _check_operands(
+    x: Array,
+    values: Array,
+    epilogue: Epilogue,
+    parts: Sequence[Part],
+    weight_sums: Array | None,
+) -> None:
     if x.ndim != 2 or values.ndim != 2 or x.shape[1] != values.shape[1]:
         raise ValueError(
             f"x and the matrix have shapes {x.shape} and {values.shape}; expected (B, K) and (N, K)"
@@ -93,6 +102,11 @@ def _check_operands(x: Array, values: Array, epilogue: Epilogue, parts: Sequence
         raise ValueError(
             f"parts have {width} output features together; a matrix of shape {values.shape} gives "
             f"{values.shape[0] // halves}"
+        )
+    if weight_sums is not None and weight_sums.shape != values.shape[:1]:
+        raise ValueError(
+            f"weight_sums has shape {weight_sums.shape}; expected {values.shape[:1]}, what "
+            f"`sum_weights` makes of the matrix"
         )
     for added in epilogue.added:
         if added.shape != (x.shape[0], width):

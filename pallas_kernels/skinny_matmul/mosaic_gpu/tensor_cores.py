@@ -265,6 +265,8 @@ def tensor_core_kernel(
 
         @pl.when((first >= 0) & (first < part.width))
         def _(result: Any = result, part: Part = part, first: Any = first):
-            out = swap_pairs(y, is_interpreted=is_interpreted) if part.is_swapped else y
+            out = y
+            if part.is_swapped:
+                out = swap_pairs(y, call.layout, is_interpreted=is_interpreted)
             ref = result.at[:, pl.ds(first, tiling.features)]
             store(ref, out.astype(result.dtype))
