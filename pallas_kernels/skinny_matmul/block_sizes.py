@@ -40,10 +40,9 @@ _WGMMA_FEATURES, _OUTPUT_COLUMNS = 256, 64
 # Shared memory of a block, so that two run on a multiprocessor; of one that runs alone.
 _SHARED_MEMORY = (110 * 1024, 220 * 1024)
 _MAX_STAGES = 6
-# Bytes a second that all multiprocessors read from L2 together, and one of them. Estimates, like
-# the time of a cluster's exchange: they only rank the tilings.
-_L2_RATE, _MULTIPROCESSOR_RATE = 5.5e12, 70e9
-_EXCHANGE_SECONDS = 0.6e-6
+# Bytes a second that all multiprocessors read from L2 together, and one of them; seconds that a
+# cluster of two blocks waits for its sums. Estimates: they only rank the tilings.
+_L2_RATE, _MULTIPROCESSOR_RATE, _EXCHANGE_SECONDS = 5.5e12, 70e9, 0.25e-6
 
 
 class WideTiling(NamedTuple):
@@ -161,10 +160,10 @@ def choose_wide_tiling(
     def seconds(tiling: WideTiling) -> float:
         blocks = sum(widths) // tiling.features * tiling.splits
         of_column = tiling.features * halves * weight_bytes + rows * row_bytes
-        block_bytes = in_features // tiling.splits * of_column
+        exchanged = 4 * rows * tiling.features * halves if tiling.splits > 1 else 0
+        block_bytes = in_features // tiling.splits * of_column + exchanged
         of_multiprocessor = -(-blocks // HOPPER.multiprocessors) * block_bytes
-        exchange = _EXCHANGE_SECONDS if tiling.splits > 1 else 0.0
-        return exchange + max(
+        return _EXCHANGE_SECONDS * math.log2(tiling.splits) + max(
             blocks * block_bytes / _L2_RATE, of_multiprocessor / _MULTIPROCESSOR_RATE
         )
 

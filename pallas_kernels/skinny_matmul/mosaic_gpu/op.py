@@ -107,7 +107,7 @@ def _choose_tiling(
     return choose(
         _padded_rows(x.shape[0]),
         x.shape[1],
-        [part.width for part in parts],
+        [part.width for part in parts if not part.is_swapped],
         row_bytes=x.dtype.itemsize,
         weight_bytes=values.dtype.itemsize,
         is_paired=halves == 2,

@@ -31,7 +31,7 @@ from pallas_kernels.skinny_matmul.mosaic_gpu.fragments import (
     vectors_layout,
 )
 from pallas_kernels.skinny_matmul.mosaic_gpu.operands import SkinnyOperands
-from pallas_kernels.skinny_matmul.types import Part, RowNorm, starts_of
+from pallas_kernels.skinny_matmul.types import Int8Matrix, Part, RowNorm, starts_of
 
 # Unused columns after each row of sums: without them all rows begin in the same bank.
 _PADDING = 8
@@ -158,16 +158,20 @@ class _WideKernelCall(NamedTuple):
         plgpu.commit_smem()
         if self.has_cluster:
             cluster_arrive()
-            cluster_wait()
         tiles = [
-            (split, column, self.load_sums(split, column))
+            (split, column)
             for split in self.splits
             for column in range(0, self.tiling.features, self.tiling.columns)
         ]
+        # On their way while the other blocks are waited for.
+        loaded = [self.load_epilogue(*tile) for tile in tiles]
+        if self.has_cluster:
+            cluster_wait()
+        sums = [self.load_sums(*tile) for tile in tiles]
         if self.has_cluster:
             cluster_arrive()
-        for split, column, sums in tiles:
-            write(split * self.rows, self.first + column, self.finish(split, column, sums))
+        for (split, column), *of_tile in zip(tiles, sums, loaded, strict=True):
+            write(split * self.rows, self.first + column, self.finish(*of_tile))
         if self.has_cluster:
             # The others may still read the sums of this block.
             cluster_wait()
@@ -305,36 +309,58 @@ class _WideKernelCall(NamedTuple):
             total = loaded if total is None else total + loaded
         return total
 
-    def finish(self, split: Any, column: int, sums: tuple[list[Any], _RowSums]) -> Any:
-        """The output features of a tile after norm and epilogue."""
-        by_half, row_sums = sums
+    def load_epilogue(self, split: Any, column: int) -> SkinnyOperands:
+        """The operands with what follows the product as a tile of float32 numbers.
+
+        Vectors are a tile for each offset that `apply_epilogue` asks for.
+        """
+        epilogue, matrix = self.operands.epilogue, self.operands.matrix
+        offsets = [self.operands.half_start(half) for half in range(self.operands.halves)]
+        columns, rows = self.tiling.columns, pl.ds(split * self.rows, self.rows)
         first = self.first + column
 
-        def vector(ref: Any, offset: int = 0) -> Any:
-            ref = ref.at[pl.ds(first + offset, self.tiling.columns)]
-            loaded = plgpu.load(ref, layout=self.layout.reduce(0), optimized=False)
-            return self.broadcast(loaded.astype(jnp.float32), 1)
+        def load(ref: Any, layout: Any) -> Any:
+            return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
 
-        def added(ref: Any) -> Any:
-            rows = pl.ds(split * self.rows, self.rows)
-            ref = ref.at[rows, pl.ds(first, self.tiling.columns)]
-            return plgpu.load(ref, layout=self.layout, optimized=False).astype(jnp.float32)
+        def vector(ref: Any, offset: int) -> Any:
+            loaded = load(ref.at[pl.ds(first + offset, columns)], self.layout.reduce(0))
+            return self.broadcast(loaded, 1)
 
+        def by_half(ref: Any) -> Any:
+            return None if ref is None else {offset: vector(ref, offset) for offset in offsets}
+
+        if isinstance(matrix, Int8Matrix):
+            matrix = matrix._replace(scale=by_half(matrix.scale))
+        return SkinnyOperands(
+            self.operands.x,
+            matrix,
+            epilogue._replace(
+                bias=by_half(epilogue.bias),
+                scale=None if epilogue.scale is None else {0: vector(epilogue.scale, 0)},
+                added=[
+                    load(each.at[rows, pl.ds(first, columns)], self.layout)
+                    for each in epilogue.added
+                ],
+            ),
+            by_half(self.operands.weight_sums),
+        )
+
+    def finish(self, sums: tuple[list[Any], _RowSums], loaded: SkinnyOperands) -> Any:
+        """The output features of a tile after norm and epilogue."""
+        by_half, row_sums = sums
         if self.norm is not None:
             share = 1 / self.operands.values.shape[1]
-            weight_sums = self.operands.weight_sums
-            by_half = self.operands.apply_norm(
+            by_half = loaded.apply_norm(
                 self.norm,
                 by_half,
                 mean=row_sums.x * share if self.subtracts_mean else None,
                 mean_square=row_sums.squares * share,
-                weight_sums=[
-                    vector(weight_sums, self.operands.half_start(half))
-                    for half in range(self.operands.halves if self.subtracts_mean else 0)
-                ],
+                weight_sums=list(loaded.weight_sums.values()) if self.subtracts_mean else [],
                 across=lambda of_rows: self.broadcast(of_rows, 0),
             )
-        return self.operands.apply_epilogue(by_half, vector, added)
+        return loaded.apply_epilogue(
+            by_half, lambda vector, offset=0: vector[offset], lambda added: added
+        )
 
     def broadcast(self, values: Any, dimension: int) -> Any:
         shape = (self.rows, self.tiling.columns)
