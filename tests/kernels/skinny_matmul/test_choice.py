@@ -14,7 +14,7 @@ BF16, F32 = jnp.bfloat16, jnp.float32
 
 
 def multiply(x=(2, 256), matrix=(16, 256), parts=((16, F32),), dtype=BF16, added=(),
-             activation=None, implementation=None):  # fmt: skip
+             activation=None, weight_sums=None, implementation=None):  # fmt: skip
     operands = jnp.zeros(x, dtype), jnp.zeros(matrix, dtype), [jnp.zeros(a) for a in added]
 
     def f(x, matrix, added):
@@ -23,6 +23,7 @@ def multiply(x=(2, 256), matrix=(16, 256), parts=((16, F32),), dtype=BF16, added
             matrix,
             parts=[Part(*part) for part in parts],
             epilogue=Epilogue(None, activation, None, added),
+            weight_sums=None if weight_sums is None else jnp.zeros(weight_sums),
             implementation=implementation,
         )
 
@@ -40,6 +41,7 @@ def multiply(x=(2, 256), matrix=(16, 256), parts=((16, F32),), dtype=BF16, added
         ({"parts": ((16, F32, True),)}, "is swapped: needs a part of the same even width"),
         ({"parts": ((8, F32), (4, F32, True), (8, F32))}, "needs a part of the same even width"),
         ({"added": ((1, 16),)}, r"added has shape \(1, 16\); expected \(2, 16\)"),
+        ({"weight_sums": (8,)}, r"weight_sums has shape \(8,\); expected \(16,\)"),
         ({"implementation": "cuda"}, "skinny_matmul has no implementation 'cuda'"),
     ],
 )
@@ -51,7 +53,7 @@ def test_errors_name_what_is_wrong(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"x": (17, 256)}, "takes 1 to 16 rows, x has 17"),
+        ({"x": (65, 256)}, "takes 1 to 64 rows, x has 65"),
         ({"dtype": F32}, "takes products in bfloat16, these are of float32"),
         ({"x": (2, 128), "matrix": (16, 128)}, "needs a multiple of 256 input features"),
         ({"matrix": (12, 256), "parts": ((12, F32),)}, "parts of a multiple of 8"),
@@ -75,7 +77,9 @@ H200, A100 = Target("gpu", "NVIDIA H200"), Target("gpu", "NVIDIA A100-SXM4-80GB"
         (H200, 2, BF16, "mosaic_gpu"),
         (H200, 4, BF16, "mosaic_gpu"),
         (H200, 16, BF16, "mosaic_gpu"),
-        (H200, 17, BF16, "xla"),
+        (H200, 17, BF16, "mosaic_gpu"),
+        (H200, 64, BF16, "mosaic_gpu"),
+        (H200, 65, BF16, "xla"),
         (H200, 2, F32, "xla"),
         (A100, 2, BF16, "xla"),
         (Target("tpu", "TPU v5p"), 2, BF16, "xla"),
