@@ -170,8 +170,8 @@ class _WideKernelCall(NamedTuple):
         sums = [self.load_sums(*tile) for tile in tiles]
         if self.has_cluster:
             cluster_arrive()
-        for (split, column), *of_tile in zip(tiles, sums, loaded, strict=True):
-            write(split * self.rows, self.first + column, self.finish(*of_tile))
+        for (split, column), of_tile, operands in zip(tiles, sums, loaded, strict=True):
+            write(split * self.rows, self.first + column, self.finish(of_tile, operands))
         if self.has_cluster:
             # The others may still read the sums of this block.
             cluster_wait()
