@@ -23,7 +23,8 @@ from pallas_kernels.skinny_matmul.mosaic_gpu.tensor_cores import (
     TensorCoreScratch,
     tensor_core_kernel,
 )
-from pallas_kernels.skinny_matmul.mosaic_gpu.wide import WideScratch, wide_kernel
+from pallas_kernels.skinny_matmul.mosaic_gpu.wide import wide_kernel
+from pallas_kernels.skinny_matmul.mosaic_gpu.wide_products import WideScratch
 from pallas_kernels.skinny_matmul.types import (
     Activation,
     Int8Matrix,
