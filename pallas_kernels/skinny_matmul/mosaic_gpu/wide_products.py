@@ -127,8 +127,10 @@ class WideProducts(NamedTuple):
         steps = self.operands.values.shape[1] // WGMMA_DEPTH
         begin, end = ((split + i) * steps // self.tiling.splits for i in range(2))
         num_steps = end - begin
-        for stage in range(self.tiling.stages):
-            self._copy(begin + stage, stage)
+        # Weights first: they come from memory, the rows from L2.
+        for copy in (self._copy_weights, self._copy_x):
+            for stage in range(self.tiling.stages):
+                copy(begin + stage, stage)
 
         def accumulate(acc: Any) -> tuple[Any, RowSums]:
             def body(step: Any, sums: RowSums) -> RowSums:
@@ -145,17 +147,21 @@ class WideProducts(NamedTuple):
             if of_rows is not None:
                 store(self.scratch.x_sums.at[own, i], of_rows)
 
-    def _copy(self, tile: Any, stage: Any) -> None:
-        """Starts to copy x and weights of a tile of columns to a stage."""
-        x, barrier = self.operands.x, self.scratch.barriers.at[stage]
+    def _copy_weights(self, tile: Any, stage: Any) -> None:
+        """Starts to copy the weights of a tile of columns to a stage."""
         columns = pl.ds(tile * WGMMA_DEPTH, WGMMA_DEPTH)
         for half in range(self.operands.halves):
             first = self.first + self.operands.half_start(half)
             source = self.operands.values.at[pl.ds(first, self.tiling.features), columns]
             features = pl.ds(half * self.tiling.features, self.tiling.features)
-            plgpu.copy_gmem_to_smem(source, self.scratch.weights.at[stage, features], barrier)
-        x_smem = self.scratch.x.at[stage, pl.ds(0, x.shape[0])]
-        plgpu.copy_gmem_to_smem(x.at[:, columns], x_smem, barrier)
+            target = self.scratch.weights.at[stage, features]
+            plgpu.copy_gmem_to_smem(source, target, self.scratch.barriers.at[stage])
+
+    def _copy_x(self, tile: Any, stage: Any) -> None:
+        """Starts to copy a tile of columns of the rows to a stage."""
+        source = self.operands.x.at[:, pl.ds(tile * WGMMA_DEPTH, WGMMA_DEPTH)]
+        target = self.scratch.x.at[stage, pl.ds(0, source.shape[0])]
+        plgpu.copy_gmem_to_smem(source, target, self.scratch.barriers.at[stage])
 
     def _no_row_sums(self) -> RowSums:
         zeros = jnp.zeros(WGMMA_ROWS, jnp.float32)
@@ -181,7 +187,9 @@ class WideProducts(NamedTuple):
 
         @pl.when((step > 0) & (following < num_steps))
         def _():
-            self._copy(begin + following, lax.rem(following, stages))
+            free = lax.rem(following, stages)
+            self._copy_weights(begin + following, free)
+            self._copy_x(begin + following, free)
 
         for piece in self._split(x) if self._has_float32_rows else [x_smem]:
             plgpu.wgmma(acc, piece, weights_smem.transpose((1, 0)))
