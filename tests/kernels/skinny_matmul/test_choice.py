@@ -1,14 +1,19 @@
 """Errors and choice of implementation of products of a few rows."""
 
+import math
 from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.common.devices import HOPPER
 from pallas_kernels.common.dispatch import Implementation
 from pallas_kernels.common.target import Target, find_target, interpreted
-from pallas_kernels.skinny_matmul import Epilogue, Int8Matrix, Part, api, skinny_matmul
+from pallas_kernels.skinny_matmul import Epilogue, Int8Matrix, Part, RowNorm, api, skinny_matmul
+from pallas_kernels.skinny_matmul.block_sizes import choose_wide_tiling
+from pallas_kernels.skinny_matmul.mosaic_gpu.operands import SkinnyOperands
+from pallas_kernels.skinny_matmul.mosaic_gpu.wide_products import WideScratch
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
@@ -106,3 +111,36 @@ def test_the_kernel_is_refused_elsewhere():
 
 def test_implementations_have_the_common_names():
     assert set(api.IMPLEMENTATIONS) <= set(get_args(Implementation))
+
+
+@pytest.mark.parametrize("rows", [32, 64])
+@pytest.mark.parametrize(("x_dtype", "dtype"), [(BF16, BF16), (F32, BF16), (F32, jnp.int8)])
+@pytest.mark.parametrize(
+    ("in_features", "widths", "activation"),
+    [
+        (256, [8], None),
+        (1024, [256, 2048, 1024], None),
+        (4864, [2048], None),
+        (2048, [32000], None),
+        (4096, [11008], "swiglu"),
+    ],
+)
+def test_tilings_of_many_rows_fit(in_features, widths, activation, x_dtype, dtype, rows):
+    is_paired = activation == "swiglu"
+    tiling = choose_wide_tiling(
+        rows, in_features, widths, row_bytes=jnp.dtype(x_dtype).itemsize,
+        weight_bytes=jnp.dtype(dtype).itemsize, is_paired=is_paired,
+    )  # fmt: skip
+    assert all(width % tiling.features == 0 for width in widths)
+    # A block starts with all stages, and gives every thread an output.
+    assert 2 <= tiling.stages <= in_features // 64 // tiling.splits
+    assert rows // tiling.splits * tiling.columns >= 128
+    operands = SkinnyOperands(
+        jax.ShapeDtypeStruct((rows, in_features), x_dtype),
+        jax.ShapeDtypeStruct((sum(widths) * (1 + is_paired), in_features), dtype),
+        Epilogue(None, activation),
+    )
+    scratch = WideScratch.make(operands, tiling, RowNorm("layer", 1e-5), is_interpreted=False)
+    arrays = [each for each in jax.tree.leaves(scratch) if each is not scratch.barriers]
+    used = sum(math.prod(each.shape) * jnp.dtype(each.dtype).itemsize for each in arrays)
+    assert used + 1024 <= HOPPER.shared_memory
