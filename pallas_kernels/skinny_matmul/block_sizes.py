@@ -1,4 +1,4 @@
-"""How the Hopper kernel divides a matrix into blocks."""
+"""How the Hopper kernels divide a matrix into blocks."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -40,9 +40,11 @@ _WGMMA_FEATURES, _OUTPUT_COLUMNS = 256, 64
 # Shared memory of a block, so that two run on a multiprocessor; of one that runs alone.
 _SHARED_MEMORY = (110 * 1024, 220 * 1024)
 _MAX_STAGES = 6
-# Bytes a second that all multiprocessors read from L2 together, and one of them; seconds that a
-# cluster of two blocks waits for its sums. Estimates: they only rank the tilings.
-_L2_RATE, _MULTIPROCESSOR_RATE, _EXCHANGE_SECONDS = 5.5e12, 70e9, 0.25e-6
+# Bytes a second that all multiprocessors read from L2 together, and one of them; multiply-adds a
+# second of one multiprocessor's tensor cores (data sheet); seconds that a cluster of two blocks
+# waits for its sums. Estimates: they only rank the tilings.
+_L2_RATE, _MULTIPROCESSOR_RATE, _MULTIPLY_ADD_RATE = 5.5e12, 55e9, 2048 * 1.75e9
+_EXCHANGE_SECONDS = 0.25e-6
 
 
 class WideTiling(NamedTuple):
@@ -159,12 +161,16 @@ def choose_wide_tiling(
 
     def seconds(tiling: WideTiling) -> float:
         blocks = sum(widths) // tiling.features * tiling.splits
-        of_column = tiling.features * halves * weight_bytes + rows * row_bytes
-        exchanged = 4 * rows * tiling.features * halves if tiling.splits > 1 else 0
-        block_bytes = in_features // tiling.splits * of_column + exchanged
-        of_multiprocessor = -(-blocks // HOPPER.multiprocessors) * block_bytes
+        waves = -(-blocks // HOPPER.multiprocessors)
+        columns, features = in_features // tiling.splits, tiling.features * halves
+        exchanged = 4 * rows * features if tiling.splits > 1 else 0
+        block_bytes = columns * (features * weight_bytes + rows * row_bytes) + exchanged
+        # float32 rows are multiplied twice.
+        multiply_adds = WGMMA_ROWS * features * columns * (row_bytes // 2)
         return _EXCHANGE_SECONDS * math.log2(tiling.splits) + max(
-            blocks * block_bytes / _L2_RATE, of_multiprocessor / _MULTIPROCESSOR_RATE
+            blocks * block_bytes / _L2_RATE,
+            waves * block_bytes / _MULTIPROCESSOR_RATE,
+            waves * multiply_adds / _MULTIPLY_ADD_RATE,
         )
 
     tilings = _wide_tilings(rows, in_features, widths, row_bytes, weight_bytes, halves)

@@ -193,16 +193,16 @@ class WideProducts(NamedTuple):
 
         for piece in self._split(x) if self._has_float32_rows else [x_smem]:
             plgpu.wgmma(acc, piece, weights_smem.transpose((1, 0)))
+        if x is not None and self.norm is not None:
+            x = x.astype(jnp.float32)
+            sums = RowSums(
+                sums.x + x.sum(axis=1) if self.subtracts_mean else None,
+                sums.squares + (x * x).sum(axis=1),
+            )
         if self._has_float32_rows:
             # The products read the rows' registers.
             plgpu.wgmma_wait(0)
-        if x is None or self.norm is None:
-            return sums
-        x = x.astype(jnp.float32)
-        return RowSums(
-            sums.x + x.sum(axis=1) if self.subtracts_mean else None,
-            sums.squares + (x * x).sum(axis=1),
-        )
+        return sums
 
     @property
     def _has_float32_rows(self) -> bool:
