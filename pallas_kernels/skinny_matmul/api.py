@@ -9,6 +9,7 @@ from pallas_kernels.common.dispatch import Implementation, check_implementation
 from pallas_kernels.common.symbolic import has_symbolic_shape
 from pallas_kernels.common.target import find_target
 from pallas_kernels.skinny_matmul import reference, xla
+from pallas_kernels.skinny_matmul.block_sizes import MAX_FLOAT32_ROWS
 from pallas_kernels.skinny_matmul.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.skinny_matmul.types import (
     Epilogue,
@@ -75,8 +76,11 @@ def skinny_matmul(
 def _choose_implementation(
     x: Array, matrix: Matrix, parts: Sequence[Part], dtype: jnp.dtype
 ) -> Implementation:
-    """The kernel where it runs: it needs no kernels for the norm, the bias and the residuals."""
-    if has_symbolic_shape(x):
+    """The kernel where it is faster: it needs none for the norm, the bias and the residuals.
+
+    It multiplies float32 rows as two of bfloat16, which costs more than that from 17 rows on.
+    """
+    if has_symbolic_shape(x) or (x.dtype == jnp.float32 and x.shape[0] > MAX_FLOAT32_ROWS):
         return "xla"
     obstacle = mosaic_gpu.find_obstacle(x, matrix, parts, dtype)
     return "mosaic_gpu" if find_target().is_hopper and obstacle is None else "xla"
