@@ -271,7 +271,7 @@ def _product(
     **epilogue: Any,
 ) -> Float[Array, "R N"]:
     """norm(x) Wᵀ + b, and what `Epilogue` adds, as one array."""
-    kernel, bias = projection
+    kernel, bias, weight_sums = projection
     (y,) = skinny_matmul(
         x,
         kernel,
@@ -279,6 +279,7 @@ def _product(
         norm=norm,
         epilogue=Epilogue(bias, **epilogue),
         dtype=jnp.dtype(config.dtype),
+        weight_sums=weight_sums,
     )
     return y
 

@@ -19,16 +19,23 @@ from megalodon_jax.modules.time_norm import TimeNormModule
 from megalodon_jax.parallel.sharding import axis_size, constrain
 from megalodon_jax.typing import Array, Float, Float32
 from pallas_kernels.common.int8 import quantize
-from pallas_kernels.skinny_matmul import Int8Matrix
+from pallas_kernels.skinny_matmul import Int8Matrix, sum_weights
 from pallas_kernels.skinny_matmul.types import Matrix
 from pallas_kernels.state_step import CemaStepTables, cema_step_tables
 
 
 class Projection(NamedTuple):
-    """x Wᵀ + b of one or several linear layers side by side."""
+    """x Wᵀ + b of one or several linear layers side by side.
+
+    Attributes:
+      kernel: W.
+      bias: b; None: 0.
+      weight_sums: `skinny_matmul.sum_weights` of W, for a projection of rows with LayerNorm.
+    """
 
     kernel: Matrix
     bias: Float32[Array, " out"] | None
+    weight_sums: Float32[Array, " out"] | None = None
 
 
 class NormVectors(NamedTuple):
@@ -150,18 +157,21 @@ class _Preparation(NamedTuple):
                 scale, offset, _swap_pairs(scale), _swap_pairs(offset)
             ),
             attention_output=self.join(mega.wh2)[0],
-            ffn_input=self.join(*_ffn_inputs(ffn), norm=_norm_vectors(ffn.norm)),
+            ffn_input=self.join(*_ffn_inputs(ffn), norm=_norm_vectors(ffn.norm), is_centered=True),
             ffn_output=self.join(ffn.fc2)[0],
             ffn_scale=None if ffn.alpha is None else ffn.alpha[...].astype(jnp.float32),
         )
 
-    def join(self, *linears: Linear, norm: NormVectors | None = None) -> tuple[Projection, ...]:
+    def join(
+        self, *linears: Linear, norm: NormVectors | None = None, is_centered: bool = False
+    ) -> tuple[Projection, ...]:
         """One projection of several layers, or one for each where columns are sharded.
 
         Args:
           *linears: layers of the same input.
           norm: vectors of the norm of this input, which the projection takes in: the rows of the
             kernel are scaled, and the norm's bias becomes part of the layer's.
+          is_centered: whether this norm subtracts the mean, which needs the sums of the weights.
         """
         norm = NormVectors(None, None) if norm is None else norm
         kernels = [linear.kernel[...] for linear in linears]
@@ -173,25 +183,36 @@ class _Preparation(NamedTuple):
             kernels = [kernel.astype(jnp.float32) * norm.scale[:, None] for kernel in kernels]
         if axis_size("model") > 1:
             axes = [linear.axes for linear in linears]
-            return tuple(map(self.projection, kernels, biases, axes))
+            return tuple(
+                self.projection(*of_layer, is_centered=is_centered)
+                for of_layer in zip(kernels, biases, axes, strict=True)
+            )
         offsets = [
             jnp.zeros(kernel.shape[1], jnp.float32) if bias is None else bias
             for kernel, bias in zip(kernels, biases, strict=True)
         ]
         bias = None if all(bias is None for bias in biases) else jnp.concatenate(offsets)
-        return (self.projection(jnp.concatenate(kernels, axis=1), bias),)
+        kernel = jnp.concatenate(kernels, axis=1)
+        return (self.projection(kernel, bias, is_centered=is_centered),)
 
     def projection(
-        self, kernel: Array, bias: Array | None, axes: LogicalAxes = (None, None)
+        self,
+        kernel: Array,
+        bias: Array | None,
+        axes: LogicalAxes = (None, None),
+        *,
+        is_centered: bool = False,
     ) -> Projection:
         # Sharded over `model` alone: a step would gather what FSDP shards.
         inputs, outputs = (None if axis == "embed" else axis for axis in axes)
         bias = None if bias is None else constrain(bias, outputs)
-        if not self.is_int8:
-            return Projection(constrain(kernel.astype(self.dtype).T, outputs, inputs), bias)
-        values, scale = quantize(kernel.T)
-        matrix = Int8Matrix(constrain(values, outputs, inputs), constrain(scale, outputs))
-        return Projection(matrix, bias)
+        if self.is_int8:
+            values, scale = quantize(kernel.T)
+            matrix = Int8Matrix(constrain(values, outputs, inputs), constrain(scale, outputs))
+        else:
+            matrix = constrain(kernel.astype(self.dtype).T, outputs, inputs)
+        weight_sums = constrain(sum_weights(matrix), outputs) if is_centered else None
+        return Projection(matrix, bias, weight_sums)
 
 
 def _ffn_inputs(ffn: FeedForward) -> tuple[Linear, ...]:

@@ -10,7 +10,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
 from pallas_kernels.common.target import is_interpreted
 
@@ -27,6 +27,7 @@ def launch(
     *,
     name: str,
     grid: Mapping[str, int],
+    cluster: Mapping[str, int] | None = None,
     scratch: Any = (),
     num_warpgroups: int = 1,
     approx_math: bool = False,
@@ -40,6 +41,8 @@ def launch(
       out_type: tree of `jax.ShapeDtypeStruct`.
       name: name of the kernel in profiles and in reports of the compiler.
       grid: size of every grid axis by its name.
+      cluster: blocks that run together and read each other's shared memory, by the axis's name; for
+        every block of the grid. None: one.
       scratch: tree of shared memory and barriers.
       num_warpgroups: warpgroups of a block; above 1 they form the axis "warpgroup".
       approx_math: use the hardware's approximate exp, rsqrt and division.
@@ -67,6 +70,8 @@ def launch(
         out_type=results,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
+        cluster=tuple((cluster or {}).values()),
+        cluster_names=tuple(cluster or {}),
         scratch_types=memory,
         # Warpgroup semantics, the default of newer JAX, spend minutes on inferring layouts that
         # the kernels state themselves.
@@ -88,6 +93,26 @@ def store(ref: Any, value: Any) -> None:
     else:
         # JAX before 0.12.
         ref[...] = value
+
+
+def cluster_arrive() -> None:
+    """Tells the blocks of the cluster that this one's writes so far are done, and its reads."""
+
+    @plgpu.inline_mgpu()
+    def arrive(_: Any) -> None:
+        nvvm.cluster_arrive(aligned=True)
+
+    arrive()  # pyright: ignore[reportCallIssue]
+
+
+def cluster_wait() -> None:
+    """Waits for `cluster_arrive` of all blocks of the cluster."""
+
+    @plgpu.inline_mgpu()
+    def wait(_: Any) -> None:
+        nvvm.cluster_wait(aligned=True)
+
+    wait()  # pyright: ignore[reportCallIssue]
 
 
 def widen_int8(values: Any, layout: Any, *, is_interpreted: bool) -> Any:

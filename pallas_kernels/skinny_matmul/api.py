@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.common.dispatch import Implementation, check_implementation
 from pallas_kernels.common.symbolic import has_symbolic_shape
 from pallas_kernels.common.target import find_target
 from pallas_kernels.skinny_matmul import reference, xla
+from pallas_kernels.skinny_matmul.block_sizes import MAX_FLOAT32_ROWS
 from pallas_kernels.skinny_matmul.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.skinny_matmul.types import (
     Epilogue,
@@ -21,7 +22,7 @@ from pallas_kernels.skinny_matmul.types import (
     values_of,
 )
 
-# All called as f(x, matrix, norm, epilogue, parts, dtype).
+# All called as f(x, matrix, norm, epilogue, parts, dtype, weight_sums).
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, ...]]] = {
     "reference": reference.skinny_matmul,
     "xla": xla.skinny_matmul,
@@ -37,6 +38,7 @@ def skinny_matmul(
     norm: RowNorm | None = None,
     epilogue: Epilogue = Epilogue(),  # noqa: B008
     dtype: jnp.dtype | None = None,
+    weight_sums: Float32[Array, " N"] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Array, ...]:
     """y = scale * f(norm(x) Wᵀ + b) + Σ added, for a few rows x: the products of a decoding step.
@@ -50,8 +52,10 @@ def skinny_matmul(
       dtype: operands of the product are rounded to it; None: W's, or x's if W has integers. Sums
         are float32, or float64 for float64. The kernel applies the norm to the sums, and rounds
         no float32 row.
+      weight_sums: `sum_weights(matrix)`, made once: LayerNorm in the kernels needs it. None: summed
+        in every call.
       implementation: "reference" (by definition), "xla" (any platform and dtype), "mosaic_gpu" (one
-        kernel for NVIDIA Hopper; bfloat16, up to 16 rows, a multiple of 256 input features, parts
+        kernel for NVIDIA Hopper; bfloat16, up to 64 rows, a multiple of 256 input features, parts
         of a multiple of 8), or None for the fastest known here.
 
     Returns:
@@ -63,23 +67,32 @@ def skinny_matmul(
     """
     values = values_of(matrix)
     dtype = jnp.dtype(dtype or (x.dtype if isinstance(matrix, Int8Matrix) else values.dtype))
-    _check_operands(x, values, epilogue, parts)
+    _check_operands(x, values, epilogue, parts, weight_sums)
     check_implementation("skinny_matmul", implementation, IMPLEMENTATIONS)
     name = implementation or _choose_implementation(x, matrix, parts, dtype)
-    return IMPLEMENTATIONS[name](x, matrix, norm, epilogue, parts, dtype)
+    return IMPLEMENTATIONS[name](x, matrix, norm, epilogue, parts, dtype, weight_sums)
 
 
 def _choose_implementation(
     x: Array, matrix: Matrix, parts: Sequence[Part], dtype: jnp.dtype
 ) -> Implementation:
-    """The kernel where it runs: it needs no kernels for the norm, the bias and the residuals."""
-    if has_symbolic_shape(x):
+    """The kernel where it is faster: it needs none for the norm, the bias and the residuals.
+
+    It multiplies float32 rows as two of bfloat16, which costs more than that from 17 rows on.
+    """
+    if has_symbolic_shape(x) or (x.dtype == jnp.float32 and x.shape[0] > MAX_FLOAT32_ROWS):
         return "xla"
     obstacle = mosaic_gpu.find_obstacle(x, matrix, parts, dtype)
     return "mosaic_gpu" if find_target().is_hopper and obstacle is None else "xla"
 
 
-def _check_operands(x: Array, values: Array, epilogue: Epilogue, parts: Sequence[Part]) -> None:
+def _check_operands(
+    x: Array,
+    values: Array,
+    epilogue: Epilogue,
+    parts: Sequence[Part],
+    weight_sums: Array | None,
+) -> None:
     if x.ndim != 2 or values.ndim != 2 or x.shape[1] != values.shape[1]:
         raise ValueError(
             f"x and the matrix have shapes {x.shape} and {values.shape}; expected (B, K) and (N, K)"
@@ -93,6 +106,11 @@ def _check_operands(x: Array, values: Array, epilogue: Epilogue, parts: Sequence
         raise ValueError(
             f"parts have {width} output features together; a matrix of shape {values.shape} gives "
             f"{values.shape[0] // halves}"
+        )
+    if weight_sums is not None and weight_sums.shape != values.shape[:1]:
+        raise ValueError(
+            f"weight_sums has shape {weight_sums.shape}; expected {values.shape[:1]}, what "
+            f"`sum_weights` makes of the matrix"
         )
     for added in epilogue.added:
         if added.shape != (x.shape[0], width):

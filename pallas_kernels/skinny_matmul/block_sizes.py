@@ -1,7 +1,10 @@
-"""How the Hopper kernel divides a matrix into blocks."""
+"""How the Hopper kernels divide a matrix into blocks."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+from pallas_kernels.common.devices import HOPPER
 
 # Without tensor cores a warp has whole rows of the matrix: 32 threads with 8 adjacent weights each,
 # 16 bytes of bfloat16.
@@ -9,8 +12,9 @@ WARPS, WIDTH = 4, 256
 # Multiply-adds of 8 rows took 56 us for 32,000 x 1,024 on an H200, and 5 us for 1,024 x 2,048 (2.6
 # for 2 rows).
 MAX_MULTIPLY_ADD_ROWS = 4
-# The first operand of the tensor cores' product has 16 rows.
-MAX_ROWS = 16
+# The first operand of `mma.sync` has 16 rows, that of `wgmma` 64.
+MMA_ROWS, WGMMA_ROWS = 16, 64
+MAX_ROWS = WGMMA_ROWS
 # Weights that a block loads at once: 64 registers of every thread.
 BYTES_IN_FLIGHT = 128 * 256
 # Numbers of x that are loaded with the weights of a step: 64 registers.
@@ -26,6 +30,43 @@ ROW_REGISTERS = 64
 MIN_BLOCKS = 128
 # Shared memory of a block for its weights.
 MAX_WEIGHT_BYTES = 200 * 1024
+
+# Columns of a step of `wgmma`: 128 bytes of bfloat16, a row of swizzled shared memory.
+WGMMA_DEPTH = 64
+# Most float32 rows for which the kernels are chosen. 64 rows, 1,024 x 2,560 with LayerNorm and silu on
+# an H200: 7.4 us, and 7.2 by three kernels of `xla`, which rounds the normalized rows.
+MAX_FLOAT32_ROWS = 16
+# The axis of a cluster's blocks, which have a share of the columns each.
+CLUSTER_AXIS = "split"
+# Most columns of a `wgmma` product, and of the tiles in which outputs are finished.
+_WGMMA_FEATURES, _OUTPUT_COLUMNS = 256, 64
+# Shared memory of a block, so that two run on a multiprocessor; of one that runs alone.
+_SHARED_MEMORY = (110 * 1024, 220 * 1024)
+_MAX_STAGES = 6
+# Bytes a second that all multiprocessors read from L2 together, and one of them; multiply-adds a
+# second of one multiprocessor's tensor cores; seconds that a cluster of two blocks waits for its
+# sums. They rank the tilings: fitted to 18 calls on an H200, all within 18 %.
+_L2_RATE, _MULTIPROCESSOR_RATE, _MULTIPLY_ADD_RATE = 4.5e12, 55e9, 1e12
+_EXCHANGE_SECONDS = 0.2e-6
+
+
+class WideTiling(NamedTuple):
+    """How a matrix is divided for 17 to 64 rows.
+
+    Attributes:
+      features: output features of a block; for SwiGLU of each half.
+      splits: blocks of a cluster, which share the columns.
+      stages: steps of WGMMA_DEPTH columns in shared memory.
+    """
+
+    features: int
+    splits: int
+    stages: int
+
+    @property
+    def columns(self) -> int:
+        """Output features that a block finishes together: a power of two."""
+        return min(_OUTPUT_COLUMNS, self.features & -self.features)
 
 
 class TensorCoreTiling(NamedTuple):
@@ -104,3 +145,68 @@ def choose_tensor_core_tiling(
         if fits and is_divisor and (is_last or blocks >= MIN_BLOCKS):
             return TensorCoreTiling(tiles, features)
     return None
+
+
+def choose_wide_tiling(
+    rows: int,
+    in_features: int,
+    widths: Sequence[int],
+    *,
+    row_bytes: int,
+    weight_bytes: int,
+    is_paired: bool,
+) -> WideTiling:
+    """The tiling of a matrix for 32 or 64 rows that is read fastest by the estimates above.
+
+    Arguments as in `choose_tensor_core_tiling`; a multiple of 256 columns, of 8 output features.
+    """
+    halves = 2 if is_paired else 1
+
+    def seconds(tiling: WideTiling) -> float:
+        blocks = sum(widths) // tiling.features * tiling.splits
+        waves = -(-blocks // HOPPER.multiprocessors)
+        columns, features = in_features // tiling.splits, tiling.features * halves
+        exchanged = 4 * rows * features if tiling.splits > 1 else 0
+        block_bytes = columns * (features * weight_bytes + rows * row_bytes) + exchanged
+        # float32 rows are multiplied twice.
+        multiply_adds = WGMMA_ROWS * features * columns * (row_bytes // 2)
+        return _EXCHANGE_SECONDS * math.log2(tiling.splits) + max(
+            blocks * block_bytes / _L2_RATE,
+            waves * block_bytes / _MULTIPROCESSOR_RATE,
+            waves * multiply_adds / _MULTIPLY_ADD_RATE,
+        )
+
+    tilings = _wide_tilings(rows, in_features, widths, row_bytes, weight_bytes, halves)
+    return min(tilings, key=seconds)
+
+
+def _wide_tilings(
+    rows: int,
+    in_features: int,
+    widths: Sequence[int],
+    row_bytes: int,
+    weight_bytes: int,
+    halves: int,
+) -> Iterator[WideTiling]:
+    """The tilings that fit, with as many stages as shared memory and columns allow."""
+    common = math.gcd(*widths)
+    for features in range(8, min(common, _WGMMA_FEATURES // halves) + 1, 8):
+        # Outputs are finished in tiles of a power of two: 160 features, five tiles, took 11.8 us for
+        # 1,024 x 2,560, 128 features 8.0.
+        if common % features or (features > _OUTPUT_COLUMNS and features % _OUTPUT_COLUMNS):
+            continue
+        for splits in (1, 2, 4, 8):
+            steps = in_features // WGMMA_DEPTH // splits
+            columns = WideTiling(features, splits, 1).columns
+            # Every thread finishes an output; two stages, one is read while the other is filled.
+            if steps < 2 or rows // splits * columns < 32 * WARPS:
+                continue
+            stage = WGMMA_DEPTH * (features * halves * weight_bytes + WGMMA_ROWS * row_bytes)
+            # Sums, and integers as bfloat16.
+            fixed = WGMMA_ROWS * (features * halves + 8) * 4
+            fixed += 2 * WGMMA_DEPTH * features * halves * 2 if weight_bytes == 1 else 0
+            for memory in _SHARED_MEMORY:
+                stages = min(_MAX_STAGES, steps, (memory - fixed) // stage)
+                if stages >= min(3, steps):
+                    yield WideTiling(features, splits, stages)
+                    break

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.skinny_matmul.types import (
     Epilogue,
@@ -23,8 +23,10 @@ def skinny_matmul(
     epilogue: Epilogue,
     parts: Sequence[Part],
     dtype: jnp.dtype,
+    weight_sums: Float32[Array, " N"] | None = None,
 ) -> tuple[Array, ...]:
-    """Sums over input features. Arguments as in `api.skinny_matmul`."""
+    """Sums over input features. Arguments as in `api.skinny_matmul`; needs no `weight_sums`."""
+    del weight_sums
     wide = jnp.promote_types(dtype, jnp.float32)
     if isinstance(matrix, Int8Matrix):
         weights = matrix.values.astype(wide) * matrix.scale[:, None]

@@ -7,6 +7,7 @@ side by side.
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8
 
 NormKind = Literal["rms", "layer"]
@@ -26,6 +27,15 @@ Matrix = Float[Array, "N K"] | Int8Matrix
 def values_of(matrix: Any) -> Any:
     """The matrix, or its integers."""
     return matrix.values if isinstance(matrix, Int8Matrix) else matrix
+
+
+def sum_weights(matrix: Matrix) -> Float32[Array, " N"]:
+    """Σ_k of the matrix's numbers, or of its integers without their scale, of a feature: (N,).
+
+    LayerNorm on the sums needs them. Made once beside the matrix, they save every product the work.
+    """
+    values = values_of(matrix)
+    return jnp.sum(values, axis=1, dtype=jnp.float32)
 
 
 class RowNorm(NamedTuple):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.skinny_matmul.types import (
     Epilogue,
@@ -23,8 +23,10 @@ def skinny_matmul(
     epilogue: Epilogue,
     parts: Sequence[Part],
     dtype: jnp.dtype,
+    weight_sums: Float32[Array, " N"] | None = None,
 ) -> tuple[Array, ...]:
-    """A product of the compiler. Arguments as in `api.skinny_matmul`."""
+    """A product of the compiler. Arguments as in `api.skinny_matmul`; needs no `weight_sums`."""
+    del weight_sums
     if norm is not None:
         x = normalize(x, norm)
     x = x.astype(dtype)

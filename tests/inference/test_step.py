@@ -15,6 +15,7 @@ from megalodon_jax.inference.decoders import prepare_decoding
 from megalodon_jax.inference.sampling import Features, empty_state
 from megalodon_jax.inference.step import decode
 from megalodon_jax.inference.weights import prepare
+from pallas_kernels.skinny_matmul.types import values_of
 from tests.ablations import VARIANTS
 from tests.golden_files import relative_error
 from tests.inference.models import CHUNK, CONFIG, VOCAB, random_prompt, small_model
@@ -118,6 +119,16 @@ def test_int8_weights_are_near():
     assert 1e-4 < relative_error(small, full) < 3e-2
     with pytest.raises(ValueError, match="use 'model' or 'int8'"):
         prepare(model, "int4")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weights", ["model", "int8"])
+def test_projections_after_layer_norm_have_their_sums_of_weights(weights):
+    for layer in prepare(small_model(), weights).layers:
+        assert all(each.weight_sums is None for each in (layer.values, *layer.mixed))
+        for projection in layer.ffn_input:
+            matrix = values_of(projection.kernel)
+            expected = np.asarray(matrix, np.float64).sum(axis=1)
+            np.testing.assert_allclose(projection.weight_sums, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kv", ["model", "int8"])

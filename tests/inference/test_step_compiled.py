@@ -53,7 +53,7 @@ def test_layers_share_the_kernels(rows: int):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("slots", "rows", "kv"), [(2, 2, "model"), (16, 8, "model"), (16, 8, "int8")]
+    ("slots", "rows", "kv"), [(2, 2, "model"), (16, 8, "model"), (16, 8, "int8"), (64, 64, "model")]
 )
 def test_a_block_copies_no_cache(slots: int, rows: int, kv: KvFormat):
     lowered, leaves = lower_block(slots, rows, LAYERS, kv)
@@ -72,5 +72,6 @@ def test_a_block_copies_no_cache(slots: int, rows: int, kv: KvFormat):
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes <= 0.02 * cache_bytes
     kernels = set(re.findall(r'op_name="[^"]*/(\w+)/mpmd_map"', text))
-    products = "skinny_matmul" if rows <= 4 else "skinny_matmul_tensor_cores"
+    products = "skinny_matmul", "skinny_matmul_tensor_cores", "skinny_matmul_wide"
+    products = products[(rows > 4) + (rows > 16)]
     assert kernels == {"norm_state_step", "chunk_decode_splits", "chunk_decode_combine", products}

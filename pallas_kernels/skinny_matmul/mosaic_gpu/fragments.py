@@ -13,6 +13,8 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import vector
 
 from pallas_kernels.skinny_matmul.block_sizes import WARP_WIDTH, WARPS
 
@@ -56,6 +58,42 @@ def outputs_layout(rows: int, features: int) -> Any:
         plgpu.Tiling(((warps * of_warp, features), (of_warp, features), (1,))),
         warp_dims=(-5,) if warps == WARPS else (-5, plgpu.Replicated(WARPS // warps)),
         lane_dims=(*repeats, -3, -2),
+        vector_dim=-1,
+    )
+
+
+def vectors_layout(rows: int, columns: int) -> Any:
+    """The layout of (rows, columns), up to 4 adjacent numbers in every thread.
+
+    Powers of two of both, 8 to 64 columns, at least a number for every thread.
+    """
+    size = min(4, rows * columns // (32 * WARPS))
+    of_warp = 32 * size // columns
+    if of_warp == 1:
+        return plgpu.Layout.TILED(
+            plgpu.Tiling(((WARPS, columns), (size,))),
+            warp_dims=(-3,),
+            lane_dims=(-2,),
+            vector_dim=-1,
+        )
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((WARPS * of_warp, columns), (of_warp, columns), (size,))),
+        warp_dims=(-5,),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+    )
+
+
+def integers_layout(features: int) -> Any:
+    """The layout of 8-bit weights (features, 64), 8 adjacent ones in every thread.
+
+    Eight threads have a row: as bfloat16 it is 128 bytes, a row of swizzled shared memory.
+    """
+    warps = WARPS if features % (4 * WARPS) == 0 else 2
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((4 * warps, 64), (4, 64), (8,))),
+        warp_dims=(-5,) if warps == WARPS else (-5, plgpu.Replicated(WARPS // warps)),
+        lane_dims=(-3, -2),
         vector_dim=-1,
     )
 
@@ -123,19 +161,25 @@ def _fragment(registers: list[list[Any]], layout: Any, shape: tuple[int, int]) -
     )
 
 
-def swap_pairs(y: Any, *, is_interpreted: bool) -> Any:
-    """y (rows, features) with columns 2i and 2i + 1 exchanged, in `outputs_layout`."""
+def swap_pairs(y: Any, layout: Any, *, is_interpreted: bool) -> Any:
+    """y (rows, features) with columns 2i and 2i + 1 exchanged; a layout of adjacent numbers."""
     if is_interpreted:
         return y.reshape(len(y), -1, 2)[..., ::-1].reshape(y.shape)
-
-    layout = outputs_layout(*y.shape)
 
     @plgpu.inline_mgpu(
         arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(y.shape, y.dtype, layout=layout)
     )
-    def between_threads(_: Any, y: Any) -> Any:
-        exchanged = [mgpu_utils.shfl_bfly(each, 1) for each in y.registers.flat]
+    def in_registers(_: Any, y: Any) -> Any:
+        exchanged = [_exchange(each) for each in y.registers.flat]
         registers = np.array(exchanged, dtype=object).reshape(y.registers.shape)
         return mgpu.FragmentedArray(_registers=registers, _layout=y.layout, _is_signed=y.is_signed)
 
-    return between_threads(y)  # pyright: ignore[reportCallIssue]
+    return in_registers(y)  # pyright: ignore[reportCallIssue]
+
+
+def _exchange(numbers: Any) -> Any:
+    """Exchanges the two numbers of every pair, which two threads may share."""
+    [size] = ir.VectorType(numbers.type).shape
+    if size == 1:
+        return mgpu_utils.shfl_bfly(numbers, 1)
+    return vector.shuffle(numbers, numbers, [i ^ 1 for i in range(size)])

@@ -64,6 +64,11 @@ class _SkinnyKernelCall(NamedTuple):
         return self.norm is not None and self.norm.kind == "layer"
 
     @property
+    def sums_weights(self) -> bool:
+        """Whether the kernel adds up the weights that it reads."""
+        return self.subtracts_mean and self.operands.weight_sums is None
+
+    @property
     def first(self) -> Any:
         """The block's first output feature."""
         return lax.axis_index("n") * self.tiling.rows
@@ -80,6 +85,7 @@ class _SkinnyKernelCall(NamedTuple):
         num_rows, in_features = self.operands.x.shape
         sums = [_Sums((None,) * self.operands.halves, None, None)] * num_rows
         weight_sums: tuple[Any, ...] = (None,) * self.operands.halves
+        totals = self.load_weight_sums()
         loaded = self.load_step(0)
         for start in range(0, in_features, self.tiling.step):
             tiles, next_start = loaded, start + self.tiling.step
@@ -87,11 +93,12 @@ class _SkinnyKernelCall(NamedTuple):
             loaded = self.load_step(next_start) if next_start < in_features else []
             for weights, rows in tiles:
                 wide = [weight.astype(jnp.float32) for weight in weights]
-                if self.subtracts_mean:
+                if self.sums_weights:
                     weight_sums = tuple(map(_add, weight_sums, wide))
                 for row, load in enumerate(rows):
                     sums[row] = self.add(sums[row], load(), wide)
-        totals = [None if each is None else each.sum(axis=1) for each in weight_sums]
+        if self.sums_weights:
+            totals = [each.sum(axis=1) for each in weight_sums]
         return [self.finish(row, each, totals) for row, each in enumerate(sums)]
 
     def add(self, sums: _Sums, x: Any, weights: Sequence[Any]) -> _Sums:
@@ -129,6 +136,12 @@ class _SkinnyKernelCall(NamedTuple):
             ref = values.at[rows, pl.ds(column, WIDTH)]
             loaded.append(plgpu.load(ref, layout=self.layout, optimized=False))
         return loaded
+
+    def load_weight_sums(self) -> list[Any]:
+        """Sums of weights that were made before, by half; none for other norms than LayerNorm."""
+        ref = self.operands.weight_sums
+        halves = range(0 if ref is None else self.operands.halves)
+        return [self.vector(ref, self.operands.half_start(half)) for half in halves]
 
     def load_x(self, row: int, column: int) -> Any:
         ref = self.operands.x.at[row, pl.ds(column, WIDTH)]

@@ -10,13 +10,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.common.mosaic_gpu import launch
-from pallas_kernels.skinny_matmul.block_sizes import WARP_WIDTH, SkinnyTiling, TensorCoreTiling
+from pallas_kernels.skinny_matmul.block_sizes import (
+    CLUSTER_AXIS,
+    WARP_WIDTH,
+    SkinnyTiling,
+    TensorCoreTiling,
+    WideTiling,
+)
 from pallas_kernels.skinny_matmul.mosaic_gpu.kernels import skinny_kernel
 from pallas_kernels.skinny_matmul.mosaic_gpu.operands import SkinnyOperands
 from pallas_kernels.skinny_matmul.mosaic_gpu.tensor_cores import (
     TensorCoreScratch,
     tensor_core_kernel,
 )
+from pallas_kernels.skinny_matmul.mosaic_gpu.wide import wide_kernel
+from pallas_kernels.skinny_matmul.mosaic_gpu.wide_products import WideScratch
 from pallas_kernels.skinny_matmul.types import (
     Activation,
     Int8Matrix,
@@ -33,13 +41,14 @@ def launch_skinny_matmul(
     norm: RowNorm | None,
     activation: Activation | None,
     parts: tuple[Part, ...],
-    tiling: SkinnyTiling | TensorCoreTiling,
+    tiling: SkinnyTiling | TensorCoreTiling | WideTiling,
     interpret: Any,
 ) -> tuple[Array, ...]:
     """Runs the kernel of the tiling and returns the parts.
 
     Args:
-      operands: arrays; the epilogue's activation is None. Tensor cores take 2, 4, 8 or 16 rows.
+      operands: arrays; the epilogue's activation is None. Tensor cores take 2, 4, 8 or 16 rows, or
+        32 or 64 with `WideTiling`.
       norm: of the rows.
       activation: of the epilogue.
       parts: of the output features.
@@ -47,6 +56,7 @@ def launch_skinny_matmul(
       interpret: from `interpret_params`.
     """
     num_rows, out_features = operands.x.shape[0], starts_of(parts)[-1]
+    is_interpreted, cluster = interpret is not None, None
 
     def with_activation(operands: SkinnyOperands) -> SkinnyOperands:
         return operands._replace(epilogue=operands.epilogue._replace(activation=activation))
@@ -55,7 +65,15 @@ def launch_skinny_matmul(
         name, features = "skinny_matmul_tensor_cores", tiling.features
         operands = _by_warp(operands)
         scratch = TensorCoreScratch.make(with_activation(operands), tiling, norm)
-        run = partial(tensor_core_kernel, tiling=tiling, is_interpreted=interpret is not None)
+        run = partial(tensor_core_kernel, tiling=tiling, is_interpreted=is_interpreted)
+    elif isinstance(tiling, WideTiling):
+        name, features = "skinny_matmul_wide", tiling.features
+        scratch = WideScratch.make(
+            with_activation(operands), tiling, norm, is_interpreted=is_interpreted
+        )
+        run = partial(wide_kernel, tiling=tiling, is_interpreted=is_interpreted)
+        if tiling.splits > 1 and not is_interpreted:
+            cluster = {CLUSTER_AXIS: tiling.splits}
     else:
         name, features = "skinny_matmul", tiling.rows
         scratch = plgpu.SMEM((num_rows, tiling.rows), jnp.float32)
@@ -71,6 +89,7 @@ def launch_skinny_matmul(
             [jax.ShapeDtypeStruct((num_rows, part.width), part.dtype) for part in parts],
             name=name,
             grid={"n": out_features // features},
+            cluster=cluster,
             scratch=scratch,
             interpret=interpret,
         )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.common.mosaic_gpu import interpret_params
 from pallas_kernels.common.target import check_hopper
@@ -11,12 +11,15 @@ from pallas_kernels.skinny_matmul.block_sizes import (
     MAX_MULTIPLY_ADD_ROWS,
     MAX_ROWS,
     MAX_WEIGHT_BYTES,
+    MMA_ROWS,
     WARPS,
     WIDTH,
     SkinnyTiling,
     TensorCoreTiling,
+    WideTiling,
     choose_tensor_core_tiling,
     choose_tiling,
+    choose_wide_tiling,
 )
 from pallas_kernels.skinny_matmul.mosaic_gpu.launch import launch_skinny_matmul
 from pallas_kernels.skinny_matmul.mosaic_gpu.operands import SkinnyOperands
@@ -26,6 +29,7 @@ from pallas_kernels.skinny_matmul.types import (
     Part,
     RowNorm,
     starts_of,
+    sum_weights,
     values_of,
 )
 
@@ -60,8 +64,9 @@ def skinny_matmul(
     epilogue: Epilogue,
     parts: Sequence[Part],
     dtype: jnp.dtype,
+    weight_sums: Float32[Array, " N"] | None = None,
     *,
-    tiling: SkinnyTiling | TensorCoreTiling | None = None,
+    tiling: SkinnyTiling | TensorCoreTiling | WideTiling | None = None,
 ) -> tuple[Array, ...]:
     """One kernel. Arguments as in `api.skinny_matmul`.
 
@@ -72,11 +77,17 @@ def skinny_matmul(
     obstacle = find_obstacle(x, matrix, parts, dtype)
     if obstacle is not None:
         raise ValueError(f"skinny_matmul: mosaic_gpu {obstacle}; use implementation 'xla' or None")
-    operands = SkinnyOperands(x, matrix, epilogue._replace(activation=None))
     tiling = tiling or _choose_tiling(x, matrix, parts)
     assert tiling is not None  # An obstacle above.
+    is_layer = norm is not None and norm.kind == "layer"
+    if not is_layer:
+        weight_sums = None
+    elif weight_sums is None and isinstance(tiling, WideTiling):
+        # The kernel of many rows has no weights in registers.
+        weight_sums = sum_weights(matrix)
+    operands = SkinnyOperands(x, matrix, epilogue._replace(activation=None), weight_sums)
     num_rows = x.shape[0]
-    if isinstance(tiling, TensorCoreTiling):
+    if not isinstance(tiling, SkinnyTiling):
         operands = _pad_rows(operands, _padded_rows(num_rows) - num_rows)
     results = launch_skinny_matmul(
         operands, norm, epilogue.activation, tuple(parts), tiling, interpret_params()
@@ -86,16 +97,17 @@ def skinny_matmul(
 
 def _choose_tiling(
     x: Array, matrix: Matrix, parts: Sequence[Part]
-) -> SkinnyTiling | TensorCoreTiling | None:
+) -> SkinnyTiling | TensorCoreTiling | WideTiling | None:
     values = values_of(matrix)
     out_features = starts_of(parts)[-1]
     halves = values.shape[0] // out_features
     if x.shape[0] <= MAX_MULTIPLY_ADD_ROWS:
         return choose_tiling(out_features, x.shape[1], is_paired=halves == 2)
-    return choose_tensor_core_tiling(
+    choose = choose_tensor_core_tiling if x.shape[0] <= MMA_ROWS else choose_wide_tiling
+    return choose(
         _padded_rows(x.shape[0]),
         x.shape[1],
-        [part.width for part in parts],
+        [part.width for part in parts if not part.is_swapped],
         row_bytes=x.dtype.itemsize,
         weight_bytes=values.dtype.itemsize,
         is_paired=halves == 2,

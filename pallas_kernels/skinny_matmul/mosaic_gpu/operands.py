@@ -16,11 +16,13 @@ class SkinnyOperands(NamedTuple):
       x: (B, K).
       matrix: (N, K).
       epilogue: vectors (N,) and arrays (B, M).
+      weight_sums: (N,), Σ_k of the matrix's values; None: the kernel adds them up.
     """
 
     x: Any
     matrix: Any
     epilogue: Epilogue
+    weight_sums: Any = None
 
     @property
     def values(self) -> Any:

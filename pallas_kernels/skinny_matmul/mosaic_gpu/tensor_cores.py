@@ -36,7 +36,8 @@ class TensorCoreScratch(NamedTuple):
         every half.
       barriers: for every step, completes when its weights have arrived.
       products: (halves, WARPS * M, features), each warp's sums of x and weights.
-      weights: the same with ones for x: sums of weights; None where the norm needs none.
+      weights: the same with ones for x: sums of weights; None where the kernel
+        needs none.
       x: (2, rows, WARPS), each warp's sums of a row of x and of its squares; None without a norm.
     """
 
@@ -62,9 +63,9 @@ class TensorCoreScratch(NamedTuple):
         ]
         barriers = plgpu.Barrier(num_arrivals=halves, num_barriers=len(steps))
         sums = plgpu.SMEM((halves, WARPS * M, tiling.features), jnp.float32)
-        is_layer = norm is not None and norm.kind == "layer"
+        sums_weights = norm is not None and norm.kind == "layer" and operands.weight_sums is None
         of_rows = plgpu.SMEM((2, rows, WARPS), jnp.float32)
-        weights = sums if is_layer else None
+        weights = sums if sums_weights else None
         return cls(steps, barriers, sums, weights, None if norm is None else of_rows)
 
 
@@ -111,6 +112,11 @@ class _TensorCoreKernelCall(NamedTuple):
         return self.norm is not None and self.norm.kind == "layer"
 
     @property
+    def sums_weights(self) -> bool:
+        """Whether the kernel adds up the weights that it reads."""
+        return self.scratch.weights is not None
+
+    @property
     def first(self) -> Any:
         """The block's first output feature."""
         return lax.axis_index("n") * self.tiling.features
@@ -137,7 +143,7 @@ class _TensorCoreKernelCall(NamedTuple):
         of_rows = self.tile_of(0.0, jnp.float32)
         return _Sums(
             [products] * self.operands.halves,
-            [products] * self.operands.halves if self.subtracts_mean else [],
+            [products] * self.operands.halves if self.sums_weights else [],
             of_rows if self.subtracts_mean else None,
             None if self.norm is None else of_rows,
         )
@@ -176,11 +182,13 @@ class _TensorCoreKernelCall(NamedTuple):
         squares = sums.squares + x * x
         if not self.subtracts_mean:
             return _Sums(products, [], None, squares)
-        ones = self.tile_of(1.0, jnp.bfloat16)
-        totals = [
-            self.multiply_add(old, ones, each)
-            for old, each in zip(sums.weights, weights, strict=True)
-        ]
+        totals = []
+        if self.sums_weights:
+            ones = self.tile_of(1.0, jnp.bfloat16)
+            totals = [
+                self.multiply_add(old, ones, each)
+                for old, each in zip(sums.weights, weights, strict=True)
+            ]
         return _Sums(products, totals, sums.x + x, squares)
 
     def multiply_add(self, sums: Any, x: Any, weights: Any) -> Any:
@@ -206,11 +214,19 @@ class _TensorCoreKernelCall(NamedTuple):
                 by_half,
                 mean=self.total_of_rows(0) * share if self.subtracts_mean else None,
                 mean_square=self.total_of_rows(1) * share,
-                # All rows of these sums are equal.
-                weight_sums=self.totals(self.scratch.weights) if self.subtracts_mean else [],
+                weight_sums=self.load_weight_sums(),
                 across=self.across,
             )
         return self.operands.apply_epilogue(by_half, self.vector, self.load_added)
+
+    def load_weight_sums(self) -> list[Any]:
+        """Sums of weights of every half; none for other norms than LayerNorm."""
+        if self.sums_weights:
+            # All rows of these sums are equal.
+            return self.totals(self.scratch.weights)
+        ref = self.operands.weight_sums
+        halves = range(0 if ref is None else self.operands.halves)
+        return [self.vector(ref, self.operands.half_start(half)) for half in halves]
 
     def load_added(self, ref: Any) -> Any:
         ref = ref.at[:, pl.ds(self.first, self.tiling.features)]
@@ -265,6 +281,8 @@ def tensor_core_kernel(
 
         @pl.when((first >= 0) & (first < part.width))
         def _(result: Any = result, part: Part = part, first: Any = first):
-            out = swap_pairs(y, is_interpreted=is_interpreted) if part.is_swapped else y
+            out = y
+            if part.is_swapped:
+                out = swap_pairs(y, call.layout, is_interpreted=is_interpreted)
             ref = result.at[:, pl.ds(first, tiling.features)]
             store(ref, out.astype(result.dtype))

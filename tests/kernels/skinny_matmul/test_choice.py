@@ -1,20 +1,25 @@
 """Errors and choice of implementation of products of a few rows."""
 
+import math
 from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.common.devices import HOPPER
 from pallas_kernels.common.dispatch import Implementation
 from pallas_kernels.common.target import Target, find_target, interpreted
-from pallas_kernels.skinny_matmul import Epilogue, Int8Matrix, Part, api, skinny_matmul
+from pallas_kernels.skinny_matmul import Epilogue, Int8Matrix, Part, RowNorm, api, skinny_matmul
+from pallas_kernels.skinny_matmul.block_sizes import choose_wide_tiling
+from pallas_kernels.skinny_matmul.mosaic_gpu.operands import SkinnyOperands
+from pallas_kernels.skinny_matmul.mosaic_gpu.wide_products import WideScratch
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
 
 def multiply(x=(2, 256), matrix=(16, 256), parts=((16, F32),), dtype=BF16, added=(),
-             activation=None, implementation=None):  # fmt: skip
+             activation=None, weight_sums=None, implementation=None):  # fmt: skip
     operands = jnp.zeros(x, dtype), jnp.zeros(matrix, dtype), [jnp.zeros(a) for a in added]
 
     def f(x, matrix, added):
@@ -23,6 +28,7 @@ def multiply(x=(2, 256), matrix=(16, 256), parts=((16, F32),), dtype=BF16, added
             matrix,
             parts=[Part(*part) for part in parts],
             epilogue=Epilogue(None, activation, None, added),
+            weight_sums=None if weight_sums is None else jnp.zeros(weight_sums),
             implementation=implementation,
         )
 
@@ -40,6 +46,7 @@ def multiply(x=(2, 256), matrix=(16, 256), parts=((16, F32),), dtype=BF16, added
         ({"parts": ((16, F32, True),)}, "is swapped: needs a part of the same even width"),
         ({"parts": ((8, F32), (4, F32, True), (8, F32))}, "needs a part of the same even width"),
         ({"added": ((1, 16),)}, r"added has shape \(1, 16\); expected \(2, 16\)"),
+        ({"weight_sums": (8,)}, r"weight_sums has shape \(8,\); expected \(16,\)"),
         ({"implementation": "cuda"}, "skinny_matmul has no implementation 'cuda'"),
     ],
 )
@@ -51,7 +58,7 @@ def test_errors_name_what_is_wrong(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"x": (17, 256)}, "takes 1 to 16 rows, x has 17"),
+        ({"x": (65, 256)}, "takes 1 to 64 rows, x has 65"),
         ({"dtype": F32}, "takes products in bfloat16, these are of float32"),
         ({"x": (2, 128), "matrix": (16, 128)}, "needs a multiple of 256 input features"),
         ({"matrix": (12, 256), "parts": ((12, F32),)}, "parts of a multiple of 8"),
@@ -75,7 +82,9 @@ H200, A100 = Target("gpu", "NVIDIA H200"), Target("gpu", "NVIDIA A100-SXM4-80GB"
         (H200, 2, BF16, "mosaic_gpu"),
         (H200, 4, BF16, "mosaic_gpu"),
         (H200, 16, BF16, "mosaic_gpu"),
-        (H200, 17, BF16, "xla"),
+        (H200, 17, BF16, "mosaic_gpu"),
+        (H200, 64, BF16, "mosaic_gpu"),
+        (H200, 65, BF16, "xla"),
         (H200, 2, F32, "xla"),
         (A100, 2, BF16, "xla"),
         (Target("tpu", "TPU v5p"), 2, BF16, "xla"),
@@ -102,3 +111,36 @@ def test_the_kernel_is_refused_elsewhere():
 
 def test_implementations_have_the_common_names():
     assert set(api.IMPLEMENTATIONS) <= set(get_args(Implementation))
+
+
+@pytest.mark.parametrize("rows", [32, 64])
+@pytest.mark.parametrize(("x_dtype", "dtype"), [(BF16, BF16), (F32, BF16), (F32, jnp.int8)])
+@pytest.mark.parametrize(
+    ("in_features", "widths", "activation"),
+    [
+        (256, [8], None),
+        (1024, [256, 2048, 1024], None),
+        (4864, [2048], None),
+        (2048, [32000], None),
+        (4096, [11008], "swiglu"),
+    ],
+)
+def test_tilings_of_many_rows_fit(in_features, widths, activation, x_dtype, dtype, rows):
+    is_paired = activation == "swiglu"
+    tiling = choose_wide_tiling(
+        rows, in_features, widths, row_bytes=jnp.dtype(x_dtype).itemsize,
+        weight_bytes=jnp.dtype(dtype).itemsize, is_paired=is_paired,
+    )  # fmt: skip
+    assert all(width % tiling.features == 0 for width in widths)
+    # A block starts with all stages, and gives every thread an output.
+    assert 2 <= tiling.stages <= in_features // 64 // tiling.splits
+    assert rows // tiling.splits * tiling.columns >= 128
+    operands = SkinnyOperands(
+        jax.ShapeDtypeStruct((rows, in_features), x_dtype),
+        jax.ShapeDtypeStruct((sum(widths) * (1 + is_paired), in_features), dtype),
+        Epilogue(None, activation),
+    )
+    scratch = WideScratch.make(operands, tiling, RowNorm("layer", 1e-5), is_interpreted=False)
+    arrays = [each for each in jax.tree.leaves(scratch) if each is not scratch.barriers]
+    used = sum(math.prod(each.shape) * jnp.dtype(each.dtype).itemsize for each in arrays)
+    assert used + 1024 <= HOPPER.shared_memory

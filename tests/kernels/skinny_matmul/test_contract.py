@@ -1,15 +1,23 @@
 """Contract of products of a few rows over all implementations, against NumPy in float64."""
 
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.skinny_matmul import Epilogue, Int8Matrix, Part, RowNorm, skinny_matmul
+from pallas_kernels.skinny_matmul import (
+    Epilogue,
+    Int8Matrix,
+    Part,
+    RowNorm,
+    skinny_matmul,
+    sum_weights,
+)
 from pallas_kernels.skinny_matmul.api import IMPLEMENTATIONS
-from pallas_kernels.skinny_matmul.block_sizes import TensorCoreTiling
+from pallas_kernels.skinny_matmul.block_sizes import TensorCoreTiling, WideTiling
 from pallas_kernels.skinny_matmul.mosaic_gpu import op as mosaic_gpu
 
 EPS = 1e-3
@@ -61,6 +69,9 @@ def make(rows, in_features, out_features, activation, seed=0):
         (5, 512, 16, "rms", None),
         (16, 1536, 32, "rms", "swiglu"),
         (11, 256, 48, "layer", "swiglu"),
+        # wgmma; rows that are filled up.
+        (33, 256, 24, None, "silu"),
+        (17, 256, 48, "rms", "swiglu"),
     ],
 )
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -145,8 +156,9 @@ def test_int8(implementation, rows, norm):
     assert error <= (1e-6 if norm is None else 2.5e-3)
 
 
-@pytest.mark.parametrize("rows", [3, 8])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("implementation", "rows"), [*product(IMPLEMENTATIONS, [3, 8]), ("mosaic_gpu", 17)]
+)
 def test_parts_share_the_output_features(implementation, rows):
     x, weights, bias, *_ = make(rows, 256, 80, None)
     x, weights = jnp.asarray(x, jnp.bfloat16), jnp.asarray(weights, jnp.bfloat16)
@@ -172,8 +184,9 @@ def test_parts_share_the_output_features(implementation, rows):
     assert second.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("rows", [3, 12])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("implementation", "rows"), [*product(IMPLEMENTATIONS, [3, 12]), ("mosaic_gpu", 33)]
+)
 def test_rows_are_independent(implementation, rows):
     x, weights, *_ = make(rows, 256, 16, None)
     x, weights = jnp.asarray(x, jnp.float32), jnp.asarray(weights, jnp.bfloat16)
@@ -211,3 +224,61 @@ def test_few_rows_on_tensor_cores(features, rows):
     )  # fmt: skip
     assert np.linalg.norm(np.asarray(y) - exact) <= 1e-5 * np.linalg.norm(exact)
     np.testing.assert_array_equal(swapped, y[:, np.arange(32) ^ 1])
+
+
+@pytest.mark.parametrize(
+    ("rows", "tiling", "is_int8"),
+    [
+        # Shares of 2 and 3 steps through a ring of 2 stages; tiles of 64 and 16 output features.
+        (40, WideTiling(features=64, splits=8, stages=2), False),
+        (64, WideTiling(features=48, splits=2, stages=3), True),
+    ],
+)
+def test_blocks_of_a_cluster_share_columns_and_rows(rows, tiling, is_int8):
+    features = tiling.features
+    x, weights, bias, scale, added = make(rows, 1280, features, None)
+    x = jnp.asarray(x, jnp.float32)
+    if is_int8:
+        values = np.round(weights * 900).clip(-127, 127)
+        matrix = Int8Matrix(jnp.asarray(values, jnp.int8), jnp.full(features, 1 / 900, jnp.float32))
+        weights = values / 900
+    else:
+        matrix = jnp.asarray(weights, jnp.bfloat16)
+        weights = np.asarray(matrix, np.float64)
+    bias, scale, added = (jnp.asarray(a, jnp.float32) for a in (bias, scale, added))
+    y, swapped = mosaic_gpu.skinny_matmul(
+        x,
+        matrix,
+        RowNorm("layer", EPS),
+        Epilogue(bias, "silu", scale, list(added)),
+        [Part(features, jnp.float32), Part(features, jnp.float32, is_swapped=True)],
+        jnp.dtype(jnp.bfloat16),
+        sum_weights(matrix),
+        tiling=tiling,
+    )
+    exact = in_numpy(
+        np.asarray(x, np.float64), weights, "layer", bias, "silu", scale,
+        np.asarray(added, np.float64),
+    )  # fmt: skip
+    assert np.linalg.norm(np.asarray(y) - exact) <= 4e-6 * np.linalg.norm(exact)
+    np.testing.assert_array_equal(swapped, y[:, np.arange(features) ^ 1])
+
+
+@pytest.mark.parametrize(("rows", "activation"), [(3, None), (8, "swiglu"), (17, "swiglu")])
+def test_the_kernels_take_sums_of_weights(rows, activation):
+    """LayerNorm's result for sums that are 1 too large: r (x Wᵀ - μ (1 + Σ_k W_k))."""
+    x, weights, bias, *_ = make(rows, 256, 16, activation)
+    x, weights = jnp.asarray(x, jnp.bfloat16), jnp.asarray(weights, jnp.bfloat16)
+    (y,) = skinny_matmul(
+        x,
+        weights,
+        parts=[Part(16 if activation is None else 8, jnp.float32)],
+        norm=RowNorm("layer", EPS),
+        epilogue=Epilogue(jnp.asarray(bias, jnp.float32), activation),
+        weight_sums=1 + sum_weights(weights),
+        implementation="mosaic_gpu",
+    )
+    rows64, weights64 = np.asarray(x, np.float64), np.asarray(weights, np.float64)
+    shift = rows64.mean(1) / np.sqrt(rows64.var(1) + EPS)
+    exact = in_numpy(rows64, weights64, "layer", bias - shift[:, None], activation, 1, np.zeros(1))
+    assert np.linalg.norm(np.asarray(y) - exact) <= 4e-6 * np.linalg.norm(exact)
