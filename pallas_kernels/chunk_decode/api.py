@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
@@ -17,6 +16,7 @@ from pallas_kernels.chunk_decode.types import (
     QueryKeyVectors,
     RotaryFactors,
     SharedRepresentation,
+    query_of,
 )
 from pallas_kernels.common.devices import canonical_tpu_kind
 from pallas_kernels.common.dispatch import Implementation, check_implementation
@@ -78,18 +78,13 @@ def chunk_decode(
     _check_operands(q, k, v, positions)
     if gate is not None and (gate.shape != v.shape or gate.dtype != v.dtype):
         raise ValueError(f"gate is {gate.dtype}{gate.shape}; expected {v.dtype}{v.shape} as v")
-    query = _query_of(q, v)
+    query = query_of(q, v)
     _check_cache(cache, query, v)
     check_implementation("chunk decoding", implementation, IMPLEMENTATIONS)
     name = implementation or _choose_implementation(query, v, cache)
     if isinstance(q, SharedRepresentation) and name != "mosaic_gpu":
         q, k = q.queries_and_keys(v.dtype)
     return IMPLEMENTATIONS[name](q, k, v, cache, positions, gate)
-
-
-def _query_of(q: Array | SharedRepresentation, v: Array) -> Any:
-    """The queries, or their shape and dtype: keys have the same."""
-    return jax.ShapeDtypeStruct(q.z.shape, v.dtype) if isinstance(q, SharedRepresentation) else q
 
 
 def _choose_implementation(q: Any, v: Array, cache: KeyValueCache) -> Implementation:

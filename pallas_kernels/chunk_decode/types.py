@@ -5,7 +5,7 @@ width of a value head.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,3 +96,8 @@ class SharedRepresentation:
 
         query, key = (transform(*vectors) for vectors in zip(*self.vectors, strict=True))
         return query.astype(dtype), key.astype(dtype)
+
+
+def query_of(q: Float[Array, "B H Dk"] | SharedRepresentation, v: Float[Array, "B H Dv"]) -> Any:
+    """The queries, or their shape and dtype if they are not made yet; keys have the same."""
+    return jax.ShapeDtypeStruct(q.z.shape, v.dtype) if isinstance(q, SharedRepresentation) else q
