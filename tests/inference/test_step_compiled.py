@@ -73,4 +73,6 @@ def test_a_block_copies_no_cache(slots: int, rows: int, kv: KvFormat):
     assert memory.temp_size_in_bytes <= 0.02 * cache_bytes
     kernels = set(re.findall(r'op_name="[^"]*/(\w+)/mpmd_map"', text))
     products = "skinny_matmul" if rows <= 4 else "skinny_matmul_tensor_cores"
+    # The kernels round keys and values to 8 bits.
+    assert "round-nearest" not in text
     assert kernels == {"norm_state_step", "chunk_decode_splits", "chunk_decode_combine", products}

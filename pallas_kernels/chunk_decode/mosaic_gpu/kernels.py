@@ -8,6 +8,9 @@ split's filled slots
 and the combination is Σ_i exp(m_i - M) a_i / Σ_i exp(m_i - M) l_i with M = max_i m_i over splits i.
 Splits without a filled slot return at once: their results are undefined and never read.
 
+A block makes the token's query from its shared representation; blocks of the split with the token's
+slot make its key too, round it and the value to the cache's format, and write them.
+
 A cache of 8-bit integers is converted in registers: the scale of a key multiplies its score, that
 of a value its weight in a.
 """
@@ -169,7 +172,7 @@ class _DecodeKernelCall(NamedTuple):
         )
 
     def prepare_token(self) -> _OwnToken:
-        """Stores the query in shared memory, and in the split with its slot writes the token."""
+        """Stores the query in shared memory; the split with the token's slot writes the token."""
         q, k = load_query_and_key(self.operands.source, self.row, self.head)
         store(self.memory.query, q)
         plgpu.commit_smem()
