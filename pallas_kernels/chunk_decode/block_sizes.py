@@ -30,8 +30,8 @@ MAX_SPLITS = 32
 # 22.8 us with 256 blocks, 20.0 with 512.
 FEW_BLOCKS, MANY_BLOCKS = 384, 8 * HOPPER.multiprocessors
 FEWEST_BYTES = 512
-# Keys of 16 bits that are loaded early take registers, with which a multiprocessor has two blocks
-# in place of three: up to this number of blocks.
+# Keys that are loaded early take registers, with which a multiprocessor has two blocks in place of
+# three (three in place of four with 8-bit integers): up to this number of blocks.
 FEW_RESIDENT = 2 * HOPPER.multiprocessors
 MAX_SLOTS_PER_BLOCK = 256
 
@@ -114,5 +114,5 @@ def choose_tiling(
         slots_per_step=min(SCORE_SLOTS, BYTES_PER_STEP // (itemsize * value_tile)),
         prefetch=True,
         combine_tile=next(tile for tile in COMBINE_TILES if value_width % tile == 0),
-        prefetch_keys=itemsize == 1 or count_blocks(value_tile) <= FEW_RESIDENT,
+        prefetch_keys=count_blocks(value_tile) <= FEW_RESIDENT,
     )

@@ -273,15 +273,15 @@ class _DecodeKernelCall(NamedTuple):
     def compute_scores(self, first: Any, keys: list[Any], own_score: Any) -> Any:
         """Scores of SCORE_SLOTS slots; -inf where a slot is empty or the previous split's."""
         layout = key_layout(self.key_columns)
-        products = None
+        scores = None
         for columns, block in zip(self.column_blocks, keys, strict=True):
             smem = self.memory.query.at[columns]
             q = plgpu.load(smem, layout=layout.reduce(0), optimized=False)
             q = plgpu.layout_cast(lax.broadcast_in_dim(q, block.shape, [1]), layout)
-            product = self.widen(block, layout) * q
-            products = product if products is None else products + product
-        assert products is not None
-        scores = products.sum(axis=1)
+            # A sum over threads for each block: products of all blocks would take 32 registers.
+            product = (self.widen(block, layout) * q).sum(axis=1)
+            scores = product if scores is None else scores + product
+        assert scores is not None
         if isinstance(self.operands.cache.key, Int8Slots):
             scores = scores * self.load_scales(self.operands.cache.key, first)
         index = _slot_indices(first)

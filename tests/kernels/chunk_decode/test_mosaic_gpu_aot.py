@@ -30,7 +30,7 @@ def as_int8(slots):
         (64, 1, 2048, 256, 2048, "model", 1e-5, 3),
         (8, 4, 4096, 256, 2048, "model", "queries and keys", 3),
         (1, 1, 2048, 256, 2048, "int8", 1e-5, 3),
-        (64, 1, 2048, 256, 2048, "int8", 1e-5, 3),
+        (64, 1, 2048, 256, 2048, "int8", 1e-5, 4),
         # Threads have two adjacent values: the compiler's conversion of 8-bit integers. Every warp
         # has the whole query.
         (8, 1, 2048, 192, 768, "int8", None, 2),
