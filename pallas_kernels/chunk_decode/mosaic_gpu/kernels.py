@@ -39,7 +39,7 @@ from pallas_kernels.chunk_decode.mosaic_gpu.token import (
     load_query_and_key,
 )
 from pallas_kernels.chunk_decode.types import SharedRepresentation
-from pallas_kernels.common.mosaic_gpu import store, widen_int8
+from pallas_kernels.common.mosaic_gpu import store, widen_bfloat16, widen_int8
 
 
 class DecodeOperands(NamedTuple):
@@ -344,9 +344,8 @@ class _DecodeKernelCall(NamedTuple):
 
     def widen(self, values: Any, layout: Any) -> Any:
         """Keys or values as float32."""
-        if values.dtype == jnp.int8:
-            return widen_int8(values, layout, is_interpreted=self.is_interpreted)
-        return values.astype(jnp.float32)
+        widen = widen_int8 if values.dtype == jnp.int8 else widen_bfloat16
+        return widen(values, layout, is_interpreted=self.is_interpreted)
 
 
 def _values(slots: Any) -> Any:
