@@ -13,6 +13,7 @@ from megalodon_jax.inference.prefill import PrefillState
 from megalodon_jax.inference.rows import constrain_cache, put_row, replicate, take_row
 from megalodon_jax.inference.sampling import Drawn, Features, Logprobs, SamplingState, draw
 from megalodon_jax.inference.step import set_rows
+from megalodon_jax.inference.weights import DecodeWeights
 from megalodon_jax.typing import Array, Bool, Float32, Int32
 
 MAX_STOP_IDS = 16
@@ -196,7 +197,9 @@ def decode_block(
 
     def step(carry: tuple[Any, SlotState], _) -> tuple[tuple[Any, SlotState], Emitted]:
         cache, state = carry
+        cache = _restore_counts(weights, cache)
         logits, cache = decode(weights, cache, state.token, state.active)
+        cache = _drop_counts(weights, cache)
         drawn = draw(logits, state.sampling, features, logits_mask=logits_mask, active=state.active)
         ended = _ends(drawn.tokens, state.stop_ids, state.remaining)
         emitted = _emitted(drawn, state.active)
@@ -208,9 +211,38 @@ def decode_block(
         )
         return (cache, state), emitted
 
-    (cache, state), emitted = jax.lax.scan(step, (slots.cache, first), length=length)
+    carry = (_drop_counts(weights, slots.cache), first)
+    (cache, state), emitted = jax.lax.scan(step, carry, length=length)
+    cache = _restore_counts(weights, cache)
     rest = jax.tree.map(set_rows, slots._replace(cache=None), state)
     return constrain_slots(rest._replace(cache=cache)), replicate(emitted)
+
+
+def _drop_counts(weights: Any, cache: Any) -> Any:
+    """The cache without TimestepNorm's counts but the first layer's, for the carry of a loop.
+
+    Layers have the same counts. One for each would take a kernel a layer in a step of one row,
+    where the compiler does not merge them. Caches of other models are returned as they are.
+    """
+    return _set_later_counts(weights, cache, None)
+
+
+def _restore_counts(weights: Any, cache: Any) -> Any:
+    """The cache before `_drop_counts`."""
+    norm = cache.layers[0].norm if isinstance(weights, DecodeWeights) else None
+    return cache if norm is None else _set_later_counts(weights, cache, norm.count)
+
+
+def _set_later_counts(weights: Any, cache: Any, count: Int32[Array, " S"] | None) -> Any:
+    if not isinstance(weights, DecodeWeights) or cache.layers[0].norm is None:
+        return cache
+    # Layers without attention keep the states that came in.
+    end = weights.config.num_layers - weights.config.skip_attention
+    layers = [
+        layer._replace(norm=layer.norm._replace(count=count)) if 0 < number < end else layer
+        for number, layer in enumerate(cache.layers)
+    ]
+    return dataclasses.replace(cache, layers=tuple(layers))
 
 
 def _ends(

@@ -12,12 +12,13 @@ from jax import numpy as jnp
 
 from megalodon_jax.cache import Cache, LayerCache, slot_specs
 from megalodon_jax.config import ModelConfig
-from megalodon_jax.inference.step import RotaryFactors, forward, rotation_of, set_rows
+from megalodon_jax.inference.step import forward, rotation_of, set_rows
 from megalodon_jax.inference.weights import DecodeWeights, NormVectors
 from megalodon_jax.parallel.sharding import partition_spec, shard_map_logical
 from megalodon_jax.typing import Array, Bool, Float, Float32, Int32, Shaped
 from pallas_kernels.chunk_attention import Int8Slots, KeyValueCache
 from pallas_kernels.chunk_attention.types import accumulation_dtype, matmul_precision
+from pallas_kernels.chunk_decode import RotaryFactors, SharedRepresentation
 from pallas_kernels.common.target import find_target
 from pallas_kernels.norm_state_step import NormStateStepOutput
 from pallas_kernels.state_step import CemaStepTables, state_step
@@ -181,12 +182,12 @@ class _SeveralTokens(NamedTuple):
 
     def attend(
         self,
-        query: Float[Array, "R H Dk"],
-        key: Float[Array, "R H Dk"],
+        shared: SharedRepresentation,
         value: Float[Array, "R H Dv"],
         gate: Float[Array, "R H Dv"],
         cache: KeyValueCache,
     ) -> tuple[Float[Array, "R H Dv"], KeyValueCache]:
+        query, key = shared.queries_and_keys(value.dtype)
         heads = partition_spec("batch", None, "heads", None)
         specs = slot_specs(cache)
         out, cache = shard_map_logical(

@@ -1,7 +1,7 @@
 """One token of every row through the model: the decoding step."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -20,7 +20,12 @@ from megalodon_jax.modules.rotary import rotation
 from megalodon_jax.parallel.sharding import constrain, partition_spec, shard_map_logical
 from megalodon_jax.typing import Array, Bool, Float, Float32, Int32
 from pallas_kernels.chunk_attention import KeyValueCache
-from pallas_kernels.chunk_decode import ChunkDecodeOutput, chunk_decode
+from pallas_kernels.chunk_decode import (
+    ChunkDecodeOutput,
+    RotaryFactors,
+    SharedRepresentation,
+    chunk_decode,
+)
 from pallas_kernels.norm_state_step import NormStateStepOutput, StepNorm, norm_state_step
 from pallas_kernels.norm_state_step.xla import norm_step
 from pallas_kernels.skinny_matmul import Epilogue, Part, RowNorm, skinny_matmul
@@ -107,13 +112,6 @@ def forward(
     return Forwarded(logits, tuple(layers), final_norm)
 
 
-class RotaryFactors(NamedTuple):
-    """Factors of a feature and of the other one in its pair: one pass, without a transposition."""
-
-    own: Float32[Array, "R 1 Dk"]
-    other: Float32[Array, "R 1 Dk"]
-
-
 class RowOperations(Protocol):
     """The operations that read or change states, for R tokens: one or several of each row."""
 
@@ -147,8 +145,7 @@ class RowOperations(Protocol):
 
     def attend(
         self,
-        query: Float[Array, "R H Dk"],
-        key: Float[Array, "R H Dk"],
+        shared: SharedRepresentation,
         value: Float[Array, "R H Dv"],
         gate: Float[Array, "R H Dv"],
         cache: KeyValueCache,
@@ -206,13 +203,12 @@ class _OneToken(NamedTuple):
 
     def attend(
         self,
-        query: Float[Array, "B H Dk"],
-        key: Float[Array, "B H Dk"],
+        shared: SharedRepresentation,
         value: Float[Array, "B H Dv"],
         gate: Float[Array, "B H Dv"],
         cache: KeyValueCache,
     ) -> ChunkDecodeOutput:
-        return _attend(query, key, value, gate, cache, self.position)
+        return _attend(shared, value, gate, cache, self.position)
 
 
 def rotation_of(config: ModelConfig, position: Int32[Array, " R"]) -> RotaryFactors | None:
@@ -236,11 +232,10 @@ def _block(
     u, averaged, norm, cema = _normalize_and_average_if_any(config, layer, x, cache, rows)
     dtype = x.dtype
     value = _product(config, u, layer.values, config.value_dim, dtype, activation="silu")
-    query, key, gate, linear = _mixed(config, layer, averaged, rows.rotation, dtype)
+    shared, gate, linear = _mixed(config, layer, averaged, rows.rotation, dtype)
     by_head = (x.shape[0], config.num_heads, -1)
     gated, keys_and_values = rows.attend(
-        query,
-        key,
+        shared,
         value.reshape(by_head),
         gate.reshape(by_head),
         cache.keys_and_values,
@@ -308,8 +303,8 @@ def _mixed(
     averaged: Float[Array, "R D"],
     by: RotaryFactors | None,
     dtype: Any,
-) -> tuple[Array, ...]:
-    """Queries, keys, the gate and the linear path: products with the normalized averages."""
+) -> tuple[SharedRepresentation, Array, Array]:
+    """z of queries and keys, the gate and the linear path: products with normalized averages."""
     of_z = [Part(config.z_dim, jnp.float32)]
     if by is not None:
         of_z.append(Part(config.z_dim, jnp.float32, is_swapped=True))
@@ -326,9 +321,16 @@ def _mixed(
             epilogue=Epilogue(projection.bias),
             dtype=dtype,
         )
-    z = results[: len(of_z)]
-    query, key = _queries_and_keys(config, layer, z, by)
-    return query.astype(dtype), key.astype(dtype), *results[len(of_z) :]
+    *z, gate, linear = results
+    z = [each.reshape(-1, config.num_heads, config.head_dim) for each in z]
+    shared = SharedRepresentation(
+        z[0],
+        layer.queries_and_keys,
+        None if by is None else z[1],
+        by,
+        config.norm_eps if config.qk_norm else None,
+    )
+    return shared, gate, linear
 
 
 def _time_norm(
@@ -407,45 +409,42 @@ def _average(
     )(u, tables, state, active)
 
 
-def _queries_and_keys(
-    config: ModelConfig, layer: DecodeLayer, z: Sequence[Array], by: RotaryFactors | None
-) -> list[Float32[Array, "B H Dk"]]:
-    """From z (B, Z), and for a rotary embedding z with the two of every pair exchanged."""
-    heads = (config.num_heads, config.head_dim)
-    wide = [each.reshape(-1, *heads) for each in z]
-    if config.qk_norm:
-        factor = jax.lax.rsqrt(jnp.square(wide[0]).mean(axis=-1, keepdims=True) + config.norm_eps)
-        wide = [each * factor for each in wide]
-    else:
-        wide = list(map(jax.nn.silu, wide))
-
-    def transform(scale: Array, offset: Array, other_scale: Array, other_offset: Array) -> Array:
-        projected = wide[0] * scale.reshape(heads) + offset.reshape(heads)
-        if by is None:
-            return projected
-        other = wide[1] * other_scale.reshape(heads) + other_offset.reshape(heads)
-        return projected * by.own + other * by.other
-
-    return [transform(*vectors) for vectors in zip(*layer.queries_and_keys, strict=True)]
-
-
 def _attend(
-    query: Float[Array, "B H Dk"],
-    key: Float[Array, "B H Dk"],
+    shared: SharedRepresentation,
     value: Float[Array, "B H Dv"],
     gate: Float[Array, "B H Dv"],
     cache: KeyValueCache,
     position: Int32[Array, " B"],
 ) -> ChunkDecodeOutput:
-    def attend(query, key, value, gate, cache, position) -> ChunkDecodeOutput:
-        return chunk_decode(query, key, value, cache, position, gate=gate)
+    def attend(shared, value, gate, cache, position) -> ChunkDecodeOutput:
+        return chunk_decode(shared, None, value, cache, position, gate=gate)
 
     heads, cache_spec = partition_spec("batch", "heads", None), slot_specs(cache)
     return shard_map_logical(
         attend,
-        in_specs=(heads, heads, heads, heads, cache_spec, partition_spec("batch")),
+        in_specs=(
+            _specs_of(shared),
+            heads,
+            heads,
+            cache_spec,
+            partition_spec("batch"),
+        ),
         out_specs=ChunkDecodeOutput(heads, cache_spec),
-    )(query, key, value, gate, cache, position)
+    )(shared, value, gate, cache, position)
+
+
+def _specs_of(shared: SharedRepresentation) -> Any:
+    """Partition specs of its arrays, in its structure."""
+    heads, vectors = partition_spec("batch", "heads", None), partition_spec(None, "heads", None)
+    every_head = partition_spec("batch", None, None)
+    specs: Any = dataclasses.replace(
+        shared,
+        z=heads,
+        vectors=jax.tree.map(lambda _: vectors, shared.vectors),
+        swapped_z=jax.tree.map(lambda _: heads, shared.swapped_z),
+        rotation=jax.tree.map(lambda _: every_head, shared.rotation),
+    )
+    return specs
 
 
 def _feed_forward(

@@ -18,6 +18,7 @@ from megalodon_jax.modules.matmul import LogicalAxes
 from megalodon_jax.modules.time_norm import TimeNormModule
 from megalodon_jax.parallel.sharding import axis_size, constrain
 from megalodon_jax.typing import Array, Float, Float32
+from pallas_kernels.chunk_decode import QueryKeyVectors
 from pallas_kernels.common.int8 import quantize
 from pallas_kernels.skinny_matmul import Int8Matrix, sum_weights
 from pallas_kernels.skinny_matmul.types import Matrix
@@ -43,22 +44,6 @@ class NormVectors(NamedTuple):
 
     scale: Float32[Array, " D"] | None
     bias: Float32[Array, " D"] | None
-
-
-class QueryKeyVectors(NamedTuple):
-    """Scale and offset that make queries (row 0) and keys (row 1) from the normalized z.
-
-    Attributes:
-      scale: of a feature.
-      offset: of a feature.
-      other_scale: of the other feature in its rotary pair.
-      other_offset: of the other feature.
-    """
-
-    scale: Float32[Array, "2 Z"]
-    offset: Float32[Array, "2 Z"]
-    other_scale: Float32[Array, "2 Z"]
-    other_offset: Float32[Array, "2 Z"]
 
 
 class DecodeLayer(NamedTuple):
@@ -145,7 +130,8 @@ class _Preparation(NamedTuple):
     def layer(self, block: Block) -> DecodeLayer:
         mega, ffn = block.mega, block.nffn
         assert mega.rmsnorm is not None, "decoding is that of language models"
-        scale, offset = mega.scale_and_offset()
+        heads = (2, mega.num_heads, mega.head_dim)
+        scale, offset = (each.reshape(heads) for each in mega.scale_and_offset())
         return DecodeLayer(
             norm=_norm_vectors(mega.timenorm),
             average=None if mega.cema is None else cema_step_tables(mega.cema.params),
@@ -237,8 +223,8 @@ def _with_norm_bias(bias: Array | None, kernel: Array, norm_bias: Array | None) 
     return taken_in if bias is None else bias + taken_in
 
 
-def _swap_pairs(x: Float32[Array, "2 Z"]) -> Float32[Array, "2 Z"]:
-    return x.reshape(len(x), -1, 2)[..., ::-1].reshape(x.shape)
+def _swap_pairs(x: Float32[Array, "2 H Dk"]) -> Float32[Array, "2 H Dk"]:
+    return x.reshape(*x.shape[:2], -1, 2)[..., ::-1].reshape(x.shape)
 
 
 def _one_plus(weight: nnx.Param | None) -> Float32[Array, " D"] | None:

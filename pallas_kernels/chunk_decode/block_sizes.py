@@ -30,6 +30,9 @@ MAX_SPLITS = 32
 # 22.8 us with 256 blocks, 20.0 with 512.
 FEW_BLOCKS, MANY_BLOCKS = 384, 8 * HOPPER.multiprocessors
 FEWEST_BYTES = 512
+# Keys that are loaded early take registers, with which a multiprocessor has two blocks in place of
+# three (three in place of four with 8-bit integers): up to this number of blocks.
+FEW_RESIDENT = 2 * HOPPER.multiprocessors
 MAX_SLOTS_PER_BLOCK = 256
 
 
@@ -65,6 +68,8 @@ class DecodeTiling(NamedTuple):
       slots_per_step: slots whose values are loaded together; divides slots_per_block.
       prefetch: whether a step loads the values of the next one.
       combine_tile: value columns of a block of the combining kernel.
+      prefetch_keys: whether a block loads the keys of its first SCORE_SLOTS slots before it makes
+        the query.
     """
 
     slots_per_block: int
@@ -72,6 +77,7 @@ class DecodeTiling(NamedTuple):
     slots_per_step: int
     prefetch: bool
     combine_tile: int
+    prefetch_keys: bool = False
 
     def count_splits(self, num_slots: int) -> int:
         """Splits of a chunk of `num_slots`; the last one may have fewer slots."""
@@ -108,4 +114,5 @@ def choose_tiling(
         slots_per_step=min(SCORE_SLOTS, BYTES_PER_STEP // (itemsize * value_tile)),
         prefetch=True,
         combine_tile=next(tile for tile in COMBINE_TILES if value_width % tile == 0),
+        prefetch_keys=count_blocks(value_tile) <= FEW_RESIDENT,
     )

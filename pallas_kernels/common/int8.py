@@ -25,7 +25,24 @@ def quantize(x: Float[Array, "*vectors n"]) -> QuantizedVectors:
       x: vectors along the last axis.
     """
     wide = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=-1) / _LARGEST
-    levels = jnp.round(wide / jnp.where(scale > 0, scale, 1)[..., None])
+    scale = scale_for(jnp.max(jnp.abs(wide), axis=-1))
+    return QuantizedVectors(round_to_levels(wide, scale[..., None]).astype(jnp.int8), scale)
+
+
+def scale_for(greatest: Float32[Array, "*vectors"]) -> Float32[Array, "*vectors"]:
+    """Scales of vectors with these greatest magnitudes."""
+    return greatest / _LARGEST
+
+
+def round_to_levels(
+    x: Float32[Array, "*vectors n"], scale: Float32[Array, "*#vectors"]
+) -> Float32[Array, "*vectors n"]:
+    """x / scale as whole numbers -127 to 127, in float32; kernels call this too.
+
+    Args:
+      x: vectors.
+      scale: of `scale_for`; broadcasts to x.
+    """
+    levels = jnp.round(x / jnp.where(scale > 0, scale, 1))
     # A rounded scale may put the largest element beyond the last level.
-    return QuantizedVectors(jnp.clip(levels, -_LARGEST, _LARGEST).astype(jnp.int8), scale)
+    return jnp.clip(levels, -_LARGEST, _LARGEST)

@@ -126,6 +126,28 @@ def widen_int8(values: Any, layout: Any, *, is_interpreted: bool) -> Any:
       layout: of the values.
       is_interpreted: whether the kernel's interpreter runs this, which knows arrays only.
     """
+    return _widen(values, layout, 4, _widen_int8_vector, is_interpreted)
+
+
+def widen_bfloat16(values: Any, layout: Any, *, is_interpreted: bool) -> Any:
+    """bfloat16 as float32 in one instruction a number, where the compiler takes three for two.
+
+    Args:
+      values: bfloat16; fast for a multiple of 2 adjacent ones in a thread.
+      layout: of the values.
+      is_interpreted: as in `widen_int8`.
+    """
+    return _widen(values, layout, 2, _widen_bfloat16_vector, is_interpreted)
+
+
+def _widen(
+    values: Any,
+    layout: Any,
+    numbers_of_a_word: int,
+    widen_vector: Callable[[Any], Any],
+    is_interpreted: bool,
+) -> Any:
+    """Numbers as float32: by `widen_vector` where a thread's fill whole words of 32 bits."""
     if is_interpreted:
         return values.astype(jnp.float32)
 
@@ -135,9 +157,9 @@ def widen_int8(values: Any, layout: Any, *, is_interpreted: bool) -> Any:
     )
     def in_registers(_: Any, values: Any) -> Any:
         [size] = ir.VectorType(values.registers.flat[0].type).shape
-        if size % 4:
+        if size % numbers_of_a_word:
             return values.astype(ir.F32Type.get())
-        wide = np.array([_widen_vector(each) for each in values.registers.flat], dtype=object)
+        wide = np.array([widen_vector(each) for each in values.registers.flat], dtype=object)
         return mgpu.FragmentedArray(
             _registers=wide.reshape(values.registers.shape),
             _layout=values.layout,
@@ -147,7 +169,27 @@ def widen_int8(values: Any, layout: Any, *, is_interpreted: bool) -> Any:
     return in_registers(values)  # pyright: ignore[reportCallIssue]
 
 
-def _widen_vector(values: Any) -> Any:
+def _widen_bfloat16_vector(values: Any) -> Any:
+    """A vector of bfloat16 as a vector of float32, whose upper halves they are."""
+    size = ir.VectorType(values.type).shape[0]
+    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    words = mgpu_utils.bitcast(values, ir.VectorType.get((size // 2,), i32))
+    half, upper = mgpu.c(16, i32), mgpu.c(-(2**16), i32)
+    wide = llvm.mlir_undef(ir.VectorType.get((size,), f32))
+    for i in range(size):
+        word = _extract(words, i // 2)
+        bits = arith.andi(word, upper) if i % 2 else arith.shli(word, half)
+        wide = llvm.insertelement(wide, arith.bitcast(f32, bits), position=mgpu.c(i, i32))
+    return wide
+
+
+def _extract(words: Any, index: int) -> Any:
+    return vector.extract(
+        words, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([index])
+    )
+
+
+def _widen_int8_vector(values: Any) -> Any:
     """A vector of int8 as a vector of float32."""
     size = ir.VectorType(values.type).shape[0]
     i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
@@ -156,9 +198,7 @@ def _widen_vector(values: Any) -> Any:
     offset = mgpu.c(-(2.0**23 + 128), f32)
     wide = llvm.mlir_undef(ir.VectorType.get((size,), f32))
     for i in range(size):
-        word = vector.extract(
-            words, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i // 4])
-        )
+        word = _extract(words, i // 4)
         # Bytes of the result: one of the word, two zeros, and the exponent's.
         bits = llvm.inline_asm(
             i32,

@@ -61,7 +61,8 @@ def scores(kv: str, decode=step.decode):
 def test_steps_are_those_of_keys_and_values_rounded_beforehand(monkeypatch):
     """A cache of float32 in which every key and value is rounded before it is written."""
 
-    def rounding(q, k, v, cache, position, **options):
+    def rounding(shared, _, v, cache, position, **options):
+        q, k = shared.queries_and_keys(v.dtype)
         k, v = (each.values * each.scale[..., None] for each in map(quantize, (k, v)))
         return chunk_decode(q, k, v, cache, position, **options)
 

@@ -52,6 +52,18 @@ def test_layers_share_the_kernels(rows: int):
 
 
 @pytest.mark.slow
+def test_a_layer_has_no_kernels_of_the_compiler():
+    """Queries, keys, rounding to 8 bits: all is in the kernels, at one row too."""
+    texts = [compile_lowered(lower_block(2, 1, layers, "int8")[0]).as_text() for layers in (2, 3)]
+    opcodes = [re.findall(r" (fusion|copy|custom-call)\(", text) for text in texts]
+    more = {name: opcodes[1].count(name) - opcodes[0].count(name) for name in set(opcodes[0])}
+    assert more["custom-call"] > 0
+    assert more["fusion"] == 0
+    # The layer's count is written once a block.
+    assert more["copy"] <= 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("slots", "rows", "kv"), [(2, 2, "model"), (16, 8, "model"), (16, 8, "int8"), (64, 64, "model")]
 )

@@ -8,11 +8,13 @@ split's filled slots
 and the combination is Σ_i exp(m_i - M) a_i / Σ_i exp(m_i - M) l_i with M = max_i m_i over splits i.
 Splits without a filled slot return at once: their results are undefined and never read.
 
+A block makes the token's query from its shared representation; blocks of the split with the token's
+slot make its key too, round it and the value to the cache's format, and write them.
+
 A cache of 8-bit integers is converted in registers: the scale of a key multiplies its score, that
 of a value its weight in a.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -24,42 +26,34 @@ from pallas_kernels.chunk_attention.types import Int8Slots, KeyValueCache
 from pallas_kernels.chunk_decode.block_sizes import (
     KEY_BYTES,
     SCORE_SLOTS,
-    THREADS,
     DecodeTiling,
 )
-from pallas_kernels.common.mosaic_gpu import widen_int8
-
-
-def key_layout(columns: int) -> Any:
-    """Keys of SCORE_SLOTS slots and some columns in registers.
-
-    A warp has 16 slots. Four threads share a slot, with a quarter of the columns each: a load of 16
-    bytes if the columns have KEY_BYTES.
-    """
-    return plgpu.Layout.TILED(
-        plgpu.Tiling(((SCORE_SLOTS, columns), (16, columns), (8, columns), (columns // 4,))),
-        warp_dims=(-7,),
-        lane_dims=(-3, -2),
-        vector_dim=-1,
-    )
-
-
-# The same for any number of columns.
-SCORE_LAYOUT = key_layout(32).reduce(1)
+from pallas_kernels.chunk_decode.mosaic_gpu.layouts import (
+    SCORE_LAYOUT,
+    key_layout,
+    value_layout,
+)
+from pallas_kernels.chunk_decode.mosaic_gpu.token import (
+    QueryAndKey,
+    RoundedToken,
+    load_query_and_key,
+)
+from pallas_kernels.chunk_decode.types import SharedRepresentation
+from pallas_kernels.common.mosaic_gpu import store, widen_bfloat16, widen_int8
 
 
 class DecodeOperands(NamedTuple):
     """Operands of `decode_kernel`: references, of which the cache is written as well.
 
     Attributes:
-      q: queries.
-      token: the new tokens' keys (B, H, Dk) and values (B, H, Dv) in the cache's format.
+      source: of queries and keys.
+      v: values (B, H, Dv).
       positions: of the tokens.
       cache: keys and values.
     """
 
-    q: Any
-    token: KeyValueCache
+    source: QueryAndKey | SharedRepresentation
+    v: Any
     positions: Any
     cache: KeyValueCache
 
@@ -78,17 +72,38 @@ class SplitResults(NamedTuple):
     l: Any  # noqa: E741
 
 
-def value_layout(columns: int, itemsize: int = 2) -> Any:
-    """One row of values in registers: adjacent columns of a thread have up to 16 bytes."""
-    sizes = (16 // itemsize, 8, 4, 2, 1)
-    vec_size = next(size for size in sizes if columns % (size * THREADS) == 0)
-    return plgpu.Layout.WG_STRIDED((columns,), vec_size=vec_size)
+class DecodeMemory(NamedTuple):
+    """Shared memory of a block, float32.
+
+    Attributes:
+      query: (Dk,), the token's.
+      weights: (slots_per_block,), scores and then weights.
+      value_scales: (slots_per_block,), of 8-bit values; None without.
+    """
+
+    query: Any
+    weights: Any
+    value_scales: Any
+
+
+class _OwnToken(NamedTuple):
+    """The token's own share of the split's results; without meaning in the other splits.
+
+    Attributes:
+      score: q·k.
+      value: the block's columns of its value, float32; whole numbers in a cache of integers.
+      value_scale: their factor.
+    """
+
+    score: Any
+    value: Any
+    value_scale: Any
 
 
 class _DecodeKernelCall(NamedTuple):
     operands: DecodeOperands
     results: SplitResults
-    weights_smem: Any
+    memory: DecodeMemory
     tiling: DecodeTiling
     row: Any
     head: Any
@@ -118,6 +133,16 @@ class _DecodeKernelCall(NamedTuple):
         return KEY_BYTES // self.key.dtype.itemsize
 
     @property
+    def column_blocks(self) -> list[Any]:
+        """Columns of keys, those that are loaded together."""
+        width = self.key.shape[3]
+        return [pl.ds(column, self.key_columns) for column in range(0, width, self.key_columns)]
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.operands.cache.is_quantized
+
+    @property
     def first_slot(self) -> Any:
         return self.split * self.tiling.slots_per_block
 
@@ -137,33 +162,91 @@ class _DecodeKernelCall(NamedTuple):
 
     def run(self) -> None:
         """Computes the split, and writes the token's key and value if their slot is in it."""
+        # Loads from memory that are under way while the token's query and key are computed.
         values = self.load_values(0) if self.tiling.prefetch else None
-        self.store_weights()
-        v = self.load_row(_values(self.operands.token.value).at[self.row, self.head, self.columns])
-        self.results.acc[self.row, self.head, self.split, self.columns] = self.sum_values(values, v)
-        pl.when(self.has_own_slot)(lambda: self.write_slot(v))
+        keys = self.load_keys(self.base) if self.tiling.prefetch_keys else None
+        own = self.prepare_token()
+        self.store_weights(keys, own)
+        self.results.acc[self.row, self.head, self.split, self.columns] = self.sum_values(
+            values, own
+        )
 
-    def store_weights(self) -> None:
-        """Stores weights of the filled slots in shared memory, their sum and maximum in results."""
+    def prepare_token(self) -> _OwnToken:
+        """Stores the query in shared memory; the split with the token's slot writes the token."""
+        q, k = load_query_and_key(self.operands.source, self.row, self.head)
+        store(self.memory.query, q)
+        plgpu.commit_smem()
+
+        def skip_token() -> _OwnToken:
+            empty = jnp.zeros((self.tiling.value_tile,), jnp.float32)
+            zero = jnp.zeros((), jnp.float32)
+            return _OwnToken(zero, plgpu.layout_cast(empty, self.value_layout), zero)
+
+        return lax.cond(self.has_own_slot, lambda: self.write_token(q, k), skip_token)
+
+    def write_token(self, q: Any, k: Any) -> _OwnToken:
+        """Writes the token's value, and its key in the first of the blocks that share the split."""
+        gmem = self.operands.v.at[self.row, self.head]
+        v = self.load_row(gmem.at[self.columns]).astype(jnp.float32)
+        key, value = RoundedToken(k, None), RoundedToken(v, None)
+        if self.is_quantized:
+            row = plgpu.load(gmem, layout=value_layout(gmem.shape[0]))
+            key, value = RoundedToken.of(k, k), RoundedToken.of(v, row.astype(jnp.float32))
+        score = jnp.sum(q * key.levels)
+        target = self.value.at[self.row, self.head, self.slot, self.columns]
+        target[...] = value.levels.astype(self.value.dtype)
+
+        @pl.when(self.value_block == 0)
+        def _():
+            levels = key.levels.astype(self.key.dtype)
+            store(self.key.at[self.row, self.head, self.slot], levels)
+            for slots, own in zip(self.operands.cache, (key, value), strict=True):
+                if isinstance(slots, Int8Slots):
+                    scale: Any = slots.scale
+                    scale[self.row, self.head, self.slot] = own.scale
+
+        if self.is_quantized:
+            return _OwnToken(score * key.scale, value.levels, value.scale)
+        return _OwnToken(score, value.levels, jnp.zeros((), jnp.float32))
+
+    def store_weights(self, keys: list[Any] | None, own: _OwnToken) -> None:
+        """Stores weights of the filled slots in shared memory, their sum and maximum in results.
+
+        Args:
+          keys: of the first SCORE_SLOTS slots, if they were loaded ahead.
+          own: the token's.
+        """
         size = self.tiling.slots_per_block
         num_filled = jnp.minimum(self.slot + 1 - self.base, size)
         num_tiles = lax.div(num_filled + (SCORE_SLOTS - 1), SCORE_SLOTS)
-        own_scores = self.compute_own_score()
 
-        def store_scores(tile, greatest):
-            scores = self.compute_scores(self.base + tile * SCORE_SLOTS, own_scores)
-            self.weights_smem[pl.ds(tile * SCORE_SLOTS, SCORE_SLOTS)] = scores
-            return jnp.maximum(greatest, scores)
+        def store_scores(tile, keys):
+            first, slots = self.base + tile * SCORE_SLOTS, pl.ds(tile * SCORE_SLOTS, SCORE_SLOTS)
+            scores = self.compute_scores(first, keys, own.score)
+            self.memory.weights[slots] = scores
+            value = self.operands.cache.value
+            if isinstance(value, Int8Slots):
+                # Loaded with the keys, and not after their maximum.
+                is_own = _slot_indices(first) == self.slot
+                scales = jnp.where(is_own, own.value_scale, self.load_scales(value, first))
+                self.memory.value_scales[slots] = scales
+            return scores
 
-        lowest = jnp.full((SCORE_SLOTS,), -jnp.inf, jnp.float32)
-        greatest = plgpu.layout_cast(lowest, SCORE_LAYOUT)
-        m_i = jnp.max(lax.fori_loop(0, num_tiles, store_scores, greatest))
+        def store_next(tile, greatest):
+            keys = self.load_keys(self.base + tile * SCORE_SLOTS)
+            return jnp.maximum(greatest, store_scores(tile, keys))
+
+        first_scores = store_scores(0, self.load_keys(self.base) if keys is None else keys)
+        m_i = jnp.max(lax.fori_loop(1, num_tiles, store_next, first_scores))
 
         def exponentiate(tile, sums):
-            # A thread reads the scores that it wrote.
-            smem = self.weights_smem.at[pl.ds(tile * SCORE_SLOTS, SCORE_SLOTS)]
-            weights = jnp.exp(plgpu.load(smem, layout=SCORE_LAYOUT, optimized=False) - m_i)
-            smem[...] = self.scale_of_values(weights, self.base + tile * SCORE_SLOTS)
+            # A thread reads the scores and scales that it wrote.
+            slots = pl.ds(tile * SCORE_SLOTS, SCORE_SLOTS)
+            weights = jnp.exp(self.load_memory(self.memory.weights.at[slots]) - m_i)
+            scaled = weights
+            if self.is_quantized:
+                scaled = weights * self.load_memory(self.memory.value_scales.at[slots])
+            self.memory.weights[slots] = scaled
             return sums + weights
 
         zeros = plgpu.layout_cast(jnp.zeros((SCORE_SLOTS,), jnp.float32), SCORE_LAYOUT)
@@ -175,38 +258,35 @@ class _DecodeKernelCall(NamedTuple):
             self.results.m[self.row, self.head, self.split] = m_i
             self.results.l[self.row, self.head, self.split] = l_i
 
-    def compute_scores(self, first: Any, own_scores: Any) -> Any:
+    def load_memory(self, smem: Any) -> Any:
+        return plgpu.load(smem, layout=SCORE_LAYOUT, optimized=False)
+
+    def load_keys(self, first: Any) -> list[Any]:
+        """Keys of SCORE_SLOTS slots, some columns after the other."""
+        gmem = self.key.at[self.row, self.head, pl.ds(first, SCORE_SLOTS)]
+        layout = key_layout(self.key_columns)
+        return [
+            plgpu.load(gmem.at[:, columns], layout=layout, optimized=False)
+            for columns in self.column_blocks
+        ]
+
+    def compute_scores(self, first: Any, keys: list[Any], own_score: Any) -> Any:
         """Scores of SCORE_SLOTS slots; -inf where a slot is empty or the previous split's."""
-        slots = pl.ds(first, SCORE_SLOTS)
-
-        def load_keys(columns):
-            gmem = self.key.at[self.row, self.head, slots, columns]
-            layout = key_layout(self.key_columns)
-            return self.widen(plgpu.load(gmem, layout=layout, optimized=False), layout)
-
-        scores = self.multiply_query(load_keys)
+        layout = key_layout(self.key_columns)
+        scores = None
+        for columns, block in zip(self.column_blocks, keys, strict=True):
+            smem = self.memory.query.at[columns]
+            q = plgpu.load(smem, layout=layout.reduce(0), optimized=False)
+            q = plgpu.layout_cast(lax.broadcast_in_dim(q, block.shape, [1]), layout)
+            # A sum over threads for each block: products of all blocks would take 32 registers.
+            product = (self.widen(block, layout) * q).sum(axis=1)
+            scores = product if scores is None else scores + product
+        assert scores is not None
         if isinstance(self.operands.cache.key, Int8Slots):
             scores = scores * self.load_scales(self.operands.cache.key, first)
         index = _slot_indices(first)
-        scores = jnp.where(index == self.slot, own_scores, scores)
+        scores = jnp.where(index == self.slot, own_score, scores)
         return jnp.where((index >= self.first_slot) & (index <= self.slot), scores, -jnp.inf)
-
-    def compute_own_score(self) -> Any:
-        """The score of the token's key, which is not in the cache yet, for every slot."""
-        key = self.operands.token.key
-        scores = self.multiply_query(
-            lambda columns: self.over_slots(self.load_key_columns(_values(key), columns))
-        )
-        return scores * key.scale[self.row, self.head] if isinstance(key, Int8Slots) else scores
-
-    def scale_of_values(self, weights: Any, first: Any) -> Any:
-        """Weights of SCORE_SLOTS slots, times the scales of their values if those are integers."""
-        value, own = self.operands.cache.value, self.operands.token.value
-        if not isinstance(value, Int8Slots) or not isinstance(own, Int8Slots):
-            return weights
-        own_scale = own.scale[self.row, self.head]
-        is_own = _slot_indices(first) == self.slot
-        return weights * jnp.where(is_own, own_scale, self.load_scales(value, first))
 
     def load_scales(self, slots: Int8Slots, first: Any) -> Any:
         """Scales of SCORE_SLOTS slots."""
@@ -214,35 +294,12 @@ class _DecodeKernelCall(NamedTuple):
         gmem = gmem.at[self.row, self.head, pl.ds(first, SCORE_SLOTS)]
         return plgpu.load(gmem, layout=SCORE_LAYOUT, optimized=False)
 
-    def multiply_query(self, load_keys: Callable[[Any], Any]) -> Any:
-        """Products of the query with keys that `load_keys` loads for some of their columns."""
-        products = None
-        for column in range(0, self.operands.q.shape[2], self.key_columns):
-            columns = pl.ds(column, self.key_columns)
-            q = self.over_slots(self.load_key_columns(self.operands.q, columns))
-            product = load_keys(columns) * q
-            products = product if products is None else products + product
-        assert products is not None
-        return products.sum(axis=1)
-
-    def load_key_columns(self, ref: Any, columns: Any) -> Any:
-        """Some columns of the token's query or key, as float32."""
-        gmem, layout = ref.at[self.row, self.head, columns], key_layout(self.key_columns).reduce(0)
-        return plgpu.load(gmem, layout=layout, optimized=False).astype(jnp.float32)
-
-    def over_slots(self, columns: Any) -> Any:
-        """Columns of a query or key, the same for SCORE_SLOTS slots."""
-        shape = (SCORE_SLOTS, self.key_columns)
-        return plgpu.layout_cast(
-            lax.broadcast_in_dim(columns, shape, [1]), key_layout(self.key_columns)
-        )
-
-    def sum_values(self, values: Any, v: Any) -> Any:
+    def sum_values(self, values: Any, own: _OwnToken) -> Any:
         """Weighted sum of the split's values.
 
         Args:
           values: of the first step, if they were loaded ahead.
-          v: the token's own value.
+          own: the token's.
         """
         per_step, last = self.tiling.slots_per_step, self.tiling.slots_per_block - 1
         num_cached = jnp.minimum(self.slot - self.first_slot, self.tiling.slots_per_block)
@@ -250,7 +307,7 @@ class _DecodeKernelCall(NamedTuple):
         offset = self.first_slot - self.base
 
         def weight(index: Any, is_used: Any) -> Any:
-            return jnp.where(is_used, self.weights_smem[jnp.minimum(offset + index, last)], 0.0)
+            return jnp.where(is_used, self.memory.weights[jnp.minimum(offset + index, last)], 0.0)
 
         def add(step, loaded, acc):
             for i, value in enumerate(loaded):
@@ -264,7 +321,7 @@ class _DecodeKernelCall(NamedTuple):
             following = self.load_values(jnp.minimum(step + 1, num_steps - 1))
             return following, add(step, loaded, acc)
 
-        acc = self.widen(v, self.value_layout) * weight(num_cached, self.has_own_slot)
+        acc = own.value * weight(num_cached, self.has_own_slot)
         if values is not None:
             return lax.fori_loop(0, num_steps, prefetching_step, (values, acc))[1]
         return lax.fori_loop(
@@ -287,24 +344,8 @@ class _DecodeKernelCall(NamedTuple):
 
     def widen(self, values: Any, layout: Any) -> Any:
         """Keys or values as float32."""
-        if values.dtype == jnp.int8:
-            return widen_int8(values, layout, is_interpreted=self.is_interpreted)
-        return values.astype(jnp.float32)
-
-    def write_slot(self, v: Any) -> None:
-        """Writes the token's value, and its key in the first of the blocks that share the split."""
-        token, slot = self.operands.token, self.slot
-        self.value[self.row, self.head, slot, self.columns] = v
-
-        @pl.when(self.value_block == 0)
-        def _():
-            gmem, layout = _values(token.key), key_layout(self.key_columns).reduce(0)
-            k = plgpu.load(gmem.at[self.row, self.head], layout=layout, optimized=False)
-            self.key[self.row, self.head, slot] = k
-            for slots, own in zip(self.operands.cache, token, strict=True):
-                if isinstance(slots, Int8Slots) and isinstance(own, Int8Slots):
-                    scale: Any = slots.scale
-                    scale[self.row, self.head, slot] = own.scale[self.row, self.head]
+        widen = widen_int8 if values.dtype == jnp.int8 else widen_bfloat16
+        return widen(values, layout, is_interpreted=self.is_interpreted)
 
 
 def _values(slots: Any) -> Any:
@@ -318,7 +359,7 @@ def _slot_indices(first: Any) -> Any:
 def decode_kernel(
     operands: DecodeOperands,
     results: SplitResults,
-    weights_smem: Any,
+    memory: DecodeMemory,
     *,
     tiling: DecodeTiling,
     is_interpreted: bool,
@@ -329,7 +370,7 @@ def decode_kernel(
     call = _DecodeKernelCall(
         operands,
         results,
-        weights_smem,
+        memory,
         tiling,
         row,
         head,

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.chunk_decode.block_sizes import DecodeTiling
 from pallas_kernels.chunk_decode.mosaic_gpu.kernels import (
     CombineOperands,
+    DecodeMemory,
     DecodeOperands,
     SplitResults,
     combine_kernel,
@@ -34,8 +35,10 @@ def launch_splits(
     Returns:
       Results of the splits; undefined for splits without a filled slot.
     """
-    rows, heads, width = operands.token.value.shape
-    splits = tiling.count_splits(operands.cache.key.shape[2])
+    rows, heads, width = operands.v.shape
+    _, _, num_slots, key_width = operands.cache.key.shape
+    splits = tiling.count_splits(num_slots)
+    by_slot = plgpu.SMEM((tiling.slots_per_block,), jnp.float32)
     numbers = jax.ShapeDtypeStruct((rows, heads, splits), jnp.float32)
     return launch(
         partial(decode_kernel, tiling=tiling, is_interpreted=interpret is not None),
@@ -44,7 +47,11 @@ def launch_splits(
         name="chunk_decode_splits",
         # Blocks that share keys are neighbours.
         grid={"b": rows, "h": heads, "s": splits, "d": width // tiling.value_tile},
-        scratch=plgpu.SMEM((tiling.slots_per_block,), jnp.float32),
+        scratch=DecodeMemory(
+            plgpu.SMEM((key_width,), jnp.float32),
+            by_slot,
+            by_slot if operands.cache.is_quantized else None,
+        ),
         approx_math=True,
         interpret=interpret,
     )

@@ -1,5 +1,7 @@
 """Chunk decoding on Hopper: checks, the tiling, and the caches as references."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
@@ -15,12 +17,17 @@ from pallas_kernels.chunk_decode.block_sizes import (
 )
 from pallas_kernels.chunk_decode.mosaic_gpu.kernels import CombineOperands, DecodeOperands
 from pallas_kernels.chunk_decode.mosaic_gpu.launch import launch_combination, launch_splits
-from pallas_kernels.chunk_decode.types import ChunkDecodeOutput
+from pallas_kernels.chunk_decode.mosaic_gpu.token import QueryAndKey
+from pallas_kernels.chunk_decode.types import (
+    ChunkDecodeOutput,
+    SharedRepresentation,
+    query_of,
+)
 from pallas_kernels.common.mosaic_gpu import interpret_params
 from pallas_kernels.common.target import check_hopper
 
 
-def find_obstacle(q: Array, v: Array, cache: KeyValueCache) -> str | None:
+def find_obstacle(q: Any, v: Array, cache: KeyValueCache) -> str | None:
     """The reason why the kernels cannot take these operands; None if they can."""
     if {q.dtype, v.dtype} != {jnp.dtype(jnp.bfloat16)}:
         return f"takes bfloat16, q and v are {q.dtype} and {v.dtype}"
@@ -39,8 +46,8 @@ def find_obstacle(q: Array, v: Array, cache: KeyValueCache) -> str | None:
 
 
 def chunk_decode(
-    q: Float[Array, "B H Dk"],
-    k: Float[Array, "B H Dk"],
+    q: Float[Array, "B H Dk"] | SharedRepresentation,
+    k: Float[Array, "B H Dk"] | None,
     v: Float[Array, "B H Dv"],
     cache: KeyValueCache,
     positions: Int32[Array, " B"],
@@ -51,8 +58,9 @@ def chunk_decode(
     """Two kernels, the first of which updates the cache in place. Arguments as in `api`.
 
     Args:
-      q: bfloat16, as all operands but positions and a cache of `Int8Slots`.
-      k: keys.
+      q: bfloat16, as all operands but positions, a shared representation and a cache of
+        `Int8Slots`.
+      k: keys; None with a shared representation.
       v: values.
       cache: key and value.
       positions: of the tokens.
@@ -63,7 +71,7 @@ def chunk_decode(
       ValueError: a shape or dtype that the kernels do not have, or a device that is no Hopper GPU.
     """
     check_hopper("mosaic_gpu")
-    obstacle = find_obstacle(q, v, cache)
+    obstacle = find_obstacle(query_of(q, v), v, cache)
     if obstacle is not None:
         raise ValueError(f"chunk decoding: mosaic_gpu {obstacle}; use implementation 'xla' or None")
     rows, heads, width = v.shape
@@ -73,7 +81,8 @@ def chunk_decode(
     )
     positions, interpret = positions.astype(jnp.int32), interpret_params()
     references = jax.tree.map(jax.new_ref, cache)
-    operands = DecodeOperands(q, cache.encode(k, v), positions, references)
+    source = q if isinstance(q, SharedRepresentation) else QueryAndKey(q, k)
+    operands = DecodeOperands(source, v, positions, references)
     splits = launch_splits(operands, tiling, interpret=interpret)
     combined = CombineOperands(splits, positions, gate)
     out = launch_combination(combined, num_slots, v.dtype, tiling, interpret=interpret)

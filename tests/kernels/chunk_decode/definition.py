@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.chunk_attention import KeyValueCache
-from pallas_kernels.chunk_decode import chunk_decode
+from pallas_kernels.chunk_decode import (
+    QueryKeyVectors,
+    RotaryFactors,
+    SharedRepresentation,
+    chunk_decode,
+)
 
 
 def make_inputs(rows, heads, slots, dk, dv, *, cache_rows=None, dtype=np.float32, seed=0):
@@ -55,3 +60,49 @@ def poison(key, value, positions):
         slots[len(positions) :] = np.nan
         for row, position in enumerate(positions):
             slots[row, :, position % slots.shape[2] :] = np.nan
+
+
+def make_shared(rows, heads, dk, *, is_rotated, eps, seed=0):
+    """A shared representation whose queries and keys have about the size 1."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    z = 3 * draw(rows, heads, dk)
+    scale, offset = 1 + draw(2, heads, dk) / 4, draw(2, heads, dk) / 4
+    scale = scale * jnp.asarray([dk**-0.5, 1])[:, None, None]
+    vectors = QueryKeyVectors(scale, offset, swap_pairs(scale), swap_pairs(offset))
+    if not is_rotated:
+        return SharedRepresentation(z, vectors, eps=eps)
+    angle = jnp.repeat(6 * draw(rows, 1, dk // 2), 2, axis=2)
+    sign = jnp.tile(jnp.asarray([-1.0, 1.0]), dk // 2)
+    rotation = RotaryFactors(jnp.cos(angle), jnp.sin(angle) * sign)
+    return SharedRepresentation(z, vectors, swap_pairs(z), rotation, eps)
+
+
+def shared_shapes(rows, heads, dk, *, eps=1e-5):
+    """Shapes of `make_shared` with a rotation."""
+    return jax.eval_shape(lambda: make_shared(rows, heads, dk, is_rotated=True, eps=eps))
+
+
+def swap_pairs(x):
+    return x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
+
+
+def project(shared):
+    """Queries and keys in float64: pairs of features as complex numbers, times exp(i angle)."""
+    z = np.asarray(shared.z, np.float64)
+    if shared.eps is None:
+        z = z / (1 + np.exp(-z))
+    else:
+        z = z / np.sqrt((z * z).mean(axis=-1, keepdims=True) + shared.eps)
+    results = []
+    for scale, offset in zip(*shared.vectors[:2], strict=True):
+        x = z * np.asarray(scale, np.float64) + np.asarray(offset, np.float64)
+        if shared.rotation is not None:
+            own, other = (np.asarray(factor, np.float64) for factor in shared.rotation)
+            turned = (x[..., 0::2] + 1j * x[..., 1::2]) * (own + 1j * other)[..., 1::2]
+            x = np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
+        results.append(x)
+    return results

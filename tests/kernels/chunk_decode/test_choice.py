@@ -1,5 +1,6 @@
 """Errors of chunk decoding."""
 
+import dataclasses
 from typing import get_args
 
 import jax
@@ -10,6 +11,7 @@ from pallas_kernels.chunk_attention import KeyValueCache
 from pallas_kernels.chunk_decode import api, chunk_decode
 from pallas_kernels.common.dispatch import Implementation
 from pallas_kernels.common.target import Target, find_target, interpreted
+from tests.kernels.chunk_decode.definition import make_shared
 
 
 def decode(*, q=(2, 1, 8), k=(2, 1, 8), v=(2, 1, 128), key=(2, 1, 5, 8), value=(2, 1, 5, 128),
@@ -40,6 +42,34 @@ def decode(*, q=(2, 1, 8), k=(2, 1, 8), v=(2, 1, 128), key=(2, 1, 5, 8), value=(
 def test_errors_name_what_is_wrong(arguments, message):
     with pytest.raises(ValueError, match=message):
         decode(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "k", "message"),
+    [
+        ({}, (2, 1, 8), "k is an array beside a SharedRepresentation"),
+        ({"rotation": None}, None, "a rotation needs both"),
+        ({"z": (2, 8)}, None, r"z and v have shapes \(2, 8\), \(2, 1, 128\)"),
+        (
+            {"swapped_z": (2, 1, 4)},
+            None,
+            r"swapped_z is float32\(2, 1, 4\); expected float32\(2, 1,",
+        ),
+        ({"z": (2, 1, 4), "swapped_z": (2, 1, 4)}, None, r"scale is float32\(2, 1, 8\); expected"),
+    ],
+)
+def test_errors_of_shared_representations(change, k, message):
+    change = {name: None if shape is None else jnp.zeros(shape) for name, shape in change.items()}
+    shared = dataclasses.replace(make_shared(2, 1, 8, is_rotated=True, eps=None), **change)
+    cache = KeyValueCache(jnp.zeros((2, 1, 5, 8)), jnp.zeros((2, 1, 5, 128)))
+    k = None if k is None else jnp.zeros(k)
+    with pytest.raises(ValueError, match=message):
+        chunk_decode(shared, k, jnp.zeros((2, 1, 128)), cache, jnp.zeros(2, jnp.int32))
+
+
+def test_queries_need_keys():
+    with pytest.raises(ValueError, match="k is None; give keys, or a SharedRepresentation"):
+        chunk_decode(jnp.zeros((2, 1, 8)), None, *[None] * 3)  # pyright: ignore[reportArgumentType]
 
 
 H200, A100 = Target("gpu", "NVIDIA H200"), Target("gpu", "NVIDIA A100-SXM4-80GB")

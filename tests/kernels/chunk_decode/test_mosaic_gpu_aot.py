@@ -8,9 +8,12 @@ import pytest
 
 from pallas_kernels.chunk_attention import KeyValueCache
 from pallas_kernels.chunk_attention.types import Int8Slots
-from pallas_kernels.chunk_decode.block_sizes import choose_tiling
+from pallas_kernels.chunk_decode.block_sizes import THREADS, choose_tiling
 from pallas_kernels.chunk_decode.mosaic_gpu import op as mosaic_gpu
+from tests.kernels.chunk_decode.definition import shared_shapes
 from tests.topologies import compile_for, h200_device, ptxas_usage
+
+HOPPER_REGISTERS = 65536  # of a multiprocessor
 
 
 def as_int8(slots):
@@ -19,19 +22,23 @@ def as_int8(slots):
 
 
 @pytest.mark.parametrize(
-    ("rows", "heads", "slots", "dk", "dv", "kv"),
+    ("rows", "heads", "slots", "dk", "dv", "kv", "eps", "blocks"),
     [
-        (1, 1, 2048, 256, 2048, "model"),
-        (8, 1, 2048, 256, 2048, "model"),
-        (64, 1, 2048, 256, 2048, "model"),
-        (8, 4, 4096, 256, 2048, "model"),
-        (1, 1, 2048, 256, 2048, "int8"),
-        (64, 1, 2048, 256, 2048, "int8"),
-        # Threads have two adjacent values: the compiler's conversion of 8-bit integers.
-        (8, 1, 2048, 256, 768, "int8"),
+        # Few blocks, whose keys are loaded ahead.
+        (1, 1, 2048, 256, 2048, "model", 1e-5, 2),
+        (8, 1, 2048, 256, 2048, "model", 1e-5, 3),
+        (64, 1, 2048, 256, 2048, "model", 1e-5, 3),
+        (8, 4, 4096, 256, 2048, "model", "queries and keys", 3),
+        (1, 1, 2048, 256, 2048, "int8", 1e-5, 3),
+        (64, 1, 2048, 256, 2048, "int8", 1e-5, 4),
+        # Threads have two adjacent values: the compiler's conversion of 8-bit integers. Every warp
+        # has the whole query.
+        (8, 1, 2048, 192, 768, "int8", None, 2),
     ],
 )
-def test_kernels_fit_into_registers(rows, heads, slots, dk, dv, kv):
+def test_kernels_fit_into_registers(rows, heads, slots, dk, dv, kv, eps, blocks):
+    """So many blocks that a multiprocessor has, as chosen, and no register is spilled."""
+
     def shape(*dims):
         return jax.ShapeDtypeStruct(dims, jnp.bfloat16)
 
@@ -41,11 +48,17 @@ def test_kernels_fit_into_registers(rows, heads, slots, dk, dv, kv):
         cache = KeyValueCache(*map(as_int8, cache))
     positions = jax.ShapeDtypeStruct((rows,), jnp.int32)
     tiling = choose_tiling(rows * heads, slots, dv, itemsize=cache.value.dtype.itemsize)
+    k = q
+    if eps != "queries and keys":
+        q, k = shared_shapes(rows, heads, dk, eps=eps), None
     compiled = compile_for(
-        h200_device(), partial(mosaic_gpu.chunk_decode, tiling=tiling), q, q, v, cache, positions, v
+        h200_device(), partial(mosaic_gpu.chunk_decode, tiling=tiling), q, k, v, cache, positions, v
     )
     usage = {kernel.name: kernel for kernel in ptxas_usage(compiled)}
     for kernel in usage.values():
         print(f"{kernel.name}: {kernel.registers} registers, {tiling}")
     assert set(usage) == {"chunk_decode_splits", "chunk_decode_combine"}
     assert not any(kernel.spill_bytes for kernel in usage.values())
+    # Registers are given out to a warp by eights.
+    registers = -(-usage["chunk_decode_splits"].registers // 8) * 8
+    assert HOPPER_REGISTERS // (registers * THREADS) >= blocks
