@@ -33,13 +33,15 @@ MAX_WEIGHT_BYTES = 200 * 1024
 
 # Columns of a step of `wgmma`: 128 bytes of bfloat16, a row of swizzled shared memory.
 WGMMA_DEPTH = 64
-# Most float32 rows for which the kernels are chosen. 64 rows, 1,024 x 2,560 with LayerNorm and silu on
-# an H200: 7.4 us, and 7.2 by three kernels of `xla`, which rounds the normalized rows.
+# Most float32 rows for which the kernels are chosen. 64 rows, 1,024 x 2,560, LayerNorm and silu on
+# an H200: 8.7 us, 7.2 by `xla`, which rounds the normalized rows (README.md).
 MAX_FLOAT32_ROWS = 16
 # The axis of a cluster's blocks, which have a share of the columns each.
 CLUSTER_AXIS = "split"
 # Most columns of a `wgmma` product, and of the tiles in which outputs are finished.
 _WGMMA_FEATURES, _OUTPUT_COLUMNS = 256, 64
+# Most output features of a block in a cluster.
+_CLUSTER_FEATURES = 128
 # Shared memory of a block, so that two run on a multiprocessor; of one that runs alone.
 _SHARED_MEMORY = (110 * 1024, 220 * 1024)
 _MAX_STAGES = 6
@@ -191,8 +193,8 @@ def _wide_tilings(
     """The tilings that fit, with as many stages as shared memory and columns allow."""
     common = math.gcd(*widths)
     for features in range(8, min(common, _WGMMA_FEATURES // halves) + 1, 8):
-        # Outputs are finished in tiles of a power of two: 160 features, five tiles, took 11.8 us for
-        # 1,024 x 2,560, 128 features 8.0.
+        # Outputs are finished in tiles of a power of two. 1,024 x 2,560: 11.8 us with 160 features,
+        # five tiles, 8.0 with 128.
         if common % features or (features > _OUTPUT_COLUMNS and features % _OUTPUT_COLUMNS):
             continue
         for splits in (1, 2, 4, 8):
@@ -200,6 +202,9 @@ def _wide_tilings(
             columns = WideTiling(features, splits, 1).columns
             # Every thread finishes an output; two stages, one is read while the other is filled.
             if steps < 2 or rows // splits * columns < 32 * WARPS:
+                continue
+            # 2,048 x 6,656 with clusters of four: 12.4 us with 256 features, 11.4 with 128.
+            if splits > 1 and features > _CLUSTER_FEATURES:
                 continue
             stage = WGMMA_DEPTH * (features * halves * weight_bytes + WGMMA_ROWS * row_bytes)
             # Sums, and integers as bfloat16.

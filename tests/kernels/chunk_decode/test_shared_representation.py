@@ -12,6 +12,7 @@ from pallas_kernels.chunk_decode import chunk_decode
 from pallas_kernels.chunk_decode.block_sizes import DecodeTiling
 from pallas_kernels.chunk_decode.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.common.int8 import quantize
+from pallas_kernels.common.target import find_target
 from tests.kernels.chunk_decode.definition import attend, make_inputs, make_shared, poison, project
 from tests.kernels.chunk_decode.test_int8 import decoded
 
@@ -81,10 +82,19 @@ def check_written(shared, v, before, after):
                     step = 1 if own.dtype == np.int8 else 2**-7 * np.abs(own.astype(np.float64))
                     difference = np.abs(written.astype(np.float64) - own.astype(np.float64))
                     assert (difference <= step).all()
+                    if own.dtype == np.int8:
+                        difference = difference[~is_tie(np.asarray(k)[row])]
                     assert (difference > 0).mean() <= 0.02
                 was[slot] = np.asarray(now)[slot]
         for was, now in zip(*map(jax.tree.leaves, (old, new)), strict=True):
             np.testing.assert_array_equal(was.astype(np.float64), np.asarray(now, np.float64))
+
+
+def is_tie(vectors):
+    """Numbers half-way between two levels: bfloat16 numbers often are, and divisions decide."""
+    vectors = vectors.astype(np.float64)
+    levels = vectors / np.abs(vectors).max(axis=-1, keepdims=True) * 127
+    return np.abs(np.abs(levels) % 1 - 0.5) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -96,6 +106,9 @@ def check_written(shared, v, before, after):
 )
 @pytest.mark.usefixtures("runnable")
 def test_every_implementation_projects(implementation, case):
+    if implementation == "pallas_tpu" and find_target().platform == "gpu":
+        pytest.skip("the TPU kernel's interpreter runs on a CPU")
+
     def decode(q, k, v, cache, positions, gate):
         return chunk_decode(q, k, v, cache, positions, gate=gate, implementation=implementation)
 
