@@ -52,7 +52,7 @@ def find_tokens(split, tiles, tiles_per_split, UNROLL: tl.constexpr):
 
 @device_function
 def load_each(pointer, step, UNROLL: tl.constexpr):
-    """What UNROLL successive tokens have at `pointer`, loaded before a store that may wait."""
+    """A number of each of UNROLL successive tokens; loads together do not wait for stores."""
     values = ()
     for u in tl.static_range(UNROLL):
         values = values + (tl.load(pointer + u * step),)  # noqa: RUF005
@@ -67,6 +67,19 @@ def load_info(
     tile = row.to(tl.int64) * tiles + token // TILE
     at = (tile * 4 + WHICH) * TILE + (token - token // TILE * TILE)
     return load_each(token_info + at, 1, UNROLL)
+
+
+@device_function
+def load_flags_and_counts(
+    token_info, row, token, tiles, PACKED: tl.constexpr, UNROLL: tl.constexpr
+):  # fmt: skip
+    """Flags and counts of UNROLL successive tokens of a tile; none if the row is not packed."""
+    flags = ()
+    counts = ()
+    if PACKED:
+        flags = load_info(token_info, row, token, tiles, FLAGS, UNROLL)
+        counts = load_info(token_info, row, token, tiles, COUNT, UNROLL)
+    return flags, counts
 
 
 @device_function
@@ -174,7 +187,7 @@ def timestep_norm_moments(
 
 @device_function
 def load_initial(initial, has_initial, at_row, row, WHICH: tl.constexpr):
-    """What a row's first document (0), or later ones (1), start from: whether, mean, squares."""
+    """The moments before a row's first document (0) or later ones (1): count > 0, mean, squares."""
     at = initial + at_row * 4 + 2 * WHICH
     return tl.load(has_initial + row * 2 + WHICH), tl.load(at), tl.load(at + 1)
 
@@ -244,11 +257,7 @@ def timestep_norm_outputs(
         xs = following
         ahead = (at_start + tl.minimum(token + UNROLL, final)) * D + columns
         following = load_tokens(x, ahead, in_group, D, UNROLL)
-        flags = ()
-        counts = ()
-        if PACKED:
-            flags = load_info(token_info, row, token, tiles, FLAGS, UNROLL)
-            counts = load_info(token_info, row, token, tiles, COUNT, UNROLL)
+        flags, counts = load_flags_and_counts(token_info, row, token, tiles, PACKED, UNROLL)
         for u in tl.static_range(UNROLL):
             values = xs[u].to(tl.float32)
             mean, error, var = token_moments(values, in_group, EACH)
@@ -335,11 +344,7 @@ def timestep_norm_slopes(
         offsets, rstds, pivots_here = load_statistics(
             statistics, at_token, groups, GROUPS, STATISTICS, UNROLL
         )
-        flags = ()
-        counts = ()
-        if PACKED:
-            flags = load_info(token_info, row, token, tiles, FLAGS, UNROLL)
-            counts = load_info(token_info, row, token, tiles, COUNT, UNROLL)
+        flags, counts = load_flags_and_counts(token_info, row, token, tiles, PACKED, UNROLL)
         for u in tl.static_range(UNROLL):
             offset = offsets[u]
             rstd = rstds[u]
@@ -428,11 +433,7 @@ def timestep_norm_gradients(
         offsets, rstds, pivots_here = load_statistics(
             statistics, at_token, groups, GROUPS, STATISTICS, UNROLL
         )
-        flags = ()
-        counts = ()
-        if PACKED:
-            flags = load_info(token_info, row, token, tiles, FLAGS, UNROLL)
-            counts = load_info(token_info, row, token, tiles, COUNT, UNROLL)
+        flags, counts = load_flags_and_counts(token_info, row, token, tiles, PACKED, UNROLL)
         for v in tl.static_range(UNROLL):
             offset = offsets[UNROLL - 1 - v]
             rstd = rstds[UNROLL - 1 - v]

@@ -37,7 +37,7 @@ def as_int8(slots):
     ],
 )
 def test_kernels_fit_into_registers(rows, heads, slots, dk, dv, kv, eps, blocks):
-    """So many blocks that a multiprocessor has, as chosen, and no register is spilled."""
+    """A multiprocessor has the given number of blocks, and no register is spilled."""
 
     def shape(*dims):
         return jax.ShapeDtypeStruct(dims, jnp.bfloat16)
