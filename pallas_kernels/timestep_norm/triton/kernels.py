@@ -11,8 +11,7 @@ With n the count of a token, g = dy scale, and sums over its F features,
     dx = g r + (T + 2 (x - k) S) / F
 
 A token's features are along the threads; moments of a group are the same number in all threads that
-share it. The next tokens are on their way while a warp works on the present ones. Sums of a split
-stay with the threads until its end; only what a token needs itself is summed over threads at once.
+share it. Forward, the next tokens are on their way while a warp works on the present ones.
 Documents are selections, so that they are isolated bit by bit.
 """
 
