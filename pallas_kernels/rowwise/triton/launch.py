@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from pallas_kernels.common import triton
 from pallas_kernels.common.target import find_target
+from pallas_kernels.common.triton_sums import sum_partials
 from pallas_kernels.rowwise.triton.block_sizes import GATE_TILE, RowPrograms, choose_programs
 
 MODULE = "pallas_kernels.rowwise.triton.kernels"
@@ -81,7 +82,7 @@ def launch_norm_backward(
         },
         interpret,
     )
-    return dx, _add_up(vectors, sums)
+    return dx, _add_up(vectors, sums, interpret)
 
 
 def launch_gate_forward(
@@ -124,7 +125,7 @@ def launch_gate_backward(
         {"WIDTH": x.shape[1], "GATE": y is not None, "BIAS": bias is not None},
         interpret,
     )
-    return dx, None if y is None else dy, _add_up([bias], [sums])[0]
+    return dx, None if y is None else dy, _add_up([bias], [sums], interpret)[0]
 
 
 def gate_width(size: int) -> int:
@@ -143,9 +144,14 @@ def _sums(vector: Array | None, x: Array, programs: RowPrograms) -> jax.ShapeDty
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _add_up(vectors: Sequence[Array | None], sums: Sequence[Array]) -> list[Array | None]:
+def _add_up(
+    vectors: Sequence[Array | None], sums: Sequence[Array], interpret: bool
+) -> list[Array | None]:
     pairs = zip(vectors, sums, strict=True)
-    return [None if vector is None else partial.sum(axis=0) for vector, partial in pairs]
+    return [
+        None if vector is None else sum_partials(partials, interpret=interpret)
+        for vector, partials in pairs
+    ]
 
 
 def _launch(

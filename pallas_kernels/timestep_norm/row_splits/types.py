@@ -119,7 +119,7 @@ class Gradients(NamedTuple):
 
     Attributes:
       dx: (B, L, D) gradient of x.
-      affine: (B, S, 2, D) gradients of scale and bias from every split.
+      affine: (B, S, 2, D) gradients of scale and bias from every split, or (1, 1, 2, D) of all.
       initial: (B, S, G, 2) S and T at every split's first token. In packed rows (B, S, G, 4): S and
         T summed over the tokens that start a row's first document, then over those that start
         later ones.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.common import triton
+from pallas_kernels.common.triton_sums import sum_partials
 from pallas_kernels.timestep_norm.row_splits.types import (
     Gradients,
     KernelInputs,
@@ -116,13 +117,13 @@ def run_slopes(
 
 
 def run_gradients(options: TimestepNormGpuOptions, inputs: KernelInputs) -> Gradients:
-    """dx, and sums by split for the gradients of all else."""
+    """dx, and sums for the gradients of all else."""
     geometry, x = options.geometry, inputs.x
     is_packed = inputs.documents is not None
     operands = _backward_operands(inputs)
     operands.insert(5, inputs.next_slopes)
     per_split = geometry.rows, geometry.splits
-    results = _launch(
+    dx, affine, initial = _launch(
         "timestep_norm_gradients",
         options,
         [*operands, geometry.tiles, geometry.tiles_per_split, geometry.splits],
@@ -139,7 +140,10 @@ def run_gradients(options: TimestepNormGpuOptions, inputs: KernelInputs) -> Grad
             "UNROLL": BACKWARD_UNROLL,
         },
     )
-    return Gradients(*results)
+    # One sum takes the place of those of the splits.
+    affine = affine.reshape(-1, 2, x.shape[2])
+    affine = sum_partials(affine, interpret=options.interpret)[None, None]
+    return Gradients(dx, affine, initial)
 
 
 TRITON_KERNELS = TimestepNormKernels(run_moments, run_outputs, run_slopes, run_gradients)
