@@ -9,13 +9,13 @@ import pytest
 
 from pallas_kernels.chunk_attention import Int8Slots, KeyValueCache
 from pallas_kernels.chunk_decode import api, chunk_decode, xla
-from pallas_kernels.chunk_decode.block_sizes import DecodeTiling, choose_tiling
+from pallas_kernels.chunk_decode.block_sizes import DecodeTiling
 from pallas_kernels.chunk_decode.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.common.int8 import quantize
 from pallas_kernels.common.target import Target
 from tests.kernels.chunk_decode.definition import attend, make_inputs
 from tests.kernels.chunk_decode.test_in_place import SLOTS, check_in_place, compile_decoding
-from tests.topologies import compile_for, h200_device, ptxas_usage
+from tests.topologies import h200_device
 
 
 def rounded(x):
@@ -211,25 +211,6 @@ def test_in_place_on_a_cpu():
         # A block of slots is converted to float32, four times its bytes.
         share=0.08,
     )
-
-
-@pytest.mark.parametrize(
-    ("rows", "heads"),
-    [(64, 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 1), (8, 4)))],
-)
-def test_kernels_fit_into_registers(rows, heads):
-    def shape(*dims):
-        return jax.ShapeDtypeStruct(dims, jnp.bfloat16)
-
-    q, v = shape(rows, heads, 256), shape(rows, heads, 2048)
-    cache = KeyValueCache(*(int8_shapes(rows, heads, SLOTS, width) for width in (256, 2048)))
-    tiling = choose_tiling(rows * heads, SLOTS, 2048, itemsize=1)
-    decode = partial(mosaic_gpu.chunk_decode, tiling=tiling)
-    positions = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    usage = ptxas_usage(compile_for(h200_device(), decode, q, q, v, cache, positions, v))
-    for kernel in usage:
-        print(f"{kernel.name}: {kernel.registers} registers, {tiling}")
-    assert not any(kernel.spill_bytes for kernel in usage)
 
 
 def test_choice_and_errors(monkeypatch):

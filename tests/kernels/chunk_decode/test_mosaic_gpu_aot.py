@@ -25,15 +25,20 @@ def as_int8(slots):
     ("rows", "heads", "slots", "dk", "dv", "kv", "eps", "blocks"),
     [
         # Few blocks, whose keys are loaded ahead.
-        (1, 1, 2048, 256, 2048, "model", 1e-5, 2),
-        (8, 1, 2048, 256, 2048, "model", 1e-5, 3),
+        pytest.param(*(1, 1, 2048, 256, 2048, "model", 1e-5, 2), marks=pytest.mark.slow),
+        pytest.param(*(8, 1, 2048, 256, 2048, "model", 1e-5, 3), marks=pytest.mark.slow),
         (64, 1, 2048, 256, 2048, "model", 1e-5, 3),
-        (8, 4, 4096, 256, 2048, "model", "queries and keys", 3),
-        (1, 1, 2048, 256, 2048, "int8", 1e-5, 3),
+        pytest.param(
+            *(8, 4, 4096, 256, 2048, "model", "queries and keys", 3), marks=pytest.mark.slow
+        ),
+        pytest.param(*(1, 1, 2048, 256, 2048, "int8", 1e-5, 3), marks=pytest.mark.slow),
         (64, 1, 2048, 256, 2048, "int8", 1e-5, 4),
+        pytest.param(
+            *(8, 4, 2048, 256, 2048, "int8", "queries and keys", 4), marks=pytest.mark.slow
+        ),
         # Threads have two adjacent values: the compiler's conversion of 8-bit integers. Every warp
         # has the whole query.
-        (8, 1, 2048, 192, 768, "int8", None, 2),
+        pytest.param(*(8, 1, 2048, 192, 768, "int8", None, 2), marks=pytest.mark.slow),
     ],
 )
 def test_kernels_fit_into_registers(rows, heads, slots, dk, dv, kv, eps, blocks):
