@@ -13,6 +13,7 @@ from pallas_kernels.chunk_decode.mosaic_gpu import op as mosaic_gpu
 from tests.kernels.chunk_decode.definition import shared_shapes
 from tests.topologies import compile_for, h200_device, ptxas_usage
 
+SLOW = pytest.mark.slow
 HOPPER_REGISTERS = 65536  # of a multiprocessor
 
 
@@ -25,20 +26,16 @@ def as_int8(slots):
     ("rows", "heads", "slots", "dk", "dv", "kv", "eps", "blocks"),
     [
         # Few blocks, whose keys are loaded ahead.
-        pytest.param(*(1, 1, 2048, 256, 2048, "model", 1e-5, 2), marks=pytest.mark.slow),
-        pytest.param(*(8, 1, 2048, 256, 2048, "model", 1e-5, 3), marks=pytest.mark.slow),
+        pytest.param(1, 1, 2048, 256, 2048, "model", 1e-5, 2, marks=SLOW),
+        pytest.param(8, 1, 2048, 256, 2048, "model", 1e-5, 3, marks=SLOW),
         (64, 1, 2048, 256, 2048, "model", 1e-5, 3),
-        pytest.param(
-            *(8, 4, 4096, 256, 2048, "model", "queries and keys", 3), marks=pytest.mark.slow
-        ),
-        pytest.param(*(1, 1, 2048, 256, 2048, "int8", 1e-5, 3), marks=pytest.mark.slow),
+        pytest.param(8, 4, 4096, 256, 2048, "model", "queries and keys", 3, marks=SLOW),
+        pytest.param(1, 1, 2048, 256, 2048, "int8", 1e-5, 3, marks=SLOW),
         (64, 1, 2048, 256, 2048, "int8", 1e-5, 4),
-        pytest.param(
-            *(8, 4, 2048, 256, 2048, "int8", "queries and keys", 4), marks=pytest.mark.slow
-        ),
+        pytest.param(8, 4, 2048, 256, 2048, "int8", "queries and keys", 4, marks=SLOW),
         # Threads have two adjacent values: the compiler's conversion of 8-bit integers. Every warp
         # has the whole query.
-        pytest.param(*(8, 1, 2048, 192, 768, "int8", None, 2), marks=pytest.mark.slow),
+        pytest.param(8, 1, 2048, 192, 768, "int8", None, 2, marks=SLOW),
     ],
 )
 def test_kernels_fit_into_registers(rows, heads, slots, dk, dv, kv, eps, blocks):
