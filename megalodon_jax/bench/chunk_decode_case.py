@@ -139,39 +139,13 @@ class ChunkDecodeCase:
         return decode
 
     def _make_token(self) -> tuple[SharedRepresentation, Any, Any]:
-        c = self.config
-        keys = iter(jax.random.split(jax.random.key(0), 8))
-        heads, dtype = (self.rows, c.num_heads), jnp.dtype(c.dtype)
-
-        def normal(*shape: int) -> Any:
-            return jax.random.normal(next(keys), shape)
-
-        z = normal(*heads, c.head_dim)
-        scale, offset = (normal(2, c.num_heads, c.head_dim) / c.head_dim**0.5 for _ in range(2))
-        angle = 2 * math.pi * jax.random.uniform(next(keys), (self.rows, 1, c.head_dim))
-        has_rotation = c.rope_base is not None
-        shared = SharedRepresentation(
-            z,
-            QueryKeyVectors(scale, offset, _swap_pairs(scale), _swap_pairs(offset)),
-            _swap_pairs(z) if has_rotation else None,
-            RotaryFactors(jnp.cos(angle), jnp.sin(angle)) if has_rotation else None,
-            c.norm_eps if c.qk_norm else None,
-        )
-        v, gate = (normal(*heads, c.value_head_dim).astype(dtype) for _ in range(2))
-        return shared, v, gate
+        return _random_token(self.config, self.rows)
 
     def _cache_shapes(self) -> KeyValueCache:
         return jax.eval_shape(partial(empty_keys_and_values, self.rows, self.config, self.format))
 
     def _make_cache(self, seed: int) -> KeyValueCache:
-        shapes, treedef = jax.tree.flatten(self._cache_shapes())
-
-        @jax.jit
-        def fill(key: Any) -> KeyValueCache:
-            keys = jax.random.split(key, len(shapes))
-            return treedef.unflatten(map(_random_slots, keys, shapes))
-
-        return fill(jax.random.key(seed))
+        return _random_cache(self.config, self.rows, self.format, seed)
 
 
 def neighbouring_tilings(
@@ -229,6 +203,38 @@ def _decode_in_float32(
     k, v = (each[:, :, 0] for each in token)
     out, _ = xla.chunk_decode(q.astype(wide), k, v, widen(written), positions, gate.astype(wide))
     return out, written
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _random_token(config: ModelConfig, rows: int) -> tuple[SharedRepresentation, Any, Any]:
+    """The shared representation of queries and keys, v and the gate."""
+    keys = iter(jax.random.split(jax.random.key(0), 6))
+    heads, width = config.num_heads, config.head_dim
+
+    def normal(*shape: int) -> Any:
+        return jax.random.normal(next(keys), shape)
+
+    z = normal(rows, heads, width)
+    scale, offset = (normal(2, heads, width) / width**0.5 for _ in range(2))
+    angle = 2 * math.pi * jax.random.uniform(next(keys), (rows, 1, width))
+    has_rotation = config.rope_base is not None
+    shared = SharedRepresentation(
+        z,
+        QueryKeyVectors(scale, offset, _swap_pairs(scale), _swap_pairs(offset)),
+        _swap_pairs(z) if has_rotation else None,
+        RotaryFactors(jnp.cos(angle), jnp.sin(angle)) if has_rotation else None,
+        config.norm_eps if config.qk_norm else None,
+    )
+    v, gate = (normal(rows, heads, config.value_head_dim).astype(config.dtype) for _ in range(2))
+    return shared, v, gate
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _random_cache(config: ModelConfig, rows: int, kv: KvFormat, seed: Any) -> KeyValueCache:
+    empty = jax.eval_shape(partial(empty_keys_and_values, rows, config, kv))
+    shapes, treedef = jax.tree.flatten(empty)
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return treedef.unflatten(map(_random_slots, keys, shapes))
 
 
 def _random_slots(key: Any, shape: Any) -> Any:

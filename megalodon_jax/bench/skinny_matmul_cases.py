@@ -114,12 +114,18 @@ class ProductCase:
         sums = [None] * self.arrays
         if weight_sums is not None:
             sums = [sum_weights(each) for each in kernels]
-        x = (jax.random.normal(keys[1], (self.rows, columns)) + 0.3).astype(self.x_dtype)
-        bias = None if bias is None else jax.random.normal(keys[2], bias.shape)
-        scale = jax.random.normal(keys[3], (width,)) if self.has_scale else None
-        added = jax.random.normal(keys[4], (len(self.added), self.rows, width))
-        added = [each.astype(dtype) for each, dtype in zip(added, self.added, strict=True)]
-        return Operands((x, kernels, sums, (bias, scale, added)), ())
+
+        @jax.jit
+        def around(keys: Any) -> Any:
+            x = (jax.random.normal(keys[1], (self.rows, columns)) + 0.3).astype(self.x_dtype)
+            vector = None if bias is None else jax.random.normal(keys[2], bias.shape)
+            scale = jax.random.normal(keys[3], (width,)) if self.has_scale else None
+            added = jax.random.normal(keys[4], (len(self.added), self.rows, width))
+            added = [each.astype(dtype) for each, dtype in zip(added, self.added, strict=True)]
+            return x, (vector, scale, added)
+
+        x, epilogue = around(keys)
+        return Operands((x, kernels, sums, epilogue), ())
 
     def program(self, variant: Variant) -> Callable[[Any, Any], tuple[Any, Any]]:
         def run(fixed: Any, donated: Any) -> tuple[Any, Any]:

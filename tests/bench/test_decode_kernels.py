@@ -1,0 +1,219 @@
+"""`bench decode_kernels`: the calls of a decoding step, their least bytes, errors and tilings."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from megalodon_jax.bench import chunk_decode_case, decode_kernels, skinny_matmul_cases
+from megalodon_jax.bench.ceilings import Ceilings
+from megalodon_jax.bench.chunk_decode_case import ChunkDecodeCase, neighbouring_tilings
+from megalodon_jax.bench.decode import bench_config
+from megalodon_jax.bench.decode_kernel_case import Variant
+from megalodon_jax.bench.skinny_matmul_cases import product_cases
+from megalodon_jax.cli.main import main
+from megalodon_jax.config import ModelConfig
+from megalodon_jax.inference import step
+from megalodon_jax.inference.weights import prepare
+from megalodon_jax.models import abstract_model
+from pallas_kernels.chunk_decode.block_sizes import MAX_SPLITS, choose_tiling
+
+XLA = Variant("xla")
+
+
+def small_config(**options) -> ModelConfig:
+    config = bench_config("mega200M", "bfloat16", is_small=True)
+    assert isinstance(config, ModelConfig)
+    return dataclasses.replace(config, **{"num_layers": 1, **options})
+
+
+def products(config, rows=3, weights="model", arrays=1):
+    return {case.name: case for case in product_cases(config, rows, weights, arrays)}
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    """Every row is printed; an interrupt leaves those before it in the file."""
+    file = tmp_path / "kernels.json"
+    arguments = ["--small", "--rows", "3", "--layers", "1", "--check", "--json", str(file)]
+    arguments += ["--position", "37"]
+    measure, names = decode_kernels.measure, []
+    rate = 1e9
+    monkeypatch.setattr(decode_kernels, "measure_ceilings", lambda **_: Ceilings(rate, 1e12))
+
+    def interrupted(case, *rest):
+        names.append(case.call)
+        if case.call.startswith("attention output"):
+            raise KeyboardInterrupt
+        return measure(case, *rest)
+
+    monkeypatch.setattr(decode_kernels, "measure", interrupted)
+    assert main(["bench", "decode_kernels", *arguments]) == 130
+    report = json.loads(file.read_text())
+    out = capsys.readouterr().out
+    assert report["bytes_per_second"] == rate
+    rows = report["measurements"]
+    assert [row["call"] for row in rows] == names[:-1]
+    assert [(row["op"], row["format"]) for row in rows] == [
+        ("chunk_decode", "model"),
+        ("skinny_matmul", "model"),
+        ("skinny_matmul", "model"),
+    ]
+    for row in rows:
+        assert row["call"] in out
+        assert row["clock"] == "host"
+        assert math.isfinite(row["seconds"])
+        expected = row["least_bytes"] / rate / row["seconds"]
+        assert row["share"] == pytest.approx(expected)
+        assert row["errors"]["relative"] < 5e-3
+        assert row["errors"]["differing"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "0"], "--rows has 0; use numbers of at least 1"),
+        (["--position", "-1"], "--position has -1; use numbers of at least 0"),
+        (["--preset", "transformer200M"], "is a Transformer"),
+    ],
+)
+def test_mistakes(arguments, message, capsys):
+    assert main(["bench", "decode_kernels", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ({}, "model"),
+        ({"swiglu": True, "rescale_nffn": True, "rope_base": None}, "int8"),
+        ({"residual_connection": "pre_norm", "num_heads": 2}, "model"),
+    ],
+)
+def test_calls_are_those_of_a_decoding_step(options, weights, monkeypatch):
+    config = small_config(**options)
+    calls = {"skinny_matmul": [], "chunk_decode": []}
+
+    def describe(arguments):
+        return jax.tree.map(
+            lambda leaf: (leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf,
+            arguments,
+        )
+
+    def record(module, name):
+        original = getattr(module, name)
+
+        def recorded(*arguments, implementation=None, **rest):
+            assert implementation in (None, "xla")
+            if name == "skinny_matmul":
+                rest = {"weight_sums": None, "norm": None, **rest}
+                rest["parts"] = tuple(rest["parts"])
+                epilogue = rest["epilogue"]
+                rest["epilogue"] = epilogue._replace(added=list(epilogue.added))
+            calls[name].append(describe((arguments, rest)))
+            return original(*arguments, **rest)
+
+        monkeypatch.setattr(module, name, recorded)
+
+    graphdef, params = abstract_model(config)
+
+    def decode(params):
+        model = nnx.merge(graphdef, params)
+        cache = model.init_cache(3, kv=weights)
+        return step.decode(prepare(model, weights), cache, jnp.zeros(3, jnp.int32))
+
+    record(step, "skinny_matmul")
+    record(step, "chunk_decode")
+    jax.eval_shape(decode, params)
+    of_step = {name: list(found) for name, found in calls.items()}
+    assert [len(of_step["skinny_matmul"]), len(of_step["chunk_decode"])] == [6, 1]
+
+    record(skinny_matmul_cases, "skinny_matmul")
+    record(chunk_decode_case, "chunk_decode")
+    calls["skinny_matmul"].clear()
+    for case in products(config, weights=weights).values():
+        jax.eval_shape(case.program(XLA), *jax.eval_shape(case.make_operands))
+    assert calls["skinny_matmul"] == of_step["skinny_matmul"]
+    calls["chunk_decode"].clear()
+    case = ChunkDecodeCase(config, 3, weights, 70, 1)
+    jax.eval_shape(case.program(XLA), *jax.eval_shape(case.make_operands))
+    # The loop's body may be traced again.
+    assert all(call == of_step["chunk_decode"][0] for call in calls["chunk_decode"])
+    assert calls["chunk_decode"]
+
+
+def test_least_bytes():
+    """mega200M at position 1,151 and 8 rows, by hand."""
+    config = bench_config("mega200M", "bfloat16", is_small=False)
+    Z, E, D, F = 256, 2048, 1024, 2560
+    # z twice and rotary factors in float32; v, the gate and the output in bfloat16; the position.
+    token = 8 * (4 * 4 * Z + 3 * 2 * E + 4) + 4 * 2 * Z * 4
+    for kv, slot in (("model", 2 * (Z + E)), ("int8", Z + E + 2 * 4)):
+        case = ChunkDecodeCase(config, 8, kv, 2048 + 1151, 1)
+        assert case.array_bytes == 8 * 1152 * slot
+        assert case.least_bytes == 8 * 1152 * slot + token
+    for weights, matrix in (("model", 2 * D * F), ("int8", D * F + 4 * F)):
+        case = products(config, 8, weights)["FFN input"]
+        assert case.array_bytes == matrix
+        # Float32 rows, the bias, and the output in bfloat16.
+        assert case.least_bytes == matrix + 8 * D * 4 + F * 4 + 8 * F * 2
+
+
+def test_arrays_do_not_fit_into_the_l2_cache():
+    config = bench_config("mega200M", "bfloat16", is_small=False)
+    options = decode_kernels.BenchDecodeKernelsOptions(rows=(64,), kv=("model", "int8"))
+    cases = list(decode_kernels.selected_cases(options, config))
+    assert all(case.arrays * case.array_bytes >= 100 * 2**20 for case in cases)
+    assert {case.arrays for case in cases if case.op == "chunk_decode"} == {12}
+
+
+def test_an_error_in_chunk_decoding_is_seen(monkeypatch):
+    right = chunk_decode_case.chunk_decode
+    case = ChunkDecodeCase(small_config(), 2, "int8", 40, 1)
+
+    def wrong(*arguments, **options):
+        out, cache = right(*arguments, **options)
+        return out * 1.05, cache._replace(
+            key=jax.tree.map(lambda x: x.at[1, 0, 50].set(3), cache.key)
+        )
+
+    monkeypatch.setattr(chunk_decode_case, "chunk_decode", wrong)
+    found = case.measure_error(XLA)
+    assert found.relative > 4e-2
+    # One slot of a head, of which few numbers were 3 before; of 8-bit integers also the scale.
+    assert 25 <= found.differing <= 33
+
+
+def test_an_error_in_a_product_is_seen(monkeypatch):
+    right = skinny_matmul_cases.skinny_matmul
+    case = products(small_config())["mixed"]
+
+    def wrong(*arguments, **options):
+        results = right(*arguments, **options)
+        return (*results[:-1], results[-1].at[:, :8].set(0))
+
+    monkeypatch.setattr(skinny_matmul_cases, "skinny_matmul", wrong)
+    assert case.measure_error(XLA).relative > 5e-2
+
+
+def test_tilings_around_the_chosen_ones():
+    config = bench_config("mega200M", "bfloat16", is_small=False)
+    for rows, kv, itemsize in ((1, "model", 2), (64, "model", 2), (64, "int8", 1)):
+        tilings = ChunkDecodeCase(config, rows, kv, 0, 1).tilings()
+        chosen = choose_tiling(rows, 2048, 2048, itemsize)
+        assert chosen not in tilings
+        assert len(tilings) == len(set(tilings)) >= 4
+        for tiling in tilings:
+            assert tiling.slots_per_block % tiling.slots_per_step == 0
+            assert tiling.count_splits(2048) <= MAX_SPLITS
+            assert 2048 % tiling.value_tile == 0
+    # A chunk of 64 slots is one split; values of 128 columns are one tile.
+    only = choose_tiling(2, 64, 128)
+    assert {each[:2] for each in neighbouring_tilings(only, 64, 128, 2)} == {(64, 128)}
+    for name, case in products(config, 64).items():
+        assert case.tilings(), name
+    assert not products(config, 16)["value"].tilings()
