@@ -1,16 +1,23 @@
 """Chunk decoding of one layer as a decoding step calls it, for `bench decode_kernels`."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from megalodon_jax.bench.decode_bytes import num_bytes
-from megalodon_jax.bench.decode_kernel_case import KernelErrors, Operands, Variant, relative_error
+from megalodon_jax.bench.decode_kernel_case import (
+    KernelErrors,
+    Operands,
+    Variant,
+    normal,
+    random_array,
+    relative_error,
+)
 from megalodon_jax.bench.options import DecodeKernel
 from megalodon_jax.cache import empty_keys_and_values
 from megalodon_jax.config import ModelConfig
@@ -145,7 +152,14 @@ class ChunkDecodeCase:
         return jax.eval_shape(partial(empty_keys_and_values, self.rows, self.config, self.format))
 
     def _make_cache(self, seed: int) -> KeyValueCache:
-        return _random_cache(self.config, self.rows, self.format, seed)
+        shapes, treedef = jax.tree.flatten(self._cache_shapes())
+        return treedef.unflatten(
+            # Scales of 8-bit integers, which have the standard deviation 73.
+            jnp.full(each.shape, 1 / 73, each.dtype)
+            if each.ndim == 3
+            else random_array(len(shapes) * seed + number, each.shape, each.dtype)
+            for number, each in enumerate(shapes)
+        )
 
 
 def neighbouring_tilings(
@@ -205,44 +219,25 @@ def _decode_in_float32(
     return out, written
 
 
-@partial(jax.jit, static_argnums=(0, 1))
 def _random_token(config: ModelConfig, rows: int) -> tuple[SharedRepresentation, Any, Any]:
     """The shared representation of queries and keys, v and the gate."""
-    keys = iter(jax.random.split(jax.random.key(0), 6))
+    rng = np.random.default_rng(0)
     heads, width = config.num_heads, config.head_dim
-
-    def normal(*shape: int) -> Any:
-        return jax.random.normal(next(keys), shape)
-
-    z = normal(rows, heads, width)
-    scale, offset = (normal(2, heads, width) / width**0.5 for _ in range(2))
-    angle = 2 * math.pi * jax.random.uniform(next(keys), (rows, 1, width))
+    z = normal(rng, (rows, heads, width))
+    vectors = [normal(rng, (2, heads, width)) / np.float32(width**0.5) for _ in range(2)]
+    angle = rng.uniform(0, 2 * np.pi, (rows, 1, width)).astype(np.float32)
     has_rotation = config.rope_base is not None
     shared = SharedRepresentation(
         z,
-        QueryKeyVectors(scale, offset, _swap_pairs(scale), _swap_pairs(offset)),
+        QueryKeyVectors(*vectors, *map(_swap_pairs, vectors)),
         _swap_pairs(z) if has_rotation else None,
-        RotaryFactors(jnp.cos(angle), jnp.sin(angle)) if has_rotation else None,
+        RotaryFactors(jnp.asarray(np.cos(angle)), jnp.asarray(np.sin(angle)))
+        if has_rotation
+        else None,
         config.norm_eps if config.qk_norm else None,
     )
-    v, gate = (normal(rows, heads, config.value_head_dim).astype(config.dtype) for _ in range(2))
-    return shared, v, gate
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _random_cache(config: ModelConfig, rows: int, kv: KvFormat, seed: Any) -> KeyValueCache:
-    empty = jax.eval_shape(partial(empty_keys_and_values, rows, config, kv))
-    shapes, treedef = jax.tree.flatten(empty)
-    keys = jax.random.split(jax.random.key(seed), len(shapes))
-    return treedef.unflatten(map(_random_slots, keys, shapes))
-
-
-def _random_slots(key: Any, shape: Any) -> Any:
-    if shape.dtype == jnp.int8:
-        return jax.random.randint(key, shape.shape, -127, 128, jnp.int8)
-    if shape.ndim == 3:
-        return jnp.full(shape.shape, 0.02, shape.dtype)
-    return jax.random.normal(key, shape.shape, shape.dtype)
+    values = (rows, heads, config.value_head_dim)
+    return shared, normal(rng, values, config.dtype), normal(rng, values, config.dtype)
 
 
 def _swap_pairs(x: Any) -> Any:

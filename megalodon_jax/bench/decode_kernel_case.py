@@ -7,9 +7,12 @@ compiler from computing once what a step computes in every layer.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from megalodon_jax.bench.options import DecodeKernel
 from pallas_kernels.chunk_decode.block_sizes import DecodeTiling
@@ -92,3 +95,17 @@ def relative_error(found: Any, exact: Any) -> float:
     ]
     distance = sum(float(jnp.sum(jnp.square(a - b))) for a, b in wide)
     return math.sqrt(distance / sum(float(jnp.sum(jnp.square(b))) for _, b in wide))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def random_array(seed: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """A large array on the device: integers -127 to 127, or uniform numbers of the variance 1."""
+    key = jax.random.key(seed, impl="rbg")
+    if dtype == jnp.int8:
+        return jax.random.randint(key, shape, -127, 128, jnp.int8)
+    return jax.random.uniform(key, shape, dtype, -(3**0.5), 3**0.5)
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """A small array, made by the host: nothing is compiled."""
+    return jnp.asarray(rng.standard_normal(shape, np.float32).astype(dtype))

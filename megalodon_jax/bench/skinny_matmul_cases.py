@@ -7,10 +7,18 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from megalodon_jax.bench.decode_bytes import num_bytes
-from megalodon_jax.bench.decode_kernel_case import KernelErrors, Operands, Variant, relative_error
+from megalodon_jax.bench.decode_kernel_case import (
+    KernelErrors,
+    Operands,
+    Variant,
+    normal,
+    random_array,
+    relative_error,
+)
 from megalodon_jax.bench.options import DecodeKernel
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.config.model import WeightFormat
@@ -94,38 +102,30 @@ class ProductCase:
     def make_operands(self) -> Operands:
         """x, matrices, their sums, and the arrays of the epilogue; nothing is donated."""
         kernel, bias, weight_sums = self.projection
-        features, columns = values_of(kernel).shape
-        width = self._width
-        keys = jax.random.split(jax.random.key(self.rows + features), 5)
+        values, width = values_of(kernel), self._width
+        features, columns = values.shape
+        rng = np.random.default_rng(features)
 
-        @partial(jax.jit, static_argnums=1)
-        def matrix(key: Any, is_int8: bool) -> Any:
-            if not is_int8:
-                return jax.random.normal(key, (features, columns), kernel.dtype) / columns**0.5
+        def matrix(seed: int) -> Any:
+            numbers = random_array(seed, (features, columns), values.dtype)
+            if not isinstance(kernel, Int8Matrix):
+                return numbers
             # Integers of this range have the standard deviation 73.
-            values = jax.random.randint(key, (features, columns), -127, 128, jnp.int8)
-            scale = jax.random.uniform(key, (features,), jnp.float32, 0.5, 1.5)
-            return Int8Matrix(values, scale / (73 * columns**0.5))
+            scale = rng.uniform(0.5, 1.5, features).astype(np.float32)
+            return Int8Matrix(numbers, jnp.asarray(scale / (73 * columns**0.5), jnp.float32))
 
-        kernels = [
-            matrix(key, isinstance(kernel, Int8Matrix))
-            for key in jax.random.split(keys[0], self.arrays)
-        ]
+        kernels = [matrix(seed) for seed in range(self.arrays)]
         sums = [None] * self.arrays
         if weight_sums is not None:
             sums = [sum_weights(each) for each in kernels]
-
-        @jax.jit
-        def around(keys: Any) -> Any:
-            x = (jax.random.normal(keys[1], (self.rows, columns)) + 0.3).astype(self.x_dtype)
-            vector = None if bias is None else jax.random.normal(keys[2], bias.shape)
-            scale = jax.random.normal(keys[3], (width,)) if self.has_scale else None
-            added = jax.random.normal(keys[4], (len(self.added), self.rows, width))
-            added = [each.astype(dtype) for each, dtype in zip(added, self.added, strict=True)]
-            return x, (vector, scale, added)
-
-        x, epilogue = around(keys)
-        return Operands((x, kernels, sums, epilogue), ())
+        # A mean that the norms of rows have to see.
+        x = normal(rng, (self.rows, columns)) + np.float32(0.3)
+        epilogue = (
+            None if bias is None else normal(rng, bias.shape),
+            normal(rng, (width,)) if self.has_scale else None,
+            [normal(rng, (self.rows, width), dtype) for dtype in self.added],
+        )
+        return Operands((x.astype(self.x_dtype), kernels, sums, epilogue), ())
 
     def program(self, variant: Variant) -> Callable[[Any, Any], tuple[Any, Any]]:
         def run(fixed: Any, donated: Any) -> tuple[Any, Any]:
