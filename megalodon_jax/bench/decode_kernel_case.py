@@ -1,8 +1,8 @@
 """One kernel of a decoding step as `bench decode_kernels` measures it: operands, program, error.
 
-A program calls the operation once for each of several arrays, caches or matrices, in turn. Every
-call waits for the one before by `jax.lax.optimization_barrier`, which costs no kernel and keeps the
-compiler from computing once what a step computes in every layer.
+A program calls the operation once for each of several arrays, caches or matrices, in turn. Between
+calls is a `jax.lax.optimization_barrier`, which costs no kernel: it keeps the compiler from joining
+products of the same rows, and from computing once what a step computes in every layer.
 """
 
 import math
@@ -97,13 +97,16 @@ def relative_error(found: Any, exact: Any) -> float:
     return math.sqrt(distance / sum(float(jnp.sum(jnp.square(b))) for _, b in wide))
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def random_array(seed: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """A large array on the device: integers -127 to 127, or uniform numbers of the variance 1."""
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def random_array(
+    seed: Any, shape: tuple[int, ...], dtype: Any, deviation: float = 1.0
+) -> jax.Array:
+    """A large array on the device: integers -127 to 127, or uniform numbers about 0."""
     key = jax.random.key(seed, impl="rbg")
     if dtype == jnp.int8:
         return jax.random.randint(key, shape, -127, 128, jnp.int8)
-    return jax.random.uniform(key, shape, dtype, -(3**0.5), 3**0.5)
+    bound = 3**0.5 * deviation
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

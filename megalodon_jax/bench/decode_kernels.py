@@ -159,7 +159,7 @@ def measure(
     def build(variant: Variant) -> jax.stages.Compiled | str:
         try:
             program = jax.jit(case.program(variant), donate_argnums=1)
-            return program.lower(*operands).compile()
+            return program.lower(*operands).compile(compiler_options=_compiler_options())
         except _REFUSALS as error:
             return _first_line(error)
 
@@ -187,9 +187,20 @@ def measure(
             results, donated = program(operands.fixed, donated)
             return results
 
-        row = _with_times(row, case.calls, call, bytes_per_second)
-        errors = case.measure_error(variant) if check else None
-        yield dataclasses.replace(row, errors=errors)
+        try:
+            timed = _with_times(row, case.calls, call, bytes_per_second)
+            errors = case.measure_error(variant) if check else None
+        except _REFUSALS as error:
+            yield dataclasses.replace(row, reason=_first_line(error))
+            # A call that fails takes the donated arrays with it.
+            donated = case.make_operands().donated
+            continue
+        yield dataclasses.replace(timed, errors=errors)
+
+
+def _compiler_options() -> dict[str, Any]:
+    """Products read different matrices: kernels of a CUDA graph might run side by side."""
+    return {"xla_gpu_graph_min_graph_size": 10**6} if find_target().platform == "gpu" else {}
 
 
 def _with_times(

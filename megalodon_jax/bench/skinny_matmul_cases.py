@@ -107,7 +107,7 @@ class ProductCase:
         rng = np.random.default_rng(features)
 
         def matrix(seed: int) -> Any:
-            numbers = random_array(seed, (features, columns), values.dtype)
+            numbers = random_array(seed, (features, columns), values.dtype, columns**-0.5)
             if not isinstance(kernel, Int8Matrix):
                 return numbers
             # Integers of this range have the standard deviation 73.

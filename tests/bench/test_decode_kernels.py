@@ -11,16 +11,19 @@ from flax import nnx
 
 from megalodon_jax.bench import chunk_decode_case, decode_kernels, skinny_matmul_cases
 from megalodon_jax.bench.ceilings import Ceilings
-from megalodon_jax.bench.chunk_decode_case import ChunkDecodeCase, neighbouring_tilings
+from megalodon_jax.bench.chunk_decode_case import STEPS, ChunkDecodeCase, neighbouring_tilings
 from megalodon_jax.bench.decode import bench_config
 from megalodon_jax.bench.decode_kernel_case import KernelErrors, Variant
 from megalodon_jax.bench.skinny_matmul_cases import product_cases
 from megalodon_jax.cli.main import main
+from megalodon_jax.compiled.hlo import parse_program
+from megalodon_jax.compiled.launches import count_launches
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.inference import step
 from megalodon_jax.inference.weights import prepare
 from megalodon_jax.models import abstract_model
 from pallas_kernels.chunk_decode.block_sizes import MAX_SPLITS, choose_tiling
+from tests.topologies import compile_for, h200_device
 
 XLA = Variant("xla")
 
@@ -237,3 +240,25 @@ def test_tilings_around_the_chosen_ones():
     for name, case in products(config, 64).items():
         assert case.tilings(), name
     assert not products(config, 16)["value"].tilings()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["chunk_decode", "skinny_matmul"])
+def test_programs_for_an_h200_have_no_kernels_but_those_of_the_calls(op):
+    config = bench_config("mega200M", "bfloat16", is_small=False)
+    cases = {
+        "chunk_decode": ChunkDecodeCase(config, 64, "int8", 1151, 2),
+        "skinny_matmul": products(config, 64, "int8", arrays=2)["mixed"],
+    }
+    case = cases[op]
+    for tiling in (None, case.tilings()[0]):
+        program = compile_for(
+            h200_device(),
+            case.program(Variant("mosaic_gpu", tiling)),
+            *jax.eval_shape(case.make_operands),
+            donate_argnums=1,
+        )
+        launches = count_launches(parse_program(program.as_text()))
+        # The splits and their combination; the loop's counter and two small copies.
+        expected = 2 * case.calls + 2 * STEPS + 3 if op == "chunk_decode" else case.calls
+        assert launches == expected
