@@ -24,6 +24,7 @@ MeshName = Literal["data", "fsdp", "chunk", "model", "fsdp+chunk", "fsdp+model"]
 ScalingKind = Literal["weak", "strong"]
 EstimatedChip = Literal["v4", "v5e", "v5p", "v6e"]
 DecodePart = Literal["step", "context", "first_token", "prefill"]
+DecodeKernel = Literal["chunk_decode", "skinny_matmul"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +276,39 @@ class BenchDecodeOptions:
     """Show the GPU time by kind of kernel."""
     small: bool = False
     """A model for a CPU, and shorter chains of steps."""
+    json: str = ""
+    """Also write the measurements to this file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchDecodeKernelsOptions:
+    """Measures the kernels of a decoding step alone: chunk decoding and every product, beside XLA.
+
+    Example: megalodon bench decode_kernels --rows 64 --kv model int8 --tilings --check
+    """
+
+    preset: ModelPreset = "mega200M"
+    """Model size."""
+    rows: tuple[int, ...] = (1, 8, 64)
+    """Rows that decode together."""
+    op: tuple[DecodeKernel, ...] = get_args(DecodeKernel)
+    """Operations to measure."""
+    weights: tuple[WeightFormat, ...] = ("model",)
+    """Formats of the matrices: bfloat16 (model), or 8-bit integers (int8)."""
+    kv: tuple[KvFormat, ...] = ("model",)
+    """Formats of keys and values."""
+    position: int = 1151
+    """Position of every row's token: the slots of the chunk up to it are read."""
+    layers: int = 12
+    """Caches or matrices that calls use in turn, at least; more where they would fit into the
+    device's L2 cache."""
+    tilings: bool = False
+    """Also measure the tilings around the chosen one: of chunk decoding, and of products of 17 to
+    64 rows (Hopper)."""
+    check: bool = False
+    """Compare one call with XLA in float32 on the same rounded operands."""
+    small: bool = False
+    """A model for a CPU."""
     json: str = ""
     """Also write the measurements to this file."""
 

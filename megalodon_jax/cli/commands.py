@@ -162,6 +162,7 @@ BENCHMARKS: dict[str, type] = {
     "ops": bench.BenchOpsOptions,
     "train": bench.BenchTrainOptions,
     "decode": bench.BenchDecodeOptions,
+    "decode_kernels": bench.BenchDecodeKernelsOptions,
     "engine": bench.BenchEngineOptions,
     "scaling": bench.BenchScalingOptions,
     "agreement": bench.BenchAgreementOptions,

@@ -178,19 +178,31 @@ def choose_wide_tiling(
             waves * multiply_adds / _MULTIPLY_ADD_RATE,
         )
 
-    tilings = _wide_tilings(rows, in_features, widths, row_bytes, weight_bytes, halves)
+    tilings = wide_tilings(
+        rows,
+        in_features,
+        widths,
+        row_bytes=row_bytes,
+        weight_bytes=weight_bytes,
+        is_paired=is_paired,
+    )
     return min(tilings, key=seconds)
 
 
-def _wide_tilings(
+def wide_tilings(
     rows: int,
     in_features: int,
     widths: Sequence[int],
+    *,
     row_bytes: int,
     weight_bytes: int,
-    halves: int,
+    is_paired: bool,
 ) -> Iterator[WideTiling]:
-    """The tilings that fit, with as many stages as shared memory and columns allow."""
+    """The tilings that fit, with as many stages as shared memory and columns allow.
+
+    Arguments as in `choose_wide_tiling`.
+    """
+    halves = 2 if is_paired else 1
     common = math.gcd(*widths)
     for features in range(8, min(common, _WGMMA_FEATURES // halves) + 1, 8):
         # Outputs are finished in tiles of a power of two. 1,024 x 2,560: 11.8 us with 160 features,

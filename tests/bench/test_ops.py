@@ -262,7 +262,7 @@ def test_mistakes(arguments, message, capsys):
 
 def test_every_operation_is_measured():
     packages = {path.parent.name for path in (ROOT / "pallas_kernels").glob("*/api.py")}
-    # Single tokens are measured in whole steps, by `bench decode`.
+    # Single tokens are measured by `bench decode` and `bench decode_kernels`.
     packages -= {"chunk_decode", "norm_state_step", "skinny_matmul", "state_step"}
     for cases in (CASES, SMALL_CASES, TINY.values()):
         # Non-causal attention is a call of chunk attention.
