@@ -25,6 +25,7 @@ from megalodon_jax.bench.decode import bench_config
 from megalodon_jax.bench.decode_kernel_case import KernelCase, KernelErrors, Variant
 from megalodon_jax.bench.kernel_times import KernelTimes, kernel_times
 from megalodon_jax.bench.options import BenchDecodeKernelsOptions, DecodeKernel
+from megalodon_jax.bench.refusals import REFUSALS, first_line
 from megalodon_jax.bench.skinny_matmul_cases import product_cases
 from megalodon_jax.bench.timing import seconds_per_call
 from megalodon_jax.bench.train import use_all_memory
@@ -160,8 +161,8 @@ def measure(
         try:
             program = jax.jit(case.program(variant), donate_argnums=1)
             return program.lower(*operands).compile(compiler_options=_compiler_options())
-        except _REFUSALS as error:
-            return _first_line(error)
+        except REFUSALS as error:
+            return first_line(error)
 
     with ThreadPoolExecutor() as pool:
         programs = list(pool.map(build, variants))
@@ -190,8 +191,8 @@ def measure(
         try:
             timed = _with_times(row, case.calls, call, bytes_per_second)
             errors = case.measure_error(variant) if check else None
-        except _REFUSALS as error:
-            yield dataclasses.replace(row, reason=_first_line(error))
+        except REFUSALS as error:
+            yield dataclasses.replace(row, reason=first_line(error))
             # A call that fails takes the donated arrays with it.
             donated = case.make_operands().donated
             continue
@@ -249,14 +250,6 @@ def _check(options: BenchDecodeKernelsOptions) -> ModelConfig:
             "its size"
         )
     return config
-
-
-_REFUSALS = (ValueError, NotImplementedError, jax.errors.JaxRuntimeError)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 _HEADER = (

@@ -28,6 +28,7 @@ from megalodon_jax.bench.ceilings import Ceilings, measure_ceilings
 from megalodon_jax.bench.kernel_times import kernel_times
 from megalodon_jax.bench.op_cases import CASES, SMALL_CASES, Inputs, OpCase
 from megalodon_jax.bench.options import BenchMode, BenchOpsOptions, DecayRange
+from megalodon_jax.bench.refusals import REFUSALS, first_line
 from megalodon_jax.bench.timing import seconds_per_call
 from megalodon_jax.compiled.memory import read_memory
 from megalodon_jax.errors import ConfigError
@@ -135,8 +136,8 @@ def measure(
             seconds = seconds_per_call(compiled, *inputs, cotangents)
             call = partial(compiled, *inputs, cotangents)
             kernels = kernel_times(call, calls=PROFILED_CALLS) if profile else []
-        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
-            yield dataclasses.replace(row, reason=_first_line(error))
+        except REFUSALS as error:
+            yield dataclasses.replace(row, reason=first_line(error))
             continue
         if case.limit == "memory":
             work, ceiling = least_bytes(inputs, cotangents, direction), ceilings.bytes_per_second
@@ -198,8 +199,8 @@ def measure_errors(checked: CheckedCase, implementation: str) -> dict[Direction,
     function = jax.jit(pass_function(case, implementation, "forward+backward"))
     try:
         actual = function(*inputs, cotangents)
-    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        print(f"  not checked: {implementation} refuses {case}: {_first_line(error)}")
+    except REFUSALS as error:
+        print(f"  not checked: {implementation} refuses {case}: {first_line(error)}")
         return {}
     return {
         direction: _named_errors(*pair)
@@ -224,11 +225,6 @@ def _widen(array: Any) -> Any:
 
 def _num_bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def run(options: BenchOpsOptions) -> int:
