@@ -39,6 +39,7 @@ from pallas_kernels.chunk_decode.block_sizes import (
     choose_tiling,
 )
 from pallas_kernels.chunk_decode.mosaic_gpu import op as mosaic_gpu
+from pallas_kernels.chunk_decode.types import swap_pairs
 
 # Steps of a program.
 STEPS = 4
@@ -229,8 +230,8 @@ def _random_token(config: ModelConfig, rows: int) -> tuple[SharedRepresentation,
     has_rotation = config.rope_base is not None
     shared = SharedRepresentation(
         z,
-        QueryKeyVectors(*vectors, *map(_swap_pairs, vectors)),
-        _swap_pairs(z) if has_rotation else None,
+        QueryKeyVectors(*vectors, *map(swap_pairs, vectors)),
+        swap_pairs(z) if has_rotation else None,
         RotaryFactors(jnp.asarray(np.cos(angle)), jnp.asarray(np.sin(angle)))
         if has_rotation
         else None,
@@ -238,7 +239,3 @@ def _random_token(config: ModelConfig, rows: int) -> tuple[SharedRepresentation,
     )
     values = (rows, heads, config.value_head_dim)
     return shared, normal(rng, values, config.dtype), normal(rng, values, config.dtype)
-
-
-def _swap_pairs(x: Any) -> Any:
-    return x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)

@@ -19,6 +19,7 @@ from megalodon_jax.modules.time_norm import TimeNormModule
 from megalodon_jax.parallel.sharding import axis_size, constrain
 from megalodon_jax.typing import Array, Float, Float32
 from pallas_kernels.chunk_decode import QueryKeyVectors
+from pallas_kernels.chunk_decode.types import swap_pairs
 from pallas_kernels.common.int8 import quantize
 from pallas_kernels.skinny_matmul import Int8Matrix, sum_weights
 from pallas_kernels.skinny_matmul.types import Matrix
@@ -139,9 +140,7 @@ class _Preparation(NamedTuple):
             mixed=self.join(
                 mega.wz, mega.wr, mega.wh1, norm=NormVectors(_one_plus(mega.rmsnorm.weight), None)
             ),
-            queries_and_keys=QueryKeyVectors(
-                scale, offset, _swap_pairs(scale), _swap_pairs(offset)
-            ),
+            queries_and_keys=QueryKeyVectors(scale, offset, swap_pairs(scale), swap_pairs(offset)),
             attention_output=self.join(mega.wh2)[0],
             ffn_input=self.join(*_ffn_inputs(ffn), norm=_norm_vectors(ffn.norm), is_centered=True),
             ffn_output=self.join(ffn.fc2)[0],
@@ -221,10 +220,6 @@ def _with_norm_bias(bias: Array | None, kernel: Array, norm_bias: Array | None) 
         precision=jax.lax.Precision.HIGHEST,
     )
     return taken_in if bias is None else bias + taken_in
-
-
-def _swap_pairs(x: Float32[Array, "2 H Dk"]) -> Float32[Array, "2 H Dk"]:
-    return x.reshape(*x.shape[:2], -1, 2)[..., ::-1].reshape(x.shape)
 
 
 def _one_plus(weight: nnx.Param | None) -> Float32[Array, " D"] | None:

@@ -98,6 +98,11 @@ class SharedRepresentation:
         return query.astype(dtype), key.astype(dtype)
 
 
+def swap_pairs(x: Float[Array, "*N Dk"]) -> Float[Array, "*N Dk"]:
+    """The two features of every rotary pair exchanged."""
+    return x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
+
+
 def query_of(q: Float[Array, "B H Dk"] | SharedRepresentation, v: Float[Array, "B H Dv"]) -> Any:
     """The queries, or their shape and dtype if they are not made yet; keys have the same."""
     return jax.ShapeDtypeStruct(q.z.shape, v.dtype) if isinstance(q, SharedRepresentation) else q
