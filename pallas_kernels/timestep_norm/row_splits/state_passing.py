@@ -92,12 +92,13 @@ def merge_splits(
     each = 1 / jnp.maximum(all_tokens, 1)
     pivot = (count * mean + sum_counted(tokens * (split_pivot + offset))) * each
     pivot = jnp.where(all_tokens == count, mean, pivot)
+    # The pivot is the mean but for rounding, so that the squares around both are nearly the same.
     from_pivot = (split_pivot - pivot[:, :, None]) + offset
     sums = count * (mean - pivot) + sum_counted(tokens * from_pivot)
-    center = sums * each
-    squares = count * (var + jnp.square(mean - pivot - center)) + sum_counted(
-        split_squares + tokens * jnp.square(from_pivot - center[:, :, None])
+    squares = count * (var + jnp.square(mean - pivot)) + sum_counted(
+        split_squares + tokens * jnp.square(from_pivot)
     )
+    squares = jnp.maximum(squares - sums * (sums * each), 0)
     return MergedMoments(all_tokens, pivot, sums, squares)
 
 
