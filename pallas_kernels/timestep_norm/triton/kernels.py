@@ -11,7 +11,7 @@ With n the count of a token, g = dy scale, and sums over its F features,
     dx = g r + (T + 2 (x - k) S) / F
 
 A token's features are along the threads; moments of a group are the same number in all threads that
-share it. Forward, the next tokens are on their way while a warp works on the present ones.
+share it. The next tokens are on their way while a warp works on the present ones.
 Documents are selections, so that they are isolated bit by bit.
 """
 
@@ -306,6 +306,19 @@ def load_statistics(
 
 
 @device_function
+def load_gradient_tokens(
+    x, dy, statistics, at_token, columns, groups, in_group,
+    D: tl.constexpr, GROUPS: tl.constexpr, STATISTICS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """x, dy and statistics of UNROLL successive tokens."""
+    return (
+        load_tokens(x, at_token * D + columns, in_group, D, UNROLL),
+        load_tokens(dy, at_token * D + columns, in_group, D, UNROLL),
+        load_statistics(statistics, at_token, groups, GROUPS, STATISTICS, UNROLL),
+    )
+
+
+@device_function
 def token_slopes(g, centered, offset, rstd, count, in_group):
     """s and t of a token."""
     each = rstd / count
@@ -334,14 +347,17 @@ def timestep_norm_slopes(
     count_before = 0
     if not PACKED:
         count_before = tl.load(initial_count + row)
-    first = split * tiles_per_split * TILE
-    last = tl.minimum(first + tiles_per_split * TILE, tiles * TILE)
+    first, last, final = find_tokens(split, tiles, tiles_per_split, UNROLL)
+    at_start = row.to(tl.int64) * tiles * TILE
+    ahead = at_start + tl.minimum(first, final)
+    following = load_gradient_tokens(
+        x, dy, statistics, ahead, columns, groups, in_group, D, GROUPS, STATISTICS, UNROLL
+    )
     for token in range(first, last, UNROLL):
-        at_token = row.to(tl.int64) * tiles * TILE + token
-        xs = load_tokens(x, at_token * D + columns, in_group, D, UNROLL)
-        dys = load_tokens(dy, at_token * D + columns, in_group, D, UNROLL)
-        offsets, rstds, pivots_here = load_statistics(
-            statistics, at_token, groups, GROUPS, STATISTICS, UNROLL
+        xs, dys, (offsets, rstds, pivots_here) = following
+        ahead = at_start + tl.minimum(token + UNROLL, final)
+        following = load_gradient_tokens(
+            x, dy, statistics, ahead, columns, groups, in_group, D, GROUPS, STATISTICS, UNROLL
         )
         flags, counts = load_flags_and_counts(token_info, row, token, tiles, PACKED, UNROLL)
         for u in tl.static_range(UNROLL):
@@ -422,15 +438,28 @@ def timestep_norm_gradients(
     count_before = 0
     if not PACKED:
         count_before = tl.load(initial_count + row)
-    first = split * tiles_per_split * TILE
-    last = tl.minimum(first + tiles_per_split * TILE, tiles * TILE)
+    first, last, final = find_tokens(split, tiles, tiles_per_split, UNROLL)
+    at_start = row.to(tl.int64) * tiles * TILE
+    following = load_gradient_tokens(
+        x,
+        dy,
+        statistics,
+        at_start + final,
+        columns,
+        groups,
+        in_group,
+        D,
+        GROUPS,
+        STATISTICS,
+        UNROLL,
+    )
     for i in range(0, (last - first) // UNROLL):
         token = last - (i + 1) * UNROLL
-        at_token = row.to(tl.int64) * tiles * TILE + token
-        xs = load_tokens(x, at_token * D + columns, in_group, D, UNROLL)
-        dys = load_tokens(dy, at_token * D + columns, in_group, D, UNROLL)
-        offsets, rstds, pivots_here = load_statistics(
-            statistics, at_token, groups, GROUPS, STATISTICS, UNROLL
+        at_token = at_start + token
+        xs, dys, (offsets, rstds, pivots_here) = following
+        ahead = at_start + tl.maximum(token - UNROLL, first)
+        following = load_gradient_tokens(
+            x, dy, statistics, ahead, columns, groups, in_group, D, GROUPS, STATISTICS, UNROLL
         )
         flags, counts = load_flags_and_counts(token_info, row, token, tiles, PACKED, UNROLL)
         for v in tl.static_range(UNROLL):

@@ -16,9 +16,10 @@ from pallas_kernels.timestep_norm.row_splits.types import (
     TimestepNormKernels,
 )
 from pallas_kernels.timestep_norm.triton.block_sizes import (
-    BACKWARD_UNROLL,
+    GRADIENTS_UNROLL,
     MOMENTS_UNROLL,
     OUTPUTS_UNROLL,
+    SLOPES_UNROLL,
 )
 
 MODULE = "pallas_kernels.timestep_norm.triton.kernels"
@@ -110,7 +111,7 @@ def run_slopes(
             "NUM_SLOPES": num_slopes,
             "PACKED": inputs.documents is not None,
             "STATISTICS": inputs.statistics.shape[2],
-            "UNROLL": BACKWARD_UNROLL,
+            "UNROLL": SLOPES_UNROLL,
         },
     )
     return slopes
@@ -137,7 +138,7 @@ def run_gradients(options: TimestepNormGpuOptions, inputs: KernelInputs) -> Grad
             "EACH": 1 / geometry.features,
             "PACKED": is_packed,
             "STATISTICS": inputs.statistics.shape[2],
-            "UNROLL": BACKWARD_UNROLL,
+            "UNROLL": GRADIENTS_UNROLL,
         },
     )
     # One sum takes the place of those of the splits.

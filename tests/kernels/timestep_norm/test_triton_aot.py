@@ -8,10 +8,11 @@ from pallas_kernels.common.target import interpreted
 from pallas_kernels.common.triton import load_kernels
 from pallas_kernels.timestep_norm import timestep_norm
 from pallas_kernels.timestep_norm.triton.block_sizes import (
-    BACKWARD_UNROLL,
+    GRADIENTS_UNROLL,
     MOMENTS_UNROLL,
     OUTPUTS_UNROLL,
     PROGRAMS_PER_MULTIPROCESSOR,
+    SLOPES_UNROLL,
     choose_geometry,
 )
 from pallas_kernels.timestep_norm.triton.launch import MODULE
@@ -20,8 +21,8 @@ from tests.kernels.triton_compiler import CAPABILITIES, compile_kernel
 KERNELS = {
     "moments": MOMENTS_UNROLL,
     "outputs": OUTPUTS_UNROLL,
-    "slopes": BACKWARD_UNROLL,
-    "gradients": BACKWARD_UNROLL,
+    "slopes": SLOPES_UNROLL,
+    "gradients": GRADIENTS_UNROLL,
 }
 INTEGERS = ("tiles", "tiles_per_split", "num_splits")
 
