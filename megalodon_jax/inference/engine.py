@@ -35,9 +35,8 @@ from megalodon_jax.inference.prefix_cache import PrefixCache
 from megalodon_jax.inference.request_limits import RequestLimits
 from megalodon_jax.inference.requests import Request, Stream, TokenLogprobs, logits_masks
 from megalodon_jax.inference.rows import extract_row
-from megalodon_jax.inference.sampling import Features, SamplingParams, sampling_row
+from megalodon_jax.inference.sampling import Features, sampling_row
 from megalodon_jax.inference.scheduling import (
-    BLOCK_LENGTHS,
     FEATURE_SETS,
     Buckets,
     FairQueue,
@@ -46,6 +45,7 @@ from megalodon_jax.inference.scheduling import (
 )
 from megalodon_jax.inference.sessions import Session, fingerprint
 from megalodon_jax.inference.speculation import SpeculationSettings, Speculator
+from megalodon_jax.inference.warm_up import compile_programs, slot_programs
 from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.parallel.sharding import shardings_of
 
@@ -443,7 +443,7 @@ class Engine:
     # ---- Start-up and sessions.
 
     def warm_up(self, features: Sequence[Features] = FEATURE_SETS) -> None:
-        """Compiles every program that requests with these features need.
+        """Compiles every program that requests with these features need, several at a time.
 
         Afterwards nothing is compiled, whatever the requests, except those with a `logits_mask` or
         `prompt_logprobs`.
@@ -455,26 +455,25 @@ class Engine:
 
     def _warm_up(self, features: Sequence[Features]) -> None:
         batch_sizes = {self._fewest_rows, self._prefill_rows}
-        states = [self._prefiller.warm_up(rows) for rows in batch_sizes]
-        row = sampling_row(SamplingParams(), vocab_size=self._num_outputs, seed=0)
-        request = RowRequest(row, np.int32(1), padded_stop_ids(()))
-        known = self._known_prompts and self._known_prompts.example(states[0].cache)
-        for each in features:
-            for state in states:
-                self._state, _ = start_row(self._state, 0, state, 0, request, each, None)
-            if known is not None:
-                self._state, _ = start_known_row(
-                    self._state, 0, self._weights, known, request, each, None
-                )
-            for rows in self._buckets.sizes:
-                for length in BLOCK_LENGTHS:
-                    self._state, _ = decode_block(
-                        self._weights, self._state, rows, length, each, None
-                    )
-        if self._speculator is not None:
-            self._state = self._speculator.warm_up(
-                self._weights, self._state, self._buckets.sizes, features
+        examples = [self._prefiller.empty_state(rows) for rows in batch_sizes]
+        known = self._known_prompts and self._known_prompts.example(examples[0].cache)
+        sizes = self._buckets.sizes
+        programs = list(slot_programs(self._weights, examples, known, sizes, features))
+        speculative = self._speculator and self._speculator.programs(
+            self._weights, self._state, sizes, features
+        )
+        compile_programs(
+            itertools.chain(
+                *map(self._prefiller.programs, batch_sizes),
+                (program.of(self._state) for program in programs),
+                speculative or (),
             )
+        )
+        states = [self._prefiller.warm_up(rows) for rows in batch_sizes]
+        for program in programs:
+            self._state = program.run(self._state)
+        if self._speculator is not None:
+            self._state = self._speculator.warm_up(self._weights, self._state, sizes, features)
         self._state = move_slot(self._state, 0, 1)
         self._state = deactivate(self._state, np.zeros(len(self._streams), bool))
         extract_row((self._state.cache, self._state.token), 0)

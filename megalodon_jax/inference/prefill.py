@@ -206,12 +206,25 @@ def prefill_piece(
       lengths: tokens of each prompt.
       piece: from `PieceSizes.split` of the longest prompt.
     """
+    function, arguments = piece_call(graphdef, params, state, prompts, lengths, piece)
+    return function(*arguments)
+
+
+def piece_call(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    state: PrefillState,
+    prompts: np.ndarray,
+    lengths: np.ndarray,
+    piece: Piece,
+) -> tuple[Any, tuple[Any, ...]]:
+    """The jitted function that `prefill_piece` calls, and its arguments."""
     counts = np.clip(lengths - piece.start, 0, piece.count).astype(np.int32)
     if piece.is_whole and counts.min() == piece.size:
         tokens = prompts[:, piece.start : piece.start + piece.count]
-        return prefill_whole(graphdef, params, state, tokens)
+        return prefill_whole, (graphdef, params, state, tokens)
     tokens = _padded_tokens(prompts, lengths, piece.start, piece.size)
-    return prefill_padded(graphdef, params, state, tokens, counts)
+    return prefill_padded, (graphdef, params, state, tokens, counts)
 
 
 def score_piece(

@@ -1,7 +1,8 @@
 """Prompts on their way through the model: rows of one batch, piece by piece."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from megalodon_jax.inference.prefill import (
     PieceSizes,
     PrefillState,
     empty_prefill_state,
+    piece_call,
     prefill_piece,
     score_piece,
 )
@@ -21,6 +23,7 @@ from megalodon_jax.inference.requests import Stream, TokenLogprobs
 from megalodon_jax.inference.rows import extract_row, replace_row
 from megalodon_jax.inference.sampling import Logprobs
 from megalodon_jax.inference.scheduling import FairQueue
+from megalodon_jax.inference.warm_up import Program
 
 
 @dataclasses.dataclass
@@ -132,29 +135,36 @@ class Prefiller:
     def _uses_prefixes(self, row: PromptRow) -> bool:
         return self.prefixes is not None and reads_prefixes(row.streams[0].request)
 
+    def programs(self, batch_size: int) -> Iterator[Program]:
+        """The programs of a batch size."""
+        for piece in self._example_pieces(batch_size):
+            yield Program(*piece_call(*self._example(batch_size, piece)))
+
     def warm_up(self, batch_size: int) -> PrefillState:
-        """Compiles the programs of a batch size; returns a state that they gave."""
-        pieces = [Piece(0, size, size, is_whole=True) for size in self.sizes.whole]
-        pieces += [Piece(0, size, size, is_whole=False) for size in self.sizes.padded]
-        if batch_size > 1:
-            # Rows that end before a piece does.
-            pieces += [Piece(0, size, size, is_whole=False) for size in self.sizes.whole]
-        state = self.empty_state(batch_size)
-        for piece in pieces:
-            state = prefill_piece(
-                self.graphdef,
-                self.params,
-                self.empty_state(batch_size),
-                np.zeros((batch_size, piece.size), np.int32),
-                np.full(batch_size, piece.size, np.int32),
-                piece,
-            )
+        """Runs the programs of a batch size; returns a state that they gave."""
+        for piece in self._example_pieces(batch_size):
+            state = prefill_piece(*self._example(batch_size, piece))
         row = extract_row(state.cache, 0)
         if batch_size > 1:
             state = state._replace(cache=replace_row(state.cache, 0, row))
         if self.prefixes is not None:
             self.prefixes.warm_up(row)
         return state
+
+    def _example_pieces(self, batch_size: int) -> list[Piece]:
+        pieces = [Piece(0, size, size, is_whole=True) for size in self.sizes.whole]
+        pieces += [Piece(0, size, size, is_whole=False) for size in self.sizes.padded]
+        if batch_size > 1:
+            # Rows that end before a piece does.
+            longer = set(self.sizes.whole) - set(self.sizes.padded)
+            pieces += [Piece(0, size, size, is_whole=False) for size in longer]
+        return pieces
+
+    def _example(self, batch_size: int, piece: Piece) -> tuple[Any, ...]:
+        """Arguments of `prefill_piece`."""
+        tokens = np.zeros((batch_size, piece.size), np.int32)
+        lengths = np.full(batch_size, piece.size, np.int32)
+        return self.graphdef, self.params, self.empty_state(batch_size), tokens, lengths, piece
 
 
 @dataclasses.dataclass

@@ -9,7 +9,7 @@ may change places. Nothing is read on the host, so blocks of steps overlap as in
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -24,6 +24,7 @@ from megalodon_jax.inference.rows import put_row, take_row
 from megalodon_jax.inference.sampling import Features, advance, draw_positions
 from megalodon_jax.inference.scheduling import BLOCK_LENGTHS, Buckets, block_length
 from megalodon_jax.inference.step import set_rows
+from megalodon_jax.inference.warm_up import Program
 from megalodon_jax.inference.weights import DecodeWeights
 from megalodon_jax.typing import Array, Bool, Int32
 
@@ -273,6 +274,21 @@ class Speculator:
         drawn = (tokens >= 0).reshape(-1, self.settings.num_drafts + 1, tokens.shape[1]).sum(axis=1)
         self._steps += int((drawn > 0).sum())
         self._accepted += int(np.maximum(drawn - 1, 0).sum())
+
+    def programs(
+        self,
+        weights: DecodeWeights,
+        slots: SlotState,
+        buckets: Sequence[int],
+        features: Sequence[Features],
+    ) -> Iterator[Program]:
+        """Programs of speculative steps."""
+        drafts = self.settings.num_drafts
+        for rows in filter(self.runs, buckets):
+            for each in features:
+                for length in SPECULATIVE_LENGTHS:
+                    arguments = (weights, slots, self._history, rows, length, each, drafts)
+                    yield Program(speculative_block, arguments)
 
     def warm_up(
         self,

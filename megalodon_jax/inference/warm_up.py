@@ -1,0 +1,99 @@
+"""Programs compiled before the first request, several at a time."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megalodon_jax.inference.blocks import (
+    RowRequest,
+    SlotState,
+    decode_block,
+    padded_stop_ids,
+    start_row,
+)
+from megalodon_jax.inference.decoders import AnyDecodeWeights
+from megalodon_jax.inference.known_prompt import KnownPrompt, start_known_row
+from megalodon_jax.inference.prefill import PrefillState
+from megalodon_jax.inference.sampling import Features, SamplingParams, sampling_row
+from megalodon_jax.inference.scheduling import BLOCK_LENGTHS
+
+
+class Program(NamedTuple):
+    """One program of a jitted function.
+
+    Attributes:
+      function: the function.
+      arguments: of a call; arrays are not donated by its compilation.
+    """
+
+    function: Any
+    arguments: tuple[Any, ...]
+
+
+class SlotProgram(NamedTuple):
+    """A program that takes an engine's slots, and returns them alone or before other results.
+
+    Attributes:
+      function: a jitted function, to which the slots are donated.
+      before: arguments before the slots.
+      after: arguments after them.
+    """
+
+    function: Any
+    before: tuple[Any, ...]
+    after: tuple[Any, ...]
+
+    def of(self, slots: SlotState) -> Program:
+        """The program for these slots."""
+        return Program(self.function, (*self.before, slots, *self.after))
+
+    def run(self, slots: SlotState) -> SlotState:
+        """Calls the function."""
+        function, arguments = self.of(slots)
+        result = function(*arguments)
+        return result if isinstance(result, SlotState) else result[0]
+
+
+def compile_programs(programs: Iterable[Program]) -> None:
+    """Compiles programs so that calls with the same arguments find them.
+
+    Functions are traced one after the other, in the caller's thread and with its settings. The
+    compiler does not hold Python's lock: one thread for each CPU runs it.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compilations = [
+            pool.submit(function.lower(*arguments).compile) for function, arguments in programs
+        ]
+        for compilation in compilations:
+            compilation.result()
+
+
+def slot_programs(
+    weights: AnyDecodeWeights,
+    states: Sequence[PrefillState],
+    known: KnownPrompt | None,
+    buckets: Sequence[int],
+    features: Sequence[Features],
+) -> Iterator[SlotProgram]:
+    """Programs that start rows and decode them.
+
+    Args:
+      weights: prepared weights.
+      states: one of every batch size of prefill.
+      known: a prompt of those that begin with a known prefix; None: there are none.
+      buckets: numbers of rows that decode together.
+      features: of the draws.
+    """
+    row = sampling_row(SamplingParams(), vocab_size=states[0].logits.shape[1], seed=0)
+    request = RowRequest(row, np.int32(1), padded_stop_ids(()))
+    for each in features:
+        for state in states:
+            yield SlotProgram(start_row, (), (0, state, 0, request, each, None))
+        if known is not None:
+            yield SlotProgram(start_known_row, (), (0, weights, known, request, each, None))
+        for rows in buckets:
+            for length in BLOCK_LENGTHS:
+                yield SlotProgram(decode_block, (weights,), (rows, length, each, None))
