@@ -9,7 +9,6 @@ from pallas_kernels.common.dispatch import Implementation, check_implementation
 from pallas_kernels.common.symbolic import has_symbolic_shape
 from pallas_kernels.common.target import find_target
 from pallas_kernels.skinny_matmul import reference, xla
-from pallas_kernels.skinny_matmul.block_sizes import MAX_FLOAT32_ROWS
 from pallas_kernels.skinny_matmul.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.skinny_matmul.types import (
     Epilogue,
@@ -51,7 +50,7 @@ def skinny_matmul(
       epilogue: b, f, scale and what is added.
       dtype: operands of the product are rounded to it; None: W's, or x's if W has integers. Sums
         are float32, or float64 for float64. The kernel applies the norm to the sums, and rounds
-        no float32 row.
+        no float32 row, up to 16 rows; more float32 rows are rounded after their norm.
       weight_sums: `sum_weights(matrix)`, made once: LayerNorm in the kernels needs it. None: summed
         in every call.
       implementation: "reference" (by definition), "xla" (any platform and dtype), "mosaic_gpu" (one
@@ -76,11 +75,8 @@ def skinny_matmul(
 def _choose_implementation(
     x: Array, matrix: Matrix, parts: Sequence[Part], dtype: jnp.dtype
 ) -> Implementation:
-    """The kernel where it is faster: it needs none for the norm, the bias and the residuals.
-
-    It multiplies float32 rows as two of bfloat16, which costs more than that from 17 rows on.
-    """
-    if has_symbolic_shape(x) or (x.dtype == jnp.float32 and x.shape[0] > MAX_FLOAT32_ROWS):
+    """The kernel where it can run: it needs no other ones for the bias and the residuals."""
+    if has_symbolic_shape(x):
         return "xla"
     obstacle = mosaic_gpu.find_obstacle(x, matrix, parts, dtype)
     return "mosaic_gpu" if find_target().is_hopper and obstacle is None else "xla"

@@ -33,9 +33,6 @@ MAX_WEIGHT_BYTES = 200 * 1024
 
 # Columns of a step of `wgmma`: 128 bytes of bfloat16, a row of swizzled shared memory.
 WGMMA_DEPTH = 64
-# Most float32 rows for which the kernels are chosen. 64 rows, 1,024 x 2,560, LayerNorm and silu on
-# an H200: 8.7 us, 7.2 by `xla`, which rounds the normalized rows (README.md).
-MAX_FLOAT32_ROWS = 16
 # The axis of a cluster's blocks, which have a share of the columns each.
 CLUSTER_AXIS = "split"
 # Most columns of a `wgmma` product, and of the tiles in which outputs are finished.
@@ -170,8 +167,7 @@ def choose_wide_tiling(
         columns, features = in_features // tiling.splits, tiling.features * halves
         exchanged = 4 * rows * features if tiling.splits > 1 else 0
         block_bytes = columns * (features * weight_bytes + rows * row_bytes) + exchanged
-        # float32 rows are multiplied twice.
-        multiply_adds = WGMMA_ROWS * features * columns * (row_bytes // 2)
+        multiply_adds = WGMMA_ROWS * features * columns
         return _EXCHANGE_SECONDS * math.log2(tiling.splits) + max(
             blocks * block_bytes / _L2_RATE,
             waves * block_bytes / _MULTIPROCESSOR_RATE,

@@ -36,8 +36,6 @@ class WideScratch(NamedTuple):
       x: (stages, WGMMA_ROWS, WGMMA_DEPTH), a ring; only rows that exist are filled.
       weights: (stages, features of all halves, WGMMA_DEPTH), a ring.
       wide_weights: (2, features of all halves, WGMMA_DEPTH), integers as bfloat16; or None.
-      x_pieces: (2, WGMMA_ROWS, WGMMA_DEPTH), float32 rows as two of bfloat16 for the interpreter,
-        whose wgmma takes no arrays; or None.
       barriers: for every stage, completes when x and weights have arrived.
       products: (splits, WGMMA_ROWS, features of all halves + padding), a block's sums.
       x_sums: (splits, 2, WGMMA_ROWS), a block's sums of a row of x and of its squares; None without
@@ -47,7 +45,6 @@ class WideScratch(NamedTuple):
     x: Any
     weights: Any
     wide_weights: Any
-    x_pieces: Any
     barriers: Any
     products: Any
     x_sums: Any
@@ -69,14 +66,11 @@ class WideScratch(NamedTuple):
         is_int8 = dtype == jnp.int8
         weights = plgpu.SMEM(shape, dtype) if is_int8 else _tiled_smem(*shape, dtype=dtype)
         wide_weights = _tiled_smem(2, features, WGMMA_DEPTH, dtype=jnp.bfloat16)
-        x_pieces = _tiled_smem(2, WGMMA_ROWS, WGMMA_DEPTH, dtype=jnp.bfloat16)
-        is_float32 = operands.x.dtype == jnp.float32
         x_sums = plgpu.SMEM((splits, 2, WGMMA_ROWS), jnp.float32)
         return cls(
             _tiled_smem(tiling.stages, WGMMA_ROWS, WGMMA_DEPTH, dtype=operands.x.dtype),
             weights,
             wide_weights if is_int8 else None,
-            x_pieces if is_float32 and is_interpreted else None,
             plgpu.Barrier(num_arrivals=1 + operands.halves, num_barriers=tiling.stages),
             plgpu.SMEM((splits, WGMMA_ROWS, features + _PADDING), jnp.float32),
             None if norm is None else x_sums,
@@ -175,7 +169,7 @@ class WideProducts(NamedTuple):
         weights_smem, x_smem = self.scratch.weights.at[stage], self.scratch.x.at[stage]
         wide = self._load_integers(weights_smem)
         x = None
-        if self._has_float32_rows or self.norm is not None:
+        if self.norm is not None:
             x = plgpu.load(x_smem, layout=plgpu.Layout.WGMMA, optimized=False)
         plgpu.wgmma_wait(0)
         if wide is not None:
@@ -191,32 +185,14 @@ class WideProducts(NamedTuple):
             self._copy_weights(begin + following, free)
             self._copy_x(begin + following, free)
 
-        for piece in self._split(x) if self._has_float32_rows else [x_smem]:
-            plgpu.wgmma(acc, piece, weights_smem.transpose((1, 0)))
-        if x is not None and self.norm is not None:
-            x = x.astype(jnp.float32)
-            sums = RowSums(
-                sums.x + x.sum(axis=1) if self.subtracts_mean else None,
-                sums.squares + (x * x).sum(axis=1),
-            )
-        if self._has_float32_rows:
-            # The products read the rows' registers.
-            plgpu.wgmma_wait(0)
-        return sums
-
-    @property
-    def _has_float32_rows(self) -> bool:
-        return self.operands.x.dtype == jnp.float32
-
-    def _split(self, x: Any) -> list[Any]:
-        """float32 numbers as two of bfloat16, which have 16 bits together: operands of wgmma."""
-        high = x.astype(jnp.bfloat16)
-        low = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
-        if self.scratch.x_pieces is None:
-            return [high, low]
-        for i, piece in enumerate([high, low]):
-            store(self.scratch.x_pieces.at[i], piece)
-        return [self.scratch.x_pieces.at[i] for i in range(2)]
+        plgpu.wgmma(acc, x_smem, weights_smem.transpose((1, 0)))
+        if x is None:
+            return sums
+        x = x.astype(jnp.float32)
+        return RowSums(
+            sums.x + x.sum(axis=1) if self.subtracts_mean else None,
+            sums.squares + (x * x).sum(axis=1),
+        )
 
     def _load_integers(self, weights_smem: Any) -> Any:
         """8-bit weights of a stage as bfloat16; None for weights that are bfloat16."""

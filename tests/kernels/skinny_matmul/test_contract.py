@@ -19,6 +19,7 @@ from pallas_kernels.skinny_matmul import (
 from pallas_kernels.skinny_matmul.api import IMPLEMENTATIONS
 from pallas_kernels.skinny_matmul.block_sizes import TensorCoreTiling, WideTiling
 from pallas_kernels.skinny_matmul.mosaic_gpu import op as mosaic_gpu
+from pallas_kernels.skinny_matmul.xla import normalize
 
 EPS = 1e-3
 
@@ -117,6 +118,23 @@ def test_the_kernel_rounds_no_float32_row(rows, norm):
     # The tensor cores take a float32 number as two of bfloat16, which have 16 bits together.
     error = 1e-6 if rows <= 4 else 4e-6
     assert np.linalg.norm(np.asarray(y) - exact) <= error * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("norm", [None, "layer"])
+def test_more_float32_rows_are_rounded_after_their_norm(norm):
+    operands = make(24, 512, 16, None)
+    weights = jnp.asarray(operands[1], jnp.bfloat16)
+    x = jnp.asarray(operands[0] + 3, jnp.float32)
+    (y,) = skinny_matmul(
+        x,
+        weights,
+        parts=[Part(16, jnp.float32)],
+        norm=norm and RowNorm(norm, EPS),
+        implementation="mosaic_gpu",
+    )
+    rounded = (normalize(x, RowNorm(norm, EPS)) if norm else x).astype(jnp.bfloat16)
+    exact = np.asarray(rounded, np.float64) @ np.asarray(weights, np.float64).T
+    assert np.linalg.norm(np.asarray(y) - exact) <= 1e-6 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("norm", [None, "rms", "layer"])
@@ -237,7 +255,7 @@ def test_few_rows_on_tensor_cores(features, rows):
 def test_blocks_of_a_cluster_share_columns_and_rows(rows, tiling, is_int8):
     features = tiling.features
     x, weights, bias, scale, added = make(rows, 1280, features, None)
-    x = jnp.asarray(x, jnp.float32)
+    x = jnp.asarray(x, jnp.bfloat16)
     if is_int8:
         values = np.round(weights * 900).clip(-127, 127)
         matrix = Int8Matrix(jnp.asarray(values, jnp.int8), jnp.full(features, 1 / 900, jnp.float32))
