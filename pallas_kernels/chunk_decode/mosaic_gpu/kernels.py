@@ -228,6 +228,7 @@ class _DecodeKernelCall(NamedTuple):
           keys: of the first SCORE_SLOTS slots, if they were loaded ahead.
           own: the token's.
         """
+
         def store_scores(tile, keys):
             first, slots = self.base + tile * SCORE_SLOTS, pl.ds(tile * SCORE_SLOTS, SCORE_SLOTS)
             scores = self.compute_scores(first, keys, own.score)
