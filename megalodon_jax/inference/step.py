@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -139,7 +140,7 @@ class RowOperations(Protocol):
         norm: TimestepNormState,
         tables: CemaStepTables,
         cema: Float32[Array, "S 2N D"],
-    ) -> NormStateStepOutput:
+    ) -> tuple[Float[Array, "R D"], Float[Array, "R D"], Any, Any]:
         """TimestepNorm, and CEMA or EMA of its result."""
         ...
 
@@ -174,11 +175,7 @@ class _OneToken(NamedTuple):
     def normalize(
         self, vectors: NormVectors, x: Float[Array, "B D"], state: TimestepNormState
     ) -> tuple[Float[Array, "B D"], TimestepNormState]:
-        return norm_step(x, self.norm(vectors), state, self.active)
-
-    def norm(self, vectors: NormVectors) -> StepNorm:
-        """TimestepNorm's parameters."""
-        return StepNorm(*vectors, self.config.norm_num_groups, self.config.norm_eps)
+        return norm_step(x, step_norm(self.config, vectors), state, self.active)
 
     def average(
         self, u: Float[Array, "B D"], tables: CemaStepTables, state: Float32[Array, "S 2N D"]
@@ -193,13 +190,11 @@ class _OneToken(NamedTuple):
         tables: CemaStepTables,
         cema: Float32[Array, "S 2N D"],
     ) -> NormStateStepOutput:
-        # Layers have the same counts. With one array for all, the compiler updates the layers' own
-        # in one kernel, and in place: no step's kernel reads them.
         assert self.count is not None
-        shared = norm._replace(count=self.count)
-        out = _normalize_and_average(x, self.norm(vectors), shared, tables, cema, self.active)
-        count = set_rows(norm.count, norm.count[: len(x)] + self.active)
-        return out._replace(norm=out.norm._replace(count=count))
+        parameters = step_norm(self.config, vectors)
+        return normalize_and_average(
+            norm_state_step, x, parameters, norm, tables, cema, self.active, self.count
+        )
 
     def attend(
         self,
@@ -209,6 +204,11 @@ class _OneToken(NamedTuple):
         cache: KeyValueCache,
     ) -> ChunkDecodeOutput:
         return _attend(shared, value, gate, cache, self.position)
+
+
+def step_norm(config: ModelConfig, vectors: NormVectors) -> StepNorm:
+    """TimestepNorm's parameters."""
+    return StepNorm(*vectors, config.norm_num_groups, config.norm_eps)
 
 
 def rotation_of(config: ModelConfig, position: Int32[Array, " R"]) -> RotaryFactors | None:
@@ -285,7 +285,7 @@ def _normalize_and_average_if_any(
     x: Float[Array, "R D"],
     cache: LayerCache,
     rows: RowOperations,
-) -> NormStateStepOutput:
+) -> tuple[Float[Array, "R D"], Float[Array, "R D"], Any, Any]:
     """TimestepNorm or another norm, then CEMA, EMA or nothing."""
     if cache.norm is not None and layer.average is not None and cache.cema is not None:
         return rows.normalize_and_average(layer.norm, x, cache.norm, layer.average, cache.cema)
@@ -294,7 +294,7 @@ def _normalize_and_average_if_any(
     if layer.average is not None:
         assert cache.cema is not None
         averaged, cema = rows.average(u, layer.average, cache.cema)
-    return NormStateStepOutput(u, averaged, norm, cema)  # pyright: ignore[reportArgumentType]
+    return u, averaged, norm, cema
 
 
 def _mixed(
@@ -351,28 +351,44 @@ def _time_norm(
     return rows.normalize(vectors, x, state)
 
 
-def _normalize_and_average(
-    x: Float[Array, "B D"],
+def normalize_and_average(
+    operation: Callable[..., NormStateStepOutput],
+    x: Float[Array, "B *T D"],
     norm: StepNorm,
     norm_state: TimestepNormState,
     tables: CemaStepTables,
     state: Float32[Array, "S 2N D"],
-    active: Bool[Array, " B"],
+    fed: Bool[Array, " B"] | Int32[Array, " B"] | None,
+    count: Int32[Array, " S"],
 ) -> NormStateStepOutput:
-    channels, rows = partition_spec("batch", "channels"), partition_spec("batch")
+    """`norm_state_step` or `norm_state_steps` on every device's rows and channels.
+
+    Args:
+      operation: one of them.
+      x: its arguments, and so are the next four.
+      norm: see there.
+      norm_state: see there.
+      tables: see there.
+      state: see there.
+      fed: its sixth argument. None: it has none, and the counts of tokens do not change.
+      count: equal to `norm_state.count`. Layers have the same counts. With one array for all, the
+        compiler updates the layers' own in one kernel, and in place: no step's kernel reads them.
+    """
+    channels = partition_spec("batch", *[None] * (x.ndim - 2), "channels")
     table, vector = partition_spec(None, "channels"), partition_spec("channels")
-    groups = partition_spec("batch", "norm_groups")
+    groups, rows = partition_spec("batch", "norm_groups"), partition_spec("batch")
     moments = TimestepNormState(rows, groups, groups)  # pyright: ignore[reportArgumentType]
     states = partition_spec("batch", None, "channels")
+    arguments = () if fed is None else (fed,)
 
-    def step(x, vectors, norm_state, tables, state, active) -> NormStateStepOutput:
+    def step(x, vectors, norm_state, tables, state, *fed) -> NormStateStepOutput:
         # The groups of this device.
         scale, bias = vectors
         here = StepNorm(scale, bias, norm_state.mean.shape[1], norm.eps)
-        return norm_state_step(x, here, norm_state, tables, state, active)
+        return operation(x, here, norm_state, tables, state, *fed)
 
     vectors = (norm.scale, norm.bias)
-    return shard_map_logical(
+    out = shard_map_logical(
         step,
         in_specs=(
             channels,
@@ -380,10 +396,14 @@ def _normalize_and_average(
             moments,
             CemaStepTables(table, table, table, table, table, vector),
             states,
-            rows,
+            *[rows] * len(arguments),
         ),
         out_specs=NormStateStepOutput(channels, channels, moments, states),  # pyright: ignore[reportArgumentType]
-    )(x, vectors, norm_state, tables, state, active)
+    )(x, vectors, norm_state._replace(count=count), tables, state, *arguments)
+    own = norm_state.count
+    if fed is not None:
+        own = set_rows(own, own[: len(x)] + fed)
+    return out._replace(norm=out.norm._replace(count=own))
 
 
 def _average(
