@@ -12,13 +12,9 @@ from jax import numpy as jnp
 
 from megalodon_jax.cache import Cache, LayerCache, slot_specs
 from megalodon_jax.config import ModelConfig
-from megalodon_jax.inference.step import (
-    forward,
-    normalize_and_average,
-    rotation_of,
-    set_rows,
-    step_norm,
-)
+from megalodon_jax.inference.rows import set_rows
+from megalodon_jax.inference.sharded_operations import average_steps, normalize_and_average
+from megalodon_jax.inference.step import forward, rotation_of, step_norm
 from megalodon_jax.inference.weights import DecodeWeights, NormVectors
 from megalodon_jax.parallel.sharding import partition_spec, shard_map_logical
 from megalodon_jax.typing import Array, Float, Float32, Int32, Shaped
@@ -27,8 +23,7 @@ from pallas_kernels.chunk_attention.types import accumulation_dtype, matmul_prec
 from pallas_kernels.chunk_decode import RotaryFactors, SharedRepresentation
 from pallas_kernels.norm_state_step import norm_state_steps
 from pallas_kernels.norm_state_step.xla import moments_after, norm_steps
-from pallas_kernels.state_step import CemaStepTables, StateStepOutput
-from pallas_kernels.state_step.xla import state_steps
+from pallas_kernels.state_step import CemaStepTables
 from pallas_kernels.timestep_norm import TimestepNormState
 
 
@@ -130,7 +125,7 @@ def commit(
             assert cema is not None
             assert new.inputs is not None
             if norm is None:
-                _, state = _average(new.inputs, layer.average, cema[:B], accepted)
+                _, state = average_steps(new.inputs, layer.average, cema[:B], accepted)
                 cema = set_rows(cema, state)
             else:
                 assert cache.layers[0].norm is not None
@@ -190,7 +185,7 @@ class _SeveralTokens(NamedTuple):
         self, u: Float[Array, "R D"], tables: CemaStepTables, state: Float32[Array, "S 2N D"]
     ) -> tuple[Float[Array, "R D"], Float[Array, "B T D"]]:
         inputs = self._by_row(u)
-        y, _ = _average(inputs, tables, state[: len(self.position)])
+        y, _ = average_steps(inputs, tables, state[: len(self.position)])
         return y.reshape(u.shape), inputs
 
     def normalize_and_average(
@@ -236,24 +231,6 @@ class _SeveralTokens(NamedTuple):
 
     def _by_row(self, x: Float[Array, "R *d"]) -> Float[Array, "B T *d"]:
         return x.reshape(*self.position.shape, *x.shape[1:])
-
-
-def _average(
-    inputs: Float[Array, "B T D"],
-    tables: CemaStepTables,
-    state: Float32[Array, "B 2N D"],
-    counts: Int32[Array, " B"] | None = None,
-) -> StateStepOutput:
-    """CEMA token by token: the state's bits are those of `step.decode` for the same inputs."""
-    channels = partition_spec("batch", None, "channels")
-    table = partition_spec(None, "channels")
-    table_specs = CemaStepTables(table, table, table, table, table, partition_spec("channels"))
-    arguments = () if counts is None else (counts,)
-    return shard_map_logical(
-        state_steps,
-        in_specs=(channels, table_specs, channels, *[partition_spec("batch")] * len(arguments)),
-        out_specs=StateStepOutput(channels, channels),  # pyright: ignore[reportArgumentType]
-    )(inputs, tables, state, *arguments)
 
 
 def _attend(

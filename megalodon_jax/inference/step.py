@@ -1,15 +1,15 @@
 """One token of every row through the model: the decoding step."""
 
-import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax import numpy as jnp
 
-from megalodon_jax.cache import Cache, LayerCache, slot_specs
+from megalodon_jax.cache import Cache, LayerCache
 from megalodon_jax.config import ModelConfig
+from megalodon_jax.inference.rows import set_rows
+from megalodon_jax.inference.sharded_operations import attend, average, normalize_and_average
 from megalodon_jax.inference.weights import (
     DecodeLayer,
     DecodeWeights,
@@ -18,20 +18,19 @@ from megalodon_jax.inference.weights import (
 )
 from megalodon_jax.modules.norms import rms_normalize
 from megalodon_jax.modules.rotary import rotation
-from megalodon_jax.parallel.sharding import constrain, partition_spec, shard_map_logical
+from megalodon_jax.parallel.sharding import constrain
 from megalodon_jax.typing import Array, Bool, Float, Float32, Int32
 from pallas_kernels.chunk_attention import KeyValueCache
 from pallas_kernels.chunk_decode import (
     ChunkDecodeOutput,
     RotaryFactors,
     SharedRepresentation,
-    chunk_decode,
 )
 from pallas_kernels.norm_state_step import NormStateStepOutput, StepNorm, norm_state_step
 from pallas_kernels.norm_state_step.xla import norm_step
 from pallas_kernels.skinny_matmul import Epilogue, Part, RowNorm, skinny_matmul
 from pallas_kernels.skinny_matmul.xla import normalize
-from pallas_kernels.state_step import CemaStepTables, StateStepOutput, state_step
+from pallas_kernels.state_step import CemaStepTables, StateStepOutput
 from pallas_kernels.timestep_norm import TimestepNormState
 
 
@@ -180,7 +179,7 @@ class _OneToken(NamedTuple):
     def average(
         self, u: Float[Array, "B D"], tables: CemaStepTables, state: Float32[Array, "S 2N D"]
     ) -> StateStepOutput:
-        return _average(u, tables, state, self.active)
+        return average(u, tables, state, self.active)
 
     def normalize_and_average(
         self,
@@ -203,7 +202,7 @@ class _OneToken(NamedTuple):
         gate: Float[Array, "B H Dv"],
         cache: KeyValueCache,
     ) -> ChunkDecodeOutput:
-        return _attend(shared, value, gate, cache, self.position)
+        return attend(shared, value, gate, cache, self.position)
 
 
 def step_norm(config: ModelConfig, vectors: NormVectors) -> StepNorm:
@@ -351,122 +350,6 @@ def _time_norm(
     return rows.normalize(vectors, x, state)
 
 
-def normalize_and_average(
-    operation: Callable[..., NormStateStepOutput],
-    x: Float[Array, "B *T D"],
-    norm: StepNorm,
-    norm_state: TimestepNormState,
-    tables: CemaStepTables,
-    state: Float32[Array, "S 2N D"],
-    fed: Bool[Array, " B"] | Int32[Array, " B"] | None,
-    count: Int32[Array, " S"],
-) -> NormStateStepOutput:
-    """`norm_state_step` or `norm_state_steps` on every device's rows and channels.
-
-    Args:
-      operation: one of them.
-      x: its arguments, and so are the next four.
-      norm: see there.
-      norm_state: see there.
-      tables: see there.
-      state: see there.
-      fed: its sixth argument. None: it has none, and the counts of tokens do not change.
-      count: equal to `norm_state.count`. Layers have the same counts. With one array for all, the
-        compiler updates the layers' own in one kernel, and in place: no step's kernel reads them.
-    """
-    channels = partition_spec("batch", *[None] * (x.ndim - 2), "channels")
-    table, vector = partition_spec(None, "channels"), partition_spec("channels")
-    groups, rows = partition_spec("batch", "norm_groups"), partition_spec("batch")
-    moments = TimestepNormState(rows, groups, groups)  # pyright: ignore[reportArgumentType]
-    states = partition_spec("batch", None, "channels")
-    arguments = () if fed is None else (fed,)
-
-    def step(x, vectors, norm_state, tables, state, *fed) -> NormStateStepOutput:
-        # The groups of this device.
-        scale, bias = vectors
-        here = StepNorm(scale, bias, norm_state.mean.shape[1], norm.eps)
-        return operation(x, here, norm_state, tables, state, *fed)
-
-    vectors = (norm.scale, norm.bias)
-    out = shard_map_logical(
-        step,
-        in_specs=(
-            channels,
-            tuple(None if each is None else vector for each in vectors),
-            moments,
-            CemaStepTables(table, table, table, table, table, vector),
-            states,
-            *[rows] * len(arguments),
-        ),
-        out_specs=NormStateStepOutput(channels, channels, moments, states),  # pyright: ignore[reportArgumentType]
-    )(x, vectors, norm_state._replace(count=count), tables, state, *arguments)
-    own = norm_state.count
-    if fed is not None:
-        own = set_rows(own, own[: len(x)] + fed)
-    return out._replace(norm=out.norm._replace(count=own))
-
-
-def _average(
-    u: Float[Array, "B D"],
-    tables: CemaStepTables,
-    state: Float32[Array, "S 2N D"],
-    active: Bool[Array, " B"],
-) -> StateStepOutput:
-    channels, states = (
-        partition_spec("batch", "channels"),
-        partition_spec("batch", None, "channels"),
-    )
-    table = partition_spec(None, "channels")
-    return shard_map_logical(
-        state_step,
-        in_specs=(
-            channels,
-            CemaStepTables(table, table, table, table, table, partition_spec("channels")),
-            states,
-            partition_spec("batch"),
-        ),
-        out_specs=StateStepOutput(channels, states),
-    )(u, tables, state, active)
-
-
-def _attend(
-    shared: SharedRepresentation,
-    value: Float[Array, "B H Dv"],
-    gate: Float[Array, "B H Dv"],
-    cache: KeyValueCache,
-    position: Int32[Array, " B"],
-) -> ChunkDecodeOutput:
-    def attend(shared, value, gate, cache, position) -> ChunkDecodeOutput:
-        return chunk_decode(shared, None, value, cache, position, gate=gate)
-
-    heads, cache_spec = partition_spec("batch", "heads", None), slot_specs(cache)
-    return shard_map_logical(
-        attend,
-        in_specs=(
-            _specs_of(shared),
-            heads,
-            heads,
-            cache_spec,
-            partition_spec("batch"),
-        ),
-        out_specs=ChunkDecodeOutput(heads, cache_spec),
-    )(shared, value, gate, cache, position)
-
-
-def _specs_of(shared: SharedRepresentation) -> Any:
-    """Partition specs of its arrays, in its structure."""
-    heads, vectors = partition_spec("batch", "heads", None), partition_spec(None, "heads", None)
-    every_head = partition_spec("batch", None, None)
-    specs: Any = dataclasses.replace(
-        shared,
-        z=heads,
-        vectors=jax.tree.map(lambda _: vectors, shared.vectors),
-        swapped_z=jax.tree.map(lambda _: heads, shared.swapped_z),
-        rotation=jax.tree.map(lambda _: every_head, shared.rotation),
-    )
-    return specs
-
-
 def _feed_forward(
     config: ModelConfig,
     layer: DecodeLayer,
@@ -503,8 +386,3 @@ def _scaled(x: Array, scale: Array | None) -> Array:
 
 def _offset(x: Array, bias: Array | None) -> Array:
     return x if bias is None else x + bias
-
-
-def set_rows(old: Array, new: Array) -> Array:
-    """Writes the first rows in place."""
-    return new if new.shape == old.shape else old.at[: new.shape[0]].set(new)
