@@ -170,14 +170,14 @@ class _RowState[T](NamedTuple):
     slots: T
 
 
-def _row_state[T](before: T | None, slots: T | None) -> _RowState[T] | None:
+def _row_state(before: Any, slots: Any) -> Any:
     return None if before is None or slots is None else _RowState(before, slots)
 
 
 def _row_layer(before: LayerCache, slots: LayerCache) -> Any:
     """The states of a layer; the prefix has no keys and values."""
     norm, cema = _row_state(before.norm, slots.norm), _row_state(before.cema, slots.cema)
-    return slots._replace(norm=norm, cema=cema)  # pyright: ignore[reportArgumentType]
+    return slots._replace(norm=norm, cema=cema)
 
 
 def _put_before(layer: Any, slot: Int32[Array, ""] | int) -> LayerCache:

@@ -113,7 +113,10 @@ def forward(
 
 
 class RowOperations(Protocol):
-    """The operations that read or change states, for R tokens: one or several of each row."""
+    """The operations that read or change states, for R tokens: one or several of each row.
+
+    States are those of the cache that `forward` gets.
+    """
 
     @property
     def rotation(self) -> RotaryFactors | None:
@@ -121,13 +124,13 @@ class RowOperations(Protocol):
         ...
 
     def normalize(
-        self, vectors: NormVectors, x: Float[Array, "R D"], state: TimestepNormState
+        self, vectors: NormVectors, x: Float[Array, "R D"], state: Any
     ) -> tuple[Float[Array, "R D"], Any]:
         """TimestepNorm."""
         ...
 
     def average(
-        self, u: Float[Array, "R D"], tables: CemaStepTables, state: Float32[Array, "S 2N D"]
+        self, u: Float[Array, "R D"], tables: CemaStepTables, state: Any
     ) -> tuple[Float[Array, "R D"], Any]:
         """CEMA or EMA."""
         ...
@@ -136,9 +139,9 @@ class RowOperations(Protocol):
         self,
         vectors: NormVectors,
         x: Float[Array, "R D"],
-        norm: TimestepNormState,
+        norm: Any,
         tables: CemaStepTables,
-        cema: Float32[Array, "S 2N D"],
+        cema: Any,
     ) -> tuple[Float[Array, "R D"], Float[Array, "R D"], Any, Any]:
         """TimestepNorm, and CEMA or EMA of its result."""
         ...

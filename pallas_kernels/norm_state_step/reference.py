@@ -40,14 +40,20 @@ def norm_state_steps(
 ) -> NormStateStepOutput:
     """The definition in `api.norm_state_steps`: two loops, all tokens and the counted ones."""
     B, T = x.shape[:2]
-    outputs, fed, kept = [], (norm_state, state), (norm_state, state)
+    outputs = []
+    fed_norm, fed_state, kept_norm, kept_state = norm_state, state, norm_state, state
     for t in range(T):
-        u, y, *fed = norm_state_step(x[:, t], norm, fed[0], tables, fed[1], None)
+        u, y, fed_norm, fed_state = norm_state_step(
+            x[:, t], norm, fed_norm, tables, fed_state, None
+        )
         outputs.append((u, y))
         active = None if counts is None else t < jnp.broadcast_to(counts, B)
-        _, _, *kept = norm_state_step(x[:, t], norm, kept[0], tables, kept[1], active)
+        _, _, kept_norm, kept_state = norm_state_step(
+            x[:, t], norm, kept_norm, tables, kept_state, active
+        )
     u, y = (jnp.stack(each, axis=1) for each in zip(*outputs, strict=True))
     if target is None:
-        return NormStateStepOutput(u, y, *kept)
-    new = jax.tree.map(lambda field: field[:B], kept)
-    return NormStateStepOutput(u, y, *xla.put_states(norm_state, state, *new, target))
+        return NormStateStepOutput(u, y, kept_norm, kept_state)
+    new_norm = jax.tree.map(lambda field: field[:B], kept_norm)
+    moved = xla.put_states(norm_state, state, new_norm, kept_state[:B], target)
+    return NormStateStepOutput(u, y, *moved)

@@ -79,8 +79,10 @@ def norm_state_step(
     count = norm_state.count.at[:rows].add(is_active.astype(jnp.int32))
     states = _references(norm_state, state)
     u, y = launch_norm_state_steps(
-        NormStateOperands(
-            *_constants(x[:, None], norm, tables),
+        _operands(
+            x[:, None],
+            norm,
+            tables,
             states,
             count,
             active=None if active is None else active.astype(jnp.int32),
@@ -118,8 +120,10 @@ def norm_state_steps(
     elif not writes_nothing:
         given = _references(norm_state, state)
     u, y = launch_norm_state_steps(
-        NormStateOperands(
-            *_constants(x, norm, tables),
+        _operands(
+            x,
+            norm,
+            tables,
             given,
             norm_state.count + 1,
             counts=None if writes_nothing else counts,
@@ -148,11 +152,26 @@ def _choose_rows_per_block(rows: int) -> int:
     return max(1, min(4, rows // 32))
 
 
-def _constants(x: Array, norm: StepNorm, tables: CemaStepTables) -> tuple[Any, ...]:
-    """x, scale, bias and tables with channels by group."""
+def _operands(
+    x: Float[Array, "B T D"],
+    norm: StepNorm,
+    tables: CemaStepTables,
+    states: NormStates,
+    count: Int32[Array, " S"],
+    **options: Any,
+) -> NormStateOperands:
+    """The kernel's operands, with channels by group."""
     split = partial(_split, groups=norm.num_groups)
     by_group: Any = map(split, tables)
-    return split(x), split(norm.scale), split(norm.bias), CemaStepTables(*by_group)
+    return NormStateOperands(
+        split(x),
+        split(norm.scale),
+        split(norm.bias),
+        CemaStepTables(*by_group),
+        states,
+        count,
+        **options,
+    )
 
 
 def _split(array: Array | None, *, groups: int) -> Array | None:
