@@ -10,9 +10,14 @@ from jax import numpy as jnp
 
 from megalodon_jax.inference.decoders import AnyDecodeWeights, decode
 from megalodon_jax.inference.prefill import PrefillState
-from megalodon_jax.inference.rows import constrain_cache, put_row, replicate, take_row
+from megalodon_jax.inference.rows import (
+    constrain_cache,
+    put_row,
+    replicate,
+    set_rows,
+    take_row,
+)
 from megalodon_jax.inference.sampling import Drawn, Features, Logprobs, SamplingState, draw
-from megalodon_jax.inference.step import set_rows
 from megalodon_jax.inference.weights import DecodeWeights
 from megalodon_jax.typing import Array, Bool, Float32, Int32
 
@@ -119,24 +124,24 @@ def start_row(
       The slots, and the first token (n = B = 1).
     """
     cache, logits = replicate(take_row(prefilled, row))
-    return put_started_row(slots, slot, cache, logits, request, features, logits_mask)
+    slots = slots._replace(cache=put_row(slots.cache, slot, cache))
+    return put_request(slots, slot, logits, request, features, logits_mask)
 
 
-def put_started_row(
+def put_request(
     slots: SlotState,
     slot: Int32[Array, ""] | int,
-    cache: Any,
     logits: Float32[Array, "1 V"],
     request: RowRequest,
     features: Features,
     logits_mask: Int32[Array, "1 W"] | None,
 ) -> tuple[SlotState, Emitted]:
-    """`start_row` for a row's cache and scores; call it inside `jit`."""
+    """`start_row` where the slot's cache and the row's scores are ready; call it inside `jit`."""
     sampling = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], request.sampling)
     drawn = draw(logits, sampling, features, logits_mask=logits_mask)
     ended = _ends(drawn.tokens, request.stop_ids[None], jnp.asarray(request.remaining)[None])
     started = SlotState(
-        put_row(slots.cache, slot, cache),
+        slots.cache,
         put_row(slots.sampling, slot, drawn.state),
         slots.token.at[slot].set(drawn.tokens[0]),
         slots.active.at[slot].set(~ended[0]),

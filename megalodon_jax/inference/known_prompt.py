@@ -2,7 +2,8 @@
 
 A prefill piece runs the operations of training, which are many small kernels for few tokens. Here
 the last tokens go through the kernels of decoding, several at once, as in speculation. The prefix
-ends at a chunk border, so that the row needs no keys and values of it.
+ends at a chunk border: its keys and values are dead, and the last tokens attend to each other
+alone. Their number is known, so the states after them go straight into the row's slot.
 """
 
 from functools import partial
@@ -13,15 +14,24 @@ import numpy as np
 from jax import numpy as jnp
 
 from megalodon_jax.cache import Cache, LayerCache
-from megalodon_jax.config import KvFormat, WeightFormat
-from megalodon_jax.inference.blocks import Emitted, RowRequest, SlotState, put_started_row
+from megalodon_jax.config import KvFormat, ModelConfig, WeightFormat
+from megalodon_jax.inference.blocks import Emitted, RowRequest, SlotState, put_request
 from megalodon_jax.inference.decoders import AnyDecodeWeights
-from megalodon_jax.inference.positions import commit, decode_positions
 from megalodon_jax.inference.prefix_cache import PrefixCache, reads_prefixes
 from megalodon_jax.inference.requests import Stream
+from megalodon_jax.inference.rows import put_row
 from megalodon_jax.inference.sampling import Features
-from megalodon_jax.inference.weights import DecodeWeights
-from megalodon_jax.typing import Array, Int32
+from megalodon_jax.inference.step import forward, rotation_of, step_norm
+from megalodon_jax.inference.weights import DecodeWeights, NormVectors
+from megalodon_jax.typing import Array, Float, Int32
+from pallas_kernels.chunk_attention import KeyValueCache
+from pallas_kernels.chunk_attention.types import accumulation_dtype
+from pallas_kernels.chunk_decode import RotaryFactors, SharedRepresentation
+from pallas_kernels.norm_state_step import NormStateStepOutput, TargetRows, norm_state_steps
+from pallas_kernels.norm_state_step.xla import moments_after, norm_steps
+from pallas_kernels.state_step import CemaStepTables
+from pallas_kernels.state_step.xla import state_steps
+from pallas_kernels.timestep_norm import TimestepNormState
 
 MOST_TOKENS = 16
 """Most tokens behind a known prefix: more take a piece of prefill."""
@@ -120,22 +130,144 @@ def start_known_row(
     Returns:
       The slots, and the first token (n = B = 1).
     """
-    cache = _with_empty_slots(prompt.states, slots.cache)
-    logits, cache, pending = decode_positions(weights, cache, jnp.asarray(prompt.tokens))
-    cache = commit(weights, cache, pending, jnp.reshape(prompt.count, 1))
-    return put_started_row(
-        slots, slot, cache, logits[:, prompt.count - 1], request, features, logits_mask
+    states, old = prompt.states, slots.cache
+    tokens = jnp.asarray(prompt.tokens)[0]
+    config, position = weights.config, jnp.arange(len(tokens), dtype=jnp.int32)
+    norm = states.layers[0].norm
+    row = _LastTokens(
+        config,
+        jnp.reshape(prompt.count, 1),
+        jnp.asarray(slot, jnp.int32),
+        rotation_of(config, position),
+        None if norm is None else norm.count,
     )
+    layers = tuple(map(_row_layer, states.layers, old.layers))
+    final_norm = _row_state(states.final_norm, old.final_norm)
+    both: Any = Cache(states.position, states.segment, layers, final_norm)
+    logits, layers, final_norm = forward(weights, both, tokens, row)
+    # The last layers have no attention (`skip_attention`): their states stay as they are.
+    num_complete = config.num_layers - config.skip_attention
+    unchanged = (_put_before(layer, slot) for layer in layers[num_complete:])
+    cache = Cache(
+        put_row(old.position, slot, states.position + prompt.count),
+        put_row(old.segment, slot, jnp.maximum(states.segment, 1)),
+        (*layers[:num_complete], *unchanged),
+        final_norm,
+    )
+    scores = jax.lax.dynamic_slice_in_dim(logits, prompt.count - 1, 1)
+    return put_request(slots._replace(cache=cache), slot, scores, request, features, logits_mask)
 
 
-def _with_empty_slots(states: Cache, slots: Cache) -> Cache:
-    """The row with keys and values of zeros: the slot may hold NaN of the request before."""
+class _RowState[T](NamedTuple):
+    """A state of the row, and where it goes.
 
-    def complete(layer: LayerCache, of_slots: LayerCache) -> LayerCache:
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype), of_slots.keys_and_values
+    Attributes:
+      before: one row, before the tokens.
+      slots: the states of all slots.
+    """
+
+    before: T
+    slots: T
+
+
+def _row_state(before: Any, slots: Any) -> Any:
+    return None if before is None or slots is None else _RowState(before, slots)
+
+
+def _row_layer(before: LayerCache, slots: LayerCache) -> Any:
+    """The states of a layer; the prefix has no keys and values."""
+    norm, cema = _row_state(before.norm, slots.norm), _row_state(before.cema, slots.cema)
+    return slots._replace(norm=norm, cema=cema)
+
+
+def _put_before(layer: Any, slot: Int32[Array, ""] | int) -> LayerCache:
+    """The slots' states with those before the tokens in the row's slot."""
+
+    def put(state: _RowState | None) -> Any:
+        return None if state is None else put_row(state.slots, slot, state.before)
+
+    return layer._replace(norm=put(layer.norm), cema=put(layer.cema))
+
+
+class _LastTokens(NamedTuple):
+    """T tokens at the beginning of a row's chunk; implements `step.RowOperations`, with R = T.
+
+    The states are `_RowState`s, and the results the states of all slots.
+
+    Attributes:
+      config: of the model.
+      count: the tokens that are no padding.
+      slot: of the row.
+      rotation: see `RowOperations`.
+      norm_count: tokens that TimestepNorm has had, the same in every layer; None without it.
+    """
+
+    config: ModelConfig
+    count: Int32[Array, " 1"]
+    slot: Int32[Array, ""]
+    rotation: RotaryFactors | None
+    norm_count: Int32[Array, " 1"] | None
+
+    def normalize(
+        self, vectors: NormVectors, x: Float[Array, "T D"], state: _RowState[TimestepNormState]
+    ) -> tuple[Float[Array, "T D"], TimestepNormState]:
+        y, moments = norm_steps(x[None], step_norm(self.config, vectors), state.before)
+        after = moments_after(self.count, state.before, moments)
+        return y[0], put_row(state.slots, self.slot, after)
+
+    def average(
+        self, u: Float[Array, "T D"], tables: CemaStepTables, state: _RowState[Array]
+    ) -> tuple[Float[Array, "T D"], Float[Array, "S 2N D"]]:
+        y, _ = state_steps(u[None], tables, state.before)
+        _, after = state_steps(u[None], tables, state.before, self.count)
+        return y[0], put_row(state.slots, self.slot, after)
+
+    def normalize_and_average(
+        self,
+        vectors: NormVectors,
+        x: Float[Array, "T D"],
+        norm: _RowState[TimestepNormState],
+        tables: CemaStepTables,
+        cema: _RowState[Array],
+    ) -> NormStateStepOutput:
+        assert self.norm_count is not None
+        u, y, new_norm, state = norm_state_steps(
+            x[None],
+            step_norm(self.config, vectors),
+            norm.before._replace(count=self.norm_count),
+            tables,
+            cema.before,
+            self.count,
+            target=TargetRows(norm.slots, cema.slots, self.slot),
         )
-        return layer._replace(keys_and_values=zeros)
+        return NormStateStepOutput(u[0], y[0], new_norm, state)
 
-    layers = map(complete, states.layers, slots.layers)
-    return Cache(states.position, states.segment, tuple(layers), states.final_norm)
+    def attend(
+        self,
+        shared: SharedRepresentation,
+        value: Float[Array, "T H Dv"],
+        gate: Float[Array, "T H Dv"],
+        cache: KeyValueCache,
+    ) -> tuple[Float[Array, "T H Dv"], KeyValueCache]:
+        query, key = shared.queries_and_keys(value.dtype)
+        out = _attend_inside(query, key, value) * jax.nn.silu(gate)
+        new = KeyValueCache(*(_fill_slots(each, self.config.chunk_size) for each in (key, value)))
+        return out.astype(value.dtype), put_row(cache, self.slot, new)
+
+
+def _attend_inside(
+    query: Float[Array, "T H Dk"], key: Float[Array, "T H Dk"], value: Float[Array, "T H Dv"]
+) -> Float[Array, "T H Dv"]:
+    """Causal attention of a few tokens, as sums: a GPU runs a product's preparation as kernels."""
+    wide = accumulation_dtype(query.dtype)
+    query, key, value = (each.astype(wide) for each in (query, key, value))
+    T = len(query)
+    scores = jnp.sum(query[:, None] * key[None], axis=-1)
+    is_seen = jnp.arange(T) <= jnp.arange(T)[:, None]
+    weights = jax.nn.softmax(jnp.where(is_seen[..., None], scores, -jnp.inf), axis=1)
+    return jnp.sum(weights[..., None] * value[None], axis=1)
+
+
+def _fill_slots(x: Float[Array, "T H D"], chunk_size: int) -> Float[Array, "1 H C D"]:
+    """Keys or values in a row's slots, zeros in the others: the slot may hold NaN of a request."""
+    return jnp.pad(x.swapaxes(0, 1)[None], ((0, 0), (0, 0), (0, chunk_size - len(x)), (0, 0)))

@@ -12,25 +12,28 @@ from jax import numpy as jnp
 
 from megalodon_jax.cache import Cache, LayerCache, slot_specs
 from megalodon_jax.config import ModelConfig
-from megalodon_jax.inference.step import forward, rotation_of, set_rows
+from megalodon_jax.inference.rows import set_rows
+from megalodon_jax.inference.sharded_operations import average_steps, normalize_and_average
+from megalodon_jax.inference.step import forward, rotation_of, step_norm
 from megalodon_jax.inference.weights import DecodeWeights, NormVectors
 from megalodon_jax.parallel.sharding import partition_spec, shard_map_logical
-from megalodon_jax.typing import Array, Bool, Float, Float32, Int32, Shaped
+from megalodon_jax.typing import Array, Float, Float32, Int32, Shaped
 from pallas_kernels.chunk_attention import Int8Slots, KeyValueCache
 from pallas_kernels.chunk_attention.types import accumulation_dtype, matmul_precision
 from pallas_kernels.chunk_decode import RotaryFactors, SharedRepresentation
-from pallas_kernels.common.target import find_target
-from pallas_kernels.norm_state_step import NormStateStepOutput
-from pallas_kernels.state_step import CemaStepTables, state_step
-from pallas_kernels.timestep_norm import TimestepNormState, timestep_norm_steps
+from pallas_kernels.norm_state_step import norm_state_steps
+from pallas_kernels.norm_state_step.xla import moments_after, norm_steps
+from pallas_kernels.state_step import CemaStepTables
+from pallas_kernels.timestep_norm import TimestepNormState
 
 
 class PendingLayer(NamedTuple):
-    """Arrays of a layer for `commit`: the smaller one of states and inputs.
+    """Arrays of a layer for `commit`.
 
     Attributes:
-      norm: TimestepNorm's moments after each token: 2 G + 1 numbers, where the input has D.
-      inputs: of CEMA, in the model's dtype: D numbers, where the state has 2 N D.
+      norm: TimestepNorm's moments after each token, in a layer without CEMA.
+      inputs: of TimestepNorm and CEMA, or of CEMA where another norm comes before it, in the
+        model's dtype: D numbers a token, where CEMA's state has 2 N D.
     """
 
     norm: TimestepNormState | None
@@ -83,7 +86,9 @@ def decode_positions(
     config = weights.config
     B, T = tokens.shape
     position = cache.position[:B, None] + jnp.arange(T, dtype=jnp.int32)
-    rows = _SeveralTokens(config, position, rotation_of(config, position.reshape(-1)))
+    norm = cache.layers[0].norm
+    count = None if norm is None else norm.count
+    rows = _SeveralTokens(config, position, rotation_of(config, position.reshape(-1)), count)
     logits, layers, final_norm = forward(weights, cache, tokens.reshape(-1), rows)
     written = tuple(
         old._replace(keys_and_values=new.keys_and_values)
@@ -110,62 +115,77 @@ def commit(
       accepted: 0 to T; a row with 0 stays. At most the tokens up to the row's chunk border.
     """
     B = accepted.shape[0]
-
-    def select(state: TimestepNormState | None, after: TimestepNormState | None):
-        return None if state is None else jax.tree.map(select_field, state, after)
-
-    def select_field(old: Array, after: Array) -> Array:
-        # Index 0 is the state before the first token.
-        states = jnp.concatenate([old[:B, None], after], axis=1)
-        index = accepted.reshape(B, *[1] * (states.ndim - 1))
-        return set_rows(old, jnp.take_along_axis(states, index, axis=1)[:, 0])
-
     layers = []
     # Layers without attention (`skip_attention`) have nothing pending.
     for layer, old, new in zip(weights.layers, cache.layers, pending.layers, strict=False):
-        cema = old.cema
-        if layer.average is not None:
+        norm, cema = old.norm, old.cema
+        if layer.average is None:
+            norm = _select(accepted, norm, new.norm)
+        else:
             assert cema is not None
             assert new.inputs is not None
-            is_fed = jnp.arange(new.inputs.shape[1]) < accepted[:, None]
-            _, state = _average(new.inputs, layer.average, cema[:B], is_fed)
-            cema = set_rows(cema, state)
-        layers.append(LayerCache(old.keys_and_values, select(old.norm, new.norm), cema))
+            if norm is None:
+                _, state = average_steps(new.inputs, layer.average, cema[:B], accepted)
+                cema = set_rows(cema, state)
+            else:
+                assert cache.layers[0].norm is not None
+                _, _, norm, cema = normalize_and_average(
+                    norm_state_steps,
+                    new.inputs,
+                    step_norm(weights.config, layer.norm),
+                    norm,
+                    layer.average,
+                    cema,
+                    accepted,
+                    cache.layers[0].norm.count,
+                )
+        layers.append(LayerCache(old.keys_and_values, norm, cema))
     segment = jnp.maximum(cache.segment[:B], (accepted > 0).astype(jnp.int32))
     return Cache(
         set_rows(cache.position, cache.position[:B] + accepted),
         set_rows(cache.segment, segment),
         (*layers, *cache.layers[len(layers) :]),
-        select(cache.final_norm, pending.final_norm),
+        _select(accepted, cache.final_norm, pending.final_norm),
     )
 
 
+def _select(
+    accepted: Int32[Array, " B"],
+    state: TimestepNormState | None,
+    after: TimestepNormState | None,
+) -> TimestepNormState | None:
+    """The state after the accepted ones of the tokens, from those after each."""
+    if state is None or after is None:
+        return None
+    return jax.tree.map(set_rows, state, moments_after(accepted, state, after))
+
+
 class _SeveralTokens(NamedTuple):
-    """T tokens of each row, R = B T; implements `step.RowOperations`."""
+    """T tokens of each row, R = B T; implements `step.RowOperations`.
+
+    Attributes:
+      config: of the model.
+      position: of the tokens.
+      rotation: see `RowOperations`.
+      count: tokens that TimestepNorm has had, the same in every layer; None without TimestepNorm.
+    """
 
     config: ModelConfig
     position: Int32[Array, "B T"]
     rotation: RotaryFactors | None
+    count: Int32[Array, " S"] | None
 
     def normalize(
         self, vectors: NormVectors, x: Float[Array, "R D"], state: TimestepNormState
     ) -> tuple[Float[Array, "R D"], TimestepNormState]:
-        config, B = self.config, len(self.position)
-        y, states = timestep_norm_steps(
-            self._by_row(x),
-            *vectors,
-            num_groups=config.norm_num_groups,
-            eps=config.norm_eps,
-            state=TimestepNormState(*(field[:B] for field in state)),
-        )
+        y, states = norm_steps(self._by_row(x), step_norm(self.config, vectors), state)
         return y.reshape(x.shape), states
 
     def average(
         self, u: Float[Array, "R D"], tables: CemaStepTables, state: Float32[Array, "S 2N D"]
     ) -> tuple[Float[Array, "R D"], Float[Array, "B T D"]]:
         inputs = self._by_row(u)
-        is_fed = jnp.ones(self.position.shape, bool)
-        y, _ = _average(inputs, tables, state[: len(self.position)], is_fed)
+        y, _ = average_steps(inputs, tables, state[: len(self.position)])
         return y.reshape(u.shape), inputs
 
     def normalize_and_average(
@@ -175,10 +195,22 @@ class _SeveralTokens(NamedTuple):
         norm: TimestepNormState,
         tables: CemaStepTables,
         cema: Float32[Array, "S 2N D"],
-    ) -> NormStateStepOutput:
-        u, states = self.normalize(vectors, x, norm)
-        averaged, inputs = self.average(u, tables, cema)
-        return NormStateStepOutput(u, averaged, states, inputs)
+    ) -> tuple[Float[Array, "R D"], Float[Array, "R D"], None, Float[Array, "B T D"]]:
+        assert self.count is not None
+        inputs = self._by_row(x)
+        # The states stay: they change when the number of accepted tokens is known.
+        outputs_alone = partial(norm_state_steps, counts=0)
+        out = normalize_and_average(
+            outputs_alone,
+            inputs,
+            step_norm(self.config, vectors),
+            norm,
+            tables,
+            cema,
+            None,
+            self.count,
+        )
+        return out.u.reshape(x.shape), out.y.reshape(x.shape), None, inputs
 
     def attend(
         self,
@@ -199,39 +231,6 @@ class _SeveralTokens(NamedTuple):
 
     def _by_row(self, x: Float[Array, "R *d"]) -> Float[Array, "B T *d"]:
         return x.reshape(*self.position.shape, *x.shape[1:])
-
-
-def _average(
-    inputs: Float[Array, "B T D"],
-    tables: CemaStepTables,
-    state: Float32[Array, "B 2N D"],
-    is_fed: Bool[Array, "B T"],
-) -> tuple[Float[Array, "B T D"], Float32[Array, "B 2N D"]]:
-    """CEMA token by token: the state's bits are those of `step.decode` for the same inputs."""
-
-    def average(inputs, tables, state, is_fed):
-        def step(state, token):
-            # XLA merges the tokens' steps; the Hopper kernel would change the cache in place.
-            y, state = state_step(token[0], tables, state, token[1], implementation="xla")
-            return state, y
-
-        tokens = (inputs.swapaxes(0, 1), is_fed.T)
-        state, y = jax.lax.scan(step, state, tokens, unroll=_unrolled(inputs.shape[1]))
-        return y.swapaxes(0, 1), state
-
-    channels = partition_spec("batch", None, "channels")
-    table = partition_spec(None, "channels")
-    table_specs = CemaStepTables(table, table, table, table, table, partition_spec("channels"))
-    return shard_map_logical(
-        average,
-        in_specs=(channels, table_specs, channels, partition_spec("batch", None)),
-        out_specs=(channels, channels),
-    )(inputs, tables, state, is_fed)
-
-
-def _unrolled(length: int) -> int:
-    """On a CPU a step is a loop over orders, which many copies would only make slow to compile."""
-    return 1 if find_target().platform == "cpu" else length
 
 
 def _attend(

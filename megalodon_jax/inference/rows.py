@@ -45,6 +45,11 @@ def put_row[T](tree: T, row: Int32[Array, ""] | int, values: T) -> T:
     return jax.tree.map(put, tree, values)
 
 
+def set_rows(old: Array, new: Array) -> Array:
+    """Writes the first rows in place."""
+    return new if new.shape == old.shape else old.at[: new.shape[0]].set(new)
+
+
 def constrain_cache[T](cache: T) -> T:
     """The cache sharded over a mesh: rows over `replica` and `data`, features over `model`.
 

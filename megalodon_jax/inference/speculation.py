@@ -20,10 +20,9 @@ from jax import numpy as jnp
 from megalodon_jax.inference.blocks import Emitted, SlotState, first_rows
 from megalodon_jax.inference.decoders import AnyDecodeWeights
 from megalodon_jax.inference.positions import commit, decode_positions
-from megalodon_jax.inference.rows import put_row, take_row
+from megalodon_jax.inference.rows import put_row, set_rows, take_row
 from megalodon_jax.inference.sampling import Features, advance, draw_positions
 from megalodon_jax.inference.scheduling import BLOCK_LENGTHS, Buckets, block_length
-from megalodon_jax.inference.step import set_rows
 from megalodon_jax.inference.warm_up import Program
 from megalodon_jax.inference.weights import DecodeWeights
 from megalodon_jax.typing import Array, Bool, Int32

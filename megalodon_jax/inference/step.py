@@ -1,14 +1,15 @@
 """One token of every row through the model: the decoding step."""
 
-import dataclasses
 import math
 from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax import numpy as jnp
 
-from megalodon_jax.cache import Cache, LayerCache, slot_specs
+from megalodon_jax.cache import Cache, LayerCache
 from megalodon_jax.config import ModelConfig
+from megalodon_jax.inference.rows import set_rows
+from megalodon_jax.inference.sharded_operations import attend, average, normalize_and_average
 from megalodon_jax.inference.weights import (
     DecodeLayer,
     DecodeWeights,
@@ -17,20 +18,19 @@ from megalodon_jax.inference.weights import (
 )
 from megalodon_jax.modules.norms import rms_normalize
 from megalodon_jax.modules.rotary import rotation
-from megalodon_jax.parallel.sharding import constrain, partition_spec, shard_map_logical
+from megalodon_jax.parallel.sharding import constrain
 from megalodon_jax.typing import Array, Bool, Float, Float32, Int32
 from pallas_kernels.chunk_attention import KeyValueCache
 from pallas_kernels.chunk_decode import (
     ChunkDecodeOutput,
     RotaryFactors,
     SharedRepresentation,
-    chunk_decode,
 )
 from pallas_kernels.norm_state_step import NormStateStepOutput, StepNorm, norm_state_step
 from pallas_kernels.norm_state_step.xla import norm_step
 from pallas_kernels.skinny_matmul import Epilogue, Part, RowNorm, skinny_matmul
 from pallas_kernels.skinny_matmul.xla import normalize
-from pallas_kernels.state_step import CemaStepTables, StateStepOutput, state_step
+from pallas_kernels.state_step import CemaStepTables, StateStepOutput
 from pallas_kernels.timestep_norm import TimestepNormState
 
 
@@ -113,7 +113,10 @@ def forward(
 
 
 class RowOperations(Protocol):
-    """The operations that read or change states, for R tokens: one or several of each row."""
+    """The operations that read or change states, for R tokens: one or several of each row.
+
+    States are those of the cache that `forward` gets.
+    """
 
     @property
     def rotation(self) -> RotaryFactors | None:
@@ -121,13 +124,13 @@ class RowOperations(Protocol):
         ...
 
     def normalize(
-        self, vectors: NormVectors, x: Float[Array, "R D"], state: TimestepNormState
+        self, vectors: NormVectors, x: Float[Array, "R D"], state: Any
     ) -> tuple[Float[Array, "R D"], Any]:
         """TimestepNorm."""
         ...
 
     def average(
-        self, u: Float[Array, "R D"], tables: CemaStepTables, state: Float32[Array, "S 2N D"]
+        self, u: Float[Array, "R D"], tables: CemaStepTables, state: Any
     ) -> tuple[Float[Array, "R D"], Any]:
         """CEMA or EMA."""
         ...
@@ -136,10 +139,10 @@ class RowOperations(Protocol):
         self,
         vectors: NormVectors,
         x: Float[Array, "R D"],
-        norm: TimestepNormState,
+        norm: Any,
         tables: CemaStepTables,
-        cema: Float32[Array, "S 2N D"],
-    ) -> NormStateStepOutput:
+        cema: Any,
+    ) -> tuple[Float[Array, "R D"], Float[Array, "R D"], Any, Any]:
         """TimestepNorm, and CEMA or EMA of its result."""
         ...
 
@@ -174,16 +177,12 @@ class _OneToken(NamedTuple):
     def normalize(
         self, vectors: NormVectors, x: Float[Array, "B D"], state: TimestepNormState
     ) -> tuple[Float[Array, "B D"], TimestepNormState]:
-        return norm_step(x, self.norm(vectors), state, self.active)
-
-    def norm(self, vectors: NormVectors) -> StepNorm:
-        """TimestepNorm's parameters."""
-        return StepNorm(*vectors, self.config.norm_num_groups, self.config.norm_eps)
+        return norm_step(x, step_norm(self.config, vectors), state, self.active)
 
     def average(
         self, u: Float[Array, "B D"], tables: CemaStepTables, state: Float32[Array, "S 2N D"]
     ) -> StateStepOutput:
-        return _average(u, tables, state, self.active)
+        return average(u, tables, state, self.active)
 
     def normalize_and_average(
         self,
@@ -193,13 +192,11 @@ class _OneToken(NamedTuple):
         tables: CemaStepTables,
         cema: Float32[Array, "S 2N D"],
     ) -> NormStateStepOutput:
-        # Layers have the same counts. With one array for all, the compiler updates the layers' own
-        # in one kernel, and in place: no step's kernel reads them.
         assert self.count is not None
-        shared = norm._replace(count=self.count)
-        out = _normalize_and_average(x, self.norm(vectors), shared, tables, cema, self.active)
-        count = set_rows(norm.count, norm.count[: len(x)] + self.active)
-        return out._replace(norm=out.norm._replace(count=count))
+        parameters = step_norm(self.config, vectors)
+        return normalize_and_average(
+            norm_state_step, x, parameters, norm, tables, cema, self.active, self.count
+        )
 
     def attend(
         self,
@@ -208,7 +205,12 @@ class _OneToken(NamedTuple):
         gate: Float[Array, "B H Dv"],
         cache: KeyValueCache,
     ) -> ChunkDecodeOutput:
-        return _attend(shared, value, gate, cache, self.position)
+        return attend(shared, value, gate, cache, self.position)
+
+
+def step_norm(config: ModelConfig, vectors: NormVectors) -> StepNorm:
+    """TimestepNorm's parameters."""
+    return StepNorm(*vectors, config.norm_num_groups, config.norm_eps)
 
 
 def rotation_of(config: ModelConfig, position: Int32[Array, " R"]) -> RotaryFactors | None:
@@ -285,7 +287,7 @@ def _normalize_and_average_if_any(
     x: Float[Array, "R D"],
     cache: LayerCache,
     rows: RowOperations,
-) -> NormStateStepOutput:
+) -> tuple[Float[Array, "R D"], Float[Array, "R D"], Any, Any]:
     """TimestepNorm or another norm, then CEMA, EMA or nothing."""
     if cache.norm is not None and layer.average is not None and cache.cema is not None:
         return rows.normalize_and_average(layer.norm, x, cache.norm, layer.average, cache.cema)
@@ -294,7 +296,7 @@ def _normalize_and_average_if_any(
     if layer.average is not None:
         assert cache.cema is not None
         averaged, cema = rows.average(u, layer.average, cache.cema)
-    return NormStateStepOutput(u, averaged, norm, cema)  # pyright: ignore[reportArgumentType]
+    return u, averaged, norm, cema
 
 
 def _mixed(
@@ -351,102 +353,6 @@ def _time_norm(
     return rows.normalize(vectors, x, state)
 
 
-def _normalize_and_average(
-    x: Float[Array, "B D"],
-    norm: StepNorm,
-    norm_state: TimestepNormState,
-    tables: CemaStepTables,
-    state: Float32[Array, "S 2N D"],
-    active: Bool[Array, " B"],
-) -> NormStateStepOutput:
-    channels, rows = partition_spec("batch", "channels"), partition_spec("batch")
-    table, vector = partition_spec(None, "channels"), partition_spec("channels")
-    groups = partition_spec("batch", "norm_groups")
-    moments = TimestepNormState(rows, groups, groups)  # pyright: ignore[reportArgumentType]
-    states = partition_spec("batch", None, "channels")
-
-    def step(x, vectors, norm_state, tables, state, active) -> NormStateStepOutput:
-        # The groups of this device.
-        scale, bias = vectors
-        here = StepNorm(scale, bias, norm_state.mean.shape[1], norm.eps)
-        return norm_state_step(x, here, norm_state, tables, state, active)
-
-    vectors = (norm.scale, norm.bias)
-    return shard_map_logical(
-        step,
-        in_specs=(
-            channels,
-            tuple(None if each is None else vector for each in vectors),
-            moments,
-            CemaStepTables(table, table, table, table, table, vector),
-            states,
-            rows,
-        ),
-        out_specs=NormStateStepOutput(channels, channels, moments, states),  # pyright: ignore[reportArgumentType]
-    )(x, vectors, norm_state, tables, state, active)
-
-
-def _average(
-    u: Float[Array, "B D"],
-    tables: CemaStepTables,
-    state: Float32[Array, "S 2N D"],
-    active: Bool[Array, " B"],
-) -> StateStepOutput:
-    channels, states = (
-        partition_spec("batch", "channels"),
-        partition_spec("batch", None, "channels"),
-    )
-    table = partition_spec(None, "channels")
-    return shard_map_logical(
-        state_step,
-        in_specs=(
-            channels,
-            CemaStepTables(table, table, table, table, table, partition_spec("channels")),
-            states,
-            partition_spec("batch"),
-        ),
-        out_specs=StateStepOutput(channels, states),
-    )(u, tables, state, active)
-
-
-def _attend(
-    shared: SharedRepresentation,
-    value: Float[Array, "B H Dv"],
-    gate: Float[Array, "B H Dv"],
-    cache: KeyValueCache,
-    position: Int32[Array, " B"],
-) -> ChunkDecodeOutput:
-    def attend(shared, value, gate, cache, position) -> ChunkDecodeOutput:
-        return chunk_decode(shared, None, value, cache, position, gate=gate)
-
-    heads, cache_spec = partition_spec("batch", "heads", None), slot_specs(cache)
-    return shard_map_logical(
-        attend,
-        in_specs=(
-            _specs_of(shared),
-            heads,
-            heads,
-            cache_spec,
-            partition_spec("batch"),
-        ),
-        out_specs=ChunkDecodeOutput(heads, cache_spec),
-    )(shared, value, gate, cache, position)
-
-
-def _specs_of(shared: SharedRepresentation) -> Any:
-    """Partition specs of its arrays, in its structure."""
-    heads, vectors = partition_spec("batch", "heads", None), partition_spec(None, "heads", None)
-    every_head = partition_spec("batch", None, None)
-    specs: Any = dataclasses.replace(
-        shared,
-        z=heads,
-        vectors=jax.tree.map(lambda _: vectors, shared.vectors),
-        swapped_z=jax.tree.map(lambda _: heads, shared.swapped_z),
-        rotation=jax.tree.map(lambda _: every_head, shared.rotation),
-    )
-    return specs
-
-
 def _feed_forward(
     config: ModelConfig,
     layer: DecodeLayer,
@@ -483,8 +389,3 @@ def _scaled(x: Array, scale: Array | None) -> Array:
 
 def _offset(x: Array, bias: Array | None) -> Array:
     return x if bias is None else x + bias
-
-
-def set_rows(old: Array, new: Array) -> Array:
-    """Writes the first rows in place."""
-    return new if new.shape == old.shape else old.at[: new.shape[0]].set(new)

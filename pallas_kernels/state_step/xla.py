@@ -1,8 +1,8 @@
-"""A step of CEMA in plain JAX for any platform, on real and imaginary parts."""
+"""Steps of CEMA in plain JAX for any platform, on real and imaginary parts."""
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.common.target import find_target
 from pallas_kernels.state_step.types import CemaStepTables, StateStepOutput
@@ -19,6 +19,36 @@ def state_step(
     step = _step_by_orders if find_target().platform == "cpu" else _step_at_once
     y, state = step(x.astype(state.dtype), tables, state, active)
     return StateStepOutput(y.astype(x.dtype), state)
+
+
+def state_steps(
+    x: Float[Array, "B T D"],
+    tables: CemaStepTables,
+    state: Float[Array, "B 2N D"],
+    counts: Int32[Array, " B"] | None = None,
+) -> StateStepOutput:
+    """T successive tokens of every row: the state's bits are those of T steps.
+
+    Args:
+      x: the tokens.
+      tables: as in `api.state_step`.
+      state: of B rows, before the first token.
+      counts: tokens that change a row's state; the y of others has no meaning. None: all.
+    """
+
+    def step(
+        state: Array, token: tuple[Float[Array, "B D"], Bool[Array, " B"] | None]
+    ) -> tuple[Array, Array]:
+        y, state = state_step(token[0], tables, state, token[1])
+        return state, y
+
+    T = x.shape[1]
+    active = None if counts is None else jnp.arange(T)[:, None] < counts
+    # On a CPU a step is a loop over orders, which many copies would only make slow to compile.
+    # Elsewhere the compiler merges the tokens' steps.
+    unroll = 1 if find_target().platform == "cpu" else T
+    state, y = lax.scan(step, state, (x.swapaxes(0, 1), active), unroll=unroll)
+    return StateStepOutput(y.swapaxes(0, 1), state)
 
 
 def _step_at_once(

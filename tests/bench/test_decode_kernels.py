@@ -19,7 +19,7 @@ from megalodon_jax.cli.main import main
 from megalodon_jax.compiled.hlo import parse_program
 from megalodon_jax.compiled.launches import count_launches
 from megalodon_jax.config import ModelConfig
-from megalodon_jax.inference import step
+from megalodon_jax.inference import sharded_operations, step
 from megalodon_jax.inference.weights import prepare
 from megalodon_jax.models import abstract_model
 from pallas_kernels.chunk_decode.block_sizes import MAX_SPLITS, choose_tiling
@@ -148,7 +148,7 @@ def test_calls_are_those_of_a_decoding_step(options, weights, monkeypatch):
         return step.decode(prepare(model, weights), cache, jnp.zeros(3, jnp.int32))
 
     record(step, "skinny_matmul")
-    record(step, "chunk_decode")
+    record(sharded_operations, "chunk_decode")
     jax.eval_shape(decode, params)
     of_step = {name: list(found) for name, found in calls.items()}
     assert [len(of_step["skinny_matmul"]), len(of_step["chunk_decode"])] == [6, 1]

@@ -14,7 +14,7 @@ from megalodon_jax.baselines.transformer import Transformer
 from megalodon_jax.cache import kv_format
 from megalodon_jax.config import TransformerConfig
 from megalodon_jax.errors import SessionError
-from megalodon_jax.inference import positions, step
+from megalodon_jax.inference import positions, sharded_operations, step
 from megalodon_jax.inference.engine import Engine
 from megalodon_jax.inference.requests import Request
 from megalodon_jax.inference.sampling import SamplingParams
@@ -71,7 +71,7 @@ def test_steps_are_those_of_keys_and_values_rounded_beforehand(monkeypatch):
         jnp.dtype(jnp.int8),
         jnp.dtype(jnp.float32),
     }
-    monkeypatch.setattr(step, "chunk_decode", rounding)
+    monkeypatch.setattr(sharded_operations, "chunk_decode", rounding)
     expected, expected_cache = scores("model")
     assert relative_error(logits, expected) <= 1e-5
     for layer, other in zip(cache.layers, expected_cache.layers, strict=True):

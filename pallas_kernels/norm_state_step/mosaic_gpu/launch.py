@@ -17,30 +17,47 @@ from pallas_kernels.state_step import CemaStepTables
 GROUPS = 4
 
 
+class NormStates(NamedTuple):
+    """States of rows: arrays, or references that the kernel updates.
+
+    Attributes:
+      state: (S, 2N, G, F) float32.
+      mean: (S, G) float32.
+      var: (S, G) float32.
+    """
+
+    state: Any
+    mean: Any
+    var: Any
+
+
 class NormStateOperands(NamedTuple):
     """Operands of the kernel: arrays, or references in the kernel; channels as (G, F).
 
     Attributes:
-      x: (B, G, F) bfloat16.
+      x: (B, T, G, F) bfloat16.
       scale: (G, F) float32, or None.
       bias: (G, F) float32, or None.
       tables: (N, G, F) float32.
-      state: reference of (S, 2N, G, F) float32, which the kernel updates.
-      mean: reference of (S, G) float32, which it updates as well.
-      var: the same.
-      count: (S,) int32, tokens with this one.
-      active: (B,) int32, 0 for rows that stay; None: all rows change.
+      states: before the first token; with neither `target` nor `writes_nothing`, references whose
+        rows 0..B-1 take the states after it.
+      count: (S,) int32, tokens with the first one.
+      active: (B,) int32, 0 for rows without results; None: all rows.
+      counts: (B,) int32, tokens after which the states are kept, 0..T; None: T.
+      target: references that take the next states; None: `states`.
+      first_row: (1,) int32, row of `target` for row 0; None with `states`.
     """
 
     x: Any
     scale: Any
     bias: Any
     tables: CemaStepTables
-    state: Any
-    mean: Any
-    var: Any
+    states: NormStates
     count: Any
-    active: Any
+    active: Any = None
+    counts: Any = None
+    target: NormStates | None = None
+    first_row: Any = None
 
 
 class NormStateScratch(NamedTuple):
@@ -48,11 +65,20 @@ class NormStateScratch(NamedTuple):
 
     Attributes:
       moments: (2, 4) float32, new means and variances.
-      outputs: (2, 4, F), u and y: a thread stores fewer bytes of its tile than a store needs.
+      outputs: (2, T, 4, F), u and y: a thread stores fewer bytes of its tile than a store needs.
     """
 
     moments: Any
     outputs: Any
+
+
+class _Carry(NamedTuple):
+    """Registers between two tokens of a row: the next token, and the states before it."""
+
+    x: Any
+    state: list[tuple[Any, Any]]
+    mean: Any
+    var: Any
 
 
 class _NormStateKernelCall(NamedTuple):
@@ -61,11 +87,16 @@ class _NormStateKernelCall(NamedTuple):
     y: Any
     scratch: NormStateScratch
     eps: float
+    writes_nothing: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return self.operands.x.shape[1]
 
     @property
     def size(self) -> int:
         """Channels of a group."""
-        return self.operands.x.shape[2]
+        return self.operands.x.shape[3]
 
     @property
     def layout(self) -> Any:
@@ -99,62 +130,122 @@ class _NormStateKernelCall(NamedTuple):
         return plgpu.layout_cast(lax.broadcast_in_dim(groups, shape, [0]), self.layout)
 
     def update(self, row: Any, tables: list[list[Any]]) -> None:
-        """One token of a row."""
-        operands = self.operands
-        order = operands.tables.p.shape[0]
+        """All tokens of a row."""
+        states = self.operands.states
+        order = self.operands.tables.p.shape[0]
         # All loads come before the first store, which the compiler could not move them over.
-        x = self.load(operands.x, row)
         state = [
-            (self.load(operands.state, row, n), self.load(operands.state, row, order + n))
+            (self.load(states.state, row, n), self.load(states.state, row, order + n))
             for n in range(order)
         ]
-        u = self.normalize(row, x).astype(self.u.dtype)
-        self.scratch.outputs[0] = u
-        u = u.astype(jnp.float32)
-        y = self.load(operands.tables.omega) * u
-        for n, (q_re, q_im, p, g_re, g_im) in enumerate(tables):
-            re, im = state[n]
-            new_re = q_re * re - q_im * im + p * u
-            new_im = q_re * im + q_im * re
-            y = y + g_re * new_re - g_im * new_im
-            operands.state[row, n, self.groups] = new_re
-            operands.state[row, order + n, self.groups] = new_im
-        self.scratch.outputs[1] = y.astype(self.y.dtype)
+        moments = (self.load_moments(ref, row) for ref in (states.mean, states.var))
+        carry = _Carry(self.load(self.operands.x, row, 0), state, *moments)
+        if self.operands.target is not None:
+            # Another row takes the states also if they are those before the first token.
+            pl.when(self.num_kept(row) == 0)(lambda: self.store_states(row, carry))
+        feed = partial(self.feed, row, tables)
+        if self.num_tokens == 1:
+            feed(0, carry)
+        else:
+            lax.fori_loop(0, self.num_tokens, feed, carry)
         plgpu.commit_smem()
-        strided = plgpu.Layout.WG_STRIDED((GROUPS, self.size), vec_size=self.size // 32)
-        tile = GROUPS * self.size
-        channels = pl.ds(lax.axis_index("g") * tile, tile)
-        for i, ref in enumerate((self.u, self.y)):
-            output = plgpu.load(self.scratch.outputs.at[i], layout=strided)
-            ref[row, channels] = output.reshape(tile)
+        self.store_outputs(row)
+        if self.writes_nothing:
+            return
+        has_moments = self.num_kept(row) > 0 if self.operands.target is None else True
+        pl.when(has_moments)(lambda: self.store_moments(row))
 
-    def normalize(self, row: Any, x: Any) -> Any:
-        """TimestepNorm of a token; stores the moments with it (Chan et al. 1979)."""
+    def num_kept(self, row: Any) -> Any:
+        """Tokens after which a row's states are kept."""
+        counts = self.operands.counts
+        return jnp.int32(self.num_tokens) if counts is None else counts[row]
+
+    def feed(self, row: Any, tables: list[list[Any]], t: Any, carry: _Carry) -> _Carry:
+        """One token: u and y in shared memory, and the states if they are kept after it."""
+        x, state, mean, var = carry
+        next_x = x
+        if self.num_tokens > 1:
+            # Loaded a token ahead; after the last token it is loaded once more.
+            next_x = self.load(self.operands.x, row, jnp.minimum(t + 1, self.num_tokens - 1))
+        u, mean, var = self.normalize(x, mean, var, self.operands.count[row] + t)
+        u = u.astype(self.u.dtype)
+        self.scratch.outputs[0, t] = u
+        y, state = self.average(u.astype(jnp.float32), tables, state)
+        self.scratch.outputs[1, t] = y.astype(self.y.dtype)
+        carry = _Carry(next_x, state, mean, var)
+        if not self.writes_nothing:
+            pl.when(self.num_kept(row) == t + 1)(lambda: self.store_states(row, carry))
+        return carry
+
+    def normalize(self, x: Any, mean: Any, var: Any, count: Any) -> tuple[Any, Any, Any]:
+        """TimestepNorm of a token, and the moments with it (Chan et al. 1979)."""
         operands = self.operands
-        old_mean = self.load_moments(operands.mean, row)
-        old_var = self.load_moments(operands.var, row)
-        share = 1.0 / operands.count[row].astype(jnp.float32)
-        mean = x.sum(axis=1) * (1 / self.size)
-        centered = x - self.over_channels(mean)
-        var = (centered * centered).sum(axis=1) * (1 / self.size)
-        shift = mean - old_mean
-        new_mean = old_mean + shift * share
-        new_var = (1 - share) * (old_var + share * (shift * shift)) + share * var
-        self.store_moments(row, new_mean, new_var)
+        share = 1.0 / count.astype(jnp.float32)
+        token_mean = x.sum(axis=1) * (1 / self.size)
+        centered = x - self.over_channels(token_mean)
+        token_var = (centered * centered).sum(axis=1) * (1 / self.size)
+        shift = token_mean - mean
+        new_mean = mean + shift * share
+        new_var = (1 - share) * (var + share * (shift * shift)) + share * token_var
         factor = lax.rsqrt(new_var + self.eps)
         u = (x - self.over_channels(new_mean)) * self.over_channels(factor)
         if operands.scale is not None:
             u = u * self.load(operands.scale)
-        return u if operands.bias is None else u + self.load(operands.bias)
+        u = u if operands.bias is None else u + self.load(operands.bias)
+        return u, new_mean, new_var
 
-    def store_moments(self, row: Any, mean: Any, var: Any) -> None:
+    def average(
+        self, u: Any, tables: list[list[Any]], state: list[tuple[Any, Any]]
+    ) -> tuple[Any, list[tuple[Any, Any]]]:
+        """CEMA of a normalized token, and the state after it."""
+        y = self.load(self.operands.tables.omega) * u
+        new = []
+        for (q_re, q_im, p, g_re, g_im), (re, im) in zip(tables, state, strict=True):
+            new_re = q_re * re - q_im * im + p * u
+            new_im = q_re * im + q_im * re
+            y = y + g_re * new_re - g_im * new_im
+            new.append((new_re, new_im))
+        return y, new
+
+    def target_row(self, row: Any) -> tuple[NormStates, Any]:
+        """Where a row's next states go."""
+        operands = self.operands
+        if operands.target is None:
+            return operands.states, row
+        return operands.target, operands.first_row[0] + row
+
+    def store_states(self, row: Any, carry: _Carry) -> None:
+        """Stores CEMA's state, and moments in shared memory for `store_moments`."""
+        target, row = self.target_row(row)
+        order = len(carry.state)
+        for n, (re, im) in enumerate(carry.state):
+            target.state[row, n, self.groups] = re
+            target.state[row, order + n, self.groups] = im
+        self.scratch.moments[0] = carry.mean
+        self.scratch.moments[1] = carry.var
+
+    def store_moments(self, row: Any) -> None:
         """Stores moments one at a time: an array of few is less than the 32 bytes of a store."""
-        self.scratch.moments[0] = mean
-        self.scratch.moments[1] = var
-        plgpu.commit_smem()
-        for i, ref in enumerate((self.operands.mean, self.operands.var)):
+        target, row = self.target_row(row)
+        for i, ref in enumerate((target.mean, target.var)):
             for group in range(GROUPS):
                 ref[row, self.first_group + group] = self.scratch.moments[i, group]
+
+    def store_outputs(self, row: Any) -> None:
+        strided = plgpu.Layout.WG_STRIDED((GROUPS, self.size), vec_size=self.size // 32)
+        tile = GROUPS * self.size
+        channels = pl.ds(lax.axis_index("g") * tile, tile)
+
+        def store(t, _=()):
+            for i, ref in enumerate((self.u, self.y)):
+                output = plgpu.load(self.scratch.outputs.at[i, t], layout=strided)
+                ref[row, t, channels] = output.reshape(tile)
+            return ()
+
+        if self.num_tokens == 1:
+            store(0)
+        else:
+            lax.fori_loop(0, self.num_tokens, store, ())
 
     def run(self, rows_per_block: int) -> None:
         tables = self.operands.tables
@@ -167,7 +258,7 @@ class _NormStateKernelCall(NamedTuple):
                 self.update(row, loaded)
             else:
                 pl.when(active[row] != 0)(lambda: self.update(row, loaded))
-            # The next row overwrites the moments in shared memory.
+            # The next row overwrites outputs and moments in shared memory.
             plgpu.commit_smem()
             return ()
 
@@ -177,33 +268,42 @@ class _NormStateKernelCall(NamedTuple):
 
 
 # Layers share one compiled kernel, because `jit` traces it once.
-@partial(jax.jit, static_argnums=(1, 2), static_argnames="interpret")
-def launch_norm_state_step(
-    operands: NormStateOperands, eps: float, rows_per_block: int, *, interpret: Any
-) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
+@partial(jax.jit, static_argnums=(1, 2, 3), static_argnames="interpret")
+def launch_norm_state_steps(
+    operands: NormStateOperands,
+    eps: float,
+    rows_per_block: int,
+    writes_nothing: bool = False,
+    *,
+    interpret: Any,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
     """Runs the kernel and returns u and y.
 
     Args:
-      operands: arrays; state, mean and var from `jax.new_ref`, of which rows 0..B-1 are updated.
+      operands: arrays; the states that are updated from `jax.new_ref`.
       eps: added to the variance.
       rows_per_block: rows of a block.
+      writes_nothing: no states are updated.
       interpret: from `interpret_params`.
     """
     x = operands.x
+    rows, tokens, groups, size = x.shape
 
     def kernel(operands: NormStateOperands, results: Any, scratch: NormStateScratch) -> None:
         u, y = results
-        _NormStateKernelCall(operands, u, y, scratch, eps).run(rows_per_block)
+        call = _NormStateKernelCall(operands, u, y, scratch, eps, writes_nothing)
+        call.run(rows_per_block)
 
-    out = jax.ShapeDtypeStruct((x.shape[0], x.shape[1] * x.shape[2]), x.dtype)
+    out = jax.ShapeDtypeStruct((rows, tokens, groups * size), x.dtype)
     return launch(
         kernel,
         operands,
         (out, out),
-        name="norm_state_step",
-        grid={"r": pl.cdiv(x.shape[0], rows_per_block), "g": x.shape[1] // GROUPS},
+        name="norm_state_step" if tokens == 1 else "norm_state_steps",
+        grid={"r": pl.cdiv(rows, rows_per_block), "g": groups // GROUPS},
         scratch=NormStateScratch(
-            plgpu.SMEM((2, GROUPS), jnp.float32), plgpu.SMEM((2, GROUPS, x.shape[2]), x.dtype)
+            plgpu.SMEM((2, GROUPS), jnp.float32),
+            plgpu.SMEM((2, tokens, GROUPS, size), x.dtype),
         ),
         interpret=interpret,
     )
