@@ -31,12 +31,12 @@ from pallas_kernels.chunk_decode import (
     xla,
 )
 from pallas_kernels.chunk_decode.block_sizes import (
+    BYTES_PER_STEP,
     MAX_SPLITS,
     SCORE_SLOTS,
     VALUE_TILES,
     DecodeTiling,
     choose_tiling,
-    values_per_step,
 )
 from pallas_kernels.chunk_decode.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.chunk_decode.types import swap_pairs
@@ -169,9 +169,6 @@ def neighbouring_tilings(
     """Tilings that differ from the chosen one in the length of a split, in values loaded ahead or
     in both; in the width of a tile; in keys loaded ahead; or in twice the slots of a step.
 
-    Splits of a fixed length stand beside one whose length follows from the filled slots, and that
-    with one split more and one less.
-
     Args:
       chosen: the tiling.
       num_slots: slots C of a chunk.
@@ -179,36 +176,26 @@ def neighbouring_tilings(
       itemsize: bytes of a number in the cache.
     """
 
-    def change(**fields: Any) -> DecodeTiling:
-        tiling = chosen._replace(**fields)
+    def of(slots: int, tile: int, prefetch: bool, prefetch_keys: bool) -> DecodeTiling:
         # As many bytes of values on their way, ahead or not.
-        step = values_per_step(tiling.value_tile, itemsize, prefetch=tiling.prefetch)
-        return tiling._replace(slots_per_step=step)
+        step = (1 if prefetch else 2) * BYTES_PER_STEP // (itemsize * tile)
+        return DecodeTiling(
+            slots, tile, min(SCORE_SLOTS, step), prefetch, chosen.combine_tile, prefetch_keys
+        )
 
-    slots, tile, target = chosen.slots_per_block, chosen.value_tile, chosen.target_splits
-    lengths = (slots // 2, slots, 2 * slots) if target is None else (slots // 4, slots // 2, slots)
+    slots, tile, _, prefetch, _, keys = chosen
     lengths = [
         each
-        for each in lengths
+        for each in (slots // 2, slots, 2 * slots)
         if each % SCORE_SLOTS == 0 and each <= num_slots and num_slots <= MAX_SPLITS * each
     ]
     tiles = [
         each for each in (tile // 2, 2 * tile) if each in VALUE_TILES and value_width % each == 0
     ]
-    found = [
-        change(slots_per_block=each, prefetch=ahead, target_splits=None)
-        for each in lengths
-        for ahead in (False, True)
-    ]
-    for each in tiles:
-        # As many blocks.
-        splits = None if target is None else target * each // tile
-        found.append(change(value_tile=each, target_splits=splits))
-    if target is not None:
-        found.append(change(prefetch=not chosen.prefetch))
-        found += [chosen._replace(target_splits=splits) for splits in (target - 1, target + 1)]
-    found.append(chosen._replace(prefetch_keys=not chosen.prefetch_keys))
-    if not chosen.prefetch and 2 * chosen.slots_per_step <= SCORE_SLOTS:
+    found = [of(each, tile, ahead, keys) for each in lengths for ahead in (False, True)]
+    found += [of(slots, each, prefetch, keys) for each in tiles]
+    found.append(chosen._replace(prefetch_keys=not keys))
+    if not prefetch and 2 * chosen.slots_per_step <= SCORE_SLOTS:
         found.append(chosen._replace(slots_per_step=2 * chosen.slots_per_step))
     return [each for each in dict.fromkeys(found) if each != chosen]
 

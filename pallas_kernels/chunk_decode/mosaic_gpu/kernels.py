@@ -91,7 +91,7 @@ class _OwnToken(NamedTuple):
 
     Attributes:
       score: q·k.
-      value: the block's columns of its value, in the cache's dtype.
+      value: the block's columns of its value, float32; whole numbers in a cache of integers.
       value_scale: their factor.
     """
 
@@ -110,7 +110,6 @@ class _DecodeKernelCall(NamedTuple):
     split: Any
     value_block: Any
     slot: Any
-    split_size: Any
     is_interpreted: bool
 
     @property
@@ -145,27 +144,17 @@ class _DecodeKernelCall(NamedTuple):
 
     @property
     def first_slot(self) -> Any:
-        return self.split * self.split_size
-
-    @property
-    def num_filled(self) -> Any:
-        """Filled slots of the split, the token's included."""
-        return jnp.minimum(self.slot + 1 - self.first_slot, self.split_size)
-
-    @property
-    def num_tiles(self) -> Any:
-        """Tiles of SCORE_SLOTS slots; the last one may reach beyond the split."""
-        return lax.div(self.num_filled + (SCORE_SLOTS - 1), SCORE_SLOTS)
+        return self.split * self.tiling.slots_per_block
 
     @property
     def base(self) -> Any:
-        """The slot at the start of shared memory: the last tile must end in the chunk."""
+        """The slot at the start of shared memory: the last split may begin in the previous one."""
         num_slots = self.key.shape[2]
-        return jnp.minimum(self.first_slot, num_slots - self.num_tiles * SCORE_SLOTS)
+        return jnp.minimum(self.first_slot, num_slots - self.tiling.slots_per_block)
 
     @property
     def has_own_slot(self) -> Any:
-        return self.slot < self.first_slot + self.split_size
+        return self.slot < self.first_slot + self.tiling.slots_per_block
 
     @property
     def columns(self) -> Any:
@@ -189,7 +178,7 @@ class _DecodeKernelCall(NamedTuple):
         plgpu.commit_smem()
 
         def skip_token() -> _OwnToken:
-            empty = jnp.zeros((self.tiling.value_tile,), self.value.dtype)
+            empty = jnp.zeros((self.tiling.value_tile,), jnp.float32)
             zero = jnp.zeros((), jnp.float32)
             return _OwnToken(zero, plgpu.layout_cast(empty, self.value_layout), zero)
 
@@ -205,8 +194,7 @@ class _DecodeKernelCall(NamedTuple):
             key, value = RoundedToken.of(k, k), RoundedToken.of(v, row.astype(jnp.float32))
         score = jnp.sum(q * key.levels)
         target = self.value.at[self.row, self.head, self.slot, self.columns]
-        written = value.levels.astype(self.value.dtype)
-        target[...] = written
+        target[...] = value.levels.astype(self.value.dtype)
 
         @pl.when(self.value_block == 0)
         def _():
@@ -218,8 +206,8 @@ class _DecodeKernelCall(NamedTuple):
                     scale[self.row, self.head, self.slot] = own.scale
 
         if self.is_quantized:
-            return _OwnToken(score * key.scale, written, value.scale)
-        return _OwnToken(score, written, jnp.zeros((), jnp.float32))
+            return _OwnToken(score * key.scale, value.levels, value.scale)
+        return _OwnToken(score, value.levels, jnp.zeros((), jnp.float32))
 
     def store_weights(self, keys: list[Any] | None, own: _OwnToken) -> None:
         """Stores weights of the filled slots in shared memory, their sum and maximum in results.
@@ -228,6 +216,9 @@ class _DecodeKernelCall(NamedTuple):
           keys: of the first SCORE_SLOTS slots, if they were loaded ahead.
           own: the token's.
         """
+        size = self.tiling.slots_per_block
+        num_filled = jnp.minimum(self.slot + 1 - self.base, size)
+        num_tiles = lax.div(num_filled + (SCORE_SLOTS - 1), SCORE_SLOTS)
 
         def store_scores(tile, keys):
             first, slots = self.base + tile * SCORE_SLOTS, pl.ds(tile * SCORE_SLOTS, SCORE_SLOTS)
@@ -246,7 +237,7 @@ class _DecodeKernelCall(NamedTuple):
             return jnp.maximum(greatest, store_scores(tile, keys))
 
         first_scores = store_scores(0, self.load_keys(self.base) if keys is None else keys)
-        m_i = jnp.max(lax.fori_loop(1, self.num_tiles, store_next, first_scores))
+        m_i = jnp.max(lax.fori_loop(1, num_tiles, store_next, first_scores))
 
         def exponentiate(tile, sums):
             # A thread reads the scores and scales that it wrote.
@@ -259,7 +250,7 @@ class _DecodeKernelCall(NamedTuple):
             return sums + weights
 
         zeros = plgpu.layout_cast(jnp.zeros((SCORE_SLOTS,), jnp.float32), SCORE_LAYOUT)
-        l_i = jnp.sum(lax.fori_loop(0, self.num_tiles, exponentiate, zeros))
+        l_i = jnp.sum(lax.fori_loop(0, num_tiles, exponentiate, zeros))
         plgpu.commit_smem()
 
         @pl.when(self.value_block == 0)
@@ -280,7 +271,7 @@ class _DecodeKernelCall(NamedTuple):
         ]
 
     def compute_scores(self, first: Any, keys: list[Any], own_score: Any) -> Any:
-        """Scores of SCORE_SLOTS slots; -inf where a slot is empty or another split's."""
+        """Scores of SCORE_SLOTS slots; -inf where a slot is empty or the previous split's."""
         layout = key_layout(self.key_columns)
         scores = None
         for columns, block in zip(self.column_blocks, keys, strict=True):
@@ -295,8 +286,7 @@ class _DecodeKernelCall(NamedTuple):
             scores = scores * self.load_scales(self.operands.cache.key, first)
         index = _slot_indices(first)
         scores = jnp.where(index == self.slot, own_score, scores)
-        end = self.first_slot + self.num_filled
-        return jnp.where((index >= self.first_slot) & (index < end), scores, -jnp.inf)
+        return jnp.where((index >= self.first_slot) & (index <= self.slot), scores, -jnp.inf)
 
     def load_scales(self, slots: Int8Slots, first: Any) -> Any:
         """Scales of SCORE_SLOTS slots."""
@@ -312,7 +302,7 @@ class _DecodeKernelCall(NamedTuple):
           own: the token's.
         """
         per_step, last = self.tiling.slots_per_step, self.tiling.slots_per_block - 1
-        num_cached = jnp.minimum(self.slot - self.first_slot, self.split_size)
+        num_cached = jnp.minimum(self.slot - self.first_slot, self.tiling.slots_per_block)
         num_steps = lax.div(num_cached + (per_step - 1), per_step)
         offset = self.first_slot - self.base
 
@@ -331,8 +321,7 @@ class _DecodeKernelCall(NamedTuple):
             following = self.load_values(jnp.minimum(step + 1, num_steps - 1))
             return following, add(step, loaded, acc)
 
-        own_value = self.widen(own.value, self.value_layout)
-        acc = own_value * weight(num_cached, self.has_own_slot)
+        acc = own.value * weight(num_cached, self.has_own_slot)
         if values is not None:
             return lax.fori_loop(0, num_steps, prefetching_step, (values, acc))[1]
         return lax.fori_loop(
@@ -341,7 +330,7 @@ class _DecodeKernelCall(NamedTuple):
 
     def load_values(self, step: Any) -> list[Any]:
         """Values of a step's slots; the last filled slot stands for those after it."""
-        end = jnp.minimum(self.slot, self.first_slot + self.split_size)
+        end = jnp.minimum(self.slot, self.first_slot + self.tiling.slots_per_block)
         first = self.first_slot + step * self.tiling.slots_per_step
         loaded = []
         for i in range(self.tiling.slots_per_step):
@@ -377,8 +366,7 @@ def decode_kernel(
 ) -> None:
     """One split of the slots of a row's head, for some of the value columns."""
     row, head, split = (lax.axis_index(name) for name in ("b", "h", "s"))
-    num_slots = operands.cache.key.shape[2]
-    slot = lax.rem(operands.positions[row], num_slots)
+    slot = lax.rem(operands.positions[row], operands.cache.key.shape[2])
     call = _DecodeKernelCall(
         operands,
         results,
@@ -389,7 +377,6 @@ def decode_kernel(
         split,
         lax.axis_index("d"),
         slot,
-        tiling.split_size(slot + 1, num_slots),
         is_interpreted,
     )
     pl.when(call.first_slot <= slot)(call.run)
@@ -410,7 +397,7 @@ def combine_kernel(
     row, head, tile = lax.axis_index("b"), lax.axis_index("h"), tiling.combine_tile
     columns = pl.ds(lax.axis_index("d") * tile, tile)
     slot = lax.rem(operands.positions[row], num_slots)
-    last = lax.div(slot, tiling.split_size(slot + 1, num_slots))
+    last = lax.div(slot, tiling.slots_per_block)
     acc, m, l = operands.splits  # noqa: E741
     # Loads do not wait for each other; splits after the last one load that one again.
     used = [jnp.minimum(split, last) for split in range(tiling.count_splits(num_slots))]

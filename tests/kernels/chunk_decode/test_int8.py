@@ -144,8 +144,6 @@ def test_forms_for_other_devices_equal_the_definition(target, monkeypatch):
         pytest.param(
             DecodeTiling(128, 256, 8, False, 128), 150, (149, 64, 63, 0), marks=pytest.mark.slow
         ),
-        # Splits by the filled slots, of 16 to 80: at most two.
-        (DecodeTiling(128, 256, 16, False, 128, False, 2), 150, (149, 0, 14, 15, 16, 62, 63, 64)),
     ],
 )
 def test_the_kernels_add_in_float32(tiling, slots, positions):
