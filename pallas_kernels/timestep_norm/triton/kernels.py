@@ -310,12 +310,13 @@ def load_gradient_tokens(
     x, dy, statistics, at_token, columns, groups, in_group,
     D: tl.constexpr, GROUPS: tl.constexpr, STATISTICS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """x, dy and statistics of UNROLL successive tokens."""
-    return (
-        load_tokens(x, at_token * D + columns, in_group, D, UNROLL),
-        load_tokens(dy, at_token * D + columns, in_group, D, UNROLL),
-        load_statistics(statistics, at_token, groups, GROUPS, STATISTICS, UNROLL),
+    """x, dy, offsets, r and pivots of UNROLL successive tokens."""
+    xs = load_tokens(x, at_token * D + columns, in_group, D, UNROLL)
+    dys = load_tokens(dy, at_token * D + columns, in_group, D, UNROLL)
+    offsets, rstds, pivots = load_statistics(
+        statistics, at_token, groups, GROUPS, STATISTICS, UNROLL
     )
+    return xs, dys, offsets, rstds, pivots
 
 
 @device_function
@@ -354,7 +355,7 @@ def timestep_norm_slopes(
         x, dy, statistics, ahead, columns, groups, in_group, D, GROUPS, STATISTICS, UNROLL
     )
     for token in range(first, last, UNROLL):
-        xs, dys, (offsets, rstds, pivots_here) = following
+        xs, dys, offsets, rstds, pivots_here = following
         ahead = at_start + tl.minimum(token + UNROLL, final)
         following = load_gradient_tokens(
             x, dy, statistics, ahead, columns, groups, in_group, D, GROUPS, STATISTICS, UNROLL
@@ -456,7 +457,7 @@ def timestep_norm_gradients(
     for i in range(0, (last - first) // UNROLL):
         token = last - (i + 1) * UNROLL
         at_token = at_start + token
-        xs, dys, (offsets, rstds, pivots_here) = following
+        xs, dys, offsets, rstds, pivots_here = following
         ahead = at_start + tl.maximum(token - UNROLL, first)
         following = load_gradient_tokens(
             x, dy, statistics, ahead, columns, groups, in_group, D, GROUPS, STATISTICS, UNROLL
