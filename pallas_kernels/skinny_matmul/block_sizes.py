@@ -44,9 +44,10 @@ _SHARED_MEMORY = (110 * 1024, 220 * 1024)
 _MAX_STAGES = 6
 # Bytes a second that all multiprocessors read from L2 together, and one of them; multiply-adds a
 # second of one multiprocessor's tensor cores; seconds that a cluster of two blocks waits for its
-# sums. They rank the tilings: fitted to 18 calls on an H200, all within 18 %.
-_L2_RATE, _MULTIPROCESSOR_RATE, _MULTIPLY_ADD_RATE = 4.5e12, 55e9, 1e12
-_EXCHANGE_SECONDS = 0.2e-6
+# sums, and that twice as many output features of a block take after their product, from
+# _FEW_FEATURES on. They rank the tilings, fitted to 49 calls on an H200 (README.md).
+_L2_RATE, _MULTIPROCESSOR_RATE, _MULTIPLY_ADD_RATE = 4.7e12, 55e9, 0.8e12
+_EXCHANGE_SECONDS, _FEATURES_SECONDS, _FEW_FEATURES = 0.2e-6, 0.65e-6, 32
 
 
 class WideTiling(NamedTuple):
@@ -168,7 +169,9 @@ def choose_wide_tiling(
         exchanged = 4 * rows * features if tiling.splits > 1 else 0
         block_bytes = columns * (features * weight_bytes + rows * row_bytes) + exchanged
         multiply_adds = WGMMA_ROWS * features * columns
-        return _EXCHANGE_SECONDS * math.log2(tiling.splits) + max(
+        fixed = _EXCHANGE_SECONDS * math.log2(tiling.splits)
+        fixed += _FEATURES_SECONDS * math.log2(max(features, _FEW_FEATURES))
+        return fixed + max(
             blocks * block_bytes / _L2_RATE,
             waves * block_bytes / _MULTIPROCESSOR_RATE,
             waves * multiply_adds / _MULTIPLY_ADD_RATE,
