@@ -72,6 +72,15 @@ class NormStateScratch(NamedTuple):
     outputs: Any
 
 
+class _Constants(NamedTuple):
+    """Registers of all rows: tables by order, and vectors, which may be None."""
+
+    tables: list[list[Any]]
+    scale: Any
+    bias: Any
+    omega: Any
+
+
 class _Carry(NamedTuple):
     """Registers between two tokens of a row: the next token, and the states before it."""
 
@@ -129,7 +138,7 @@ class _NormStateKernelCall(NamedTuple):
         shape = (GROUPS, self.size)
         return plgpu.layout_cast(lax.broadcast_in_dim(groups, shape, [0]), self.layout)
 
-    def update(self, row: Any, tables: list[list[Any]]) -> None:
+    def update(self, row: Any, constants: _Constants) -> None:
         """All tokens of a row."""
         states = self.operands.states
         order = self.operands.tables.p.shape[0]
@@ -143,7 +152,7 @@ class _NormStateKernelCall(NamedTuple):
         if self.operands.target is not None:
             # Another row takes the states also if they are those before the first token.
             pl.when(self.num_kept(row) == 0)(lambda: self.store_states(row, carry))
-        feed = partial(self.feed, row, tables)
+        feed = partial(self.feed, row, constants)
         if self.num_tokens == 1:
             feed(0, carry)
         else:
@@ -160,26 +169,27 @@ class _NormStateKernelCall(NamedTuple):
         counts = self.operands.counts
         return jnp.int32(self.num_tokens) if counts is None else counts[row]
 
-    def feed(self, row: Any, tables: list[list[Any]], t: Any, carry: _Carry) -> _Carry:
+    def feed(self, row: Any, constants: _Constants, t: Any, carry: _Carry) -> _Carry:
         """One token: u and y in shared memory, and the states if they are kept after it."""
         x, state, mean, var = carry
         next_x = x
         if self.num_tokens > 1:
             # Loaded a token ahead; after the last token it is loaded once more.
             next_x = self.load(self.operands.x, row, jnp.minimum(t + 1, self.num_tokens - 1))
-        u, mean, var = self.normalize(x, mean, var, self.operands.count[row] + t)
+        u, mean, var = self.normalize(x, mean, var, self.operands.count[row] + t, constants)
         u = u.astype(self.u.dtype)
         self.scratch.outputs[0, t] = u
-        y, state = self.average(u.astype(jnp.float32), tables, state)
+        y, state = self.average(u.astype(jnp.float32), constants, state)
         self.scratch.outputs[1, t] = y.astype(self.y.dtype)
         carry = _Carry(next_x, state, mean, var)
         if not self.writes_nothing:
             pl.when(self.num_kept(row) == t + 1)(lambda: self.store_states(row, carry))
         return carry
 
-    def normalize(self, x: Any, mean: Any, var: Any, count: Any) -> tuple[Any, Any, Any]:
+    def normalize(
+        self, x: Any, mean: Any, var: Any, count: Any, constants: _Constants
+    ) -> tuple[Any, Any, Any]:
         """TimestepNorm of a token, and the moments with it (Chan et al. 1979)."""
-        operands = self.operands
         share = 1.0 / count.astype(jnp.float32)
         token_mean = x.sum(axis=1) * (1 / self.size)
         centered = x - self.over_channels(token_mean)
@@ -189,18 +199,17 @@ class _NormStateKernelCall(NamedTuple):
         new_var = (1 - share) * (var + share * (shift * shift)) + share * token_var
         factor = lax.rsqrt(new_var + self.eps)
         u = (x - self.over_channels(new_mean)) * self.over_channels(factor)
-        if operands.scale is not None:
-            u = u * self.load(operands.scale)
-        u = u if operands.bias is None else u + self.load(operands.bias)
+        u = u if constants.scale is None else u * constants.scale
+        u = u if constants.bias is None else u + constants.bias
         return u, new_mean, new_var
 
     def average(
-        self, u: Any, tables: list[list[Any]], state: list[tuple[Any, Any]]
+        self, u: Any, constants: _Constants, state: list[tuple[Any, Any]]
     ) -> tuple[Any, list[tuple[Any, Any]]]:
         """CEMA of a normalized token, and the state after it."""
-        y = self.load(self.operands.tables.omega) * u
+        y = constants.omega * u
         new = []
-        for (q_re, q_im, p, g_re, g_im), (re, im) in zip(tables, state, strict=True):
+        for (q_re, q_im, p, g_re, g_im), (re, im) in zip(constants.tables, state, strict=True):
             new_re = q_re * re - q_im * im + p * u
             new_im = q_re * im + q_im * re
             y = y + g_re * new_re - g_im * new_im
@@ -247,17 +256,22 @@ class _NormStateKernelCall(NamedTuple):
         else:
             lax.fori_loop(0, self.num_tokens, store, ())
 
-    def run(self, rows_per_block: int) -> None:
-        tables = self.operands.tables
+    def load_constants(self) -> _Constants:
+        tables, vectors = self.operands.tables, (self.operands.scale, self.operands.bias)
         columns = (tables.q_re, tables.q_im, tables.p, tables.g_re, tables.g_im)
-        loaded = [[self.load(table, n) for table in columns] for n in range(tables.p.shape[0])]
+        by_order = [[self.load(table, n) for table in columns] for n in range(tables.p.shape[0])]
+        scale, bias = (None if each is None else self.load(each) for each in vectors)
+        return _Constants(by_order, scale, bias, self.load(tables.omega))
+
+    def run(self, rows_per_block: int) -> None:
+        constants = self.load_constants()
 
         def step(row, _):
             active = self.operands.active
             if active is None:
-                self.update(row, loaded)
+                self.update(row, constants)
             else:
-                pl.when(active[row] != 0)(lambda: self.update(row, loaded))
+                pl.when(active[row] != 0)(lambda: self.update(row, constants))
             # The next row overwrites outputs and moments in shared memory.
             plgpu.commit_smem()
             return ()
