@@ -56,9 +56,9 @@ def test_kernels_fit_every_generation(kernels, capability, features, groups, pac
         usage = compile_kernel(kernel, capability, types, constants, tmp_path, num_warps=1)
         print(f"sm_{capability} packed {packed}: {kernel.__name__} {features} {usage}")
         assert usage.spilled == 0
-        # All programs of one warp run at a time on Hopper, 13 of 16 at least elsewhere, where
-        # `gradients` has up to 157 registers.
-        warps = PROGRAMS_PER_MULTIPROCESSOR - (0 if capability == 90 else 3)
+        # All programs of one warp run at a time on Hopper, 15 of 16 at least elsewhere, where
+        # `gradients` has up to 130 registers.
+        warps = PROGRAMS_PER_MULTIPROCESSOR - (0 if capability == 90 else 1)
         assert usage.registers * 32 * warps <= GPU_LIMITS[capability].registers
         # A warp's vectors change their layout before the loop.
         assert usage.shared_memory * warps <= GPU_LIMITS[capability].shared_memory
