@@ -61,14 +61,18 @@ def compile_programs(programs: Iterable[Program]) -> None:
     """Compiles programs so that calls with the same arguments find them.
 
     Functions are traced one after the other, in the caller's thread and with its settings. The
-    compiler does not hold Python's lock: one thread for each CPU runs it.
+    compiler does not hold Python's lock: one thread for each CPU runs it. After an error or an
+    interruption no further compilation starts.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         compilations = [
             pool.submit(function.lower(*arguments).compile) for function, arguments in programs
         ]
         for compilation in compilations:
             compilation.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def slot_programs(

@@ -61,6 +61,27 @@ def test_the_compilers_error_reaches_the_caller():
         compile_programs([Program(Function(), ())])
 
 
+def test_an_interruption_starts_no_further_compilation(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    may_end, compiled = threading.Event(), []
+
+    class Function:
+        def lower(self, name):
+            if name == "interrupted":
+                threading.Timer(0.2, may_end.set).start()
+                raise KeyboardInterrupt
+            self.name = name
+            return self
+
+        def compile(self):
+            may_end.wait(60)
+            compiled.append(self.name)
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_programs(Program(Function(), (name,)) for name in ("one", "two", "interrupted"))
+    assert compiled == ["one"]
+
+
 @pytest.mark.slow
 def test_an_engine_compiles_each_of_its_programs_once(monkeypatch):
     engine = Engine(
