@@ -65,5 +65,5 @@ class Serve(DecodingOptions, ModelOptions, WithCompilationCache, ServerSettings)
         engine = make_engine(model, tokenizer, self, **self.formats(model))
         if not self.skip_warm_up:
             progress.show("compiling")
-            engine.warm_up()
+            engine.warm_up(on_compiled=lambda count: progress.show(f"compiling: {count} programs"))
         return engine

@@ -45,7 +45,7 @@ from megalodon_jax.inference.scheduling import (
 )
 from megalodon_jax.inference.sessions import Session, fingerprint
 from megalodon_jax.inference.speculation import SpeculationSettings, Speculator
-from megalodon_jax.inference.warm_up import compile_programs, slot_programs
+from megalodon_jax.inference.warm_up import OnCompiled, compile_programs, slot_programs
 from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.parallel.sharding import shardings_of
 
@@ -442,44 +442,43 @@ class Engine:
 
     # ---- Start-up and sessions.
 
-    def warm_up(self, features: Sequence[Features] = FEATURE_SETS) -> None:
+    def warm_up(
+        self, features: Sequence[Features] = FEATURE_SETS, on_compiled: OnCompiled = None
+    ) -> None:
         """Compiles every program that requests with these features need, several at a time.
 
-        Afterwards nothing is compiled, whatever the requests, except those with a `logits_mask` or
+        `on_compiled` is called with the number of compiled programs, by any thread. Afterwards
+        nothing is compiled, whatever the requests, except those with a `logits_mask` or
         `prompt_logprobs`.
         """
         if not self.is_idle:
             raise RequestError("warm_up needs an engine without requests")
         with self._devices():
-            self._warm_up(features)
+            self._compile(features, on_compiled)
+            self._state = move_slot(self._state, 0, 1)
+            self._state = deactivate(self._state, np.zeros(len(self._streams), bool))
+            extract_row((self._state.cache, self._state.token), 0)
+            jax.block_until_ready(self._state)
 
-    def _warm_up(self, features: Sequence[Features]) -> None:
+    def _compile(self, features: Sequence[Features], on_compiled: OnCompiled) -> None:
         batch_sizes = {self._fewest_rows, self._prefill_rows}
         examples = [self._prefiller.empty_state(rows) for rows in batch_sizes]
         known = self._known_prompts and self._known_prompts.example(examples[0].cache)
-        sizes = self._buckets.sizes
+        sizes, speculator = self._buckets.sizes, self._speculator
+        arguments = self._weights, self._state, sizes, features
         programs = list(slot_programs(self._weights, examples, known, sizes, features))
-        speculative = self._speculator and self._speculator.programs(
-            self._weights, self._state, sizes, features
+        every_program = itertools.chain(
+            *map(self._prefiller.programs, batch_sizes),
+            (program.of(self._state) for program in programs),
+            () if speculator is None else speculator.programs(*arguments),
         )
-        compile_programs(
-            itertools.chain(
-                *map(self._prefiller.programs, batch_sizes),
-                (program.of(self._state) for program in programs),
-                speculative or (),
-            )
-        )
-        states = [self._prefiller.warm_up(rows) for rows in batch_sizes]
+        compile_programs(every_program, on_compiled)
+        for rows in batch_sizes:
+            self._prefiller.warm_up(rows)
         for program in programs:
             self._state = program.run(self._state)
-        if self._speculator is not None:
-            self._state = self._speculator.warm_up(self._weights, self._state, sizes, features)
-        self._state = move_slot(self._state, 0, 1)
-        self._state = deactivate(self._state, np.zeros(len(self._streams), bool))
-        extract_row((self._state.cache, self._state.token), 0)
-        for state in states:
-            extract_row(state.cache, 0)
-        jax.block_until_ready(self._state)
+        if speculator is not None:
+            self._state = speculator.warm_up(self._weights, self._state, sizes, features)
 
     @functools.cached_property
     def _fingerprint(self) -> str:

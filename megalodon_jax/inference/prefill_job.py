@@ -140,16 +140,15 @@ class Prefiller:
         for piece in self._example_pieces(batch_size):
             yield Program(*piece_call(*self._example(batch_size, piece)))
 
-    def warm_up(self, batch_size: int) -> PrefillState:
-        """Runs the programs of a batch size; returns a state that they gave."""
+    def warm_up(self, batch_size: int) -> None:
+        """Runs the programs of a batch size, and those that take and put rows."""
         for piece in self._example_pieces(batch_size):
             state = prefill_piece(*self._example(batch_size, piece))
         row = extract_row(state.cache, 0)
         if batch_size > 1:
-            state = state._replace(cache=replace_row(state.cache, 0, row))
+            replace_row(state.cache, 0, row)
         if self.prefixes is not None:
             self.prefixes.warm_up(row)
-        return state
 
     def _example_pieces(self, batch_size: int) -> list[Piece]:
         pieces = [Piece(0, size, size, is_whole=True) for size in self.sizes.whole]

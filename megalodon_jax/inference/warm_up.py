@@ -1,7 +1,8 @@
 """Programs compiled before the first request, several at a time."""
 
+import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -19,6 +20,9 @@ from megalodon_jax.inference.known_prompt import KnownPrompt, start_known_row
 from megalodon_jax.inference.prefill import PrefillState
 from megalodon_jax.inference.sampling import Features, SamplingParams, sampling_row
 from megalodon_jax.inference.scheduling import BLOCK_LENGTHS
+
+OnCompiled = Callable[[int], None] | None
+"""Called with the number of compiled programs so far, by any thread."""
 
 
 class Program(NamedTuple):
@@ -57,17 +61,28 @@ class SlotProgram(NamedTuple):
         return result if isinstance(result, SlotState) else result[0]
 
 
-def compile_programs(programs: Iterable[Program]) -> None:
+def compile_programs(programs: Iterable[Program], on_compiled: OnCompiled = None) -> None:
     """Compiles programs so that calls with the same arguments find them.
 
     Functions are traced one after the other, in the caller's thread and with its settings. The
     compiler does not hold Python's lock: one thread for each CPU runs it. After an error or an
     interruption no further compilation starts.
+
+    Args:
+      programs: the programs.
+      on_compiled: see `OnCompiled`.
     """
+    numbers = itertools.count(1)
+
+    def compile_one(lowered: Any) -> None:
+        lowered.compile()
+        if on_compiled is not None:
+            on_compiled(next(numbers))
+
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         compilations = [
-            pool.submit(function.lower(*arguments).compile) for function, arguments in programs
+            pool.submit(compile_one, function.lower(*arguments)) for function, arguments in programs
         ]
         for compilation in compilations:
             compilation.result()

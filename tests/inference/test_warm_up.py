@@ -24,9 +24,11 @@ def power(x: jax.Array, count: int) -> jax.Array:
 
 def test_calls_find_the_compiled_programs_and_nothing_is_donated():
     x = jax.block_until_ready(jnp.full((8, 8), 0.5))
+    numbers = []
     with count_compilations() as compilations:
-        compile_programs(Program(power, (x, count)) for count in (2, 3))
+        compile_programs((Program(power, (x, count)) for count in (2, 3)), numbers.append)
         assert len(compilations) == 2
+        assert sorted(numbers) == [1, 2]
         result = jax.block_until_ready(power(x, 3))
         assert len(compilations) == 2
     assert x.is_deleted()
@@ -90,10 +92,10 @@ def test_an_engine_compiles_each_of_its_programs_once(monkeypatch):
     )  # fmt: skip
     numbers = {}
 
-    def compile_and_count(programs):
+    def compile_and_count(programs, on_compiled):
         programs = list(programs)
         with count_compilations() as before:
-            compile_programs(programs)
+            compile_programs(programs, on_compiled)
         numbers["programs"], numbers["compiled"] = len(programs), len(before)
 
     run = SlotProgram.run
