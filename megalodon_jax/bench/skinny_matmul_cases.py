@@ -156,7 +156,6 @@ class ProductCase:
             [part.width for part in self.parts if not part.is_swapped],
         )
         options: Any = {
-            "row_bytes": jnp.dtype(self.dtype).itemsize,
             "weight_bytes": values.dtype.itemsize,
             "is_paired": self.activation == "swiglu",
         }

@@ -33,6 +33,8 @@ MAX_WEIGHT_BYTES = 200 * 1024
 
 # Columns of a step of `wgmma`: 128 bytes of bfloat16, a row of swizzled shared memory.
 WGMMA_DEPTH = 64
+# Bytes of a number of x there: float32 rows are rounded before.
+_WIDE_ROW_BYTES = 2
 # The axis of a cluster's blocks, which have a share of the columns each.
 CLUSTER_AXIS = "split"
 # Most columns of a `wgmma` product, and of the tiles in which outputs are finished.
@@ -152,13 +154,13 @@ def choose_wide_tiling(
     in_features: int,
     widths: Sequence[int],
     *,
-    row_bytes: int,
     weight_bytes: int,
     is_paired: bool,
 ) -> WideTiling:
     """The tiling of a matrix for 32 or 64 rows that is read fastest by the estimates above.
 
-    Arguments as in `choose_tensor_core_tiling`; a multiple of 256 columns, of 8 output features.
+    Arguments as in `choose_tensor_core_tiling`, for bfloat16 rows; a multiple of 256 columns, of 8
+    output features.
     """
     halves = 2 if is_paired else 1
 
@@ -167,7 +169,7 @@ def choose_wide_tiling(
         waves = -(-blocks // HOPPER.multiprocessors)
         columns, features = in_features // tiling.splits, tiling.features * halves
         exchanged = 4 * rows * features if tiling.splits > 1 else 0
-        block_bytes = columns * (features * weight_bytes + rows * row_bytes) + exchanged
+        block_bytes = columns * (features * weight_bytes + rows * _WIDE_ROW_BYTES) + exchanged
         multiply_adds = WGMMA_ROWS * features * columns
         fixed = _EXCHANGE_SECONDS * math.log2(tiling.splits)
         fixed += _FEATURES_SECONDS * math.log2(max(features, _FEW_FEATURES))
@@ -181,7 +183,6 @@ def choose_wide_tiling(
         rows,
         in_features,
         widths,
-        row_bytes=row_bytes,
         weight_bytes=weight_bytes,
         is_paired=is_paired,
     )
@@ -193,7 +194,6 @@ def wide_tilings(
     in_features: int,
     widths: Sequence[int],
     *,
-    row_bytes: int,
     weight_bytes: int,
     is_paired: bool,
 ) -> Iterator[WideTiling]:
@@ -217,7 +217,7 @@ def wide_tilings(
             # 2,048 x 6,656 with clusters of four: 12.4 us with 256 features, 11.4 with 128.
             if splits > 1 and features > _CLUSTER_FEATURES:
                 continue
-            stage = WGMMA_DEPTH * (features * halves * weight_bytes + WGMMA_ROWS * row_bytes)
+            stage = WGMMA_DEPTH * (features * halves * weight_bytes + WGMMA_ROWS * _WIDE_ROW_BYTES)
             # Sums, and integers as bfloat16.
             fixed = WGMMA_ROWS * (features * halves + 8) * 4
             fixed += 2 * WGMMA_DEPTH * features * halves * 2 if weight_bytes == 1 else 0

@@ -1,6 +1,7 @@
 """Products of a few rows on Hopper: checks, the tiling and the launch."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
@@ -110,12 +111,13 @@ def _choose_tiling(
     halves = values.shape[0] // out_features
     if x.shape[0] <= MAX_MULTIPLY_ADD_ROWS:
         return choose_tiling(out_features, x.shape[1], is_paired=halves == 2)
-    choose = choose_tensor_core_tiling if x.shape[0] <= MMA_ROWS else choose_wide_tiling
+    choose = choose_wide_tiling
+    if x.shape[0] <= MMA_ROWS:
+        choose = partial(choose_tensor_core_tiling, row_bytes=x.dtype.itemsize)
     return choose(
         _padded_rows(x.shape[0]),
         x.shape[1],
         [part.width for part in parts if not part.is_swapped],
-        row_bytes=x.dtype.itemsize if x.shape[0] <= MMA_ROWS else 2,
         weight_bytes=values.dtype.itemsize,
         is_paired=halves == 2,
     )

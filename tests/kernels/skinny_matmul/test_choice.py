@@ -114,7 +114,7 @@ def test_implementations_have_the_common_names():
 
 
 @pytest.mark.parametrize("rows", [32, 64])
-@pytest.mark.parametrize(("x_dtype", "dtype"), [(BF16, BF16), (F32, BF16), (F32, jnp.int8)])
+@pytest.mark.parametrize("dtype", [BF16, jnp.int8])
 @pytest.mark.parametrize(
     ("in_features", "widths", "activation"),
     [
@@ -125,18 +125,17 @@ def test_implementations_have_the_common_names():
         (4096, [11008], "swiglu"),
     ],
 )
-def test_tilings_of_many_rows_fit(in_features, widths, activation, x_dtype, dtype, rows):
+def test_tilings_of_many_rows_fit(in_features, widths, activation, dtype, rows):
     is_paired = activation == "swiglu"
     tiling = choose_wide_tiling(
-        rows, in_features, widths, row_bytes=jnp.dtype(x_dtype).itemsize,
-        weight_bytes=jnp.dtype(dtype).itemsize, is_paired=is_paired,
-    )  # fmt: skip
+        rows, in_features, widths, weight_bytes=jnp.dtype(dtype).itemsize, is_paired=is_paired
+    )
     assert all(width % tiling.features == 0 for width in widths)
     # A block starts with all stages, and gives every thread an output.
     assert 2 <= tiling.stages <= in_features // 64 // tiling.splits
     assert rows // tiling.splits * tiling.columns >= 128
     operands = SkinnyOperands(
-        jax.ShapeDtypeStruct((rows, in_features), x_dtype),
+        jax.ShapeDtypeStruct((rows, in_features), BF16),
         jax.ShapeDtypeStruct((sum(widths) * (1 + is_paired), in_features), dtype),
         Epilogue(None, activation),
     )
