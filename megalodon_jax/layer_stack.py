@@ -9,7 +9,14 @@ from jax import numpy as jnp
 
 from megalodon_jax.config import AnyModelConfig, Remat
 from megalodon_jax.layer_variables import LayerChanges, merge_layer, snapshot, split_blocks
-from megalodon_jax.modules.matmul import GATHERED, PRODUCT, PROJECTION, STATISTICS, WEIGHT
+from megalodon_jax.modules.matmul import (
+    ACTIVATION,
+    GATHERED,
+    PRODUCT,
+    PROJECTION,
+    STATISTICS,
+    WEIGHT,
+)
 from megalodon_jax.modules.positions import PositionInfo
 from megalodon_jax.parallel.sharding import constrain, has_multiple_devices, weight_axes
 from megalodon_jax.typing import Array, Float, Float32, Int32, PRNGKey
@@ -18,8 +25,10 @@ from pallas_kernels.common.residuals import Operation
 # Checkpoint names that the backward pass of a block reads besides the block's input; it recomputes
 # everything else. Gathered states of other devices and sums over their channels are small, and
 # never exchanged twice.
+_PRODUCTS_AND_STATES = (PROJECTION, PRODUCT, GATHERED, STATISTICS, *get_args(Operation))
 SAVED_NAMES: dict[Remat, tuple[str, ...]] = {
-    "none": (PROJECTION, PRODUCT, GATHERED, STATISTICS, *get_args(Operation)),
+    "off": (*_PRODUCTS_AND_STATES, ACTIVATION),
+    "none": _PRODUCTS_AND_STATES,
     "inputs": (PRODUCT, STATISTICS, "chunk_attention", "context_parallel"),
     "dots": (PROJECTION, PRODUCT, STATISTICS, "context_parallel"),
     "block": (STATISTICS, "context_parallel"),
@@ -206,10 +215,9 @@ def _stack(*leaves: Array) -> Array:
 
 def _saved_names(config: AnyModelConfig) -> tuple[str, ...]:
     saved = SAVED_NAMES[config.remat]
-    if not config.scan_layers and config.remat == "none" and not weight_axes():
-        # Weights are cast once a step. A loop would copy the cast ones, FSDP keep them gathered.
-        saved = (*saved, WEIGHT)
-    return saved
+    # Weights are cast once a step. A loop would copy the cast ones, FSDP keep them gathered.
+    keeps_weights = config.remat == "off" or (config.remat == "none" and not weight_axes())
+    return (*saved, WEIGHT) if keeps_weights and not config.scan_layers else saved
 
 
 def unstack_layers[T](stacked: T, count: int) -> list[T]:

@@ -90,9 +90,10 @@ class EncoderSettings:
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which devices sum their gradients of the blocks' matrices."""
     remat: Remat = "none"
-    """Rematerialization in the backward pass, in order of falling memory: "none" (only pointwise
-    operations), "inputs" (also norms, averages and the projections that attention needs), "dots"
-    (all but matrix products), "block" (whole blocks)."""
+    """Rematerialization in the backward pass, in order of falling memory: "off" (nothing; FSDP
+    keeps gathered weights), "none" (only pointwise operations), "inputs" (also norms, averages and
+    the projections that attention needs), "dots" (all but matrix products), "block" (whole
+    blocks)."""
     scan_layers: bool = True
     """Run the blocks in one `scan`, so that compile time does not grow with depth. False unrolls
     the blocks, which compiles longer and avoids the scan's copies of activations."""

@@ -10,7 +10,7 @@ from pallas_kernels.common.dispatch import Implementation
 
 DType = Literal["float32", "bfloat16"]
 InitMode = Literal["he", "xavier", "bert", "gaussian"]
-Remat = Literal["none", "inputs", "dots", "block"]
+Remat = Literal["off", "none", "inputs", "dots", "block"]
 MovingAverage = Literal["cema", "ema", "none"]
 TimeNorm = Literal["timestep", "layer", "rms"]
 ResidualConnection = Literal["two_hop", "pre_norm"]
@@ -153,9 +153,10 @@ class ModelConfig:
     """Dtype in which devices sum their gradients of the blocks' matrices. "bfloat16" halves the
     bytes of these collectives, and rounds the gradients. One device keeps float32."""
     remat: Remat = "none"
-    """Rematerialization in the backward pass, in order of falling memory: "none" (only pointwise
-    operations), "inputs" (also TimestepNorm, CEMA and the projections that attention needs), "dots"
-    (all but matrix products), "block" (whole blocks)."""
+    """Rematerialization in the backward pass, in order of falling memory: "off" (nothing; FSDP
+    keeps gathered weights), "none" (only pointwise operations), "inputs" (also TimestepNorm, CEMA
+    and the projections that attention needs), "dots" (all but matrix products), "block" (whole
+    blocks)."""
     scan_layers: bool = True
     """Run the blocks in one `scan`, so that compile time does not grow with depth. False unrolls
     the blocks, which compiles longer and avoids the scan's copies of activations."""

@@ -66,9 +66,9 @@ class TransformerConfig:
     """Dtype in which devices sum their gradients of the blocks' matrices. "bfloat16" halves the
     bytes of these collectives, and rounds the gradients. One device keeps float32."""
     remat: Remat = "none"
-    """Rematerialization in the backward pass, in order of falling memory: "none" (only pointwise
-    operations), "inputs" (also norms and the projections that attention needs), "dots" (all but
-    matrix products), "block" (whole blocks)."""
+    """Rematerialization in the backward pass, in order of falling memory: "off" (nothing; FSDP
+    keeps gathered weights), "none" (only pointwise operations), "inputs" (also norms and the
+    projections that attention needs), "dots" (all but matrix products), "block" (whole blocks)."""
     scan_layers: bool = True
     """Run the blocks in one `scan`, so that compile time does not grow with depth. False unrolls
     the blocks, which compiles longer and avoids the scan's copies of activations."""

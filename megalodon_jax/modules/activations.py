@@ -1,7 +1,9 @@
 """SiLU and the SiLU gate, on every device's own tokens and features."""
 
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from megalodon_jax.modules.matmul import ACTIVATION
 from megalodon_jax.parallel.sharding import partition_spec, shard_map_logical
 from megalodon_jax.typing import Array, Float
 from pallas_kernels import rowwise
@@ -23,7 +25,8 @@ def silu(
 
     tokens = partition_spec("batch", "length", features)
     vector = None if bias is None else partition_spec(features)
-    return shard_map_logical(activate, in_specs=(tokens, vector), out_specs=tokens)(x, bias)
+    activate_shards = shard_map_logical(activate, in_specs=(tokens, vector), out_specs=tokens)
+    return checkpoint_name(activate_shards(x, bias), ACTIVATION)
 
 
 def silu_gate(
@@ -42,4 +45,5 @@ def silu_gate(
 
     tokens = partition_spec("batch", "length", features)
     vector = None if bias is None else partition_spec(features)
-    return shard_map_logical(gate, in_specs=(tokens, vector, tokens), out_specs=tokens)(x, bias, y)
+    gate_shards = shard_map_logical(gate, in_specs=(tokens, vector, tokens), out_specs=tokens)
+    return checkpoint_name(gate_shards(x, bias, y), ACTIVATION)

@@ -17,9 +17,10 @@ from megalodon_jax.typing import Array, Float
 from pallas_kernels.common.target import find_target
 
 # Checkpoint names for policies of `jax.checkpoint`: the projections that attention reads, every
-# other product, a weight cast to the compute dtype, shards of activations received from other
-# devices under tensor parallelism, the sums over channels that these devices exchange.
-PROJECTION, PRODUCT, WEIGHT = "projection", "product", "weight"
+# other product, the output of a norm or gate, a weight cast to the compute dtype, shards of
+# activations received from other devices under tensor parallelism, the sums over channels that
+# these devices exchange.
+PROJECTION, PRODUCT, ACTIVATION, WEIGHT = "projection", "product", "activation", "weight"
 GATHERED, STATISTICS = "gathered", "statistics"
 LogicalAxes = tuple[str | None, str | None]
 

@@ -6,9 +6,11 @@ from typing import Self
 import jax
 from flax import nnx
 from jax import numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from megalodon_jax.config import ModelConfig
+from megalodon_jax.modules.matmul import ACTIVATION
 from megalodon_jax.modules.parameters import parameter
 from megalodon_jax.modules.precision import at_least_float32
 from megalodon_jax.modules.sharded_norms import (
@@ -168,11 +170,12 @@ class LayerNorm(nnx.Module):
 def _map_rows(function: Callable[..., Array], x: Array, *operands: Array | None) -> Array:
     """`function(x, *operands)` on each device's own tokens; operands are like x or vectors."""
     if x.ndim != 3:
-        return function(x, *operands)
+        return checkpoint_name(function(x, *operands), ACTIVATION)
     channels = "channels" if _channels_are_sharded(x) else None
     tokens, vector = partition_spec("batch", "length", channels), partition_spec(channels)
     specs = [None if a is None else tokens if a.ndim == 3 else vector for a in operands]
-    return shard_map_logical(function, in_specs=(tokens, *specs), out_specs=tokens)(x, *operands)
+    over_shards = shard_map_logical(function, in_specs=(tokens, *specs), out_specs=tokens)
+    return checkpoint_name(over_shards(x, *operands), ACTIVATION)
 
 
 def _channels_are_sharded(x: Array) -> bool:

@@ -71,9 +71,12 @@ class StepMetrics(NamedTuple):
         return self.tokens if self.input_tokens is None else self.input_tokens
 
 
-_GPU_OPTIONS = {
+_GPU_OPTIONS: dict[str, Any] = {
     # Merging dots concatenates their operands first, which costs more than it gains.
     "xla_gpu_dot_merger_threshold_mb": 0,
+    # Products by cuBLAS alone, which adds the terms of a sum to its output; beside Triton's the
+    # compiler adds them in a pass of their own.
+    "xla_gpu_enable_triton_gemm": False,
     # Rounding only where the program casts: otherwise float32 gradients with two uses are stored.
     "xla_allow_excess_precision": False,
     # On several devices, one all-gather for a block's weights and one reduce-scatter for gradients
@@ -83,6 +86,8 @@ _GPU_OPTIONS = {
     "xla_gpu_all_gather_combine_threshold_bytes": 128 << 20,
     "xla_gpu_reduce_scatter_combine_threshold_bytes": 256 << 20,
 }
+# Devices of one process copy to each other by their copy engines, which take no multiprocessors.
+_COPY_ENGINE_OPTIONS = {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"}
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
@@ -120,7 +125,7 @@ def make_train_step(
     mesh = resolve_mesh(config, mesh)
     shardings = state_shardings(config, mesh, optimizer=optimizer)
     sums_and_gradient = _make_sums_and_gradient(graphdef, config, task or find_task(config.task))
-    on_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm")
+    compiler_options = _compiler_options(mesh)
 
     def step(state: TrainState, batches: Batch) -> tuple[TrainState, StepMetrics]:
         if state.values is None:
@@ -132,7 +137,7 @@ def make_train_step(
                 state.params, state.base, batches, state.carried, key
             )
         gradient = jax.lax.with_sharding_constraint(gradient, shardings.params)
-        if on_gpu and mesh.size > 1:
+        if compiler_options and mesh.size > 1:
             gradient = jax.tree.map(_row_major, gradient)
         # A batch of padding has weight 0: its zero gradient must not become NaN.
         weight = jnp.maximum(sums.weight_sum, 1.0)
@@ -192,7 +197,7 @@ def make_train_step(
         jax.jit,
         donate_argnums=0,
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
-        compiler_options=_GPU_OPTIONS if on_gpu else None,
+        compiler_options=compiler_options,
     )
     rows = batch_sharding(mesh, leading=1)
     if shardings.carried is None:
@@ -203,6 +208,17 @@ def make_train_step(
 
     others = shardings._replace(carried=None)
     return _StepWithState(jit(step_from, in_shardings=(others, shardings.carried, rows)))
+
+
+def _compiler_options(mesh: Mesh) -> dict[str, Any] | None:
+    """XLA's options for a step over these devices; None: its defaults."""
+    devices = mesh.devices.flat
+    if devices[0].platform not in ("gpu", "cuda", "rocm"):
+        return None
+    # Of the exchanges only those of tensor parallelism are measured.
+    if mesh.shape["model"] > 1 and len({each.process_index for each in devices}) == 1:
+        return _GPU_OPTIONS | _COPY_ENGINE_OPTIONS
+    return _GPU_OPTIONS
 
 
 class _StepWithState:

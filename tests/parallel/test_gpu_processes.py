@@ -34,7 +34,6 @@ norm_num_groups = 8
 vocab_size = 257
 dtype = "bfloat16"
 [data]
-source = "files"
 document_separator = "\\u0000"
 seq_len = 512
 batch_size = 16
