@@ -253,6 +253,12 @@ def test_exchanges_on_gpus_run_beside_products_and_transpose_nothing():
     beside = re.findall(r"collective-permute-start\((?s:.*?)collective-permute-done\(", text)
     is_work = re.compile(r"dot_general|cublas|mosaic_gpu")
     assert sum(bool(is_work.search(lines)) for lines in beside) >= 9 * layers
+    # Devices of one process copy by their copy engines, beside the multiprocessors' products.
+    modes = re.findall(r"collective-permute(?:-start)?\(.*\"collectives_mode\":\"(\w+)\"", text)
+    assert modes == ["COLLECTIVES_PEER_MEMORY"] * len(starts + synchronous)
+    # The second half of a product is added to the first by cuBLAS: of values, z, gate, hidden
+    # features and the feed-forward network.
+    assert text.count('"beta":1') >= 5 * layers
     # The loss alone brings gathered features, (B, L, 2, D / 2), into another order.
     assert not re.findall(rf"= bf16\[{rows},{length},\d+\]\S* (?:copy|transpose)\(", text)
     assert f"{shard}{{1,0,2}}" not in text
