@@ -77,7 +77,7 @@ FAULTS: list[tuple[str, Any, str]] = [
     ("model.num_layers", 10**6, "must be at most 100,000"),
     ("model.dropout", NAN, "must be finite"),
     ("model.num_heads", True, "True is not of type int"),
-    ("model.remat", 3, "use one of 'none', 'inputs'"),
+    ("model.remat", 3, "use one of 'off', 'none', 'inputs'"),
     ("data.heldout_files", "", "use a list of texts"),
     ("data.files", "abc.txt", "use a list of texts"),
     ("data.files", [""], "must not be empty"),
