@@ -171,7 +171,11 @@ def run(options: BenchEngineOptions) -> int:
     )
     del model
     started = time.perf_counter()
-    engine.warm_up((Features(),))
+
+    def report(count: int) -> None:
+        print(f"program {count} compiled after {time.perf_counter() - started:.0f} s", flush=True)
+
+    engine.warm_up((Features(),), report)
     print(f"compiled in {time.perf_counter() - started:.0f} s\n{_HEADER}", flush=True)
     rows: list[LoadRow] = []
     for load, requests in zip(options.load, arrivals, strict=True):
