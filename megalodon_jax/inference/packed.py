@@ -25,7 +25,7 @@ class Packed[T]:
 
     words: Int32[Array, " n"]
     structure: Any = dataclasses.field(metadata={"static": True})
-    leaves: tuple[tuple[tuple[int, ...], str], ...] = dataclasses.field(metadata={"static": True})
+    leaves: tuple[tuple[tuple[int, ...], np.dtype], ...] = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, tree: T) -> "Packed[T]":
@@ -37,21 +37,22 @@ class Packed[T]:
         leaves, structure = jax.tree.flatten(tree)
         described, pieces = [], []
         for leaf in map(np.asarray, leaves):
-            if leaf.dtype != bool and leaf.dtype.itemsize != _WORD:
+            if leaf.dtype.kind != "b" and leaf.dtype.itemsize != _WORD:
                 raise ValueError(f"a leaf is {leaf.dtype}; pack bool and dtypes of 32 bits")
-            described.append((leaf.shape, leaf.dtype.name))
-            pieces.append(leaf.tobytes().ljust(_num_words(leaf.nbytes) * _WORD, b"\0"))
+            described.append((leaf.shape, leaf.dtype))
+            data = leaf.tobytes()
+            pieces.append(data.ljust(_num_words(len(data)) * _WORD, b"\0"))
         words: Any = np.frombuffer(b"".join(pieces), np.int32)
         return cls(words, structure, tuple(described))
 
     def unpack(self) -> T:
         """The tree; call it inside `jit`."""
         leaves, start = [], 0
-        for shape, name in self.leaves:
-            dtype, size = jnp.dtype(name), int(np.prod(shape))
+        for shape, dtype in self.leaves:
+            size = int(np.prod(shape))
             count = _num_words(size * dtype.itemsize)
             words = self.words[start : start + count]
-            if name == "bool":
+            if dtype.kind == "b":
                 flat = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[:size] != 0
             else:
                 flat = jax.lax.bitcast_convert_type(words, dtype)
