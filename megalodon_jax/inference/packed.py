@@ -1,7 +1,7 @@
 """Small NumPy arrays as one array: each transfer to a device takes as long as a few kernels."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,6 +10,11 @@ from jax import numpy as jnp
 from megalodon_jax.typing import Array, Int32
 
 _WORD = 4
+
+
+class _Leaf(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +30,9 @@ class Packed[T]:
 
     words: Int32[Array, " n"]
     structure: Any = dataclasses.field(metadata={"static": True})
-    leaves: tuple[tuple[tuple[int, ...], np.dtype], ...] = dataclasses.field(metadata={"static": True})
+    leaves: tuple[tuple[tuple[int, ...], np.dtype], ...] = dataclasses.field(
+        metadata={"static": True}
+    )
 
     @classmethod
     def of(cls, tree: T) -> "Packed[T]":
@@ -39,7 +46,7 @@ class Packed[T]:
         for leaf in map(np.asarray, leaves):
             if leaf.dtype.kind != "b" and leaf.dtype.itemsize != _WORD:
                 raise ValueError(f"a leaf is {leaf.dtype}; pack bool and dtypes of 32 bits")
-            described.append((leaf.shape, leaf.dtype))
+            described.append(_Leaf(leaf.shape, leaf.dtype))
             data = leaf.tobytes()
             pieces.append(data.ljust(_num_words(len(data)) * _WORD, b"\0"))
         words: Any = np.frombuffer(b"".join(pieces), np.int32)

@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.profiler import ProfileData
 
+from megalodon_jax.bench.decode_timeline import jitted_calls, read_spans, trace_first_token
 from megalodon_jax.inference.blocks import Emitted
 from megalodon_jax.inference.engine import Engine
 from megalodon_jax.inference.packed import Packed
@@ -39,18 +39,9 @@ def first_token(engine: Engine, prompt: np.ndarray, params: SamplingParams) -> i
 def host_events(folder: Path) -> Counter[str]:
     """Calls of jitted functions by name, and transfers, in the trace of one thread."""
     (trace,) = folder.rglob("*.xplane.pb")
-    found: Counter[str] = Counter()
-    planes = ProfileData.from_file(str(trace)).planes
-    for line in (line for plane in planes for line in plane.lines if line.name == "python"):
-        end = 0.0
-        for event in sorted(line.events, key=lambda event: event.start_ns):
-            if event.name.startswith("PjitFunction"):
-                # Each call is there twice, one inside the other.
-                found[event.name] += event.start_ns >= end
-                end = max(end, event.end_ns)
-            elif event.name in ("DevicePut", "np.asarray(jax.Array)"):
-                found[event.name] += 1
-    return found
+    host, _ = read_spans(trace)
+    transfers = [span.name for span in host if span.name in ("DevicePut", "np.asarray(jax.Array)")]
+    return Counter([*transfers, *(call.name for call in jitted_calls(host))])
 
 
 @pytest.mark.parametrize("params", [PARAMS, PENALIZED], ids=["greedy", "all features"])
@@ -132,3 +123,14 @@ def test_emitted_tokens_come_back_bit_for_bit(count):
         np.testing.assert_array_equal(each.valid, valid)
         for new, old in zip(each.logprobs, (token, ids, top), strict=True):
             np.testing.assert_array_equal(new, old)
+
+
+def test_the_timeline_of_a_request_is_in_order(engine):
+    prompt = np.append(random_prompt(CHUNK, 4), random_prompt(5, 4))
+    for _ in range(2):
+        first_token(engine, prompt, PARAMS)
+    timeline = trace_first_token(engine, Request(prompt=prompt, params=PARAMS))
+    assert (timeline.programs, timeline.transfers) == (1, 1)
+    assert 0.0 < timeline.called < timeline.returned < timeline.token
+    assert "1 programs and 1 transfers" in str(timeline)
+    assert engine.is_idle
