@@ -87,7 +87,10 @@ class DecodeReport:
         for row, written in zip(self.steps, table["steps"], strict=True):
             written["tokens_per_second"] = row.tokens_per_second
             written["times_floor"] = row.times_floor
-        table["first_tokens"] = [each._asdict() for each in self.first_tokens]
+        table["first_tokens"] = [
+            each._asdict() | {"timeline": each.timeline and each.timeline._asdict()}
+            for each in self.first_tokens
+        ]
         table["prefill"] = [
             each._asdict() | {"tokens_per_second": each.tokens_per_second, "ratio": each.ratio}
             for each in self.prefill
@@ -137,10 +140,14 @@ def _measure_prompts(
     options: BenchDecodeOptions, report: DecodeReport, model: BenchModel
 ) -> Iterator[str]:
     if "first_token" in options.part:
-        for first in first_tokens(model, options.prompt, repeats=options.repeats):
+        for first in first_tokens(
+            model, options.prompt, repeats=options.repeats, profile=options.profile
+        ):
             report.first_tokens.append(first)
             known = f", {first.known:,} of them known" if first.known else ""
             yield f"first token {first.seconds * 1e3:.2f} ms, prompt of {first.prompt:,}{known}"
+            if first.timeline is not None:
+                yield str(first.timeline)
     if "prefill" in options.part:
         yield f"{'prefill':>10} {'ms':>10} {'tokens/s':>12} {'of model.hidden':>16}"
         for length in options.lengths:

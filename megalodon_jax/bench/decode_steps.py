@@ -24,11 +24,10 @@ from megalodon_jax.compiled.memory import read_memory
 from megalodon_jax.config import KvFormat, LanguageModelConfig, WeightFormat
 from megalodon_jax.inference.blocks import (
     Emitted,
-    RowRequest,
     SlotState,
     decode_block,
     empty_slots,
-    padded_stop_ids,
+    pack_start,
     start_row,
 )
 from megalodon_jax.inference.decoders import AnyDecodeWeights, cast_matrices, prepare_decoding
@@ -39,7 +38,7 @@ from megalodon_jax.inference.prefill import (
     empty_prefill_state,
     prefill_piece,
 )
-from megalodon_jax.inference.sampling import Features, SamplingParams, empty_state, sampling_row
+from megalodon_jax.inference.sampling import Features, SamplingParams, empty_state
 from megalodon_jax.language_model import LanguageModel
 from megalodon_jax.models import build_model
 from megalodon_jax.typing import Array, Int32
@@ -47,6 +46,7 @@ from megalodon_jax.typing import Array, Int32
 # A row never ends on its own.
 _NO_LIMIT = 2**30
 GREEDY = SamplingParams(temperature=0.0)
+_ENDLESS = SamplingParams(temperature=0.0, max_tokens=_NO_LIMIT)
 
 
 class Chain(NamedTuple):
@@ -109,7 +109,7 @@ class BenchModel:
             return nnx.state(cast_matrices(model)), prepare_decoding(model, weights)
 
         structure, params = nnx.split(model)
-        graphdef = HashedGraphDef(structure)
+        graphdef = HashedGraphDef.of(structure)
         return cls(graphdef, *prepared(graphdef, params), kv=kv)
 
     @property
@@ -162,11 +162,10 @@ def random_ids(rng: np.random.Generator, count: int, vocab_size: int) -> np.ndar
 def put_in_slots(slots: SlotState, states: list[PrefillState], rows: int) -> SlotState:
     """Starts greedy requests that never end in the first rows; states are used in turn."""
     vocab_size = states[0].logits.shape[1]
-    row = sampling_row(GREEDY, vocab_size=vocab_size)
-    request = RowRequest(row, jnp.int32(_NO_LIMIT), jnp.asarray(padded_stop_ids(())))
     for slot in range(rows):
         state = states[slot % len(states)]
-        slots, _ = start_row(slots, slot, state, 0, request, Features(), None)
+        start = pack_start(slot, np.int32(0), _ENDLESS, Features(), vocab_size=vocab_size)
+        slots, _ = start_row(slots, state, start, Features(), None)
     return slots
 
 

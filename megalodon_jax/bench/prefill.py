@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from megalodon_jax.bench.decode_steps import GREEDY, BenchModel, random_ids
+from megalodon_jax.bench.decode_timeline import Timeline, trace_first_token
 from megalodon_jax.config import ModelConfig
 from megalodon_jax.inference.engine import Engine
 from megalodon_jax.inference.prefill import empty_prefill_state
@@ -58,11 +59,13 @@ class FirstToken(NamedTuple):
       prompt: tokens of the prompt.
       known: of these, tokens whose state the engine's prefix cache has.
       seconds: median.
+      timeline: of one more request, if it is traced.
     """
 
     prompt: int
     known: int
     seconds: float
+    timeline: Timeline | None = None
 
 
 def prefill_speed(model: BenchModel, length: int, *, repeats: int) -> PrefillSpeed:
@@ -106,7 +109,9 @@ def median_seconds(
     return statistics.median(seconds[1:])
 
 
-def first_tokens(model: BenchModel, prompt: int, *, repeats: int) -> list[FirstToken]:
+def first_tokens(
+    model: BenchModel, prompt: int, *, repeats: int, profile: bool = False
+) -> list[FirstToken]:
     """Times to the first token through an idle engine: a cold prompt, and a known beginning.
 
     Programs are compiled by two requests of each kind before. The known beginning is one chunk,
@@ -116,28 +121,41 @@ def first_tokens(model: BenchModel, prompt: int, *, repeats: int) -> list[FirstT
       model: a MEGALODON.
       prompt: tokens of the cold prompt.
       repeats: timed requests.
+      profile: also trace one request of each kind.
     """
     rng = np.random.default_rng(0)
     config = model.model.config
     assert isinstance(config, ModelConfig)
     vocab_size = config.vocab_size
     engine = Engine(model.model, slots=2)
-    cold = _median_first_token(engine, lambda: random_ids(rng, prompt, vocab_size), repeats)
+
+    def unknown() -> np.ndarray:
+        return random_ids(rng, prompt, vocab_size)
+
+    def trace(next_prompt: Callable[[], np.ndarray]) -> Timeline | None:
+        return trace_first_token(engine, _request(next_prompt())) if profile else None
+
+    seconds = _median_first_token(engine, unknown, repeats)
+    cold = FirstToken(prompt, 0, seconds, trace(unknown))
     engine = Engine(model.model, slots=2, prefix_cache_bytes=2**30)
     known = random_ids(rng, config.chunk_size, vocab_size)
 
     def continued() -> np.ndarray:
         return np.concatenate([known, random_ids(rng, _TAIL, vocab_size)])
 
-    hit = _median_first_token(engine, continued, repeats)
-    return [FirstToken(prompt, 0, cold), FirstToken(len(known) + _TAIL, len(known), hit)]
+    seconds = _median_first_token(engine, continued, repeats)
+    return [cold, FirstToken(len(known) + _TAIL, len(known), seconds, trace(continued))]
+
+
+def _request(prompt: np.ndarray) -> Request:
+    params = SamplingParams(temperature=GREEDY.temperature, max_tokens=_ANSWER)
+    return Request(prompt=prompt, params=params)
 
 
 def _median_first_token(engine: Engine, prompt: Callable[[], np.ndarray], repeats: int) -> float:
-    params = SamplingParams(temperature=GREEDY.temperature, max_tokens=_ANSWER)
     seconds = []
     for _ in range(repeats + 2):
-        request = Request(prompt=prompt(), params=params)
+        request = _request(prompt())
         started = time.perf_counter()
         stream = engine.submit(request)
         while not stream.tokens:

@@ -1,6 +1,7 @@
 """Device programs of generation: rows enter slots, and blocks of decoding steps run over them."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from megalodon_jax.inference.decoders import AnyDecodeWeights, decode
+from megalodon_jax.inference.packed import Packed
 from megalodon_jax.inference.prefill import PrefillState
 from megalodon_jax.inference.rows import (
     constrain_cache,
@@ -17,7 +19,16 @@ from megalodon_jax.inference.rows import (
     set_rows,
     take_row,
 )
-from megalodon_jax.inference.sampling import Drawn, Features, Logprobs, SamplingState, draw
+from megalodon_jax.inference.sampling import (
+    Drawn,
+    Features,
+    Logprobs,
+    SamplingParams,
+    SamplingState,
+    draw,
+    fill_row,
+    sampling_row,
+)
 from megalodon_jax.inference.weights import DecodeWeights
 from megalodon_jax.typing import Array, Bool, Float32, Int32
 
@@ -49,7 +60,7 @@ class RowRequest(NamedTuple):
     """Arrays of a request for its slot, besides its prefilled cache: NumPy or traced.
 
     Attributes:
-      sampling: from `sampling_row`.
+      sampling: from `sampling_row`, for the features of the draw.
       remaining: tokens that it may draw, at least 1.
       stop_ids: padded with -1, (16,).
     """
@@ -59,18 +70,64 @@ class RowRequest(NamedTuple):
     stop_ids: Any
 
 
-class Emitted(NamedTuple):
-    """Tokens of some steps.
+class RowStart[T](NamedTuple):
+    """A request, its slot, and where in the source of its state it is.
 
     Attributes:
-      tokens: drawn tokens; -1 where the slot was not active.
-      logprobs: their log-probabilities.
-      valid: see `sampling.Drawn`.
+      slot: index, int32.
+      source: for `start_row`, the row of the prefilled state, int32; for `start_known_row`, a
+        `known_prompt.Continuation`.
+      request: the request.
     """
 
-    tokens: Int32[Array, "n B"]
-    logprobs: Logprobs
-    valid: Bool[Array, "n B"]
+    slot: Any
+    source: T
+    request: RowRequest
+
+
+class Emitted(NamedTuple):
+    """Tokens of some steps, as one array, which the host reads at once.
+
+    Attributes:
+      words: of every token, its id, whether it is valid, the bits of its log-probability, the k
+        most probable ids, and the bits of their log-probabilities; on the device or the host.
+    """
+
+    words: Int32[Array, "n B w"]
+
+    @classmethod
+    def of(
+        cls, tokens: Int32[Array, "n B"], logprobs: Logprobs, valid: Bool[Array, "n B"]
+    ) -> "Emitted":
+        """Joins the arrays; call it inside `jit`."""
+
+        def bits(x: Array) -> Array:
+            return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+        single = jnp.stack([tokens, valid.astype(jnp.int32), bits(logprobs.token)], axis=-1)
+        return cls(jnp.concatenate([single, logprobs.top_ids, bits(logprobs.top)], axis=-1))
+
+    @classmethod
+    def empty(cls, steps: int, rows: int, features: Features) -> "Emitted":
+        """Steps without tokens, of the shape of those with these features."""
+        return cls(jnp.full((steps, rows, 3 + 2 * (features.logprobs or 0)), -1, jnp.int32))
+
+    @property
+    def tokens(self) -> Int32[Array, "n B"]:
+        """Drawn tokens; -1 where the slot was not active."""
+        return self.words[..., 0]
+
+    @property
+    def valid(self) -> Bool[Array, "n B"]:
+        """See `sampling.Drawn`."""
+        return self.words[..., 1] != 0
+
+    @property
+    def logprobs(self) -> Logprobs:
+        """Log-probabilities of the tokens."""
+        floats = self.words.view(np.float32)
+        end = (self.words.shape[-1] + 3) // 2
+        return Logprobs(floats[..., 2], self.words[..., 3:end], floats[..., end:])
 
 
 def padded_stop_ids(stop_ids: tuple[int, ...]) -> np.ndarray:
@@ -81,9 +138,33 @@ def padded_stop_ids(stop_ids: tuple[int, ...]) -> np.ndarray:
     """
     if len(stop_ids) > MAX_STOP_IDS:
         raise ValueError(f"{len(stop_ids)} stop ids; use at most {MAX_STOP_IDS}")
-    return np.pad(
-        np.asarray(stop_ids, np.int32), (0, MAX_STOP_IDS - len(stop_ids)), constant_values=-1
+    padded = np.full(MAX_STOP_IDS, -1, np.int32)
+    padded[: len(stop_ids)] = stop_ids
+    return padded
+
+
+def pack_start[T](
+    slot: int,
+    source: T,
+    params: SamplingParams,
+    features: Features,
+    *,
+    vocab_size: int,
+    num_tokens: int | None = None,
+    prompt: Sequence[int] | np.ndarray = (),
+    seed: int | None = None,
+) -> Packed[RowStart[T]]:
+    """A `RowStart` from a request's parameters; arguments and errors as `sampling_row`."""
+    row = sampling_row(
+        params,
+        vocab_size=vocab_size,
+        num_tokens=num_tokens,
+        prompt=prompt,
+        seed=seed,
+        features=features,
     )
+    request = RowRequest(row, np.int32(params.max_tokens), padded_stop_ids(params.stop_ids))
+    return Packed.of(RowStart(np.int32(slot), source, request))
 
 
 def empty_slots(cache: Any, sampling: SamplingState) -> SlotState:
@@ -99,13 +180,11 @@ def empty_slots(cache: Any, sampling: SamplingState) -> SlotState:
     )
 
 
-@partial(jax.jit, static_argnums=5, donate_argnums=0)
+@partial(jax.jit, static_argnums=3, donate_argnums=0)
 def start_row(
     slots: SlotState,
-    slot: Int32[Array, ""],
     prefilled: PrefillState,
-    row: Int32[Array, ""],
-    request: RowRequest,
+    start: Packed[RowStart[Int32[Array, ""]]],
     features: Features,
     logits_mask: Int32[Array, "1 W"] | None = None,
 ) -> tuple[SlotState, Emitted]:
@@ -113,16 +192,15 @@ def start_row(
 
     Args:
       slots: donated.
-      slot: index.
       prefilled: not donated, so that several requests can start from a row.
-      row: index of the row in it.
-      request: the request.
+      start: the slot, the row of `prefilled` and the request.
       features: must cover the request's.
       logits_mask: allowed tokens of the first draw, see `sampling.draw`.
 
     Returns:
       The slots, and the first token (n = B = 1).
     """
+    slot, row, request = start.unpack()
     cache, logits = replicate(take_row(prefilled, row))
     slots = slots._replace(cache=put_row(slots.cache, slot, cache))
     return put_request(slots, slot, logits, request, features, logits_mask)
@@ -130,16 +208,17 @@ def start_row(
 
 def put_request(
     slots: SlotState,
-    slot: Int32[Array, ""] | int,
+    slot: Int32[Array, ""],
     logits: Float32[Array, "1 V"],
     request: RowRequest,
     features: Features,
     logits_mask: Int32[Array, "1 W"] | None,
 ) -> tuple[SlotState, Emitted]:
     """`start_row` where the slot's cache and the row's scores are ready; call it inside `jit`."""
-    sampling = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], request.sampling)
+    filled = fill_row(request.sampling, vocab_size=logits.shape[1])
+    sampling = jax.tree.map(lambda leaf: leaf[None], filled)
     drawn = draw(logits, sampling, features, logits_mask=logits_mask)
-    ended = _ends(drawn.tokens, request.stop_ids[None], jnp.asarray(request.remaining)[None])
+    ended = _ends(drawn.tokens, request.stop_ids[None], request.remaining[None])
     started = SlotState(
         slots.cache,
         put_row(slots.sampling, slot, drawn.state),
@@ -257,7 +336,7 @@ def _ends(
 
 
 def _emitted(drawn: Drawn, active: Bool[Array, " B"]) -> Emitted:
-    return Emitted(jnp.where(active, drawn.tokens, -1), drawn.logprobs, drawn.valid)
+    return Emitted.of(jnp.where(active, drawn.tokens, -1), drawn.logprobs, drawn.valid)
 
 
 def first_rows[T](tree: T, rows: int) -> T:

@@ -18,11 +18,10 @@ from megalodon_jax.config import KvFormat, ModelConfig, WeightFormat
 from megalodon_jax.errors import EngineBusyError, RequestError
 from megalodon_jax.inference.blocks import (
     Emitted,
-    RowRequest,
     deactivate,
     decode_block,
     move_slot,
-    padded_stop_ids,
+    pack_start,
     start_row,
 )
 from megalodon_jax.inference.decoders import ModelWeights
@@ -35,7 +34,7 @@ from megalodon_jax.inference.prefix_cache import PrefixCache
 from megalodon_jax.inference.request_limits import RequestLimits
 from megalodon_jax.inference.requests import Request, Stream, TokenLogprobs, logits_masks
 from megalodon_jax.inference.rows import extract_row
-from megalodon_jax.inference.sampling import Features, sampling_row
+from megalodon_jax.inference.sampling import Features
 from megalodon_jax.inference.scheduling import (
     FEATURE_SETS,
     Buckets,
@@ -142,7 +141,7 @@ class Engine:
         )
         self._fill_slots_first, self._short_blocks = fill_slots_first, short_blocks
         structure, params = nnx.split(model)
-        graphdef = HashedGraphDef(structure)
+        graphdef = HashedGraphDef.of(structure)
         if mesh is not None:
             params = jax.device_put(params, shardings_of(params, mesh))
         with self._devices():
@@ -297,6 +296,8 @@ class Engine:
                     row.streams.remove(stream)
         if not any(row.waiting for row in job.rows):
             self._job = None
+            if self._fewest_rows == 1:
+                self._prefiller.prepare()
 
     def _start_known(self) -> bool:
         """Starts the next request at once if the prefix cache knows all but its last tokens."""
@@ -304,8 +305,8 @@ class Engine:
         if not prompt:
             return False
         (stream,) = self._waiting.get()
-        tokens = np.asarray(stream.request.prompt, np.int32)
-        self._occupy(stream, tokens, start_known_row, self._weights, prompt)
+        source = self._weights, prompt.states
+        self._occupy(stream, stream.request.tokens, prompt.continuation, start_known_row, *source)
         return True
 
     def _start(self, stream: Stream, job: PrefillJob, index: int) -> None:
@@ -318,27 +319,24 @@ class Engine:
             # the state after the prompt, and the answer's tokens wait in it.
             cache = extract_row(job.state.cache, index)
             stream.session = Session.take(cache, (), self._fingerprint)
-        self._occupy(stream, job.rows[index].tokens, start_row, job.state, index)
+        self._occupy(stream, job.rows[index].tokens, np.int32(index), start_row, job.state)
 
     def _occupy(
-        self, stream: Stream, prompt: np.ndarray, start: Callable[..., Any], *source: Any
+        self, stream: Stream, prompt: np.ndarray, place: Any, start: Callable[..., Any], *state: Any
     ) -> None:
         """Puts a stream into a free slot, and draws its first token by `start`."""
-        slot = self._streams.index(None)
-        params = dataclasses.replace(stream.request.params, seed=stream.seed)
-        sampling = sampling_row(
-            params, vocab_size=self._num_outputs, num_tokens=self._num_tokens, prompt=prompt
-        )
-        self._state, emitted = start(
-            self._state,
-            slot,
-            *source,
-            RowRequest(sampling, np.int32(params.max_tokens), padded_stop_ids(params.stop_ids)),
-            covering([stream.request.features]),
-            logits_masks([stream], self._num_outputs),
-        )
+        slot, params = self._streams.index(None), stream.request.params
+        if params.seed not in (None, stream.seed):
+            params = dataclasses.replace(params, seed=stream.seed)
+        features = covering([stream.request.features])
+        packed = pack_start(
+            slot, place, params, features, vocab_size=self._num_outputs,
+            num_tokens=self._num_tokens, prompt=prompt, seed=stream.seed,
+        )  # fmt: skip
+        mask = logits_masks([stream], self._num_outputs)
+        self._state, emitted = start(self._state, *state, packed, features, mask)
         self._streams[slot] = stream
-        self._pending.append(_Pending(emitted, [stream], 1))
+        self._add_pending(emitted, [stream], 1)
         if self._speculator is not None:
             self._speculator.start(slot, prompt, emitted)
 
@@ -366,7 +364,7 @@ class Engine:
             self._state, emitted, expected = self._speculator.decode_block(
                 self._weights, self._state, rows, remaining, features
             )
-            self._pending.append(_Pending(emitted, list(streams), expected, is_speculative=True))
+            self._add_pending(emitted, streams, expected, is_speculative=True)
             return False
         length = block_length(
             remaining,
@@ -378,17 +376,22 @@ class Engine:
         self._state, emitted = decode_block(
             self._weights, self._state, rows, length, features, mask
         )
-        self._pending.append(_Pending(emitted, list(streams), length))
+        self._add_pending(emitted, streams, length)
         if self._speculator is not None:
             self._speculator.add(emitted)
         return is_constrained
+
+    def _add_pending(self, emitted: Emitted, *rest: Any, **options: bool) -> None:
+        emitted.words.copy_to_host_async()
+        self._pending.append(_Pending(emitted, *rest, **options))
 
     def _read_all(self) -> None:
         while self._pending:
             self._read(self._pending.popleft())
 
     def _read(self, pending: _Pending) -> None:
-        tokens, logprobs, valid = jax.device_get(pending.emitted)
+        emitted = jax.device_get(pending.emitted)
+        tokens, logprobs, valid = emitted.tokens, emitted.logprobs, emitted.valid
         if self._speculator is not None and pending.is_speculative:
             self._speculator.count(tokens)
         for column, stream in enumerate(pending.streams):

@@ -1,6 +1,7 @@
 """A model's structure as a static argument of the programs of prefill."""
 
-from typing import Any
+import weakref
+from typing import Any, Self
 
 from flax import nnx
 
@@ -12,11 +13,17 @@ class HashedGraphDef(nnx.GraphDef[Any]):
     all of its nodes: half a millisecond for mega200M, of the six before a first token.
     """
 
-    __slots__ = ("_hash",)
+    __slots__ = ("__weakref__", "_hash")
 
     def __init__(self, graphdef: nnx.GraphDef[Any]):
         super().__init__(graphdef.nodes, graphdef.attributes, graphdef.num_leaves)
         object.__setattr__(self, "_hash", hash(graphdef))
+
+    @classmethod
+    def of(cls, graphdef: nnx.GraphDef[Any]) -> Self:
+        """The same object for equal structures: comparing two takes 0.1 ms in every call."""
+        new = cls(graphdef)
+        return _interned.setdefault(new, new)
 
     def __hash__(self) -> int:
         return self._hash
@@ -27,3 +34,6 @@ class HashedGraphDef(nnx.GraphDef[Any]):
         return isinstance(other, HashedGraphDef) and (
             (self.nodes, self.attributes) == (other.nodes, other.attributes)
         )
+
+
+_interned: "weakref.WeakValueDictionary[Any, Any]" = weakref.WeakValueDictionary()

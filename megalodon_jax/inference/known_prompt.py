@@ -15,8 +15,9 @@ from jax import numpy as jnp
 
 from megalodon_jax.cache import Cache, LayerCache
 from megalodon_jax.config import KvFormat, ModelConfig, WeightFormat
-from megalodon_jax.inference.blocks import Emitted, RowRequest, SlotState, put_request
+from megalodon_jax.inference.blocks import Emitted, RowStart, SlotState, put_request
 from megalodon_jax.inference.decoders import AnyDecodeWeights
+from megalodon_jax.inference.packed import Packed
 from megalodon_jax.inference.prefix_cache import PrefixCache, reads_prefixes
 from megalodon_jax.inference.requests import Stream
 from megalodon_jax.inference.rows import put_row
@@ -37,18 +38,28 @@ MOST_TOKENS = 16
 """Most tokens behind a known prefix: more take a piece of prefill."""
 
 
+class Continuation(NamedTuple):
+    """Tokens behind a known beginning: NumPy or traced.
+
+    Attributes:
+      tokens: padded, int32 (T,).
+      count: their number, at least 1, int32.
+    """
+
+    tokens: Any
+    count: Any
+
+
 class KnownPrompt(NamedTuple):
-    """A prompt whose beginning is in the prefix cache: NumPy or traced.
+    """A prompt whose beginning is in the prefix cache.
 
     Attributes:
       states: one row after the beginning, without keys and values.
-      tokens: the tokens behind it, padded, int32 (1, T).
-      count: their number, at least 1.
+      continuation: the tokens behind it.
     """
 
     states: Cache
-    tokens: Any
-    count: Any
+    continuation: Continuation
 
 
 class KnownPrompts(NamedTuple):
@@ -88,7 +99,7 @@ class KnownPrompts(NamedTuple):
         keeps_prompt = request.keep_session and request.params.stop
         if len(streams) > 1 or keeps_prompt or not reads_prefixes(request):
             return None
-        tokens = np.asarray(request.prompt, np.int32)
+        tokens = request.tokens
         # A prompt that fills a chunk is a new prefix, which prefill keeps.
         count = len(tokens) % self.prefixes.chunk_size
         if not 0 < count <= self.size:
@@ -96,23 +107,22 @@ class KnownPrompts(NamedTuple):
         known, states = self.prefixes.states(tokens)
         if states is None or known + count < len(tokens):
             return None
-        padded = np.zeros((1, self.size), np.int32)
-        padded[0, :count] = tokens[known:]
-        return KnownPrompt(states, padded, np.int32(count))
+        padded = np.zeros(self.size, np.int32)
+        padded[:count] = tokens[known:]
+        return KnownPrompt(states, Continuation(padded, np.int32(count)))
 
     def example(self, cache: Cache) -> KnownPrompt:
         """A prompt of the same shapes, to compile the program; `cache` has a row or more."""
         states = self.prefixes.warm_up(cache)
-        return KnownPrompt(states, np.zeros((1, self.size), np.int32), np.int32(1))
+        return KnownPrompt(states, Continuation(np.zeros(self.size, np.int32), np.int32(1)))
 
 
-@partial(jax.jit, static_argnums=5, donate_argnums=0)
+@partial(jax.jit, static_argnums=4, donate_argnums=0)
 def start_known_row(
     slots: SlotState,
-    slot: Int32[Array, ""] | int,
     weights: DecodeWeights,
-    prompt: KnownPrompt,
-    request: RowRequest,
+    states: Cache,
+    start: Packed[RowStart[Continuation]],
     features: Features,
     logits_mask: Int32[Array, "1 W"] | None = None,
 ) -> tuple[SlotState, Emitted]:
@@ -120,24 +130,23 @@ def start_known_row(
 
     Args:
       slots: donated.
-      slot: index.
       weights: from `prepare`.
-      prompt: the prompt; its states are not donated.
-      request: the request.
+      states: of the prefix, see `KnownPrompt`; not donated.
+      start: the slot, the tokens behind the prefix and the request.
       features: must cover the request's.
       logits_mask: allowed tokens of the first draw, see `sampling.draw`.
 
     Returns:
       The slots, and the first token (n = B = 1).
     """
-    states, old = prompt.states, slots.cache
-    tokens = jnp.asarray(prompt.tokens)[0]
+    slot, (tokens, count), request = start.unpack()
+    old = slots.cache
     config, position = weights.config, jnp.arange(len(tokens), dtype=jnp.int32)
     norm = states.layers[0].norm
     row = _LastTokens(
         config,
-        jnp.reshape(prompt.count, 1),
-        jnp.asarray(slot, jnp.int32),
+        count[None],
+        slot,
         rotation_of(config, position),
         None if norm is None else norm.count,
     )
@@ -149,12 +158,12 @@ def start_known_row(
     num_complete = config.num_layers - config.skip_attention
     unchanged = (_put_before(layer, slot) for layer in layers[num_complete:])
     cache = Cache(
-        put_row(old.position, slot, states.position + prompt.count),
+        put_row(old.position, slot, states.position + count),
         put_row(old.segment, slot, jnp.maximum(states.segment, 1)),
         (*layers[:num_complete], *unchanged),
         final_norm,
     )
-    scores = jax.lax.dynamic_slice_in_dim(logits, prompt.count - 1, 1)
+    scores = jax.lax.dynamic_slice_in_dim(logits, count - 1, 1)
     return put_request(slots._replace(cache=cache), slot, scores, request, features, logits_mask)
 
 
@@ -180,7 +189,7 @@ def _row_layer(before: LayerCache, slots: LayerCache) -> Any:
     return slots._replace(norm=norm, cema=cema)
 
 
-def _put_before(layer: Any, slot: Int32[Array, ""] | int) -> LayerCache:
+def _put_before(layer: Any, slot: Int32[Array, ""]) -> LayerCache:
     """The slots' states with those before the tokens in the row's slot."""
 
     def put(state: _RowState | None) -> Any:

@@ -42,7 +42,7 @@ class PromptRow:
     def of(cls, streams: list[Stream]) -> "PromptRow":
         """The row of some samples of one request."""
         request = streams[0].request
-        tokens = np.asarray(request.prompt, np.int32)
+        tokens = request.tokens
         if request.session is not None:
             tokens = np.concatenate([np.asarray(request.session.pending, np.int32), tokens])
         return cls(streams, tokens)
@@ -72,10 +72,22 @@ class Prefiller:
     max_length: int | None
     prefixes: PrefixCache | None
     kv: KvFormat = "model"
+    _spare: PrefillState | None = None
 
     def empty_state(self, rows: int) -> PrefillState:
         """The state of rows before their first token."""
         return empty_prefill_state(self.graphdef, self.params, rows, self.max_length, self.kv)
+
+    def prepare(self) -> None:
+        """Makes the empty state of the next prompt, which otherwise runs before its first piece."""
+        if self._spare is None:
+            self._spare = self.empty_state(1)
+
+    def _take_empty(self, rows: int) -> PrefillState:
+        if rows > 1 or self._spare is None:
+            return self.empty_state(rows)
+        state, self._spare = self._spare, None
+        return state
 
     def next_job(
         self, waiting: FairQueue[list[Stream]], most: int, batch_sizes: tuple[int, int]
@@ -99,7 +111,7 @@ class Prefiller:
 
     def begin(self, rows: Sequence[PromptRow], batch_size: int) -> "PrefillJob":
         """A job of up to `batch_size` prompts, whose pieces have the same sizes."""
-        state = self.empty_state(batch_size)
+        state = self._take_empty(batch_size)
         starts = []
         for index, row in enumerate(rows):
             start, cache = 0, None

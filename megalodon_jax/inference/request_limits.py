@@ -8,7 +8,7 @@ from megalodon_jax.cache import MAX_POSITION
 from megalodon_jax.errors import RequestError
 from megalodon_jax.inference.blocks import padded_stop_ids
 from megalodon_jax.inference.requests import Request, check_prompt
-from megalodon_jax.inference.sampling import MAX_LOGPROBS, sampling_row
+from megalodon_jax.inference.sampling import MAX_LOGPROBS, check_sampling
 
 
 class RequestLimits(NamedTuple):
@@ -49,6 +49,7 @@ class RequestLimits(NamedTuple):
             raise RequestError(f"prompt_logprobs is {wanted}; use 0 to {MAX_LOGPROBS}, or None")
         try:
             padded_stop_ids(params.stop_ids)
-            sampling_row(params, vocab_size=self.num_outputs, num_tokens=self.num_tokens, seed=0)
+            num_tokens = self.num_outputs if self.num_tokens is None else self.num_tokens
+            check_sampling(params, self.num_outputs, num_tokens, seed=0)
         except ValueError as error:
             raise RequestError(str(error)) from error

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -46,6 +47,11 @@ class Request:
     client: str = ""
     prompt_logprobs: int | None = None
     logits_mask: LogitsMask | None = None
+
+    @functools.cached_property
+    def tokens(self) -> Int32[np.ndarray, " n"]:
+        """The prompt of a valid request as an array."""
+        return np.asarray(self.prompt, np.int32)
 
     @property
     def features(self) -> Features:

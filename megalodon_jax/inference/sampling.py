@@ -19,8 +19,8 @@ from megalodon_jax.typing import Array, Bool, Float32, Int32
 
 __all__ = [
     "MAX_LOGPROBS", "Drawn", "DrawnPositions", "Features", "Logprobs", "SamplingParams",
-    "SamplingState", "advance", "draw", "draw_positions", "empty_state", "sampling_row",
-    "token_logprobs",
+    "SamplingState", "advance", "check_sampling", "draw", "draw_positions", "empty_state",
+    "fill_row", "sampling_row", "token_logprobs",
 ]  # fmt: skip
 
 _MASK_BITS = 32
@@ -118,6 +118,7 @@ def sampling_row(
     num_tokens: int | None = None,
     prompt: Sequence[int] | Int[np.ndarray, " n"] = (),
     seed: int | None = None,
+    features: Features | None = None,
 ) -> SamplingState:
     """The state of one request before its first draw: NumPy arrays without the slot axis.
 
@@ -128,26 +129,21 @@ def sampling_row(
         all.
       prompt: the prompt's token ids, for the repetition penalty.
       seed: used where `params.seed` is None; 0 to 2^64 - 1.
+      features: of the draw that starts the row; rows of V numbers that it does not read, and the
+        counts, are then None, for `fill_row`. None: all rows are there.
 
     Raises:
-      ValueError: a bias or stop id is not below `num_tokens`, or sampling has no seed.
+      ValueError: as `check_sampling`, or a prompt's id is not below `vocab_size`.
     """
     num_tokens = vocab_size if num_tokens is None else num_tokens
-    if not 1 <= num_tokens <= vocab_size:
-        raise ValueError(f"num_tokens is {num_tokens}; use 1 to vocab_size {vocab_size}")
-    for name, ids in (("logit_bias", params.logit_bias), ("stop_ids", params.stop_ids)):
-        if wrong := [token for token in ids if token >= num_tokens]:
-            raise ValueError(f"{name} has token {wrong[0]}; use ids below {num_tokens}")
-    prompt_ids = np.asarray(prompt, np.int64)
-    if wrong := prompt_ids[(prompt_ids < 0) | (prompt_ids >= vocab_size)].tolist():
-        raise ValueError(f"prompt has token {wrong[0]}; use ids below {vocab_size}")
     seed = seed if params.seed is None else params.seed
-    if seed is None and params.temperature > 0.0:
-        raise ValueError(f"sampling at temperature {params.temperature} needs a seed; pass one")
-    bias = np.zeros(vocab_size, np.float32)
-    bias[list(params.logit_bias)] = list(params.logit_bias.values())
-    in_prompt = np.zeros(vocab_size, bool)
-    in_prompt[prompt_ids] = True
+    check_sampling(params, vocab_size, num_tokens, seed)
+    bias = in_prompt = None
+    if features is None or features.bias:
+        bias = np.zeros(vocab_size, np.float32)
+        bias[list(params.logit_bias)] = list(params.logit_bias.values())
+    if features is None or features.penalties:
+        in_prompt = _in_prompt(prompt, vocab_size)
     upper, lower = divmod(seed or 0, 2**32)
     values: dict[str, Any] = {
         "temperature": np.float32(params.temperature),
@@ -158,13 +154,44 @@ def sampling_row(
         "presence": np.float32(params.presence_penalty),
         "frequency": np.float32(params.frequency_penalty),
         "bias": bias,
-        "counts": np.zeros(vocab_size, np.int32),
+        "counts": np.zeros(vocab_size, np.int32) if features is None else None,
         "in_prompt": in_prompt,
         "seed": np.array([upper, lower], np.uint32),
         "position": np.int32(0),
         "num_tokens": np.int32(num_tokens),
     }
     return SamplingState(**values)
+
+
+def check_sampling(
+    params: SamplingParams, vocab_size: int, num_tokens: int, seed: int | None
+) -> None:
+    """Raises ValueError for parameters that do not fit the vocabulary, or sampling without seed."""
+    if not 1 <= num_tokens <= vocab_size:
+        raise ValueError(f"num_tokens is {num_tokens}; use 1 to vocab_size {vocab_size}")
+    for name, ids in (("logit_bias", params.logit_bias), ("stop_ids", params.stop_ids)):
+        if wrong := [token for token in ids if token >= num_tokens]:
+            raise ValueError(f"{name} has token {wrong[0]}; use ids below {num_tokens}")
+    if seed is None and params.temperature > 0.0:
+        raise ValueError(f"sampling at temperature {params.temperature} needs a seed; pass one")
+
+
+def fill_row(row: SamplingState, *, vocab_size: int) -> SamplingState:
+    """A row of `sampling_row` with zeros for None; call it inside `jit`."""
+    dtypes = {"bias": jnp.float32, "counts": jnp.int32, "in_prompt": bool}
+    missing = [name for name in dtypes if getattr(row, name) is None]
+    return row._replace(**{name: jnp.zeros(vocab_size, dtypes[name]) for name in missing})
+
+
+def _in_prompt(
+    prompt: Sequence[int] | Int[np.ndarray, " n"], vocab_size: int
+) -> Bool[np.ndarray, " V"]:
+    ids = np.asarray(prompt, np.int64)
+    if wrong := ids[(ids < 0) | (ids >= vocab_size)].tolist():
+        raise ValueError(f"prompt has token {wrong[0]}; use ids below {vocab_size}")
+    found = np.zeros(vocab_size, bool)
+    found[ids] = True
+    return found
 
 
 def empty_state(slots: int, *, vocab_size: int) -> SamplingState:

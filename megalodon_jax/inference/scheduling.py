@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 
 from megalodon_jax.inference.sampling import MAX_LOGPROBS, Features
@@ -114,6 +115,11 @@ def block_length(
 
 def covering(features: Iterable[Features]) -> Features:
     """The first of `FEATURE_SETS` that covers all of them."""
+    return _covering(frozenset(features))
+
+
+@functools.cache
+def _covering(features: frozenset[Features]) -> Features:
     needed = Features()
     for each in features:
         needed = needed.union(each)

@@ -9,6 +9,7 @@ may change places. Nothing is read on the host, so blocks of steps overlap as in
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -167,7 +168,7 @@ def _step(
     cache = commit(weights, cache, pending, counts)
     last = jnp.take_along_axis(drawn.tokens, jnp.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
     is_emitted = jnp.arange(num_drafts + 1) < counts[:, None]
-    emitted = Emitted(jnp.where(is_emitted, drawn.tokens, -1), drawn.logprobs, drawn.valid)
+    emitted = Emitted.of(jnp.where(is_emitted, drawn.tokens, -1), drawn.logprobs, drawn.valid)
     state = state._replace(
         sampling=advance(state.sampling, drawn.tokens, counts, features),
         token=jnp.where(state.active, last, state.token),
@@ -236,7 +237,7 @@ class Speculator:
         window = self.settings.window
         kept = np.asarray(prompt, np.int32)[-window:]
         kept = np.pad(kept, (window - len(kept), 0), constant_values=-1)
-        self._history = _start(self._history, slot, kept[None], first.tokens)
+        self._history = _start(self._history, slot, kept[None], first)
 
     def move(self, source: int, target: int) -> None:
         """Moves a slot's history."""
@@ -244,7 +245,7 @@ class Speculator:
 
     def add(self, emitted: Emitted) -> None:
         """Adds the tokens of a plain block to the histories."""
-        self._history = _add(self._history, emitted.tokens)
+        self._history = _add(self._history, emitted)
 
     def decode_block(
         self,
@@ -298,19 +299,16 @@ class Speculator:
     ) -> SlotState:
         """Compiles everything; the slots must have no requests."""
         for rows in buckets:
-            for length in BLOCK_LENGTHS:
-                self._history = _add(self._history, jnp.full((length, rows), -1, jnp.int32))
+            for length, each in itertools.product(BLOCK_LENGTHS, features):
+                self._history = _add(self._history, Emitted.empty(length, rows, each))
             for each in features if self.runs(rows) else ():
                 for length in SPECULATIVE_LENGTHS:
                     slots, self._history, _ = speculative_block(
                         weights, slots, self._history, rows, length, each, self.settings.num_drafts
                     )
-        self._history = _start(
-            self._history,
-            0,
-            np.full((1, self.settings.window), -1, np.int32),
-            jnp.full((1, 1), -1, jnp.int32),
-        )
+        prompt = np.full((1, self.settings.window), -1, np.int32)
+        for each in features:
+            self._history = _start(self._history, 0, prompt, Emitted.empty(1, 1, each))
         self.move(0, 0)
         return slots
 
@@ -323,9 +321,9 @@ def _start(
     history: Int32[Array, "S W"],
     slot: Int32[Array, ""],
     prompt: Int32[Array, "1 W"],
-    first: Int32[Array, "1 1"],
+    first: Emitted,
 ) -> Int32[Array, "S W"]:
-    return put_row(history, slot, append_tokens(prompt, first, jnp.ones(1, jnp.int32)))
+    return put_row(history, slot, append_tokens(prompt, first.tokens, jnp.ones(1, jnp.int32)))
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -336,6 +334,7 @@ def _move(
 
 
 @partial(jax.jit, donate_argnums=0)
-def _add(history: Int32[Array, "S W"], tokens: Int32[Array, "n B"]) -> Int32[Array, "S W"]:
+def _add(history: Int32[Array, "S W"], emitted: Emitted) -> Int32[Array, "S W"]:
+    tokens = emitted.tokens
     counts = jnp.sum(tokens >= 0, axis=0, dtype=jnp.int32)
     return set_rows(history, append_tokens(history[: tokens.shape[1]], tokens.T, counts))

@@ -9,16 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megalodon_jax.inference.blocks import (
-    RowRequest,
     SlotState,
     decode_block,
-    padded_stop_ids,
+    pack_start,
     start_row,
 )
 from megalodon_jax.inference.decoders import AnyDecodeWeights
 from megalodon_jax.inference.known_prompt import KnownPrompt, start_known_row
 from megalodon_jax.inference.prefill import PrefillState
-from megalodon_jax.inference.sampling import Features, SamplingParams, sampling_row
+from megalodon_jax.inference.sampling import Features, SamplingParams
 from megalodon_jax.inference.scheduling import BLOCK_LENGTHS
 
 OnCompiled = Callable[[int], None] | None
@@ -106,13 +105,14 @@ def slot_programs(
       buckets: numbers of rows that decode together.
       features: of the draws.
     """
-    row = sampling_row(SamplingParams(), vocab_size=states[0].logits.shape[1], seed=0)
-    request = RowRequest(row, np.int32(1), padded_stop_ids(()))
     for each in features:
+        options: dict[str, Any] = {"vocab_size": states[0].logits.shape[1], "seed": 0}
+        start = pack_start(0, np.int32(0), SamplingParams(), each, **options)
         for state in states:
-            yield SlotProgram(start_row, (), (0, state, 0, request, each, None))
+            yield SlotProgram(start_row, (), (state, start, each, None))
         if known is not None:
-            yield SlotProgram(start_known_row, (), (0, weights, known, request, each, None))
+            start = pack_start(0, known.continuation, SamplingParams(), each, **options)
+            yield SlotProgram(start_known_row, (), (weights, known.states, start, each, None))
         for rows in buckets:
             for length in BLOCK_LENGTHS:
                 yield SlotProgram(decode_block, (weights,), (rows, length, each, None))

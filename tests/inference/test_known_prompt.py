@@ -8,9 +8,9 @@ import pytest
 from jax import numpy as jnp
 
 from megalodon_jax.evaluation.variants import without_last_attention
-from megalodon_jax.inference.blocks import RowRequest, empty_slots, padded_stop_ids
-from megalodon_jax.inference.known_prompt import KnownPrompt, start_known_row
-from megalodon_jax.inference.sampling import Features, SamplingParams, empty_state, sampling_row
+from megalodon_jax.inference.blocks import empty_slots, pack_start
+from megalodon_jax.inference.known_prompt import Continuation, start_known_row
+from megalodon_jax.inference.sampling import Features, SamplingParams, empty_state
 from megalodon_jax.inference.step import decode
 from megalodon_jax.inference.weights import prepare
 from tests.ablations import VARIANTS
@@ -60,18 +60,19 @@ def test_a_known_prompt_equals_steps_after_the_prefix(variant: str):
         logits.append(np.asarray(scores)[0])
     caches.append(cache)
     prefix = without_slots(caches[CHUNK])
-    row = sampling_row(SamplingParams(temperature=0.0, logprobs=0), vocab_size=VOCAB)
-    request = RowRequest(row, np.int32(9), padded_stop_ids(()))
+    features = Features(logprobs=0)
+    params = SamplingParams(temperature=0.0, logprobs=0)
     for count in (1, 4, T):
-        padded = np.zeros((1, T), np.int32)
-        padded[0, :count] = tokens[CHUNK : CHUNK + count]
+        padded = np.zeros(T, np.int32)
+        padded[:count] = tokens[CHUNK : CHUNK + count]
         slots, emitted = start_known_row(
             poisoned_slots(model),
-            SLOT,
             weights,
-            KnownPrompt(prefix, padded, np.int32(count)),
-            request,
-            Features(logprobs=0),
+            prefix,
+            pack_start(
+                SLOT, Continuation(padded, np.int32(count)), params, features, vocab_size=VOCAB
+            ),
+            features,
         )
         expected, scores = caches[CHUNK + count], logits[CHUNK + count - 1]
         found = slots.cache

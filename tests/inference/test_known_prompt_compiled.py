@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,11 +11,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from megalodon_jax.compiled.hlo import parse_program
 from megalodon_jax.compiled.launches import count_launches
 from megalodon_jax.config import ModelConfig
-from megalodon_jax.inference.blocks import RowRequest, empty_slots, padded_stop_ids
+from megalodon_jax.inference.blocks import empty_slots, pack_start
 from megalodon_jax.inference.decoders import prepare_decoding
-from megalodon_jax.inference.known_prompt import KnownPrompt, start_known_row
+from megalodon_jax.inference.known_prompt import Continuation, start_known_row
 from megalodon_jax.inference.prefix_cache import PrefixCache
-from megalodon_jax.inference.sampling import Features, SamplingParams, empty_state, sampling_row
+from megalodon_jax.inference.sampling import Features, SamplingParams, empty_state
 from megalodon_jax.model import Megalodon
 from tests.kernels.in_place import copies_of
 from tests.topologies import compile_lowered, h100_device
@@ -31,19 +30,13 @@ def compile_start(num_layers: int) -> tuple[Any, Any]:
     def make():
         model = Megalodon(config, rngs=nnx.Rngs(0))
         cache = model.init_cache(SLOTS)
-        row = sampling_row(SamplingParams(temperature=0.0), vocab_size=config.num_outputs)
+        tokens = Continuation(np.zeros(TOKENS, np.int32), np.int32(TOKENS))
+        params = SamplingParams(temperature=0.0, max_tokens=1)
         return (
             empty_slots(cache, empty_state(SLOTS, vocab_size=config.num_outputs)),
-            jnp.int32(0),
             prepare_decoding(model),
-            KnownPrompt(
-                PrefixCache(1 << 30, config.chunk_size).warm_up(cache),
-                jnp.zeros((1, TOKENS), jnp.int32),
-                jnp.int32(TOKENS),
-            ),
-            RowRequest(
-                jax.tree.map(jnp.asarray, row), jnp.int32(1), jnp.array(padded_stop_ids(()))
-            ),
+            PrefixCache(1 << 30, config.chunk_size).warm_up(cache),
+            pack_start(0, tokens, params, Features(), vocab_size=config.num_outputs),
         )
 
     mesh = Mesh(np.array([h100_device()]), ("device",))
