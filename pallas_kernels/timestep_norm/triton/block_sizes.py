@@ -18,7 +18,7 @@ PROGRAMS_PER_MULTIPROCESSOR = 16
 MOMENTS_UNROLL, OUTPUTS_UNROLL, SLOPES_UNROLL, GRADIENTS_UNROLL = 8, 4, 4, 2
 
 # Splits times groups of a program that merges what splits pass to each other.
-STATE_BLOCK = 512
+STATE_BLOCK = 256
 
 
 def choose_geometry(rows: int, length: int, groups: int, features: int) -> TimestepNormGeometry:
@@ -50,7 +50,7 @@ class StateBlock(NamedTuple):
 
 
 def choose_state_block(splits: int) -> StateBlock:
-    """The program for a number of splits: at most four of them in a thread for up to 2,048."""
+    """The program for a number of splits: at most two numbers in a thread for up to 1,024."""
     block = 1 << (splits - 1).bit_length()
     groups = max(1, min(8, STATE_BLOCK // block))
-    return StateBlock(block, groups, max(1, min(16, block * groups // 128)))
+    return StateBlock(block, groups, max(1, min(16, block * groups // 64)))
