@@ -12,6 +12,7 @@ from pallas_kernels.common import mosaic_gpu
 from pallas_kernels.timestep_norm.mosaic_gpu.backward import gradients_kernel, slopes_kernel
 from pallas_kernels.timestep_norm.mosaic_gpu.forward import moments_kernel, outputs_kernel
 from pallas_kernels.timestep_norm.mosaic_gpu.operands import kernel_scratch
+from pallas_kernels.timestep_norm.row_splits.documents import pack_token_info
 from pallas_kernels.timestep_norm.row_splits.state_passing import next_slopes, previous_states
 from pallas_kernels.timestep_norm.row_splits.types import (
     TILE,
@@ -132,5 +133,11 @@ def _launch(
 
 
 MOSAIC_GPU_KERNELS = TimestepNormKernels(
-    run_moments, run_outputs, run_slopes, run_gradients, previous_states, next_slopes
+    run_moments,
+    run_outputs,
+    run_slopes,
+    run_gradients,
+    pack_token_info,
+    previous_states,
+    next_slopes,
 )

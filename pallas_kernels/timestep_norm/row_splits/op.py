@@ -50,7 +50,7 @@ def normalize_by_splits(
     if sequence_axis is None:
         starts_empty = is_known_empty(initial_state) and is_known_empty(prior)
         options = options._replace(starts_empty=starts_empty)
-        row_info = describe_rows(geometry, initial_state.count, prior.count, segment_ids, L)
+        row_info = describe_rows(options, initial_state.count, prior.count, segment_ids, L)
         initial = initial_state.mean, initial_state.var
         y, mean, var = _normalize(options, padded, *affine, initial, prior_moments, row_info)
         final_state = TimestepNormState(row_info.final_count, mean, var)

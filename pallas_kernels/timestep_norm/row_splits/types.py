@@ -142,6 +142,7 @@ class TimestepNormKernels(NamedTuple):
       slopes: (options, inputs, first_split=...) to slopes S and T (B, J, G, 2) of the splits from
         `first_split` on.
       gradients: (options, inputs) to `Gradients`.
+      token_info: as `documents.pack_token_info`, before all others.
       previous_states: as `state_passing.previous_states`, between `moments` and `outputs`.
       next_slopes: as `state_passing.next_slopes`, between `slopes` and `gradients`.
     """
@@ -150,6 +151,7 @@ class TimestepNormKernels(NamedTuple):
     outputs: Callable[..., Outputs]
     slopes: Callable[..., Any]
     gradients: Callable[..., Gradients]
+    token_info: Callable[..., Any]
     previous_states: Callable[..., Any]
     next_slopes: Callable[..., Any]
 

@@ -29,6 +29,7 @@ FEEDS_NEXT_SPLIT = tl.constexpr(8)
 FEEDS_PREVIOUS_SPLIT = tl.constexpr(16)
 COUNT = tl.constexpr(0)
 FROM_START = tl.constexpr(1)
+TO_END = tl.constexpr(2)
 FLAGS = tl.constexpr(3)
 TILE = tl.constexpr(128)
 

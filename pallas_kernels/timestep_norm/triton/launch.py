@@ -21,6 +21,7 @@ from pallas_kernels.timestep_norm.triton.block_sizes import (
     OUTPUTS_UNROLL,
     SLOPES_UNROLL,
 )
+from pallas_kernels.timestep_norm.triton.documents import run_token_info
 from pallas_kernels.timestep_norm.triton.state_passing import run_next_slopes, run_previous_states
 
 MODULE = "pallas_kernels.timestep_norm.triton.kernels"
@@ -160,7 +161,13 @@ def run_gradients(options: TimestepNormGpuOptions, inputs: KernelInputs) -> Grad
 
 
 TRITON_KERNELS = TimestepNormKernels(
-    run_moments, run_outputs, run_slopes, run_gradients, run_previous_states, run_next_slopes
+    run_moments,
+    run_outputs,
+    run_slopes,
+    run_gradients,
+    run_token_info,
+    run_previous_states,
+    run_next_slopes,
 )
 
 

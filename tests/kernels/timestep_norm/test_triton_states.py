@@ -1,4 +1,5 @@
-"""What splits pass to each other, by Triton, against sums over splits in float64."""
+"""What splits pass to each other, by Triton, against sums over splits in float64; and documents of
+packed rows, against running sums."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import pytest
 
 from pallas_kernels.common.target import find_target
 from pallas_kernels.timestep_norm.row_splits import state_passing
-from pallas_kernels.timestep_norm.row_splits.documents import describe_rows
+from pallas_kernels.timestep_norm.row_splits.documents import describe_rows, pack_token_info
 from pallas_kernels.timestep_norm.row_splits.types import (
     TILE,
     TimestepNormGeometry,
@@ -77,13 +78,11 @@ def both(function, *arguments):
     options, *arrays, (counts, prior_count, ids, length) = arguments
     rows = [jnp.asarray(counts, jnp.int32), jnp.asarray(prior_count, jnp.int32), ids, length]
     actual = getattr(options.kernels, function)(
-        options, *jax.tree.map(jnp.asarray, arrays), describe_rows(options.geometry, *rows)
+        options, *jax.tree.map(jnp.asarray, arrays), describe_rows(options, *rows)
     )
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), arrays)
-        expected = getattr(state_passing, function)(
-            options, *wide, describe_rows(options.geometry, *rows)
-        )
+        expected = getattr(state_passing, function)(options, *wide, describe_rows(options, *rows))
         assert expected.dtype == jnp.float64
         return np.asarray(actual, np.float64), np.asarray(expected)
 
@@ -119,6 +118,7 @@ def test_whole_rows(splits, offset):
         np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_packed_rows(offset):
     options = make_options(len(ROWS))
@@ -154,7 +154,7 @@ def test_other_documents_do_not_matter():
     rows = (
         jnp.asarray(INITIAL_COUNTS, jnp.int32), jnp.int32(5), segment_ids(), TILES * TILE,
     )  # fmt: skip
-    row_info = describe_rows(options.geometry, *rows)
+    row_info = describe_rows(options, *rows)
 
     def states(changed):
         summaries = given["summaries"].copy()
@@ -178,7 +178,7 @@ def test_other_documents_do_not_matter():
 def test_rows_that_start_from_nothing_read_no_initial_state():
     given = draw(2, 5, GROUPS)
     row_info = describe_rows(
-        make_options(2).geometry, jnp.zeros(2, jnp.int32), jnp.int32(0), None, TILES * TILE
+        make_options(2), jnp.zeros(2, jnp.int32), jnp.int32(0), None, TILES * TILE
     )
     zeros = jnp.zeros((2, GROUPS))
     results = [
@@ -199,9 +199,7 @@ def test_means_keep_the_digits_that_a_large_offset_takes():
     summaries[0, :, 0] = np.stack(
         [np.full(splits - 1, 128.0), np.full(splits - 1, 1000.0), offsets, 0 * offsets], axis=1
     )
-    row_info = describe_rows(
-        options.geometry, jnp.zeros(1, jnp.int32), jnp.int32(0), None, TILES * TILE
-    )
+    row_info = describe_rows(options, jnp.zeros(1, jnp.int32), jnp.int32(0), None, TILES * TILE)
     zeros = jnp.zeros((1, groups))
     states = np.asarray(
         options.kernels.previous_states(
@@ -215,3 +213,20 @@ def test_means_keep_the_digits_that_a_large_offset_takes():
     np.testing.assert_allclose(means, expected, atol=1e-11)
     squares = [128 * np.square(offsets[: n + 1] - expected[n]).sum() for n in range(splits - 1)]
     np.testing.assert_allclose(states[:, 2], squares, rtol=1e-4, atol=1e-20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("starts_empty", [False, True])
+@pytest.mark.parametrize(("block", "tiles_per_split"), [(512, 2), (128, 3), (256, 9)])
+def test_token_info(block, tiles_per_split, starts_empty, monkeypatch):
+    """Blocks that are longer and shorter than splits, and a last one that is cut off."""
+    monkeypatch.setattr("pallas_kernels.timestep_norm.triton.documents.BLOCK", block)
+    options = make_options(len(ROWS), tiles_per_split, starts_empty=starts_empty)
+    # Ids of a sequence shard begin above 1.
+    ids = segment_ids()
+    ids = ids.at[3].set(jnp.where(ids[3] == 0, 0, ids[3] + 6))
+    counts = [0] * len(ROWS) if starts_empty else INITIAL_COUNTS
+    counts = jnp.asarray(counts, jnp.int32), jnp.int32(0 if starts_empty else 5)
+    actual = options.kernels.token_info(options, ids, *counts)
+    expected = pack_token_info(options, ids, *counts)
+    np.testing.assert_array_equal(actual, expected)
