@@ -8,8 +8,8 @@ from pallas_kernels.common import triton
 from pallas_kernels.timestep_norm.row_splits.types import TILE, TimestepNormGpuOptions
 
 MODULE = "pallas_kernels.timestep_norm.triton.document_kernels"
-# Tokens of a program.
-BLOCK = 512
+# Tokens and warps of a program.
+BLOCK, WARPS = 512, 8
 # Numbers that describe a block's documents.
 NUMBERS = 6
 
@@ -30,6 +30,7 @@ def run_token_info(
         [jax.ShapeDtypeStruct((rows, num_blocks, NUMBERS), jnp.int32)],
         grid=(num_blocks, rows),
         constants={"BLOCK": BLOCK},
+        num_warps=WARPS,
         interpret=options.interpret,
     )
     # The kernel reads no counts if all documents start from nothing.
@@ -44,6 +45,7 @@ def run_token_info(
             "BLOCKS": 1 << (num_blocks - 1).bit_length(),
             "STARTS_EMPTY": options.starts_empty,
         },
+        num_warps=WARPS,
         interpret=options.interpret,
     )
     return token_info
