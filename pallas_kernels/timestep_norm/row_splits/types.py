@@ -104,7 +104,8 @@ class Outputs(NamedTuple):
 
     Attributes:
       y: (B, L, D) normalized.
-      final_moments: mean and variance after every row's last token, (B, G) each.
+      final_moments: mean and variance after every row's last token, (B, G) each; as the Hopper
+        kernel writes them (B, G, 2, 128), after each token of the row's last tile.
       statistics: for the backward pass; see `KernelInputs`.
       pivots: likewise.
     """
@@ -120,7 +121,8 @@ class Gradients(NamedTuple):
 
     Attributes:
       dx: (B, L, D) gradient of x.
-      affine: gradients of scale and bias, (D,) each.
+      affine: gradients of scale and bias, (D,) each; as kernels write them (B, S, 2, D), from every
+        split.
       initial: (B, S, G, 2) S and T at every split's first token. In packed rows (B, S, G, 4): S and
         T summed over the tokens that start a row's first document, then over those that start
         later ones.

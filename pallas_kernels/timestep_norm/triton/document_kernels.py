@@ -114,8 +114,9 @@ def timestep_norm_token_info(
     is_later = largest > row_id
     start = tl.associative_scan(tl.where(is_start, index, start_before), 0, running_max)
     counted = tl.associative_scan(tl.where(valid, 1, 0), 0, add)
-    at_start = tl.where(is_start, counted - 1, -tokens_before)
-    count = counted - tl.associative_scan(at_start, 0, running_max)
+    # One token more than those before the document.
+    at_start = tl.where(is_start, counted, 1 - tokens_before)
+    count = 1 + counted - tl.associative_scan(at_start, 0, running_max)
     if not STARTS_EMPTY:
         of_first = tl.load(initial_count + row)
         count += tl.where(is_later, tl.load(prior_count), of_first)
