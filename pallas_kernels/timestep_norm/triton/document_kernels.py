@@ -7,6 +7,9 @@ Segment ids grow along a row, so that the documents of other blocks matter by ma
 sums over blocks.
 """
 
+# A scan returns a tensor or a tuple of them.
+# pyright: reportOperatorIssue=false
+
 import triton
 import triton.language as tl
 from triton.language.standard import _elementwise_max as larger
@@ -114,9 +117,8 @@ def timestep_norm_token_info(
     is_later = largest > row_id
     start = tl.associative_scan(tl.where(is_start, index, start_before), 0, running_max)
     counted = tl.associative_scan(tl.where(valid, 1, 0), 0, add)
-    # One token more than those before the document.
-    at_start = tl.where(is_start, counted, 1 - tokens_before)
-    count = 1 + counted - tl.associative_scan(at_start, 0, running_max)
+    at_start = tl.where(is_start, counted - 1, -tokens_before)
+    count = counted - tl.associative_scan(at_start, 0, running_max)
     if not STARTS_EMPTY:
         of_first = tl.load(initial_count + row)
         count += tl.where(is_later, tl.load(prior_count), of_first)
