@@ -22,6 +22,7 @@ from pallas_kernels.timestep_norm.types import (
     TimestepNormOutput,
     TimestepNormState,
     broadcast_to_rows,
+    empty_prior,
     moments_dtype,
 )
 
@@ -85,7 +86,7 @@ def timestep_norm(
     check_implementation("TimestepNorm", implementation, IMPLEMENTATIONS)
     name = implementation or _choose_implementation(x, num_groups)
     dtype = moments_dtype(x.dtype)
-    prior = _cast_state(prior or _empty_prior(num_groups), dtype)
+    prior = empty_prior(num_groups, dtype) if prior is None else _cast_state(prior, dtype)
     if initial_state is None:
         initial_state = broadcast_to_rows(prior, x.shape[0])
     else:
@@ -115,11 +116,6 @@ def _choose_implementation(x: Array, num_groups: int) -> Implementation:
     ):
         return "pallas_tpu"
     return "xla"
-
-
-def _empty_prior(num_groups: int) -> TimestepNormState:
-    zeros = jnp.zeros((num_groups,), jnp.float32)
-    return TimestepNormState(jnp.zeros((), jnp.int32), zeros, zeros)
 
 
 def _cast_state(state: TimestepNormState, dtype: jnp.dtype) -> TimestepNormState:

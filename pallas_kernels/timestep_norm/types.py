@@ -3,9 +3,10 @@
 B batch, L length, D model width, G groups of F = D/G features.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 # Mean and variance, or their gradients.
@@ -60,9 +61,20 @@ def merge_moments(
 
 def broadcast_to_rows(prior: TimestepNormState, num_rows: int) -> TimestepNormState:
     """The initial state of `num_rows` rows whose first documents start from the prior."""
-    return TimestepNormState(
-        *(jnp.broadcast_to(field, (num_rows, *field.shape)) for field in prior)
-    )
+    broadcast: Any = np.broadcast_to if is_known_empty(prior) else jnp.broadcast_to
+    return TimestepNormState(*(broadcast(field, (num_rows, *field.shape)) for field in prior))
+
+
+def empty_prior(num_groups: int, dtype: jnp.dtype) -> TimestepNormState:
+    """A prior of no tokens, in numpy arrays: `is_known_empty`."""
+    count: Any = np.zeros((), np.int32)
+    moments: Any = np.zeros(num_groups, dtype)
+    return TimestepNormState(count, moments, moments)
+
+
+def is_known_empty(state: TimestepNormState) -> bool:
+    """Whether a state of no tokens is known as such when the program is traced."""
+    return isinstance(state.count, np.ndarray) and not state.count.any()
 
 
 def moments_dtype(dtype: jnp.dtype) -> jnp.dtype:

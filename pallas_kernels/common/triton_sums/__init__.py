@@ -34,3 +34,20 @@ def sum_partials(partials: Float32[Array, "n *S"], *, interpret: bool) -> Float3
         interpret=interpret,
     )
     return sums.reshape(shape)
+
+
+def sum_pairs(
+    partials: Float32[Array, "n 2 D"], *, interpret: bool
+) -> tuple[Float32[Array, " D"], Float32[Array, " D"]]:
+    """As `sum_partials`, of two vectors, which need no slices then."""
+    num_partials, _, width = partials.shape
+    vector = jax.ShapeDtypeStruct((width,), jnp.float32)
+    first, second = triton.launch(
+        triton.load_kernels(MODULE, interpret=interpret).sum_pairs,
+        [partials, num_partials],
+        [vector, vector],
+        grid=(-(-width // COLUMNS), 2),
+        constants={"WIDTH": width, "ROWS": ROWS, "COLUMNS": COLUMNS},
+        interpret=interpret,
+    )
+    return first, second

@@ -12,6 +12,8 @@ from pallas_kernels.common import mosaic_gpu
 from pallas_kernels.timestep_norm.mosaic_gpu.backward import gradients_kernel, slopes_kernel
 from pallas_kernels.timestep_norm.mosaic_gpu.forward import moments_kernel, outputs_kernel
 from pallas_kernels.timestep_norm.mosaic_gpu.operands import kernel_scratch
+from pallas_kernels.timestep_norm.row_splits.documents import pack_token_info
+from pallas_kernels.timestep_norm.row_splits.state_passing import next_slopes, previous_states
 from pallas_kernels.timestep_norm.row_splits.types import (
     TILE,
     Gradients,
@@ -52,7 +54,7 @@ def run_outputs(
     )
     if not save_statistics:
         out_type = out_type._replace(statistics=None, pivots=None)
-    return _launch(
+    out: Outputs = _launch(
         options,
         partial(outputs_kernel, geometry=geometry, eps=options.eps),
         inputs,
@@ -62,6 +64,8 @@ def run_outputs(
         has_output=True,
         num_sums=geometry.groups_per_block,
     )
+    final_moments = out.final_moments[..., -1]
+    return out._replace(final_moments=(final_moments[:, :, 0], final_moments[:, :, 1]))
 
 
 def run_slopes(
@@ -86,7 +90,7 @@ def run_gradients(options: TimestepNormGpuOptions, inputs: KernelInputs) -> Grad
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     per_split = geometry.rows, geometry.splits
     sums_at_start = 2 if inputs.documents is None else 4
-    return _launch(
+    out: Gradients = _launch(
         options,
         partial(gradients_kernel, geometry=geometry),
         inputs,
@@ -100,6 +104,8 @@ def run_gradients(options: TimestepNormGpuOptions, inputs: KernelInputs) -> Grad
         has_output=True,
         num_sums=2 * geometry.groups_per_block,
     )
+    affine = out.affine.sum(axis=(0, 1))
+    return out._replace(affine=(affine[0], affine[1]))
 
 
 def _launch(
@@ -126,4 +132,12 @@ def _launch(
     )
 
 
-MOSAIC_GPU_KERNELS = TimestepNormKernels(run_moments, run_outputs, run_slopes, run_gradients)
+MOSAIC_GPU_KERNELS = TimestepNormKernels(
+    run_moments,
+    run_outputs,
+    run_slopes,
+    run_gradients,
+    pack_token_info,
+    previous_states,
+    next_slopes,
+)

@@ -91,7 +91,7 @@ def _forward(options, axis, x, scale, bias, prior, prior_count, segment_ids, *, 
     num_rows, length, _ = x.shape
     describe = partial(
         describe_rows,
-        options.geometry,
+        options,
         prior_count=prior_count,
         segment_ids=segment_ids,
         length=length,

@@ -11,6 +11,7 @@ from pallas_kernels.timestep_norm.positions import (
     token_counts,
 )
 from pallas_kernels.timestep_norm.row_splits.types import (
+    COUNT,
     DOCUMENT_START,
     FEEDS_NEXT_SPLIT,
     FEEDS_PREVIOUS_SPLIT,
@@ -20,6 +21,7 @@ from pallas_kernels.timestep_norm.row_splits.types import (
     VALID,
     TimestepNormDocuments,
     TimestepNormGeometry,
+    TimestepNormGpuOptions,
 )
 from pallas_kernels.timestep_norm.types import MeanVar
 
@@ -64,7 +66,7 @@ class RowInfo(NamedTuple):
 
 
 def describe_rows(
-    geometry: TimestepNormGeometry,
+    options: TimestepNormGpuOptions,
     initial_count: Int32[Array, " B"],
     prior_count: Int32[Array, ""],
     segment_ids: Int32[Array, "B L"] | None,
@@ -73,23 +75,28 @@ def describe_rows(
     """Counts and documents of rows of `length` tokens, without the padding of the last tile."""
     if segment_ids is None:
         return RowInfo(initial_count, prior_count, initial_count + length, None, None, None)
-    documents = document_positions(segment_ids)
-    count, _ = token_counts(documents, initial_count, prior_count)
+    token_info = options.kernels.token_info(options, segment_ids, initial_count, prior_count)
     return RowInfo(
         initial_count,
         prior_count,
-        count[:, -1],
-        _pack_token_info(geometry, documents, count),
-        documents.valid.any(axis=1),
-        _connect_splits(geometry, documents),
+        token_info[:, -1, COUNT, -1],
+        token_info,
+        (segment_ids != 0).any(axis=1),
+        _connect_splits(options.geometry, document_positions(segment_ids)),
     )
 
 
-def _pack_token_info(
-    geometry: TimestepNormGeometry, documents: DocumentPositions, count: Int32[Array, "B L"]
+def pack_token_info(
+    options: TimestepNormGpuOptions,
+    segment_ids: Int32[Array, "B L"],
+    initial_count: Int32[Array, " B"],
+    prior_count: Int32[Array, ""],
 ) -> Int32[Array, "B tiles 4 128"]:
+    """`TimestepNormDocuments.token_info`."""
+    documents = document_positions(segment_ids)
+    count, _ = token_counts(documents, initial_count, prior_count)
     rows, length = count.shape
-    split = geometry.tiles_per_split * TILE
+    split = options.geometry.tiles_per_split * TILE
     index = jnp.arange(length, dtype=jnp.int32)
     valid, starts, later, first, last = documents
     split_start = index // split * split

@@ -4,13 +4,19 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.timestep_norm.row_splits.context_parallel import normalize_shard
 from pallas_kernels.timestep_norm.row_splits.documents import RowInfo, describe_rows
 from pallas_kernels.timestep_norm.row_splits.passes import backward_pass, forward_pass
 from pallas_kernels.timestep_norm.row_splits.types import TILE, TimestepNormGpuOptions
-from pallas_kernels.timestep_norm.types import MeanVar, TimestepNormOutput, TimestepNormState
+from pallas_kernels.timestep_norm.types import (
+    MeanVar,
+    TimestepNormOutput,
+    TimestepNormState,
+    is_known_empty,
+)
 
 
 def normalize_by_splits(
@@ -42,7 +48,9 @@ def normalize_by_splits(
     affine = [pad_groups(a.astype(jnp.float32)) for a in (scale, bias)]
     prior_moments = prior.mean, prior.var
     if sequence_axis is None:
-        row_info = describe_rows(geometry, initial_state.count, prior.count, segment_ids, L)
+        starts_empty = is_known_empty(initial_state) and is_known_empty(prior)
+        options = options._replace(starts_empty=starts_empty)
+        row_info = describe_rows(options, initial_state.count, prior.count, segment_ids, L)
         initial = initial_state.mean, initial_state.var
         y, mean, var = _normalize(options, padded, *affine, initial, prior_moments, row_info)
         final_state = TimestepNormState(row_info.final_count, mean, var)
@@ -77,4 +85,20 @@ def _normalize(
     return forward_pass(options, x, scale, bias, initial, prior, row_info, save_statistics=False)[0]
 
 
-_normalize.defvjp(partial(forward_pass, save_statistics=True), backward_pass)
+def _forward_rule(options, *primals):
+    primals = custom_vjp_primal_tree_values(primals)
+    return forward_pass(options, *primals, save_statistics=True)
+
+
+def _backward_rule(options, residuals, cotangents):
+    dy, *of_moments = cotangents
+    if isinstance(dy, SymbolicZero):
+        dy = jnp.zeros_like(residuals.x)
+    if all(isinstance(cotangent, SymbolicZero) for cotangent in of_moments):
+        return backward_pass(options, residuals, (dy, None, None))
+    zeros = jnp.zeros_like(residuals.final_mean)
+    d_mean, d_var = (zeros if isinstance(a, SymbolicZero) else a for a in of_moments)
+    return backward_pass(options, residuals, (dy, d_mean, d_var))
+
+
+_normalize.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)

@@ -8,10 +8,8 @@ from jaxtyping import Array, Float
 from pallas_kernels.common.residuals import name_residuals
 from pallas_kernels.timestep_norm.row_splits.documents import RowInfo, kernel_documents
 from pallas_kernels.timestep_norm.row_splits.state_passing import (
-    final_state_slopes,
+    FinalStateGradients,
     multiply_by_count,
-    next_slopes,
-    previous_states,
 )
 from pallas_kernels.timestep_norm.row_splits.types import (
     KernelInputs,
@@ -81,11 +79,11 @@ def forward_pass(
         summaries = options.kernels.moments(options, inputs, num_splits - 1)
     else:
         summaries = summaries[:, :-1]
-    states = previous_states(summaries, initial, prior, row_info, num_splits)
+    states = options.kernels.previous_states(options, summaries, initial, prior, row_info)
     inputs = inputs._replace(previous_states=states)
     out = options.kernels.outputs(options, inputs, save_statistics=save_statistics)
     states, out = name_residuals((states, out), "timestep_norm")
-    mean, var = out.final_moments[:, :, 0, -1], out.final_moments[:, :, 1, -1]
+    mean, var = out.final_moments
     residuals = TimestepNormResiduals(
         x, scale, bias, row_info, documents, states, mean, out.statistics, out.pivots
     )
@@ -111,7 +109,7 @@ def backward_inputs(residuals: TimestepNormResiduals, dy: Float[Array, "B L D"])
 def backward_pass(
     options: TimestepNormGpuOptions,
     residuals: TimestepNormResiduals,
-    cotangents: tuple[Array, Array, Array],
+    cotangents: tuple[Array, Array | None, Array | None],
     *,
     slopes: Float[Array, "B S G 2"] | None = None,
 ) -> tuple[Array, Array, Array, MeanVar, MeanVar, None]:
@@ -120,7 +118,7 @@ def backward_pass(
     Args:
       options: static choices.
       residuals: from `forward_pass` with `save_statistics`.
-      cotangents: of y, and of mean and variance after every row.
+      cotangents: of y, and of mean and variance after every row; None where they are 0.
       slopes: of all splits, from the kernels; None computes those that are needed.
     """
     dy, d_mean, d_var = cotangents
@@ -133,15 +131,15 @@ def backward_pass(
     else:
         slopes = slopes[:, 1:]
     pivots = _last_pivots(residuals, geometry.tiles_per_split, geometry.splits)
-    final_slopes = final_state_slopes(
-        pivots, d_mean, d_var, residuals.final_mean, row_info.final_count
+    final = None
+    if d_mean is not None and d_var is not None:
+        final = FinalStateGradients(d_mean, d_var, residuals.final_mean)
+    after = options.kernels.next_slopes(
+        options, slopes, pivots, residuals.previous_states, final, row_info
     )
-    first_pivots = residuals.previous_states[:, 1:, :, 0]
-    after = next_slopes(slopes, final_slopes, pivots, first_pivots, row_info)
     out = options.kernels.gradients(options, inputs._replace(next_slopes=after))
-    d_affine = out.affine.sum(axis=(0, 1))
     d_initial, d_prior = _initial_gradients(out.initial, d_mean, d_var, row_info)
-    return out.dx, d_affine[0], d_affine[1], d_initial, d_prior, None
+    return out.dx, *out.affine, d_initial, d_prior, None
 
 
 def _last_pivots(
@@ -159,8 +157,8 @@ def _last_pivots(
 
 def _initial_gradients(
     slopes_at_start: Float[Array, "B S G C"],
-    d_mean: Float[Array, "B G"],
-    d_var: Float[Array, "B G"],
+    d_mean: Float[Array, "B G"] | None,
+    d_var: Float[Array, "B G"] | None,
     row_info: RowInfo,
 ) -> tuple[MeanVar, MeanVar]:
     """Gradients of the moments before the row and of the prior's.
@@ -168,6 +166,7 @@ def _initial_gradients(
     Args:
       slopes_at_start: see `Gradients.initial`.
       d_mean: cotangent of the mean after the row; in rows of padding alone that of the mean before.
+        None: 0.
       d_var: likewise.
       row_info: counts and documents.
     """
@@ -177,11 +176,13 @@ def _initial_gradients(
         d_initial = multiply_by_count(initial_count, t), multiply_by_count(initial_count, s)
         return d_initial, (jnp.zeros_like(s[0]), jnp.zeros_like(s[0]))
     s, t, later_s, later_t = (slopes_at_start[..., j].sum(axis=1) for j in range(4))
-    is_padding_row = ~row_info.has_tokens[:, None]
-    d_initial = (
-        multiply_by_count(initial_count, t) + jnp.where(is_padding_row, d_mean, 0),
-        multiply_by_count(initial_count, s) + jnp.where(is_padding_row, d_var, 0),
-    )
+    d_initial = multiply_by_count(initial_count, t), multiply_by_count(initial_count, s)
+    if d_mean is not None and d_var is not None:
+        is_padding_row = ~row_info.has_tokens[:, None]
+        d_initial = (
+            d_initial[0] + jnp.where(is_padding_row, d_mean, 0),
+            d_initial[1] + jnp.where(is_padding_row, d_var, 0),
+        )
     prior_count = row_info.prior_count.astype(jnp.float32)
     d_prior = (
         multiply_by_count(prior_count, later_t.sum(0)),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.timestep_norm.row_splits.documents import RowInfo
+from pallas_kernels.timestep_norm.row_splits.types import TimestepNormGpuOptions
 from pallas_kernels.timestep_norm.types import MeanVar
 
 Slopes = tuple[Float[Array, "B T G"], Float[Array, "B T G"]]
@@ -31,12 +32,26 @@ class MergedMoments(NamedTuple):
     squares: Float[Array, "B T G"]
 
 
+class FinalStateGradients(NamedTuple):
+    """What the moments after a row add to the gradients of its tokens.
+
+    Attributes:
+      d_mean: cotangent of the mean after the row.
+      d_var: cotangent of the variance.
+      mean: the mean.
+    """
+
+    d_mean: Float[Array, "B G"]
+    d_var: Float[Array, "B G"]
+    mean: Float[Array, "B G"]
+
+
 def previous_states(
+    options: TimestepNormGpuOptions,
     summaries: Float[Array, "B J G 4"] | None,
     initial: MeanVar,
     prior: MeanVar,
     row_info: RowInfo,
-    num_splits: int,
 ) -> Float[Array, "B S G 3"]:
     """Pivot, sum around it and squares before every split.
 
@@ -44,13 +59,13 @@ def previous_states(
     from, merged with its tokens in all splits before.
 
     Args:
+      options: static choices.
       summaries: of all splits but the last; None for a single split.
       initial: mean and variance (B, G) before the row.
       prior: mean and variance (G,) before later documents.
       row_info: counts and documents.
-      num_splits: splits S of a row.
     """
-    number = jnp.arange(num_splits)
+    number = jnp.arange(options.geometry.splits)
     count = row_info.initial_count[:, None, None].astype(jnp.float32)
     mean, var = (jnp.broadcast_to(m[:, None], (m.shape[0], 1, m.shape[1])) for m in initial)
     is_counted = (number[:-1] < number[:, None])[None]
@@ -103,22 +118,29 @@ def merge_splits(
 
 
 def next_slopes(
+    options: TimestepNormGpuOptions,
     slopes: Float[Array, "B J G 2"] | None,
-    final_slopes: Slopes,
     pivots: Float[Array, "B S G"],
-    first_pivots: Float[Array, "B J G"],
+    states: Float[Array, "B S G 3"],
+    final: FinalStateGradients | None,
     row_info: RowInfo,
 ) -> Float[Array, "B S G 2"]:
     """S and T after every split: of later splits and of the final state.
 
     Args:
+      options: static choices.
       slopes: of all splits but the first; None for a single split.
-      final_slopes: S and T of the final state, around `pivots`.
       pivots: pivot of the last token of every split.
-      first_pivots: pivot at the start of every split but the first, which `slopes` are around.
+      states: from `previous_states`; `slopes` are around their pivots.
+      final: gradients of the final state; None if they are 0.
       row_info: counts and documents.
     """
-    s, t = final_slopes
+    del options
+    s = t = jnp.zeros_like(pivots)
+    if final is not None:
+        s, t = final_state_slopes(
+            pivots, final.d_mean, final.d_var, final.mean, row_info.final_count
+        )
     if slopes is None:
         return jnp.stack([s, t], axis=-1)
     number = jnp.arange(pivots.shape[1])
@@ -128,6 +150,7 @@ def next_slopes(
         is_counted = is_counted & feeds_backward[..., :-1]
         reaches_end = feeds_backward[..., -1:]
         s, t = jnp.where(reaches_end, s, 0), jnp.where(reaches_end, t, 0)
+    first_pivots = states[:, 1:, :, 0]
     return jnp.stack(add_slopes((s, t), pivots, slopes, first_pivots, is_counted), axis=-1)
 
 

@@ -1,6 +1,7 @@
 """Sizes, operands and results of the kernels that split rows in time.
 
-A backend provides four kernels (`TimestepNormKernels`); everything around them is shared.
+A backend provides four kernels, and those that merge what splits pass to each other, or XLA's
+program for that (`TimestepNormKernels`); everything around them is shared.
 """
 
 from collections.abc import Callable
@@ -103,7 +104,8 @@ class Outputs(NamedTuple):
 
     Attributes:
       y: (B, L, D) normalized.
-      final_moments: (B, G, 2, 128) mean and variance after each token of the row's last tile.
+      final_moments: mean and variance after every row's last token, (B, G) each; as the Hopper
+        kernel writes them (B, G, 2, 128), after each token of the row's last tile.
       statistics: for the backward pass; see `KernelInputs`.
       pivots: likewise.
     """
@@ -119,7 +121,8 @@ class Gradients(NamedTuple):
 
     Attributes:
       dx: (B, L, D) gradient of x.
-      affine: (B, S, 2, D) gradients of scale and bias from every split, or (1, 1, 2, D) of all.
+      affine: gradients of scale and bias, (D,) each; as kernels write them (B, S, 2, D), from every
+        split.
       initial: (B, S, G, 2) S and T at every split's first token. In packed rows (B, S, G, 4): S and
         T summed over the tokens that start a row's first document, then over those that start
         later ones.
@@ -141,12 +144,18 @@ class TimestepNormKernels(NamedTuple):
       slopes: (options, inputs, first_split=...) to slopes S and T (B, J, G, 2) of the splits from
         `first_split` on.
       gradients: (options, inputs) to `Gradients`.
+      token_info: as `documents.pack_token_info`, before all others.
+      previous_states: as `state_passing.previous_states`, between `moments` and `outputs`.
+      next_slopes: as `state_passing.next_slopes`, between `slopes` and `gradients`.
     """
 
     moments: Callable[..., Any]
     outputs: Callable[..., Outputs]
     slopes: Callable[..., Any]
     gradients: Callable[..., Gradients]
+    token_info: Callable[..., Any]
+    previous_states: Callable[..., Any]
+    next_slopes: Callable[..., Any]
 
 
 class TimestepNormGpuOptions(NamedTuple):
@@ -157,9 +166,11 @@ class TimestepNormGpuOptions(NamedTuple):
       eps: added to the variance.
       geometry: sizes.
       interpret: runs the kernels without their device, as the backend's launcher takes it.
+      starts_empty: whether all documents are known to start from a count of 0.
     """
 
     kernels: TimestepNormKernels
     eps: float
     geometry: TimestepNormGeometry
     interpret: Any
+    starts_empty: bool = False

@@ -1,5 +1,7 @@
 """How the Triton kernels divide a call: splits of a row, and groups of a program."""
 
+from typing import NamedTuple
+
 from pallas_kernels.common.target import find_target
 from pallas_kernels.timestep_norm.row_splits.types import TILE, TimestepNormGeometry
 
@@ -14,6 +16,9 @@ PROGRAMS_PER_MULTIPROCESSOR = 16
 # Tokens that are loaded together, while those before are worked on. With 8, the outputs' 128
 # registers were 168; with 4, the gradients' 128 were 187.
 MOMENTS_UNROLL, OUTPUTS_UNROLL, SLOPES_UNROLL, GRADIENTS_UNROLL = 8, 4, 4, 2
+
+# Splits times groups of a program that merges what splits pass to each other.
+STATE_BLOCK = 256
 
 
 def choose_geometry(rows: int, length: int, groups: int, features: int) -> TimestepNormGeometry:
@@ -34,3 +39,18 @@ def choose_geometry(rows: int, length: int, groups: int, features: int) -> Times
     return TimestepNormGeometry(
         rows, tiles, tiles_per_split, groups, groups_per_block, features, features
     )
+
+
+class StateBlock(NamedTuple):
+    """A program that scans the splits of a row: splits, groups, warps; all powers of two."""
+
+    splits: int
+    groups: int
+    warps: int
+
+
+def choose_state_block(splits: int) -> StateBlock:
+    """The program for a number of splits: at most two numbers in a thread for up to 1,024."""
+    block = 1 << (splits - 1).bit_length()
+    groups = max(1, min(8, STATE_BLOCK // block))
+    return StateBlock(block, groups, max(1, min(16, block * groups // 64)))

@@ -28,6 +28,8 @@ LATER_DOCUMENT = tl.constexpr(4)
 FEEDS_NEXT_SPLIT = tl.constexpr(8)
 FEEDS_PREVIOUS_SPLIT = tl.constexpr(16)
 COUNT = tl.constexpr(0)
+FROM_START = tl.constexpr(1)
+TO_END = tl.constexpr(2)
 FLAGS = tl.constexpr(3)
 TILE = tl.constexpr(128)
 
@@ -185,10 +187,15 @@ def timestep_norm_moments(
 
 
 @device_function
-def load_initial(initial, has_initial, at_row, row, WHICH: tl.constexpr):
+def load_initial(
+    initial, has_initial, at_row, row, WHICH: tl.constexpr, STARTS_EMPTY: tl.constexpr
+):  # fmt: skip
     """The moments before a row's first document (0) or later ones (1): count > 0, mean, squares."""
-    at = initial + at_row * 4 + 2 * WHICH
-    return tl.load(has_initial + row * 2 + WHICH), tl.load(at), tl.load(at + 1)
+    moments = (0, 0.0, 0.0)
+    if not STARTS_EMPTY:
+        at = initial + at_row * 4 + 2 * WHICH
+        moments = (tl.load(has_initial + row * 2 + WHICH), tl.load(at), tl.load(at + 1))
+    return moments
 
 
 @device_function
@@ -222,10 +229,11 @@ def add_token(state, mean, error, var, count, share, valid, PACKED: tl.constexpr
 @triton.jit
 def timestep_norm_outputs(
     x, scale, bias, previous_states, initial_count, token_info, initial, has_initial, tiles,
-    tiles_per_split, num_splits, y, final_moments, statistics, pivots,
+    tiles_per_split, num_splits, y, final_mean, final_var, statistics, pivots,
     GROUPS: tl.constexpr, GB: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr,
     FEATURES: tl.constexpr, EACH: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr,
-    PACKED: tl.constexpr, SAVE: tl.constexpr, STATISTICS: tl.constexpr, UNROLL: tl.constexpr,
+    PACKED: tl.constexpr, STARTS_EMPTY: tl.constexpr, SAVE: tl.constexpr, STATISTICS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """y of a split; if SAVE the statistics of its tokens and the pivot of its last one."""
     groups, columns, in_group = find_block(GB, F, WIDTH, FEATURES)
@@ -243,9 +251,9 @@ def timestep_norm_outputs(
     of_first = ()
     of_later = ()
     if PACKED:
-        of_first = load_initial(initial, has_initial, at_row, row, 0)
-        of_later = load_initial(initial, has_initial, at_row, row, 1)
-    else:
+        of_first = load_initial(initial, has_initial, at_row, row, 0, STARTS_EMPTY)
+        of_later = load_initial(initial, has_initial, at_row, row, 1, STARTS_EMPTY)
+    elif not STARTS_EMPTY:
         count_before = tl.load(initial_count + row)
     first, last, final = find_tokens(split, tiles, tiles_per_split, UNROLL)
     at_start = row.to(tl.int64) * tiles * TILE
@@ -287,8 +295,8 @@ def timestep_norm_outputs(
     if SAVE:
         tl.store(pivots + at_split, state[0])
     if split == num_splits - 1:
-        tl.store(final_moments + at_row * 2, state[0] + state[1] / count)
-        tl.store(final_moments + at_row * 2 + 1, state[2] / count)
+        tl.store(final_mean + at_row, state[0] + state[1] / count)
+        tl.store(final_var + at_row, state[2] / count)
 
 
 @device_function
@@ -334,7 +342,8 @@ def timestep_norm_slopes(
     slopes,
     GROUPS: tl.constexpr, GB: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr,
     FEATURES: tl.constexpr, D: tl.constexpr, FIRST_SPLIT: tl.constexpr, NUM_SLOPES: tl.constexpr,
-    PACKED: tl.constexpr, STATISTICS: tl.constexpr, UNROLL: tl.constexpr,
+    PACKED: tl.constexpr, STARTS_EMPTY: tl.constexpr, STATISTICS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Writes (B, J, G, 2): S and T over the tokens of a split that feed the splits before it."""
     groups, columns, in_group = find_block(GB, F, WIDTH, FEATURES)
@@ -346,7 +355,7 @@ def timestep_norm_slopes(
     s_sum = tl.full([GB], 0.0, tl.float32)
     t_sum = tl.full([GB], 0.0, tl.float32)
     count_before = 0
-    if not PACKED:
+    if not (PACKED or STARTS_EMPTY):
         count_before = tl.load(initial_count + row)
     first, last, final = find_tokens(split, tiles, tiles_per_split, UNROLL)
     at_start = row.to(tl.int64) * tiles * TILE
@@ -422,7 +431,7 @@ def timestep_norm_gradients(
     tiles_per_split, num_splits, dx, affine, initial,
     GROUPS: tl.constexpr, GB: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr,
     FEATURES: tl.constexpr, EACH: tl.constexpr, D: tl.constexpr, PACKED: tl.constexpr,
-    STATISTICS: tl.constexpr, UNROLL: tl.constexpr,
+    STARTS_EMPTY: tl.constexpr, STATISTICS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """dx of a split, its sums for scale and bias, and the slopes at document starts."""
     groups, columns, in_group = find_block(GB, F, WIDTH, FEATURES)
@@ -437,22 +446,13 @@ def timestep_norm_gradients(
     d_scale = tl.full([GB, F], 0.0, tl.float32)
     d_bias = tl.full([GB, F], 0.0, tl.float32)
     count_before = 0
-    if not PACKED:
+    if not (PACKED or STARTS_EMPTY):
         count_before = tl.load(initial_count + row)
     first, last, final = find_tokens(split, tiles, tiles_per_split, UNROLL)
     at_start = row.to(tl.int64) * tiles * TILE
+    ahead = at_start + final
     following = load_gradient_tokens(
-        x,
-        dy,
-        statistics,
-        at_start + final,
-        columns,
-        groups,
-        in_group,
-        D,
-        GROUPS,
-        STATISTICS,
-        UNROLL,
+        x, dy, statistics, ahead, columns, groups, in_group, D, GROUPS, STATISTICS, UNROLL
     )
     for i in range(0, (last - first) // UNROLL):
         token = last - (i + 1) * UNROLL

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.common import triton
-from pallas_kernels.common.triton_sums import sum_partials
+from pallas_kernels.common.triton_sums import sum_pairs
 from pallas_kernels.timestep_norm.row_splits.types import (
     Gradients,
     KernelInputs,
@@ -21,6 +21,8 @@ from pallas_kernels.timestep_norm.triton.block_sizes import (
     OUTPUTS_UNROLL,
     SLOPES_UNROLL,
 )
+from pallas_kernels.timestep_norm.triton.documents import run_token_info
+from pallas_kernels.timestep_norm.triton.state_passing import run_next_slopes, run_previous_states
 
 MODULE = "pallas_kernels.timestep_norm.triton.kernels"
 
@@ -53,12 +55,16 @@ def run_outputs(
     geometry, x, documents = options.geometry, inputs.x, inputs.documents
     rows, groups = geometry.rows, geometry.groups
     num_statistics = 2 if documents is None else 3
+    initial = has_initial = x
+    if documents is not None and not options.starts_empty:
+        initial, has_initial = documents.initial, documents.has_initial
     length = geometry.tiles * 128
     saved = [
         _float32(rows, length, num_statistics, groups),
         _float32(rows, geometry.splits, groups),
     ]
-    y, final_moments, statistics, pivots = _launch(
+    moments = _float32(rows, groups)
+    y, mean, var, statistics, pivots = _launch(
         "timestep_norm_outputs",
         options,
         [
@@ -66,17 +72,18 @@ def run_outputs(
             inputs.scale,
             inputs.bias,
             inputs.previous_states,
-            inputs.initial_count,
+            _initial_count(options, inputs),
             _token_info(inputs),
-            x if documents is None else documents.initial,
-            x if documents is None else documents.has_initial,
+            initial,
+            has_initial,
             geometry.tiles,
             geometry.tiles_per_split,
             geometry.splits,
         ],
         [
             jax.ShapeDtypeStruct(x.shape, x.dtype),
-            _float32(rows, groups, 2, 1),
+            moments,
+            moments,
             *(saved if save_statistics else [_float32(1), _float32(1)]),
         ],
         geometry.splits,
@@ -84,14 +91,15 @@ def run_outputs(
             "EACH": 1 / geometry.features,
             "EPS": options.eps,
             "PACKED": documents is not None,
+            "STARTS_EMPTY": options.starts_empty,
             "SAVE": save_statistics,
             "STATISTICS": num_statistics,
             "UNROLL": OUTPUTS_UNROLL,
         },
     )
     if not save_statistics:
-        return Outputs(y, final_moments, None, None)
-    return Outputs(y, final_moments, statistics, pivots)
+        return Outputs(y, (mean, var), None, None)
+    return Outputs(y, (mean, var), statistics, pivots)
 
 
 def run_slopes(
@@ -103,13 +111,19 @@ def run_slopes(
     (slopes,) = _launch(
         "timestep_norm_slopes",
         options,
-        [*_backward_operands(inputs), geometry.tiles, geometry.tiles_per_split, geometry.splits],
+        [
+            *_backward_operands(options, inputs),
+            geometry.tiles,
+            geometry.tiles_per_split,
+            geometry.splits,
+        ],
         [_float32(geometry.rows, num_slopes, geometry.groups, 2)],
         num_slopes,
         {
             "FIRST_SPLIT": first_split,
             "NUM_SLOPES": num_slopes,
             "PACKED": inputs.documents is not None,
+            "STARTS_EMPTY": options.starts_empty,
             "STATISTICS": inputs.statistics.shape[2],
             "UNROLL": SLOPES_UNROLL,
         },
@@ -121,7 +135,7 @@ def run_gradients(options: TimestepNormGpuOptions, inputs: KernelInputs) -> Grad
     """dx, and sums for the gradients of all else."""
     geometry, x = options.geometry, inputs.x
     is_packed = inputs.documents is not None
-    operands = _backward_operands(inputs)
+    operands = _backward_operands(options, inputs)
     operands.insert(5, inputs.next_slopes)
     per_split = geometry.rows, geometry.splits
     dx, affine, initial = _launch(
@@ -137,29 +151,42 @@ def run_gradients(options: TimestepNormGpuOptions, inputs: KernelInputs) -> Grad
         {
             "EACH": 1 / geometry.features,
             "PACKED": is_packed,
+            "STARTS_EMPTY": options.starts_empty,
             "STATISTICS": inputs.statistics.shape[2],
             "UNROLL": GRADIENTS_UNROLL,
         },
     )
-    # One sum takes the place of those of the splits.
     affine = affine.reshape(-1, 2, x.shape[2])
-    affine = sum_partials(affine, interpret=options.interpret)[None, None]
-    return Gradients(dx, affine, initial)
+    return Gradients(dx, sum_pairs(affine, interpret=options.interpret), initial)
 
 
-TRITON_KERNELS = TimestepNormKernels(run_moments, run_outputs, run_slopes, run_gradients)
+TRITON_KERNELS = TimestepNormKernels(
+    run_moments,
+    run_outputs,
+    run_slopes,
+    run_gradients,
+    run_token_info,
+    run_previous_states,
+    run_next_slopes,
+)
 
 
-def _backward_operands(inputs: KernelInputs) -> list[Array]:
+def _backward_operands(options: TimestepNormGpuOptions, inputs: KernelInputs) -> list[Array]:
     return [
         inputs.x,
         inputs.dy,
         inputs.scale,
         inputs.statistics,
         inputs.pivots,
-        inputs.initial_count,
+        _initial_count(options, inputs),
         _token_info(inputs),
     ]
+
+
+def _initial_count(options: TimestepNormGpuOptions, inputs: KernelInputs) -> Array:
+    """The kernels do not read it in rows that are packed, or that start from nothing."""
+    is_read = inputs.documents is None and not options.starts_empty
+    return inputs.initial_count if is_read else inputs.x
 
 
 def _token_info(inputs: KernelInputs) -> Array:
