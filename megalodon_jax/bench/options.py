@@ -273,7 +273,7 @@ class BenchDecodeOptions:
     repeats: int = 10
     """Measurements whose median is taken."""
     profile: bool = False
-    """Show the GPU time by kind of kernel; of a first token, the host's calls beside the kernels."""
+    """Show the GPU time by kind of kernel; of a first token, host calls and kernels."""
     small: bool = False
     """A model for a CPU, and shorter chains of steps."""
     json: str = ""
