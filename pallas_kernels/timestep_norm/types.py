@@ -61,8 +61,13 @@ def merge_moments(
 
 def broadcast_to_rows(prior: TimestepNormState, num_rows: int) -> TimestepNormState:
     """The initial state of `num_rows` rows whose first documents start from the prior."""
-    broadcast: Any = np.broadcast_to if is_known_empty(prior) else jnp.broadcast_to
-    return TimestepNormState(*(broadcast(field, (num_rows, *field.shape)) for field in prior))
+
+    def broadcast(field: Any) -> Any:
+        # A field that is known while tracing stays known; the other fields may be traced.
+        by = np if isinstance(field, np.ndarray) else jnp
+        return by.broadcast_to(field, (num_rows, *field.shape))
+
+    return TimestepNormState(*map(broadcast, prior))
 
 
 def empty_prior(num_groups: int, dtype: jnp.dtype) -> TimestepNormState:
