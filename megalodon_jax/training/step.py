@@ -215,7 +215,7 @@ def _compiler_options(mesh: Mesh) -> dict[str, Any] | None:
     devices = mesh.devices.flat
     if devices[0].platform not in ("gpu", "cuda", "rocm"):
         return None
-    # Of the exchanges only those of tensor parallelism are measured.
+    # Measured for the exchanges of tensor parallelism alone.
     if mesh.shape["model"] > 1 and len({each.process_index for each in devices}) == 1:
         return _GPU_OPTIONS | _COPY_ENGINE_OPTIONS
     return _GPU_OPTIONS

@@ -1,4 +1,4 @@
-"""What a first token costs on the host: programs, transfers and their size."""
+"""The cost of a first token on the host: programs, transfers and their size."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the backward pass of a block recomputes with `remat = "off"` and `"none"`."""
+"""Norms and gates that a block's backward pass recomputes with `remat = "off"` and `"none"`."""
 
 import jax
 import pytest

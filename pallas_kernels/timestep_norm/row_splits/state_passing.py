@@ -33,7 +33,7 @@ class MergedMoments(NamedTuple):
 
 
 class FinalStateGradients(NamedTuple):
-    """What the moments after a row add to the gradients of its tokens.
+    """Gradients of the moments after a row, which its tokens' gradients contain.
 
     Attributes:
       d_mean: cotangent of the mean after the row.

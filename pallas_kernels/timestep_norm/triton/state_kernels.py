@@ -1,4 +1,4 @@
-"""What the splits of a row pass to each other, in Triton: one program for some groups of a row.
+"""States and slopes between the splits of a row, in Triton: a program has some groups of a row.
 
     timestep_norm_previous_states    moments before every split, from those of the splits
     timestep_norm_next_slopes        S and T after every split, from those of the splits

@@ -1,4 +1,4 @@
-"""What splits pass to each other, by Triton, against sums over splits in float64; and documents of
+"""States and slopes between splits, by Triton, against sums over splits in float64; documents of
 packed rows, against running sums."""
 
 import jax
