@@ -63,8 +63,9 @@ def broadcast_to_rows(prior: TimestepNormState, num_rows: int) -> TimestepNormSt
     """The initial state of `num_rows` rows whose first documents start from the prior."""
 
     def broadcast(field: Any) -> Any:
-        # A field that is known while tracing stays known; the other fields may be traced.
-        by = np if isinstance(field, np.ndarray) else jnp
+        # A field that is known while tracing stays known; the other fields may be traced. An
+        # exported program may have a number of rows that is not an int.
+        by = np if isinstance(field, np.ndarray) and isinstance(num_rows, int) else jnp
         return by.broadcast_to(field, (num_rows, *field.shape))
 
     return TimestepNormState(*map(broadcast, prior))
