@@ -30,9 +30,7 @@ class Packed[T]:
 
     words: Int32[Array, " n"]
     structure: Any = dataclasses.field(metadata={"static": True})
-    leaves: tuple[tuple[tuple[int, ...], np.dtype], ...] = dataclasses.field(
-        metadata={"static": True}
-    )
+    leaves: tuple[_Leaf, ...] = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, tree: T) -> "Packed[T]":
